@@ -1,0 +1,195 @@
+"""The model card of an adapter: what was spent, what the guarantee covers and what it does not."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from decimal import ROUND_CEILING, Decimal
+from typing import Any
+
+COVERS = (
+    "The training of the adapter: the released weights, and everything computed from them alone, such as "
+    "generated images, are (epsilon, delta)-differentially private with respect to one private training "
+    "image with its label.",
+    "The values logged during the private training: the epsilon spent, the learning rate, the norm of the "
+    "noised update and the signal-to-noise estimated from it.",
+)
+"""What the guarantee covers, for privacy.json and the card."""
+
+DOES_NOT_COVER = (
+    "Metrics computed on private or held-out images, such as distances and accuracies in result.json.",
+    "Hyper-parameters chosen by looking at such metrics: every further training run on the same images "
+    "spends its own epsilon.",
+    "The public data of the pre-training, which has no protection.",
+    "A person with several images in the private set: the unit of privacy is one image; for n images of "
+    "one person epsilon grows n times and delta by more than that.",
+    "The names of the classes, and the size of the private set as far as the sample rate and the configured "
+    "batch size tell it.",
+    "How long steps take and how much memory they use, as seen by whoever watches the machine.",
+    "The run's checkpoint/ folder, which holds the noise key and must stay private.",
+)
+"""What the guarantee does not cover, for privacy.json and the card."""
+
+NO_GUARANTEE = "**This adapter has NO privacy guarantee: {reason}.**"
+
+
+def no_guarantee(record: Mapping[str, Any], *, reproducible_noise: bool = False) -> str | None:
+    """One sentence that says why there is no guarantee, or null when there is one.
+
+    Args:
+        record: of privacy.json; no finite epsilon means no noise.
+        reproducible_noise: the noise came from a number in the configuration.
+    """
+    epsilon = record["epsilon"]
+    if epsilon is None or not math.isfinite(float(epsilon)):
+        reason = "it was trained without noise (epsilon is infinite)"
+    elif reproducible_noise:
+        reason = (
+            "its noise was derived from a seed (reproducible noise), so whoever knows the seed can take "
+            "the noise away"
+        )
+    else:
+        return None
+    return NO_GUARANTEE.format(reason=reason)
+
+
+def model_card(
+    record: Mapping[str, Any],
+    *,
+    base_model: str,
+    data_name: str,
+    trainable: Sequence[str],
+    rank: int | None,
+    target_modules: Sequence[str],
+    parameters: int,
+    versions: Mapping[str, str | None] | None = None,
+    reproducible_noise: bool = False,
+    license_name: str | None = None,
+) -> str:
+    """The README.md of an adapter, in Markdown with the front matter of the Hugging Face hub.
+
+    When there is no guarantee the first line of the text says so and no epsilon is claimed. The number of
+    private images is not stated.
+
+    Args:
+        record: the content of privacy.json.
+        base_model: name or folder of the model that the adapter belongs to.
+        data_name: name of the private image set, never its path.
+        trainable: components that were trained.
+        rank: of the LoRA update; null when there is none.
+        target_modules: ends of the names of the adapted modules.
+        parameters: number of trained parameters.
+        versions: of the packages that made it.
+        reproducible_noise: the noise came from a number in the configuration.
+        license_name: hub identifier of the adapter's licence; null leaves the entry out.
+    """
+    warning = no_guarantee(record, reproducible_noise=reproducible_noise)
+    parts = [
+        _front_matter(base_model, license_name, private=warning is None),
+        *([warning] if warning else []),
+        f"# Adapter of {base_model} for {data_name}",
+        _summary(data_name, trainable, rank, target_modules, parameters),
+        _privacy_section(record, guaranteed=warning is None),
+        _loading_section(base_model, lora=rank is not None),
+    ]
+    if versions:
+        known = [f"{name} {version}" for name, version in versions.items() if version]
+        parts.append("## Made with\n\n" + ", ".join(known) + ".")
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(base_model: str, license_name: str | None, *, private: bool) -> str:
+    tags = ["latent-diffusion", *(["differential-privacy", "dp-sgd"] if private else ["not-private"])]
+    lines = ["---", "library_name: peft", f"base_model: {json.dumps(base_model)}"]
+    if license_name:
+        lines.append(f"license: {json.dumps(license_name)}")
+    return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in tags), "---"])
+
+
+def _summary(
+    data_name: str,
+    trainable: Sequence[str],
+    rank: int | None,
+    target_modules: Sequence[str],
+    parameters: int,
+) -> str:
+    text = (
+        f"A latent diffusion model fine-tuned on the image set {data_name}: {parameters:,} trained "
+        f"parameters ({', '.join(trainable)})"
+    )
+    if rank is not None:
+        text += f"; LoRA of rank {rank} on {', '.join(f'`{name}`' for name in target_modules)}"
+    return text + "."
+
+
+def _privacy_section(record: Mapping[str, Any], *, guaranteed: bool) -> str:
+    if not guaranteed:
+        return "## Privacy\n\nNone. Treat this adapter like the private images that it was trained on."
+    lines = [
+        "## Privacy",
+        f"The training of this adapter satisfies **({_at_most(record['epsilon'])}, "
+        f"{_at_most(record['delta'])})-differential privacy** (epsilon, delta).",
+        _settings_table(record),
+        "**What the guarantee covers**",
+        _bullets(record.get("covers") or COVERS),
+        "**What it does not cover**",
+        _bullets(record.get("does_not_cover") or DOES_NOT_COVER),
+    ]
+    return "\n\n".join(lines)
+
+
+_BOUNDS = (("epsilon", "epsilon"), ("delta", "delta"))
+_SETTINGS = (
+    ("accountant", "accountant"),
+    ("adjacency", "adjacency (which data sets are neighbours)"),
+    ("noise_multiplier", "noise multiplier (sigma)"),
+    ("noise_multiplicity", "noise multiplicity (draws per image, folded before the clip)"),
+    ("max_grad_norm", "clipping norm C"),
+    ("sample_rate", "sample rate (Poisson)"),
+    ("steps", "noisy steps"),
+)
+
+
+def _settings_table(record: Mapping[str, Any]) -> str:
+    rows = [f"| {label} | {_at_most(record[key])} |" for key, label in _BOUNDS]
+    rows += [f"| {label} | {_nearest(record[key])} |" for key, label in _SETTINGS if key in record]
+    others = record.get("epsilon_by_accountant") or {}
+    rows += [f"| epsilon by {name} | {_at_most(value)} |" for name, value in others.items()]
+    return "\n".join(["| quantity | value |", "|---|---|", *rows])
+
+
+def _bullets(texts: str | Sequence[str]) -> str:
+    return "\n".join(f"- {text}" for text in ([texts] if isinstance(texts, str) else texts))
+
+
+def _nearest(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _at_most(value: Any) -> str:
+    """Four significant digits rounded up, so that the card never claims more privacy than there is."""
+    exact = Decimal(str(value))
+    if not exact.is_finite() or exact == 0:
+        return str(value)
+    place = Decimal(1).scaleb(exact.adjusted() - 3)
+    return f"{float(exact.quantize(place, rounding=ROUND_CEILING)):.4g}"
+
+
+def _loading_section(base_model: str, *, lora: bool) -> str:
+    if not lora:
+        return (
+            "## Loading\n\nThe safetensors file holds the trained parameters under their names in the UNet; "
+            "load them with `unet.load_state_dict(safetensors.torch.load_file(path), strict=False)`."
+        )
+    code = [
+        "```python",
+        "from diffusers import UNet2DConditionModel",
+        "from peft import PeftModel",
+        "",
+        f'unet = UNet2DConditionModel.from_pretrained({json.dumps(base_model)}, subfolder="unet")',
+        'unet = PeftModel.from_pretrained(unet, ".")  # the folder of this file',
+        "unet.eval()",
+        "```",
+    ]
+    return "\n".join(["## Loading", "", *code])

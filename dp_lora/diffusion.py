@@ -1,0 +1,95 @@
+"""The loss of one example, and the samplers.
+
+The forward process is z_t = sqrt(a_t) z_0 + sqrt(1 - a_t) eps with a_t the cumulative product of
+1 - beta (Ho et al. 2020, eq. 4); the network predicts eps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from torch import Tensor
+
+from dp_lora.config import SamplerConfig
+from dp_lora.models import LatentDiffusion
+
+
+def per_example_loss(
+    model: LatentDiffusion, latents: Tensor, labels: Tensor, timesteps: Tensor, noise: Tensor
+) -> Tensor:
+    """One loss per example: the mean over its k draws of the mean squared error of the predicted noise.
+
+    The mean over draws is taken here, before any gradient is clipped, so that an example has one gradient
+    whatever k is (noise multiplicity, Dockhorn et al. 2023).
+
+    Args:
+        latents: [B, c, h, w].
+        labels: [B].
+        timesteps: [B, k].
+        noise: [B, k, c, h, w], standard normal.
+
+    Returns:
+        [B], in the order of the examples. The network sees B * k rows, row i * k + j being draw j of example i.
+    """
+    k = timesteps.shape[1]
+    a = model.scheduler.alphas_cumprod.to(latents)[timesteps][:, :, None, None, None]
+    noisy = a.sqrt() * latents[:, None] + (1 - a).sqrt() * noise
+    predicted = model.predict_noise(noisy.flatten(0, 1), timesteps.flatten(), labels.repeat_interleave(k))
+    return (predicted.float().view_as(noise) - noise).square().flatten(1).mean(1)
+
+
+def initial_noise(seed: int, first: int, count: int, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal [count, *shape]; image i has a stream of its own, so batches do not change images."""
+    streams = (np.random.Generator(np.random.Philox(key=[seed, first + i])) for i in range(count))
+    return torch.from_numpy(np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams]))
+
+
+@torch.inference_mode()
+def sample_latents(
+    model: LatentDiffusion, labels: Tensor, sampler: SamplerConfig, *, seed: int, first: int = 0
+) -> Tensor:
+    """Latents [B, c, h, w] drawn from the model for `labels` [B].
+
+    Args:
+        model: in evaluation mode.
+        labels: on the model's device.
+        sampler: `ddim` (Song et al. 2021) with `eta`, or `dpmsolver++` (Lu et al. 2022, order 2).
+        seed: of the public randomness.
+        first: number of the first image, so that image i is the same in whatever batch it is drawn.
+    """
+    scheduler = _scheduler(model, sampler)
+    scheduler.set_timesteps(sampler.steps)
+    stochastic = sampler.name == "ddim" and sampler.eta > 0
+    draws = 1 + (sampler.steps if stochastic else 0)
+    noise = initial_noise(seed, first, len(labels), (draws, *model.latent_shape)).to(labels.device)
+    latents = noise[:, 0]
+    for i, timestep in enumerate(scheduler.timesteps):
+        predicted = model.predict_noise(latents, timestep.expand(len(labels)).to(labels.device), labels)
+        extra: dict[str, Any] = {"eta": sampler.eta} if sampler.name == "ddim" else {}
+        if stochastic:
+            extra["variance_noise"] = noise[:, 1 + i]
+        latents = scheduler.step(predicted, timestep, latents, **extra).prev_sample
+    return latents
+
+
+def _scheduler(model: LatentDiffusion, sampler: SamplerConfig) -> Any:
+    config = model.scheduler.config
+    if sampler.name == "ddim":
+        return DDIMScheduler.from_config(config, set_alpha_to_one=True, steps_offset=0)
+    return DPMSolverMultistepScheduler.from_config(
+        config, algorithm_type="dpmsolver++", solver_order=2, final_sigmas_type="zero"
+    )
+
+
+def class_balanced(num_samples: int, num_classes: int) -> Tensor:
+    """Labels [num_samples], each class as often as the others to within one: a public, uniform prior."""
+    return torch.arange(num_samples) % num_classes
+
+
+def in_batches(total: int, size: int) -> Iterator[range]:
+    """Ranges of at most `size` that cover `range(total)` in order."""
+    return (range(first, min(first + size, total)) for first in range(0, total, size))

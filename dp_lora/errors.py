@@ -1,0 +1,20 @@
+"""The one exception that a user's mistake raises, and the search for what was meant."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake in what the user gave.
+
+    Its message is one line that names the field, the value and what was expected; the entry point
+    prints it without a traceback and exits with status 2.
+    """
+
+
+def did_you_mean(name: str, options: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the option nearest to `name`, or an empty string when none is near."""
+    near = difflib.get_close_matches(name, list(options), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,296 @@
+"""Private fine-tuning: DP-SGD on the chosen parameters of a pre-trained latent diffusion model.
+
+Guarantee: what leaves this module (the adapter, and for each step the update's norm, its
+signal-to-noise and epsilon) is a function of the public model, the public configuration and the noised
+sums of `privacy.mechanism.noised_mean`, so epsilon of the plan covers it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dp_lora.config import Config, TrainConfig
+from dp_lora.diffusion import per_example_loss
+from dp_lora.errors import UserError
+from dp_lora.files import private_directory, write_atomic
+from dp_lora.latents import Latents
+from dp_lora.models import LatentDiffusion
+from dp_lora.privacy.accounting import EpsilonCurve
+from dp_lora.privacy.batches import poisson_batch
+from dp_lora.privacy.executions import ORIGIN, Executions
+from dp_lora.privacy.gradients import ClippedGradientSum
+from dp_lora.privacy.mechanism import microbatches, noised_mean, signal_to_noise, slice_of_batch
+from dp_lora.privacy.plan import PrivacyPlan
+from dp_lora.privacy.preflight import preflight
+from dp_lora.privacy.randomness import Randomness
+from dp_lora.progress import Progress
+from dp_lora.provenance import versions
+from dp_lora.train import Checkpoint, learning_rate, resume, run_steps
+
+ROWS_ON_CPU = 256
+"""Rows of one forward on a CPU, where more bring no speed."""
+
+
+class PrivateStep:
+    """One step of DP-SGD (Abadi et al. 2016) with noise multiplicity, in the order of the paper's algorithm.
+
+    Args:
+        model: with its trainable parameters chosen, on its device.
+        latents: of the private images, on the CPU.
+        labels: int64 [N].
+        plan: the numbers of the run.
+        randomness: the run's key.
+        train: learning rate, schedule and the like; nothing that touches privacy.
+        microbatch: examples per forward and backward.
+        executions: the write-ahead record.
+    """
+
+    def __init__(
+        self,
+        model: LatentDiffusion,
+        latents: Latents,
+        labels: Tensor,
+        plan: PrivacyPlan,
+        randomness: Randomness,
+        train: TrainConfig,
+        microbatch: int,
+        executions: Executions,
+    ) -> None:
+        self.model, self.latents, self.labels, self.plan = model, latents, labels, plan
+        self.randomness, self.train, self.microbatch = randomness, train, microbatch
+        self.executions, self.lineage = executions, ORIGIN
+        self.gradients = ClippedGradientSum(
+            model, plan.noise_multiplicity, plan.max_grad_norm, plan.clipping
+        )
+        self.parameters = list(self.gradients.parameters.values())
+        self.average = [p.detach().clone() for p in self.parameters]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=train.learning_rate, weight_decay=train.weight_decay
+        )
+        self.curve = EpsilonCurve(plan.mechanism, plan.delta)
+        self.group = dist.group.WORLD if dist.is_initialized() else None
+
+    def __call__(self, step: int) -> dict[str, float]:
+        plan = self.plan
+        # 0. Record that the step begins; randomness is replayed only if it is the same step once more.
+        generation, self.lineage = self.executions.begin(step, self.lineage)
+        randomness = self.randomness.derive(f"generation {generation}") if generation else self.randomness
+        # 1. Sample the batch: every image joins by itself with probability q.
+        batch = poisson_batch(randomness, step, plan.num_examples, plan.sample_rate)
+        # 2. and 3. Per-example gradients of the mean over k draws; clip each to C; sum.
+        self.gradients.reset()
+        for positions, weights in microbatches(self._positions(len(batch)), self.microbatch):
+            losses = self.losses(batch[positions], positions, randomness, step)
+            self.gradients.add(losses, weights.to(losses.device))
+        # 4. and 5. Add Gaussian noise of std sigma C, once; divide by the expected batch size.
+        update = noised_mean(self.gradients.total(), plan, randomness, step, self.group)
+        self.gradients.reset()
+        # 6. Optimiser step on the released value; the moving average once per batch.
+        self._descend(update, step)
+        # 7. Account for every execution begun.
+        return {
+            "epsilon": self.epsilon(),
+            "update_norm": float(update.norm()),
+            "signal_to_noise": signal_to_noise(update, plan),
+            "learning_rate": self._rate(step),
+        }
+
+    def losses(self, indices: Tensor, positions: Tensor, randomness: Randomness, step: int) -> Tensor:
+        """Losses [M] of the images `indices`, whose draws belong to their `positions` in the batch."""
+        k, shape = self.plan.noise_multiplicity, self.model.latent_shape
+        device = self.parameters[0].device
+        first, rows = int(positions[0]), len(positions)
+        latents = self.latents.sample(indices, randomness.normal("posterior", step, (rows, *shape), first))
+        timesteps = randomness.timesteps(
+            step, rows, k, len(self.model.scheduler.alphas_cumprod), self.train.stratified_timesteps, first
+        )
+        noise = randomness.normal("diffusion", step, (rows, k, *shape), first)
+        low = self.train.precision == "bfloat16"
+        with torch.autocast(device.type, torch.bfloat16, enabled=low):
+            return per_example_loss(
+                self.model,
+                latents.to(device),
+                self.labels[indices].to(device),
+                timesteps.to(device),
+                noise.to(device),
+            )
+
+    def epsilon(self) -> float:
+        """An upper bound on epsilon of all executions so far."""
+        return self.curve(self.executions.count)
+
+    def _positions(self, size: int) -> Tensor:
+        """The positions in the batch that this process sums."""
+        if self.group is None:
+            return torch.arange(size)
+        return slice_of_batch(torch.arange(size), dist.get_rank(), dist.get_world_size())
+
+    def _rate(self, step: int) -> float:
+        train = self.train
+        return learning_rate(train.learning_rate, train.schedule, step, self.plan.steps, train.warmup_steps)
+
+    def _descend(self, update: Tensor, step: int) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._rate(step)
+        self.gradients.write_gradients(update)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        # A short average at first, so that the start is forgotten.
+        decay = min(self.train.ema_decay, (1 + step) / (10 + step))
+        for averaged, parameter in zip(self.average, self.parameters, strict=True):
+            averaged.lerp_(parameter.detach(), 1 - decay)
+
+    def release(self) -> None:
+        """Puts the moving average in place of the trained parameters and takes the engine off the model."""
+        self.gradients.detach()
+        for parameter, averaged in zip(self.parameters, self.average, strict=True):
+            parameter.data.copy_(averaged)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next step depends on but the key; every part is a function of released values."""
+        return {
+            "parameters": [p.detach().cpu() for p in self.parameters],
+            "average": [p.cpu() for p in self.average],
+            "optimizer": self.optimizer.state_dict(),
+            "lineage": self.lineage,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores `state_dict`. Raises UserError when it belongs to other parameters."""
+        shapes = [tuple(p.shape) for p in self.parameters]
+        if [tuple(p.shape) for p in state["parameters"]] != shapes:
+            raise UserError("checkpoint: its parameters have other shapes than this configuration's")
+        for own, saved in zip([*self.parameters, *self.average], [*state["parameters"], *state["average"]]):
+            own.data.copy_(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.lineage = state["lineage"]
+
+
+def finetune(
+    config: Config,
+    model: LatentDiffusion,
+    latents: Latents,
+    labels: Tensor,
+    plan: PrivacyPlan,
+    folder: Path,
+    log: Callable[[int, dict[str, float]], None],
+    started: Callable[[int], None],
+) -> int:
+    """Trains the chosen parameters of `model` in place and returns the number of executed steps.
+
+    Args:
+        config: the job.
+        model: its trainable parameters chosen, on the device to train on.
+        latents, labels: of the private images.
+        plan: the numbers of the run.
+        folder: the run's private `checkpoint/`; an earlier start of the run is continued from it.
+        log: called with the number of finished steps and what may be logged.
+        started: called with the number of finished steps before the first new one.
+
+    Redone steps that could not be replayed count towards the plan's steps, so epsilon never passes it.
+    """
+    private_directory(folder)
+    randomness = run_key(config, folder)
+    microbatch = choose_microbatch(config, folder, next(model.unet.parameters()).device)
+    executions = Executions(folder / "executions.jsonl", numerics(config, model, microbatch))
+    check_engine(config, model, plan)
+    step = PrivateStep(model, latents, labels, plan, randomness, config.train, microbatch, executions)
+    checkpoint = Checkpoint(folder, config.train.checkpoint_minutes)
+    finished = resume(step, checkpoint)
+    started(finished)
+    total = plan.steps
+    with Progress(
+        total, "finetune", initial=finished, mode=config.tracking.progress, public=config.data.public
+    ) as progress:
+        run_steps(step, total, checkpoint, progress, log)
+    step.release()
+    forget_key(folder)
+    return executions.count
+
+
+def run_key(config: Config, folder: Path) -> Randomness:
+    """The run's randomness: its key is made once and kept in `folder` until the training has ended.
+
+    Raises UserError when steps were begun with a key that is gone.
+    """
+    if config.privacy.insecure_seed is not None:
+        return Randomness.from_seed(config.privacy.insecure_seed)
+    path = folder / "key"
+    if path.exists():
+        return Randomness(path.read_bytes(), secure=True)
+    if (folder / "executions.jsonl").exists() and not (folder / "finished").exists():
+        raise UserError(
+            f"{path}: the noise key of the steps begun is missing; without it they cannot be replayed. "
+            "Remove the run directory to start again, and count what was spent (privacy.json)"
+        )
+    randomness = Randomness.from_system()
+    write_atomic(path, randomness.key, mode=0o600)
+    return randomness
+
+
+def forget_key(folder: Path) -> None:
+    """Removes the noise key of a finished training: whoever finds it could take the noise away."""
+    write_atomic(folder / "finished", "")
+    (folder / "key").unlink(missing_ok=True)
+
+
+def choose_microbatch(config: Config, folder: Path, device: torch.device) -> int:
+    """Examples per forward, from the configuration or by device; a resumed run keeps what it began with."""
+    chosen = config.train.microbatch
+    if isinstance(chosen, int):
+        return chosen
+    path = folder / "microbatch"
+    if path.exists():
+        return int(path.read_text())
+    rows = ROWS_ON_CPU if device.type == "cpu" else 2048
+    size = max(1, rows // config.privacy.noise_multiplicity)
+    write_atomic(path, str(size))
+    return size
+
+
+def numerics(config: Config, model: LatentDiffusion, microbatch: int) -> dict[str, Any]:
+    """All that can change how a step rounds, for the write-ahead record."""
+    device = next(model.unet.parameters()).device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    packages = versions()
+    return {
+        "device": f"{device.type} {name}",
+        "threads": torch.get_num_threads(),
+        "processes": dist.get_world_size() if dist.is_initialized() else 1,
+        "precision": config.train.precision,
+        "microbatch": microbatch,
+        "versions": {name: packages[name] for name in ("torch", "diffusers", "peft", "numpy", "cryptography")},
+    }
+
+
+def check_engine(config: Config, model: LatentDiffusion, plan: PrivacyPlan) -> None:
+    """Preflight on synthetic latents: stops the run unless the engine does on this model what the plan says."""
+    examples, k = 4, plan.noise_multiplicity
+    device = next(model.unet.parameters()).device
+    generator = torch.Generator().manual_seed(config.seed)
+    shape = (examples, *model.latent_shape)
+    latents = torch.randn(shape, generator=generator).to(device)
+    labels = (torch.arange(examples) % len(model.classes)).to(device)
+    steps = len(model.scheduler.alphas_cumprod)
+    timesteps = torch.randint(steps, (examples, k), generator=generator).to(device)
+    noise = torch.randn((examples, k, *shape[1:]), generator=generator).to(device)
+
+    def losses(chosen: slice) -> Tensor:
+        return per_example_loss(model, latents[chosen], labels[chosen], timesteps[chosen], noise[chosen])
+
+    preflight(model, losses, plan, examples)
+
+
+def steps_of(config: Config, num_examples: int) -> int | None:
+    """Number of noisy steps that `train.max_steps` and `train.epochs` ask for; null when they leave it open."""
+    train = config.train
+    asked = [train.max_steps] if train.max_steps is not None else []
+    if train.epochs is not None:
+        asked.append(max(1, round(train.epochs * num_examples / train.expected_batch_size)))
+    return min(asked) if asked else None

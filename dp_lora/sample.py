@@ -1,0 +1,85 @@
+"""Labelled images from a model: the released use of an adapter.
+
+Labels come from a public prior, as many of each class, never from the private label counts.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dp_lora.config import Config
+from dp_lora.diffusion import class_balanced, in_batches, sample_latents
+from dp_lora.files import write_atomic
+from dp_lora.latents import to_bytes
+from dp_lora.models import LatentDiffusion
+from dp_lora.progress import Progress
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Generated images uint8 [N, C, H, W] and the labels int64 [N] they were generated for."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    classes: tuple[str, ...]
+
+
+@torch.inference_mode()
+def generate(model: LatentDiffusion, config: Config, description: str = "sample") -> Samples:
+    """`config.sampler.num_samples` images, every class as often as the others.
+
+    Image i depends on the model, `config.seed`, the sampler and i alone, not on the batches.
+    """
+    model.eval()
+    device = next(model.unet.parameters()).device
+    sampler = config.sampler
+    labels = class_balanced(sampler.num_samples, len(model.classes))
+    images = []
+    # Generated images only, so what the bar shows is public.
+    with Progress(
+        len(labels), description, mode=config.tracking.progress, unit="image", public=True
+    ) as progress:
+        for batch in in_batches(len(labels), sampler.batch_size):
+            chosen = labels[batch.start : batch.stop].to(device)
+            latents = sample_latents(model, chosen, sampler, seed=config.seed, first=batch.start)
+            images.append(to_bytes(model.decode(latents)))
+            progress.update(len(batch))
+    return Samples(np.concatenate(images), labels.numpy(), model.classes)
+
+
+def save(samples: Samples, folder: Path, rows: int = 10) -> None:
+    """Writes `samples.npz` (images, labels, classes) and `samples.png`, a grid with one column a class."""
+    write_atomic(folder / "samples.png", grid(samples, rows))
+    buffer = io.BytesIO()
+    np.savez_compressed(
+        buffer, images=samples.images, labels=samples.labels, classes=np.array(samples.classes)
+    )
+    write_atomic(folder / "samples.npz", buffer.getvalue())
+
+
+def load(folder: Path) -> Samples:
+    """What `save` wrote."""
+    with np.load(folder / "samples.npz", allow_pickle=False) as saved:
+        return Samples(saved["images"], saved["labels"], tuple(str(name) for name in saved["classes"]))
+
+
+def grid(samples: Samples, rows: int = 10, scale: int = 2) -> bytes:
+    """A PNG with the first `rows` images of each class, one column a class, enlarged `scale` times."""
+    from PIL import Image
+
+    channels, height, width = samples.images.shape[1:]
+    sheet = np.zeros((rows * height, len(samples.classes) * width, channels), np.uint8)
+    for label in range(len(samples.classes)):
+        for row, image in enumerate(samples.images[samples.labels == label][:rows]):
+            place = np.s_[row * height : (row + 1) * height, label * width : (label + 1) * width]
+            sheet[place] = image.transpose(1, 2, 0)
+    picture = Image.fromarray(sheet[:, :, 0] if sheet.shape[2] == 1 else sheet)
+    picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
