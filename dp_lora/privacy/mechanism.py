@@ -1,0 +1,82 @@
+"""The release of one step: microbatches in, clipped sum, noise once, divided by the expected batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dp_lora.privacy.plan import PrivacyPlan
+from dp_lora.privacy.randomness import Randomness
+
+
+def slice_of_batch(indices: Tensor, rank: int, world_size: int) -> Tensor:
+    """The part of the batch that process `rank` of `world_size` sums: consecutive, sizes equal to within one.
+
+    The parts are disjoint and make up the batch, whose draw every process repeats, so inclusion stays
+    independent between examples. A consecutive part keeps draws that belong to a position in the batch
+    the same for any number of processes.
+    """
+    return indices.tensor_split(world_size)[rank]
+
+
+def microbatches(indices: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(indices int64 [size], weights float32 [size]) that cover `indices` in order.
+
+    The last one is filled up with its first index at weight 0, so that every forward has the same shape
+    and no memory or compile cache depends on the size of the batch. Nothing for an empty batch: its
+    noisy step needs no forward.
+    """
+    for start in range(0, len(indices), size):
+        part = indices[start : start + size]
+        weights = torch.zeros(size)
+        weights[: len(part)] = 1.0
+        yield torch.cat([part, part[:1].expand(size - len(part))]), weights
+
+
+def noised_mean(
+    total: Tensor,
+    plan: PrivacyPlan,
+    randomness: Randomness,
+    step: int,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """(sum + sigma C N(0, I)) / expected_batch_size, float32 [P]: what one step releases.
+
+    Guarantees:
+        * Every coordinate gets noise, of std exactly `plan.noise_std` before the division, from the
+          stream ("noise", step), which nothing else reads.
+        * An empty batch (a zero sum) is released like any other.
+        * Sum and noise meet in float64 and are rounded together, once.
+        * With a process group the clipped sums are added over its processes and the noise is added once:
+          each process draws the same noise and holds the same result.
+
+    Args:
+        total: the clipped sum [P] of this process, from `ClippedGradientSum.total`.
+        plan: the numbers of the run.
+        randomness: the run's key.
+        step: number of the step, the same on every process.
+        group: the processes that share the batch; None for one process.
+    """
+    total = total.double()
+    if group is not None:
+        total = total.clone()
+        dist.all_reduce(total, group=group)
+    if plan.noise_std:
+        noise = randomness.secure_normal("noise", step, total.numel()).to(total.device)
+        total = total + plan.noise_std * noise
+    return (total / plan.expected_batch_size).float()
+
+
+def signal_to_noise(released: Tensor, plan: PrivacyPlan) -> float:
+    """An estimate of |mean clipped gradient|^2 over the expected |noise|^2, from the released value alone.
+
+    E |released|^2 is the sum of the two, and the second is known, so this is post-processing: it may be
+    logged. Unbiased, hence at times below 0. inf without noise.
+    """
+    if not plan.noise_std:
+        return float("inf")
+    noise_energy = released.numel() * (plan.noise_std / plan.expected_batch_size) ** 2
+    return float(released.double().square().sum()) / noise_energy - 1.0

@@ -1,0 +1,201 @@
+"""PrivacyPlan: the one record that ties sampler, clip, noise and accountant to one set of numbers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dp_lora.errors import UserError
+from dp_lora.privacy import accounting
+from dp_lora.privacy.accounting import ADJACENCY, Mechanism
+
+CLIPPINGS = ("flat", "automatic", "per_layer")
+
+
+@dataclass(frozen=True)
+class PrivacyPlan:
+    """The numbers of a run, fixed before it begins; every part of the mechanism reads them from here.
+
+    One step: each of `num_examples` images joins the batch with probability `sample_rate`; each image's
+    gradient, the mean over its `noise_multiplicity` draws, is clipped to `max_grad_norm`; Gaussian noise
+    of std `noise_std` = noise_multiplier x max_grad_norm is added to their sum, once.
+
+    Sensitivity: adding or removing one image changes the sum by at most `max_grad_norm`, whatever
+    `noise_multiplicity`, `clipping`, the microbatches and the number of processes are. It is the sum that
+    is released; dividing by `expected_batch_size`, a constant, is post-processing.
+
+    `epsilon` is the smallest valid upper bound of `epsilon_by_accountant` after all `steps`, for `delta`,
+    and `accountant` is whose it is. A plan with `private` false has neither noise nor clip, epsilon inf.
+    """
+
+    num_examples: int
+    sample_rate: float
+    expected_batch_size: float
+    steps: int
+    noise_multiplier: float
+    noise_multiplicity: int
+    max_grad_norm: float
+    clipping: str
+    delta: float
+    target_epsilon: float | None
+    epsilon: float
+    accountant: str
+    epsilon_by_accountant: dict[str, float]
+    adjacency: str
+
+    @property
+    def private(self) -> bool:
+        """Whether there is a guarantee at all."""
+        return math.isfinite(self.epsilon)
+
+    @property
+    def noise_std(self) -> float:
+        """Standard deviation of the noise on each coordinate of the sum."""
+        return self.noise_multiplier * self.max_grad_norm if self.noise_multiplier else 0.0
+
+    @property
+    def mechanism(self) -> Mechanism:
+        """What the accountant is told."""
+        return Mechanism(self.noise_multiplier, self.sample_rate, self.steps)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields for privacy.json: plain values, an infinite number as the string 'inf'."""
+        values = asdict(self) | {"private": self.private}
+        values["epsilon_by_accountant"] = {k: _plain(v) for k, v in self.epsilon_by_accountant.items()}
+        return {name: _plain(value) for name, value in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    return "inf" if isinstance(value, float) and math.isinf(value) else value
+
+
+def make_plan(
+    *,
+    num_examples: int,
+    expected_batch_size: float,
+    steps: int | None,
+    noise_multiplier: float | None,
+    target_epsilon: float | None,
+    delta: float,
+    noise_multiplicity: int,
+    max_grad_norm: float,
+    clipping: str = "flat",
+    adjacency: Literal["add_or_remove", "zero_out"] = "add_or_remove",
+    cache: Path | None = None,
+) -> PrivacyPlan:
+    """The plan in which, of epsilon, noise multiplier and steps, two have determined the third.
+
+    Args:
+        num_examples: N. Under "add or remove" N itself is not public; the sample rate is.
+        expected_batch_size: q N, a constant, the divisor of every update.
+        steps: None: as many as `target_epsilon` allows with `noise_multiplier`.
+        noise_multiplier: None: the smallest that meets `target_epsilon` in `steps`.
+        target_epsilon: None reports what the other two spend; inf is the baseline without privacy.
+        delta: in (0, 1 / N).
+        noise_multiplicity: k, draws per example.
+        max_grad_norm: C.
+        clipping: flat, automatic or per_layer.
+        adjacency: add or remove one image, or replace one by a null that contributes nothing; both have
+            the same epsilon.
+        cache: folder for calibrated noise multipliers.
+
+    Raises:
+        UserError: a value out of range, too few of the three, or three that disagree: epsilon of the
+            noise multiplier and the steps passes the target, or stays below 99 % of it.
+    """
+    _check(num_examples, expected_batch_size, steps, noise_multiplier, target_epsilon)
+    _check_mechanism(num_examples, delta, noise_multiplicity, max_grad_norm, clipping)
+    rate = expected_batch_size / num_examples
+    private = target_epsilon != math.inf
+    if not private:
+        assert steps is not None
+        noise_multiplier, max_grad_norm = 0.0, math.inf
+    elif steps is None:
+        assert noise_multiplier is not None and target_epsilon is not None
+        steps = accounting.steps_for(target_epsilon, delta, rate, noise_multiplier)
+    elif noise_multiplier is None:
+        assert target_epsilon is not None
+        noise_multiplier = accounting.noise_multiplier_for(target_epsilon, delta, rate, steps, cache)
+    assert noise_multiplier is not None
+    mechanism = Mechanism(noise_multiplier, rate, steps)
+    bounds = accounting.epsilon_by_accountant([mechanism], delta)
+    spent = accounting.smallest(bounds)
+    if target_epsilon is not None and private:
+        _check_agreement(target_epsilon, spent.epsilon, mechanism)
+    return PrivacyPlan(
+        num_examples=num_examples,
+        sample_rate=rate,
+        expected_batch_size=expected_batch_size,
+        steps=steps,
+        noise_multiplier=noise_multiplier,
+        noise_multiplicity=noise_multiplicity,
+        max_grad_norm=max_grad_norm,
+        clipping=clipping,
+        delta=delta,
+        target_epsilon=target_epsilon,
+        epsilon=spent.epsilon,
+        accountant=spent.accountant if private else "none",
+        epsilon_by_accountant=bounds,
+        adjacency=ADJACENCY if adjacency == "add_or_remove" else accounting.ZERO_OUT,
+    )
+
+
+def _check(
+    num_examples: int,
+    expected_batch_size: float,
+    steps: int | None,
+    noise_multiplier: float | None,
+    target_epsilon: float | None,
+) -> None:
+    if num_examples < 1:
+        raise UserError(f"data: {num_examples} training images: expected at least 1")
+    if not 0 < expected_batch_size <= num_examples:
+        raise UserError(
+            f"train.expected_batch_size={expected_batch_size:g}: expected a number in (0, {num_examples}], "
+            "the number of training images"
+        )
+    if steps is not None and steps < 1:
+        raise UserError(f"train.max_steps={steps}: expected at least 1")
+    if noise_multiplier is not None and not 0 < noise_multiplier < math.inf:
+        raise UserError(f"privacy.noise_multiplier={noise_multiplier}: expected a finite number above 0")
+    if target_epsilon is not None and not target_epsilon > 0:
+        raise UserError(f"privacy.epsilon={target_epsilon}: expected a number above 0, inf or none")
+    if target_epsilon == math.inf and noise_multiplier is not None:
+        raise UserError(
+            f"privacy.epsilon=inf with privacy.noise_multiplier={noise_multiplier:g}: expected null, since "
+            "the baseline has no noise; epsilon=none reports what a noise multiplier spends"
+        )
+    if target_epsilon == math.inf and steps is None:
+        raise UserError("train.max_steps=null with privacy.epsilon=inf: expected a number of steps")
+    if target_epsilon != math.inf and (steps, noise_multiplier, target_epsilon).count(None) > 1:
+        raise UserError(
+            "privacy.epsilon, privacy.noise_multiplier, train.max_steps: expected at least two of the three, "
+            "which determine the third"
+        )
+
+
+def _check_mechanism(
+    num_examples: int, delta: float, noise_multiplicity: int, max_grad_norm: float, clipping: str
+) -> None:
+    if not 0 < delta < 1 / num_examples:
+        raise UserError(
+            f"privacy.delta={delta:g}: expected a number in (0, 1/N) = (0, {1 / num_examples:.3g}), or one "
+            "image in N may be given away whole"
+        )
+    if noise_multiplicity < 1:
+        raise UserError(f"privacy.noise_multiplicity={noise_multiplicity}: expected at least 1")
+    if clipping not in CLIPPINGS:
+        raise UserError(f"privacy.clipping={clipping!r}: expected one of {', '.join(CLIPPINGS)}")
+    if not 0 < max_grad_norm < math.inf:
+        raise UserError(f"privacy.max_grad_norm={max_grad_norm}: expected a finite number above 0")
+
+
+def _check_agreement(target: float, spent: float, mechanism: Mechanism) -> None:
+    if not 0.99 * target <= spent <= target:
+        raise UserError(
+            f"privacy.epsilon={target:g} with privacy.noise_multiplier={mechanism.noise_multiplier:g} and "
+            f"train.max_steps={mechanism.steps}: these two spend {spent:.4g}, expected 99 to 100 % of the "
+            "target; leave out one of the three"
+        )

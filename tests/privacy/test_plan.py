@@ -1,0 +1,113 @@
+"""Of epsilon, noise multiplier and steps, two determine the third; nonsense is refused in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dp_lora.errors import UserError
+from dp_lora.privacy.accounting import epsilon
+from dp_lora.privacy.plan import PrivacyPlan, make_plan
+
+
+def planned(**changes: Any) -> PrivacyPlan:
+    values: dict[str, Any] = {
+        "num_examples": 1000,
+        "expected_batch_size": 200,
+        "steps": 40,
+        "noise_multiplier": None,
+        "target_epsilon": 5.0,
+        "delta": 1e-5,
+        "noise_multiplicity": 4,
+        "max_grad_norm": 0.01,
+    }
+    return make_plan(**values | changes)
+
+
+@pytest.fixture(scope="module")
+def calibrated() -> PrivacyPlan:
+    return planned()
+
+
+def test_two_of_three_determine_the_third(calibrated: PrivacyPlan, tmp_path: Path) -> None:
+    sigma = calibrated.noise_multiplier
+    assert 4.975 <= calibrated.epsilon <= 5
+    assert planned(noise_multiplier=sigma, cache=tmp_path) == calibrated == planned(cache=tmp_path)
+    assert len(list(tmp_path.rglob("*.json"))) == 1
+    stopped = planned(noise_multiplier=sigma, steps=None)
+    assert stopped.steps >= 40 and stopped.epsilon <= 5
+    reported = planned(noise_multiplier=sigma, target_epsilon=None)
+    assert reported.epsilon == calibrated.epsilon and reported.target_epsilon is None
+
+
+def test_the_numbers_of_a_plan_belong_together(calibrated: PrivacyPlan) -> None:
+    plan = calibrated
+    assert plan.private and plan.sample_rate == 0.2 and plan.noise_std == plan.noise_multiplier * 0.01
+    assert plan.epsilon == epsilon([plan.mechanism], plan.delta).epsilon
+    assert plan.epsilon == plan.epsilon_by_accountant[plan.accountant]
+    assert "add or remove" in plan.adjacency
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan.delta = 0.5  # type: ignore[misc]
+
+
+def test_multiplicity_clipping_and_zero_out_have_the_same_epsilon(calibrated: PrivacyPlan) -> None:
+    other = planned(noise_multiplicity=32, max_grad_norm=3.0, clipping="automatic", adjacency="zero_out")
+    assert other.epsilon == calibrated.epsilon and other.adjacency != calibrated.adjacency
+
+
+def test_the_baseline_has_no_noise_no_clip_and_no_guarantee() -> None:
+    plan = planned(target_epsilon=math.inf)
+    assert not plan.private and plan.epsilon == math.inf and plan.noise_std == 0
+    assert plan.max_grad_norm == math.inf and plan.accountant == "none"
+
+
+@pytest.mark.parametrize("target", [5.0, math.inf])
+def test_a_plan_becomes_plain_json(target: float) -> None:
+    values = planned(target_epsilon=target).to_dict()
+    text = json.dumps(values, allow_nan=False)
+    assert json.loads(text) == values
+    assert float(values["epsilon"]) == (math.inf if target == math.inf else values["epsilon"])
+    names = {field.name for field in dataclasses.fields(PrivacyPlan)}
+    assert names <= set(values) and set(values["epsilon_by_accountant"]) == {"prv", "pld", "rdp"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"delta": 0.0}, "privacy.delta"),
+        ({"delta": 1e-3}, "privacy.delta"),
+        ({"delta": math.nan}, "privacy.delta"),
+        ({"target_epsilon": 0.0}, "privacy.epsilon"),
+        ({"target_epsilon": -1.0}, "privacy.epsilon"),
+        ({"target_epsilon": math.nan}, "privacy.epsilon"),
+        ({"target_epsilon": math.inf, "noise_multiplier": 1.0}, "privacy.epsilon"),
+        ({"noise_multiplier": 0.0}, "privacy.noise_multiplier"),
+        ({"noise_multiplier": math.nan}, "privacy.noise_multiplier"),
+        ({"noise_multiplier": math.inf}, "privacy.noise_multiplier"),
+        ({"noise_multiplier": 0.1, "steps": None}, "privacy.noise_multiplier"),
+        ({"steps": 0}, "train.max_steps"),
+        ({"steps": None, "target_epsilon": math.inf}, "train.max_steps"),
+        ({"steps": None}, "privacy.epsilon"),
+        ({"target_epsilon": None}, "privacy.epsilon"),
+        ({"expected_batch_size": 0}, "train.expected_batch_size"),
+        ({"expected_batch_size": 1001}, "train.expected_batch_size"),
+        ({"expected_batch_size": math.nan}, "train.expected_batch_size"),
+        ({"noise_multiplicity": 0}, "privacy.noise_multiplicity"),
+        ({"max_grad_norm": 0.0}, "privacy.max_grad_norm"),
+        ({"max_grad_norm": math.inf}, "privacy.max_grad_norm"),
+        ({"num_examples": 0}, "data"),
+        ({"clipping": "none"}, "privacy.clipping"),
+        ({"noise_multiplier": 0.5}, "privacy.epsilon"),
+        ({"noise_multiplier": 20.0}, "privacy.epsilon"),
+    ],
+)
+def test_nonsense_is_refused_in_one_line_that_names_the_field(changes: dict[str, Any], field: str) -> None:
+    with pytest.raises(UserError) as refused:
+        planned(**changes)
+    message = str(refused.value)
+    assert message.startswith(field) and "\n" not in message and "expected" in message
