@@ -1,0 +1,50 @@
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup run test check format data clean
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+# Words for `run` (overrides), `test` (pytest) and `data` (names of sets): make run ARGS="epsilon=eps1"
+ARGS ?=
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo '  ARGS="..." adds words to run, test and data'
+
+setup: .venv/installed-dev  ## install everything into .venv, with the tools for development
+
+run: .venv/installed  ## run the default job: fine-tune, sample, evaluate
+	$(BIN)/dp-lora $(ARGS)
+
+test: .venv/installed-dev  ## run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+check: .venv/installed-dev  ## formatter, linter, types and tests: what has to pass before a commit
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+format: .venv/installed-dev  ## write the code the way `check` wants it
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+data: .venv/installed  ## fetch the full MNIST and Fashion-MNIST and the fonts of the public letters
+	$(BIN)/python -m dp_lora.fetch $(ARGS)
+
+clean:  ## remove caches and built packages; .venv and the runs in outputs/ stay
+	rm -rf dist .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+# A file of its own for each set of packages, so that `make run` does not wait for the tools.
+.venv/installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e .
+	@touch $@
+
+.venv/installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.[dev]'
+	@touch .venv/installed $@
