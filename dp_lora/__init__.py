@@ -1,3 +1,3 @@
-"""Differentially private LoRA fine-tuning of latent diffusion models, as a Hydra-configured sweep framework."""
+"""Differentially private LoRA fine-tuning of latent diffusion models."""
 
 __version__ = "0.1.0"

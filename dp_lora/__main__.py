@@ -9,11 +9,16 @@ from __future__ import annotations
 import os
 import re
 import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -23,40 +28,82 @@ from dp_lora.errors import UserError, did_you_mean
 ConfigStore.instance().store(name="schema", node=Config)
 
 
+class _Reported(UserError):
+    """A failed job of a sweep, whose line is on stderr already."""
+
+
 @hydra.main(config_path=str(config_directory()), config_name="config", version_base="1.3")
 def app(composed: DictConfig) -> dict[str, object]:
     """One job of a Hydra run or multirun; returns where it lies and its metrics."""
     from dp_lora.run import run
 
-    config = from_omegaconf(composed)
-    return run(config, list(HydraConfig.get().overrides.task))
+    settings = HydraConfig.get()
+    try:
+        return run(from_omegaconf(composed), list(settings.overrides.task))
+    except (UserError, OmegaConfBaseException) as error:
+        reason = explain(error)
+        if settings.mode != RunMode.MULTIRUN:
+            _stop(reason, 2)
+    except Exception as error:
+        if settings.mode != RunMode.MULTIRUN:
+            raise
+        traceback.print_exc()
+        reason = " ".join(f"{type(error).__name__} {error}".split())
+    # The other jobs of the sweep go on; Hydra passes on the first failure only, so each is told here.
+    _say(f"job {settings.job.num} ({settings.job.override_dirname}): {reason}")
+    raise _Reported(reason)
 
 
 def main() -> None:
     """Runs the app and turns what a user can cause into one line and an exit status."""
     # Without it Hydra prints errors its own way and exits with status 1.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    sys.argv[1:] = hydra_words(sys.argv[1:])
     try:
+        _check_flags(sys.argv[1:])
         app()
-    except UserError as error:
-        _stop(str(error), 2)
-    except (HydraException, OmegaConfBaseException) as error:
+    except _Reported:
+        sys.exit(2)
+    except (UserError, HydraException, OmegaConfBaseException) as error:
         _stop(explain(error), 2)
-    except KeyboardInterrupt:
-        _stop("interrupted; the same command continues", 130)
-    except Exception as error:
-        if type(error).__name__ != "Interrupted":
-            raise
-        _stop(f"{error}; the same command continues", 130)
+    except KeyboardInterrupt as error:
+        _stop(f"{str(error) or 'interrupted'}; the same command continues", 130)
 
 
-def _stop(line: str, status: int) -> None:
-    print(f"dp-lora: {line}", file=sys.stderr)
+def hydra_words(words: Sequence[str]) -> list[str]:
+    """The command line as Hydra takes it: `epsilon=inf` names a preset, not a number, and flags come last.
+
+    >>> hydra_words(["epsilon=eps1,inf", "-m", "lora.rank=4"])
+    ["epsilon=eps1,'inf'", 'lora.rank=4', '-m']
+    """
+    quoted = [
+        re.sub(r"\binf\b", "'inf'", word) if re.match(r"epsilon=[\w,]+$", word) else word for word in words
+    ]
+    return sorted(quoted, key=lambda word: word.startswith("-") or "=" not in word)
+
+
+def _check_flags(words: Sequence[str]) -> None:
+    """Raises UserError for a flag that does not exist: argparse would print its whole usage."""
+    flags = get_args_parser()._option_string_actions
+    for word in words:
+        name = word.split("=")[0]
+        if name.startswith("--") and not any(flag.startswith(name) for flag in flags):
+            raise UserError(f"{name}: no such flag{did_you_mean(name, flags)}; --help lists them")
+
+
+def _say(line: str) -> None:
+    print(f"dp-lora: {line}", file=sys.stderr, flush=True)
+
+
+def _stop(line: str, status: int) -> NoReturn:
+    _say(line)
     sys.exit(status)
 
 
 def explain(error: Exception) -> str:
-    """One line for an error of Hydra or OmegaConf: the field, the value, what was expected, the nearest name."""
+    """One line for an error of the user: the field, the value, what was expected, the nearest."""
+    if isinstance(error, UserError):
+        return str(error)
     causes = [error]
     while causes[-1].__cause__ is not None and isinstance(causes[-1].__cause__, Exception):
         causes.append(causes[-1].__cause__)
@@ -65,17 +112,33 @@ def explain(error: Exception) -> str:
         group, choice = found[1], found[2]
         options = sorted(path.stem for path in (config_directory() / group).glob("*.yaml"))
         return f"{group}={choice}: expected one of {', '.join(options)}{did_you_mean(choice, options)}"
+    if found := re.search(r"Error parsing override '(.*)'", text):
+        return f"{found[1]!r}: expected option=value, in Hydra's syntax"
+    if found := re.search(r"Error merging override (.*)", text):
+        return f"{found[1]}: {_expected(str(causes[-1]))}"
     if found := re.search(r"Could not override '([^']+)'", text):
         return f"{found[1]}: {_reason(text)}{_nearest_key(found[1])}"
     if found := re.search(r"Key '([^']+)' not in '(\w+)'\s+full_key: ([\w.@]+)", text):
         return f"{found[3]}: no such option{_nearest_key(found[3])}"
+    if found := re.search(r"full_key: ([\w.@]+)", text):
+        return f"{found[1]}: {_expected(str(causes[-1]))}"
     return " ".join(str(error).split())
 
 
+_TYPES = {"Float": "a number", "Integer": "a whole number", "Boolean": "true or false"}
+
+
+def _expected(text: str) -> str:
+    """What OmegaConf's `text` about a value of the wrong type says was expected."""
+    if found := re.search(r"could not be converted to (\w+)", text):
+        return f"expected {_TYPES.get(found[1], found[1])}"
+    if found := re.search(r"is not a subclass of (\w+)", text):
+        return "a group of options, expected one of the options below it"
+    return " ".join(text.split("\n")[0].split())
+
+
 def _reason(text: str) -> str:
-    if "is not in struct" in text or "not in '" in text:
-        return "no such option"
-    return " ".join(text.split("\n")[-1].split()) or "cannot be set"
+    return "no such option" if "not in '" in text else _expected(text.split("\n")[-1]) or "cannot be set"
 
 
 def _nearest_key(key: str) -> str:
@@ -89,7 +152,7 @@ def _keys() -> list[str]:
 
     def visit(node: DictConfig, prefix: str) -> None:
         for name in node:
-            full = f"{prefix}{name}"
+            full = f"{prefix}{name!s}"
             found.append(full)
             if not OmegaConf.is_missing(node, str(name)) and isinstance(node[name], DictConfig):
                 visit(node[name], f"{full}.")

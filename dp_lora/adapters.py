@@ -7,6 +7,8 @@ biases (BitFit), `norm` the normalisation layers, `full` every parameter of the 
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,12 +22,15 @@ from torch import Tensor, nn
 
 from dp_lora.config import LoraConfig
 from dp_lora.errors import UserError, did_you_mean
-from dp_lora.files import write_atomic
+from dp_lora.files import write_atomic, write_json
 from dp_lora.models import WITHOUT_EFFECT, LatentDiffusion
 
 ADAPTER = "adapter_model.safetensors"
 TRAINED = "trained.safetensors"
 """Parameters that were trained in place, by their name in the model: the class embedding among them."""
+
+_PREFIX = "base_model.model."
+"""What peft puts before the names of a model's parameters."""
 
 _LORA_LAYERS = (nn.Linear, nn.Conv2d)
 _NORMS = (nn.GroupNorm, nn.LayerNorm)
@@ -67,7 +72,7 @@ def target_names(unet: nn.Module, target_modules: Sequence[str], rank: int) -> l
     Queries and keys of the cross-attention to one token are left out: they have no effect.
 
     Raises UserError when a target matches no linear or convolution layer, naming the nearest that would,
-    and when `rank` is larger than the smaller side of a layer that is meant.
+    when none has an effect, and when `rank` is larger than the smaller side of a layer that is meant.
     """
     layers = {name: module for name, module in unet.named_modules() if isinstance(module, _LORA_LAYERS)}
     chosen: list[str] = []
@@ -79,7 +84,12 @@ def target_names(unet: nn.Module, target_modules: Sequence[str], rank: int) -> l
                 f"lora.target_modules: {target!r} matches no linear or convolution layer of the UNet; "
                 f"expected ends of names such as {', '.join(ends)}{did_you_mean(target, ends)}"
             )
-        chosen += [name for name in found if not name.endswith(WITHOUT_EFFECT) and name not in chosen]
+        chosen += [name for name in found if not WITHOUT_EFFECT.search(name) and name not in chosen]
+    if not chosen:
+        raise UserError(
+            f"lora.target_modules={list(target_modules)}: has no effect, since attention to one token does "
+            "not depend on its queries and keys; expected other targets too, such as to_v"
+        )
     for name in chosen:
         width = min(_sides(layers[name]))
         if rank > width:
@@ -108,7 +118,7 @@ def _add_lora(model: LatentDiffusion, lora: LoraConfig, seed: int) -> None:
     alpha = lora.rank if lora.alpha is None else lora.alpha
     config = PeftLoraConfig(
         r=lora.rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]
+        lora_alpha=alpha,
         target_modules=target_names(model.unet, lora.target_modules, lora.rank),
         init_lora_weights="gaussian",
     )
@@ -121,7 +131,7 @@ def _chosen(model: LatentDiffusion, components: set[str]) -> list[tuple[str, nn.
     """The parameters that are trained in place."""
     chosen: list[tuple[str, nn.Parameter]] = []
     for module_name, module in model.unet.named_modules(prefix="unet"):
-        if ".lora_" in module_name or module_name.removesuffix(".base_layer").endswith(WITHOUT_EFFECT):
+        if ".lora_" in module_name or WITHOUT_EFFECT.search(module_name.removesuffix(".base_layer")):
             continue
         for name, parameter in module.named_parameters(recurse=False):
             wanted = (
@@ -133,12 +143,12 @@ def _chosen(model: LatentDiffusion, components: set[str]) -> list[tuple[str, nn.
             if wanted:
                 chosen.append((f"{module_name}.{name}", parameter))
     if components & {"embedder", "full"}:
-        chosen.append(("class_embedder.weight", model.class_embedder.weight))
+        chosen.append(("class_embedder.weight", model.class_embedder.get_parameter("weight")))
     return chosen
 
 
 def export(model: LatentDiffusion, folder: Path, *, base_model: str, card: str) -> None:
-    """Writes what was trained: PEFT's files for the adapters, `trained.safetensors` for the rest, and the card.
+    """Writes what was trained: PEFT's files for the adapters, `trained.safetensors` for the rest, the card.
 
     The folder holds nothing that is not a function of released values: no optimiser, no key, no data.
     """
@@ -146,11 +156,12 @@ def export(model: LatentDiffusion, folder: Path, *, base_model: str, card: str) 
     config: PeftLoraConfig | None = getattr(model.unet, "peft_config", {}).get("default")
     if config is not None:
         state = get_peft_model_state_dict(model.unet)
-        prefixed = {f"base_model.model.{name}": value.cpu().contiguous() for name, value in state.items()}
-        config.base_model_name_or_path = base_model
-        config.inference_mode = True
-        config.save_pretrained(str(folder))
-        _save(prefixed, folder / ADAPTER)
+        prefixed = {_PREFIX + name: value.cpu().contiguous() for name, value in state.items()}
+        values = _plain_values(config) | {"base_model_name_or_path": base_model, "inference_mode": True}
+        # Where diffusers looks for the rank and alpha.
+        metadata = {"lora_adapter_metadata": json.dumps({_PREFIX + name: v for name, v in values.items()})}
+        _save(prefixed, folder / ADAPTER, metadata)
+        write_json(folder / "adapter_config.json", values)
     trained = {
         _plain_name(name): value.detach().cpu().contiguous()
         for name, value in trainable_parameters(model).items()
@@ -161,10 +172,27 @@ def export(model: LatentDiffusion, folder: Path, *, base_model: str, card: str) 
     write_atomic(folder / "README.md", card)
 
 
+def _plain_values(config: PeftLoraConfig) -> dict[str, Any]:
+    """The fields of adapter_config.json, in an order that is the same in every process."""
+    return {
+        name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()
+    }
+
+
 def _save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     partial = path.with_name(path.name + ".partial")
-    save_file(dict(tensors), partial, metadata={"format": "pt", **(metadata or {})})
+    # One entry at most: safetensors writes several in an order that changes from call to call.
+    assert metadata is None or len(metadata) == 1
+    save_file(dict(tensors), partial, metadata=dict(metadata or {"format": "pt"}))
+    # safetensors writes for its owner only; an adapter is there to be given away, like the card beside it.
+    partial.chmod(0o666 & ~_umask())
     partial.replace(path)
+
+
+def _umask() -> int:
+    current = os.umask(0o077)
+    os.umask(current)
+    return current
 
 
 def _plain_name(name: str) -> str:
@@ -182,21 +210,38 @@ def restore(model: LatentDiffusion, folder: Path, classes: Sequence[str]) -> Non
 
     Raises UserError when a file cannot be read or does not fit the model.
     """
-    try:
-        if (folder / ADAPTER).exists():
-            state = {n.removeprefix("base_model.model."): v for n, v in load_file(folder / ADAPTER).items()}
-            model.unet.add_adapter(PeftLoraConfig.from_pretrained(str(folder)))
-            result: Any = set_peft_model_state_dict(model.unet, state)
-            if result.unexpected_keys:
-                raise UserError(f"{folder / ADAPTER}: {result.unexpected_keys[0]} fits no module of the model")
-        trained = load_file(folder / TRAINED) if (folder / TRAINED).exists() else {}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder}: the adapter cannot be read ({' '.join(str(error).split())})") from error
-    if "class_embedder.weight" in trained:
-        model.class_embedder = nn.Embedding.from_pretrained(trained["class_embedder.weight"])
+    if (folder / ADAPTER).exists():
+        _restore_lora(model, folder)
+    trained = _read(folder / TRAINED) if (folder / TRAINED).exists() else {}
+    embedding = trained.get("class_embedder.weight")
+    if embedding is not None and embedding.shape == (len(classes), model.class_embedder.embedding_dim):
+        model.class_embedder = nn.Embedding.from_pretrained(embedding)
         model.classes = tuple(classes)
     own = {_plain_name(name): value for name, value in model.named_parameters()}
     for name, value in trained.items():
         if name not in own or own[name].shape != value.shape:
             raise UserError(f"{folder / TRAINED}: {name} {tuple(value.shape)} does not fit the model")
         own[name].data.copy_(value)
+
+
+def _restore_lora(model: LatentDiffusion, folder: Path) -> None:
+    state = {name.removeprefix(_PREFIX): value for name, value in _read(folder / ADAPTER).items()}
+    try:
+        model.unet.add_adapter(PeftLoraConfig.from_pretrained(str(folder)))
+        fits = {name: value.shape for name, value in get_peft_model_state_dict(model.unet).items()}
+    except (OSError, ValueError, TypeError) as error:
+        raise _unreadable(folder, error) from error
+    if fits != {name: value.shape for name, value in state.items()}:
+        raise UserError(f"{folder / ADAPTER}: its tensors do not fit the modules of the model")
+    set_peft_model_state_dict(model.unet, state)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path}: the adapter cannot be read ({' '.join(str(error).split())})")

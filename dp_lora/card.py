@@ -177,11 +177,14 @@ def _at_most(value: Any) -> str:
 
 
 def _loading_section(base_model: str, *, lora: bool) -> str:
+    trained = (
+        "`trained.safetensors`, where there is one, holds the parameters that were trained in place by their "
+        "names in the model: those that begin with `unet.` go into the UNet by `load_state_dict(..., "
+        "strict=False)`, and row i of `class_embedder.weight` is the condition of class i, to be given as "
+        "`encoder_hidden_states` of shape [batch, 1, width]. Its metadata lists the classes in that order."
+    )
     if not lora:
-        return (
-            "## Loading\n\nThe safetensors file holds the trained parameters under their names in the UNet; "
-            "load them with `unet.load_state_dict(safetensors.torch.load_file(path), strict=False)`."
-        )
+        return f"## Loading\n\n{trained}"
     code = [
         "```python",
         "from diffusers import UNet2DConditionModel",
@@ -192,4 +195,4 @@ def _loading_section(base_model: str, *, lora: bool) -> str:
         "unet.eval()",
         "```",
     ]
-    return "\n".join(["## Loading", "", *code])
+    return "\n".join(["## Loading", "", *code, "", trained])

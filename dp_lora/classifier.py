@@ -56,7 +56,7 @@ def train_classifier(
                 logits = classifier(images[chosen].to(device))
                 loss = F.cross_entropy(logits, labels[chosen].to(device))
                 optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 optimizer.step()
     return classifier.eval()
 

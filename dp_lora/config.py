@@ -16,7 +16,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
@@ -40,15 +40,15 @@ class DataConfig:
     """Which loader: mnist5k, digits, mnist, fashion_mnist, letters or imagefolder."""
     public: bool = False
     """Whether anybody may see it: only then may losses on it be logged."""
-    source: Optional[str] = None
+    source: str | None = None
     """Folder or hub name, for loaders that read one."""
     image_size: int = 32
     """Side of the square images given to the model, in pixels."""
     channels: int = 1
     """1 for grey, 3 for RGB."""
-    classes: Optional[list[str]] = None
+    classes: list[str] | None = None
     """Keep only these classes, in this order; null keeps all."""
-    train_size: Optional[int] = None
+    train_size: int | None = None
     """Number of training images to take or to render, balanced over classes; null takes all."""
     validation_size: int = 0
     """Number of training images set aside, stratified, for choices that must not see the test set."""
@@ -71,6 +71,8 @@ class UNetConfig:
     """A diffusers UNet2DConditionModel whose condition is one class token."""
 
     block_out_channels: list[int] = field(default_factory=lambda: [64, 128])
+    attention: list[bool] = field(default_factory=lambda: [True, True])
+    """Whether each level has attention; the middle block always has."""
     layers_per_block: int = 1
     cross_attention_dim: int = 64
     attention_head_dim: int = 8
@@ -95,6 +97,8 @@ class PretrainConfig:
     autoencoder_batch_size: int = 64
     autoencoder_learning_rate: float = 1e-3
     kl_weight: float = 1e-6
+    decoder_steps: int = 0
+    """Steps of the decoder alone at the end, which make plain backgrounds exactly plain."""
     unet_steps: int = 4000
     unet_batch_size: int = 256
     unet_learning_rate: float = 1e-3
@@ -106,7 +110,7 @@ class ModelConfig:
     """A latent diffusion model and how it comes by its weights."""
 
     name: str = MISSING
-    pretrained: Optional[str] = None
+    pretrained: str | None = None
     """Folder with weights in diffusers form, or the name of weights that ship with the package;
     null pre-trains on `public_data` once and keeps the result in `paths.cache`."""
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
@@ -128,7 +132,7 @@ class LoraConfig:
     """Low-rank adapters (Hu et al. 2021): W + (alpha / rank) B A."""
 
     rank: int = 8
-    alpha: Optional[float] = None
+    alpha: float | None = None
     """null: alpha = rank, so that the adapter's scale is 1."""
     target_modules: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
     """Ends of the names of the modules that get an adapter."""
@@ -138,17 +142,17 @@ class LoraConfig:
 class PrivacyConfig:
     """The guarantee. Of epsilon, noise multiplier and number of steps, two determine the third."""
 
-    epsilon: Optional[float] = 10.0
+    epsilon: float | None = 10.0
     """Target; null reports what a fixed noise multiplier spends; inf is the non-private baseline."""
     delta: float = 1e-5
-    noise_multiplier: Optional[float] = None
+    noise_multiplier: float | None = None
     """Standard deviation of the noise over the clipping norm; null finds the smallest that meets epsilon."""
     noise_multiplicity: int = 2
     """Draws of (timestep, noise) per example, averaged before the clip: compute, not privacy."""
-    max_grad_norm: float = 1e-2
+    max_grad_norm: float = 1e-3
     """C, the norm to which one example's gradient is clipped."""
     clipping: str = "flat"
-    insecure_seed: Optional[int] = None
+    insecure_seed: int | None = None
     """Derives all private randomness from a number, for tests; no privacy against whoever knows it."""
 
 
@@ -158,11 +162,13 @@ class TrainConfig:
 
     expected_batch_size: int = 1000
     """q N: the mean size of a Poisson batch."""
-    max_steps: Optional[int] = 80
+    max_steps: int | None = 80
     """Number of noisy steps; with `epochs` given too, the smaller; null with a fixed noise multiplier
     takes as many as epsilon allows."""
-    epochs: Optional[float] = None
+    epochs: float | None = None
     learning_rate: float = 1e-2
+    embedder_learning_rate_factor: float = 1.0
+    """The class embedding's learning rate over that of the rest: new classes have a longer way to go."""
     schedule: str = "constant"
     """Learning rate over the steps: constant, linear or cosine to zero."""
     warmup_steps: int = 0
@@ -172,7 +178,7 @@ class TrainConfig:
     stratified_timesteps: bool = True
     """Spread an example's k timesteps over k equal parts of the range; false draws them independently."""
     precision: str = "float32"
-    microbatch: Union[int, str] = "auto"
+    microbatch: int | str = "auto"
     """Examples per forward and backward, or 'auto'."""
     checkpoint_minutes: float = 0.5
     """Time between checkpoints."""
@@ -186,6 +192,8 @@ class SamplerConfig:
     steps: int = 15
     eta: float = 0.0
     """DDIM only: 0 is deterministic, 1 is the paper's choice."""
+    guidance: float = 1.0
+    """How far an image is pushed from the mean class towards its own; 1 is the paper's choice: not at all."""
     num_samples: int = 4000
     batch_size: int = 250
 
@@ -210,7 +218,7 @@ class TrackingConfig:
     wandb: str = "auto"
     """auto: online when an API key is there, else offline; or online, offline, disabled."""
     project: str = "dp-lora"
-    group: Optional[str] = None
+    group: str | None = None
     tags: list[str] = field(default_factory=list)
     log_every: int = 1
     progress: str = "auto"
@@ -222,7 +230,7 @@ class ResourcesConfig:
     """What one job may use; none of it changes the result."""
 
     device: str = "auto"
-    threads: Optional[int] = None
+    threads: int | None = None
     """CPU threads of torch; null takes its own choice."""
 
 
@@ -263,7 +271,10 @@ def from_omegaconf(composed: DictConfig) -> Config:
 
     Raises UserError when a field is missing or `check` refuses a value.
     """
-    merged = OmegaConf.merge(OmegaConf.structured(Config), composed)
+    # As plain values: merging one typed configuration into another lets unknown fields pass.
+    plain = OmegaConf.to_container(composed, resolve=True)
+    assert isinstance(plain, dict)
+    merged = OmegaConf.merge(OmegaConf.structured(Config), plain)
     missing = sorted(OmegaConf.missing_keys(merged))
     if missing:
         raise UserError(f"{missing[0]}: no value given")
@@ -279,6 +290,9 @@ def check(config: Config) -> None:
     _check_privacy(config.privacy)
     _check_train(config.train, config.privacy)
     _check_counts(config)
+    levels = (len(config.model.unet.block_out_channels), len(config.model.unet.attention))
+    if levels[0] != levels[1]:
+        raise UserError(f"model.unet.attention: {levels[1]} values, expected one a level, {levels[0]}")
     for name in ("data", "public_data"):
         data: DataConfig = getattr(config, name)
         if data.channels not in (1, 3):
@@ -366,7 +380,6 @@ def _check_counts(config: Config) -> None:
         "train.max_steps": config.train.max_steps,
         "train.expected_batch_size": config.train.expected_batch_size,
         "lora.rank": config.lora.rank,
-        "lora.alpha": config.lora.alpha,
         "sampler.steps": config.sampler.steps,
         "sampler.num_samples": config.sampler.num_samples,
         "sampler.batch_size": config.sampler.batch_size,
@@ -374,6 +387,8 @@ def _check_counts(config: Config) -> None:
         "evaluation.batch_size": config.evaluation.batch_size,
         "tracking.log_every": config.tracking.log_every,
         "resources.threads": config.resources.threads,
+        "model.pretrain.autoencoder_steps": config.model.pretrain.autoencoder_steps,
+        "model.pretrain.unet_steps": config.model.pretrain.unet_steps,
         "data.image_size": config.data.image_size,
         "data.train_size": config.data.train_size,
         "public_data.train_size": config.public_data.train_size,
@@ -381,6 +396,14 @@ def _check_counts(config: Config) -> None:
     for name, value in at_least_one.items():
         if value is not None and not value >= 1:
             raise UserError(f"{name}={value}: expected at least 1")
+    if config.lora.alpha is not None and not 0 < config.lora.alpha < math.inf:
+        raise UserError(f"lora.alpha={config.lora.alpha}: expected a finite number above 0, or null")
+    if not config.lora.target_modules and "lora" in config.trainable.components:
+        raise UserError("lora.target_modules=[]: expected at least one end of a module's name")
+    if config.seed < 0:
+        raise UserError(f"seed={config.seed}: expected at least 0")
+    if not 0 <= config.sampler.guidance < math.inf:
+        raise UserError(f"sampler.guidance={config.sampler.guidance}: expected a finite number, at least 0")
     if not 0 <= config.sampler.eta <= 1:
         raise UserError(f"sampler.eta={config.sampler.eta}: expected a number in [0, 1]")
     for name, data in (("data", config.data), ("public_data", config.public_data)):
@@ -390,6 +413,8 @@ def _check_counts(config: Config) -> None:
 
 
 _CANNOT_CHANGE_THE_RESULT = ("experiment", "stages", "tracking", "resources", "paths")
+_NOR_CAN = ("microbatch", "checkpoint_minutes")
+"""Of `train`."""
 
 
 def fingerprint(config: Config) -> str:
@@ -401,7 +426,7 @@ def fingerprint(config: Config) -> str:
     values = dataclasses.asdict(config)
     for name in _CANNOT_CHANGE_THE_RESULT:
         del values[name]
-    for name in ("microbatch", "checkpoint_minutes"):
+    for name in _NOR_CAN:
         del values["train"][name]
     return _digest(values)
 
@@ -410,7 +435,8 @@ def pretrained_fingerprint(config: Config) -> str:
     """Eight hexadecimal digits of what can change the weights of a public pre-training."""
     model = dataclasses.asdict(config.model)
     del model["pretrained"]
-    return _digest({"model": model, "public_data": dataclasses.asdict(config.public_data), "seed": config.seed})
+    public = dataclasses.asdict(config.public_data)
+    return _digest({"model": model, "public_data": public, "seed": config.seed})
 
 
 def _digest(values: dict[str, Any]) -> str:
@@ -423,10 +449,18 @@ def run_directory(config: Config, overrides: Sequence[str]) -> Path:
     Args:
         config: the job.
         overrides: the command line's `key=value` words; those that cannot change the result are left out.
+            A directory of the same run that was asked for in other words is taken again.
     """
-    said = [word for word in overrides if not word.startswith(_CANNOT_CHANGE_THE_RESULT)]
+    folder = Path(config.paths.outputs).expanduser() / config.experiment
+    identity = fingerprint(config)
+    said_otherwise = sorted(folder.glob(f"*-{identity}"))
+    if said_otherwise:
+        return said_otherwise[0]
+    without_effect = (*_CANNOT_CHANGE_THE_RESULT, *(f"train.{name}" for name in _NOR_CAN))
+    words = [word.replace("'", "") for word in overrides]
+    said = [word.lstrip("+~") for word in words if not word.lstrip("+~").startswith(without_effect)]
     readable = re.sub(r"[^\w.=,+-]+", "_", ",".join(sorted(said))).strip("_")[:120] or "defaults"
-    return Path(config.paths.outputs).expanduser() / config.experiment / f"{readable}-{fingerprint(config)}"
+    return folder / f"{readable}-{identity}"
 
 
 def config_directory() -> Path:

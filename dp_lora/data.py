@@ -154,7 +154,7 @@ def provenance(data: DataConfig, paths: PathsConfig) -> dict[str, Any]:
         return {}
     from dp_lora import letters
 
-    folders = [Path(paths.data).expanduser() / "fonts", *letters.SYSTEM_FOLDERS]
+    folders: list[str | Path] = [Path(paths.data).expanduser() / "fonts", *letters.SYSTEM_FOLDERS]
     return {"fonts": letters.provenance(letters.find_fonts(folders))}
 
 

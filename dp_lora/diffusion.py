@@ -33,7 +33,7 @@ def per_example_loss(
         noise: [B, k, c, h, w], standard normal.
 
     Returns:
-        [B], in the order of the examples. The network sees B * k rows, row i * k + j being draw j of example i.
+        [B], in the order of the examples. The network sees B * k rows; row i * k + j is draw j of example i.
     """
     k = timesteps.shape[1]
     a = model.scheduler.alphas_cumprod.to(latents)[timesteps][:, :, None, None, None]
@@ -68,7 +68,8 @@ def sample_latents(
     noise = initial_noise(seed, first, len(labels), (draws, *model.latent_shape)).to(labels.device)
     latents = noise[:, 0]
     for i, timestep in enumerate(scheduler.timesteps):
-        predicted = model.predict_noise(latents, timestep.expand(len(labels)).to(labels.device), labels)
+        timesteps = timestep.expand(len(labels)).to(labels.device)
+        predicted = guided_noise(model, latents, timesteps, labels, sampler.guidance)
         extra: dict[str, Any] = {"eta": sampler.eta} if sampler.name == "ddim" else {}
         if stochastic:
             extra["variance_noise"] = noise[:, 1 + i]
@@ -76,12 +77,34 @@ def sample_latents(
     return latents
 
 
+def guided_noise(
+    model: LatentDiffusion, latents: Tensor, timesteps: Tensor, labels: Tensor, guidance: float
+) -> Tensor:
+    """The predicted noise, moved away from that of the mean class by the factor `guidance`.
+
+    Classifier-free guidance (Ho and Salimans 2022) with the mean of the class embeddings in place of a
+    trained null class; 1 is no guidance. A function of the released model, so it costs no privacy.
+    """
+    predicted = model.predict_noise(latents, timesteps, labels)
+    if guidance == 1:
+        return predicted
+    mean = model.class_embedder.weight.mean(0).expand(len(labels), -1)
+    neutral = model.predict_noise_of(latents, timesteps, mean)
+    return neutral + guidance * (predicted - neutral)
+
+
 def _scheduler(model: LatentDiffusion, sampler: SamplerConfig) -> Any:
     config = model.scheduler.config
     if sampler.name == "ddim":
         return DDIMScheduler.from_config(config, set_alpha_to_one=True, steps_offset=0)
+    # Steps equal in log signal-to-noise: with equal steps in time the last one is so long that a Gaussian
+    # of std 0.5 comes out with 0.38 after 12 steps, and with 0.51 this way.
     return DPMSolverMultistepScheduler.from_config(
-        config, algorithm_type="dpmsolver++", solver_order=2, final_sigmas_type="zero"
+        config,
+        algorithm_type="dpmsolver++",
+        solver_order=2,
+        final_sigmas_type="zero",
+        use_lu_lambdas=True,
     )
 
 

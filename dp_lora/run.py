@@ -7,7 +7,6 @@ run directory is made.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import resource
 import shutil
@@ -30,6 +29,10 @@ if TYPE_CHECKING:
     from dp_lora.models import LatentDiffusion
     from dp_lora.privacy.plan import PrivacyPlan
     from dp_lora.tracking import Tracker
+
+
+OUTPUTS = {"finetune": "adapter", "sample": "samples.npz", "evaluate": "result.json"}
+"""What a stage leaves in the run directory, whole or not at all; where it is, the stage is skipped."""
 
 
 @dataclass
@@ -56,21 +59,35 @@ def run(config: Config, overrides: Sequence[str] = ()) -> dict[str, Any]:
         UserError: something that the user gave is wrong; nothing was written.
     """
     if config.stages == ["pretrain"]:
-        return {"model": str(pretrained_model(config, again=True))}
+        _check_writable(Path(config.paths.cache).expanduser(), f"paths.cache={config.paths.cache}")
+        folder = pretrained_model(config, again=True)
+        print(f"pre-trained model  {folder}")
+        return {"model": str(folder)}
     job = prepare(config, run_directory(config, overrides))
-    with _own(job), _record(job) as tracker:
-        stages: dict[str, Callable[[Job, Tracker], None]] = {
-            "finetune": _finetune,
-            "sample": _sample,
-            "evaluate": _evaluate,
-        }
-        for name, stage in stages.items():
-            if name in config.stages:
-                tracker.status("running", stage=name)
-                stage(job, tracker)
+    stages: dict[str, Callable[[Job, Tracker], None]] = {
+        "finetune": _finetune,
+        "sample": _sample,
+        "evaluate": _evaluate,
+    }
+    with _own(job):
+        asked = [name for name in stages if name in config.stages]
+        left = [name for name in asked if not (job.directory / OUTPUTS[name]).exists()]
+        for name in asked:
+            if name not in left:
+                _say(f"{name}: done already, {job.directory / OUTPUTS[name]}")
+        if left or not _is_done(job.directory):
+            with _record(job) as tracker:
+                for name in left:
+                    tracker.status("running", stage=name)
+                    stages[name](job, tracker)
     result = read_json(job.directory / "result.json") if (job.directory / "result.json").exists() else {}
     print(_summary(job, result))
     return {"directory": str(job.directory), **result.get("metrics", {})}
+
+
+def _is_done(directory: Path) -> bool:
+    status = directory / "status.json"
+    return status.exists() and read_json(status)["state"] == "done"
 
 
 def prepare(config: Config, directory: Path) -> Job:
@@ -85,8 +102,8 @@ def prepare(config: Config, directory: Path) -> Job:
     plan = _plan(config, len(images.train))
     device = _device(config)
     _check_model(config, images)
-    folder = pretrained_model(config)
     _check_stages(config, directory)
+    folder = pretrained_model(config)
     base_model = config.model.pretrained or folder.name
     return Job(config, directory, images, plan, base_model, device, {})
 
@@ -103,9 +120,14 @@ def _check_directory(config: Config, directory: Path) -> None:
                 f"{directory}: this run directory belongs to another configuration ({other}, expected "
                 f"{fingerprint(config)}); move it away or choose another paths.outputs"
             )
-    above = next(path for path in [directory, *directory.absolute().parents] if path.exists())
+    _check_writable(directory, f"paths.outputs={config.paths.outputs}")
+    _check_writable(Path(config.paths.cache).expanduser(), f"paths.cache={config.paths.cache}")
+
+
+def _check_writable(folder: Path, field: str) -> None:
+    above = next(path for path in [folder, *folder.absolute().parents] if path.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise UserError(f"paths.outputs={config.paths.outputs}: {above} is not a directory that can be written")
+        raise UserError(f"{field}: {above} is not a directory that can be written")
 
 
 def _plan(config: Config, num_examples: int) -> PrivacyPlan:
@@ -134,7 +156,9 @@ def _device(config: Config) -> torch.device:
         torch.set_num_threads(config.resources.threads)
     wanted = config.resources.device
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("resources.device=cuda: this machine has no GPU that torch can use; expected auto or cpu")
+        raise UserError(
+            "resources.device=cuda: this machine has no GPU that torch can use; expected auto or cpu"
+        )
     name = ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
     if name == "cuda" and config.train.precision == "bfloat16" and not torch.cuda.is_bf16_supported():
         raise UserError("train.precision=bfloat16: this GPU has no bfloat16; expected float32")
@@ -145,16 +169,19 @@ def _check_model(config: Config, images: ImageSplits) -> None:
     """Refuses targets, ranks, images and classes that the model cannot take, before it has weights."""
     import torch
 
+    from dp_lora import data
     from dp_lora.adapters import target_names
     from dp_lora.models import build, find, load
 
+    public, components = config.public_data, config.trainable.components
+    new_classes_can_be_learnt = "embedder" in components or "full" in components
     if config.model.pretrained is not None:
         model = load(find(config.model.pretrained))
     else:
         with torch.device("meta"):
-            public = config.public_data
             model = build(config.model, classes=["?"], channels=public.channels, image_size=public.image_size)
-        model.classes = ()
+        if not new_classes_can_be_learnt:
+            model.classes = data.load(public, config.paths, "public_data").train.classes
     channels, size = (int(model.autoencoder.config[name]) for name in ("in_channels", "sample_size"))
     found = images.train.images.shape[1:]
     if found != (channels, size, size):
@@ -162,23 +189,22 @@ def _check_model(config: Config, images: ImageSplits) -> None:
             f"data.name={config.data.name}: images of {found[0]} x {found[1]} x {found[2]}, expected "
             f"{channels} x {size} x {size}, which the autoencoder of model.name={config.model.name} takes"
         )
-    trains_embedder = {"embedder", "full"} & set(config.trainable.components)
-    if images.train.classes != model.classes and not trains_embedder:
+    if images.train.classes != model.classes and not new_classes_can_be_learnt:
         raise UserError(
-            f"trainable.components={config.trainable.components}: the classes of {config.data.name} "
+            f"trainable.components={components}: the classes of {config.data.name} "
             f"({', '.join(images.train.classes[:12])}) are new to the model, which cannot condition on them; "
             "expected embedder or full among the components"
         )
-    if "lora" in config.trainable.components:
+    if "lora" in components:
         target_names(model.unet, config.lora.target_modules, config.lora.rank)
 
 
 def _check_stages(config: Config, directory: Path) -> None:
-    needs = {"sample": ("finetune", "adapter"), "evaluate": ("sample", "samples.npz")}
-    for stage, (before, output) in needs.items():
-        if stage in config.stages and before not in config.stages and not (directory / output).exists():
+    for stage, before in (("sample", "finetune"), ("evaluate", "sample")):
+        output = directory / OUTPUTS[before]
+        if stage in config.stages and before not in config.stages and not output.exists():
             raise UserError(
-                f"stages={config.stages}: {stage} needs {directory / output}; expected {before} among the stages"
+                f"stages={config.stages}: {stage} needs {output}; expected {before} among the stages"
             )
 
 
@@ -200,7 +226,7 @@ def pretrained_model(config: Config, *, again: bool = False) -> Path:
         with file_lock(models / f"{folder.name}.lock", waiting=lambda: _say(f"waiting for {folder}")):
             if not folder.exists():
                 _pretrain(config, folder)
-    _say(f"pre-trained model: {folder}")
+                _say(f"pre-trained model: {folder}")
     return folder
 
 
@@ -245,7 +271,9 @@ def _record(job: Job) -> Iterator[Tracker]:
     write_atomic(job.directory / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(job.config)))
     write_json(path, record)
     identity = fingerprint(job.config)
-    with Tracker(job.directory, job.config, run_id=identity, name=job.directory.name, resume_step=sys.maxsize) as tracker:
+    with Tracker(
+        job.directory, job.config, run_id=identity, name=job.directory.name, resume_step=sys.maxsize
+    ) as tracker:
         try:
             yield tracker
         except BaseException as error:
@@ -280,8 +308,6 @@ def _model(job: Job) -> LatentDiffusion:
 
 
 def _finetune(job: Job, tracker: Tracker) -> None:
-    if (job.directory / "adapter").exists():
-        return _say(f"finetune: done already, {job.directory / 'adapter'}")
     import torch
 
     from dp_lora import adapters, latents
@@ -290,11 +316,9 @@ def _finetune(job: Job, tracker: Tracker) -> None:
     config, folder = job.config, job.directory / "checkpoint"
     model = _model(job)
     adapters.attach(model, config.trainable.components, config.lora, seed=config.seed)
-    _say(
-        f"finetune: {adapters.count(model):,} trained parameters ({', '.join(config.trainable.components)}), "
-        f"epsilon {job.plan.epsilon:.4g} at delta {job.plan.delta:g} with noise multiplier "
-        f"{job.plan.noise_multiplier:.4g} for {job.plan.steps} steps"
-    )
+    spends = "; ".join(" ".join(line.split()) for line in _guarantee(job))
+    trained = ", ".join(config.trainable.components)
+    _say(f"finetune: {adapters.count(model):,} trained parameters ({trained}); {spends}")
     with _timed(job, "finetune"):
         train = job.images.train
         encoded = latents.cached(model, train, Path(config.paths.cache).expanduser())
@@ -366,8 +390,6 @@ def _export(job: Job, model: LatentDiffusion, record: Mapping[str, Any]) -> None
 def _sample(job: Job, tracker: Tracker) -> None:
     from dp_lora import sample
 
-    if (job.directory / "samples.npz").exists():
-        return _say(f"sample: done already, {job.directory / 'samples.npz'}")
     with _timed(job, "sample"):
         samples = sample.generate(finetuned_model(job), job.config)
         sample.save(samples, job.directory)
@@ -385,8 +407,6 @@ def finetuned_model(job: Job) -> LatentDiffusion:
 
 
 def _evaluate(job: Job, tracker: Tracker) -> None:
-    if (job.directory / "result.json").exists():
-        return _say(f"evaluate: done already, {job.directory / 'result.json'}")
     from dp_lora import adapters, sample
     from dp_lora.evaluate import evaluate_all
 
@@ -427,19 +447,29 @@ def _summary(job: Job, result: Mapping[str, Any]) -> str:
     """The table that a job ends with: what was spent, what came of it, where it lies."""
     from dp_lora.tracking import baseline_table
 
-    plan = job.plan
-    lines = [
-        f"epsilon            {plan.epsilon:.4g} ({plan.accountant}, {plan.adjacency})",
-        f"delta              {plan.delta:g}",
-        f"noise multiplier   {plan.noise_multiplier:.4g}, {plan.steps} steps, sample rate {plan.sample_rate:.4g}",
-        f"noise multiplicity {plan.noise_multiplicity}",
-    ]
+    lines = [*_guarantee(job), f"noise multiplicity {job.plan.noise_multiplicity}"]
     metrics = result.get("metrics", {})
     if metrics:
         columns, rows = baseline_table(metrics)
         lines += ["", _row(columns), *(_row([row[0], *map(_number, row[1:])]) for row in rows)]
     lines += ["", f"run directory      {job.directory}"]
     return "\n".join(lines)
+
+
+def _guarantee(job: Job) -> list[str]:
+    """What the fine-tuning spends, or why it guarantees nothing."""
+    from dp_lora.card import no_guarantee
+
+    plan, seeded = job.plan, job.config.privacy.insecure_seed is not None
+    nothing = no_guarantee(plan.to_dict(), reproducible_noise=seeded)
+    lines = [nothing.strip("*.")] if nothing else []
+    if plan.private:
+        lines += [
+            f"epsilon            {plan.epsilon:.4g} ({plan.accountant}, {plan.adjacency})",
+            f"delta              {plan.delta:g}",
+        ]
+    sizes = f"{plan.steps} steps, sample rate {plan.sample_rate:.4g}"
+    return [*lines, f"noise multiplier   {plan.noise_multiplier:.4g}, {sizes}"]
 
 
 def _row(cells: Sequence[str]) -> str:

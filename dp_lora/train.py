@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 
 from dp_lora.errors import UserError
 from dp_lora.files import private_directory, write_atomic
@@ -38,8 +39,11 @@ class Step(Protocol):
         ...
 
 
-class Interrupted(Exception):
-    """A signal asked the run to stop; a checkpoint of every finished step is on disk."""
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the run to stop; a checkpoint of every finished step is on disk.
+
+    A KeyboardInterrupt, so that it ends a sweep of several jobs too.
+    """
 
 
 class Checkpoint:
@@ -49,10 +53,12 @@ class Checkpoint:
         folder: made with mode 0700.
         minutes: time between two checkpoints.
         name: of the file, when several trainings share a folder.
+        writes: false on all processes of a job but the first, which then only read.
     """
 
-    def __init__(self, folder: Path, minutes: float, name: str = "state") -> None:
+    def __init__(self, folder: Path, minutes: float, name: str = "state", *, writes: bool = True) -> None:
         self.path = private_directory(folder) / f"{name}.pt"
+        self._writes = writes
         self._seconds = minutes * 60
         self._last = time.monotonic()
 
@@ -65,16 +71,19 @@ class Checkpoint:
             return None
         try:
             saved = torch.load(self.path, map_location="cpu", weights_only=True)
+            finished, state = saved["finished"], saved["state"]
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
                 f"{self.path}: the checkpoint cannot be read ({reason}); expected one written by this "
                 "version; remove the run directory to start again"
             ) from error
-        return saved["finished"], saved["state"]
+        return finished, state
 
     def save(self, finished: int, state: Mapping[str, Any]) -> None:
         """Replaces the checkpoint atomically. Raises OSError, the old one untouched, when it cannot."""
+        if not self._writes:
+            return
         buffer = io.BytesIO()
         torch.save({"finished": finished, "state": dict(state)}, buffer)
         write_atomic(self.path, buffer.getvalue(), mode=0o600)
@@ -108,12 +117,21 @@ def run_steps(
         for number in range(progress.done, total):
             values = step(number)
             log(number + 1, values)
-            progress.update(**values)
-            stop = asked_to_stop()
+            progress.update(1, **values)
+            stop = _any_process(asked_to_stop())
             if stop or checkpoint.due() or number + 1 == total:
                 checkpoint.save(number + 1, step.state_dict())
             if stop and number + 1 < total:
                 raise Interrupted(f"stopped after step {number + 1} of {total}")
+
+
+def _any_process(stop: bool) -> bool:
+    """Whether any process of the job was asked to stop: all of them leave after the same step."""
+    if not dist.is_initialized():
+        return stop
+    flag = torch.tensor(int(stop), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
 
 
 def resume(step: Step, checkpoint: Checkpoint) -> int:
