@@ -156,7 +156,7 @@ def test_fixed_order_moves_no_item_when_others_leave() -> None:
 )
 def test_impossible_requests_name_the_field(config: DataConfig, said: str) -> None:
     message = refused(config, field="public_data")
-    assert message.startswith("public_data.") or message.startswith("public_data:")
+    assert message.startswith(("public_data.", "public_data:"))
     assert said in message
 
 

@@ -132,5 +132,5 @@ def test_loaded_letters_are_public_and_held_out_ones_are_new(splits: ImageSplits
 
 
 def test_impossible_sizes_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="public_data.image_size=4"):
+    with pytest.raises(UserError, match=r"public_data\.image_size=4"):
         load(DataConfig("letters", True, image_size=4), PathsConfig(data=str(tmp_path)), "public_data")

@@ -1,0 +1,83 @@
+"""One thread, and a tiny model that is pre-trained once for the whole session."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+os.environ["WANDB_MODE"] = "disabled"
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+import dp_lora.__main__  # noqa: F401  (registers the schema)
+from dp_lora import data, run
+from dp_lora.config import Config, config_directory, from_omegaconf
+from dp_lora.data import ImageSplits
+from dp_lora.models import LatentDiffusion, load
+
+torch.set_num_threads(1)
+
+TINY = (
+    "model=tiny8",
+    "data=digits",
+    "data@public_data=digits",
+    "public_data.public=true",
+    "train.expected_batch_size=60",
+    "train.max_steps=4",
+    "sampler.num_samples=20",
+    "sampler.steps=4",
+    "tracking.wandb=disabled",
+    "tracking.progress=off",
+    "resources.device=cpu",
+    "resources.threads=1",
+)
+"""The command line of a job that takes seconds, without its paths."""
+
+
+def composed(*overrides: str) -> Config:
+    """The checked configuration of a command line."""
+    with initialize_config_dir(str(config_directory()), version_base="1.3"):
+        return from_omegaconf(compose("config", list(overrides)))
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A `paths.cache` for the session that holds the pre-trained tiny model."""
+    folder = tmp_path_factory.mktemp("cache")
+    run.pretrained_model(composed(*TINY, f"paths.cache={folder}"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pretrained(cache: Path) -> Path:
+    """The folder of the pre-trained tiny model."""
+    return next((cache / "models").glob("tiny8-*[!k]"))
+
+
+@pytest.fixture
+def tiny(cache: Path, tmp_path: Path) -> Callable[..., Config]:
+    """The configuration of a tiny job in the test's own output folder, with the given overrides."""
+    return lambda *overrides: composed(*words(cache, tmp_path / "outputs"), *overrides)
+
+
+def words(cache: Path, outputs: Path) -> list[str]:
+    """The command line of a tiny job."""
+    return [*TINY, f"paths.cache={cache}", f"paths.outputs={outputs}"]
+
+
+@pytest.fixture
+def model(pretrained: Path) -> LatentDiffusion:
+    """The pre-trained tiny model."""
+    return load(pretrained)
+
+
+@pytest.fixture(scope="session")
+def digits(cache: Path) -> ImageSplits:
+    """The private images of the tiny job."""
+    config = composed(*TINY, f"paths.cache={cache}")
+    return data.load(config.data, config.paths)

@@ -1,0 +1,240 @@
+"""Adapters: what trains and what stays frozen, and that an exported adapter is the trained model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from peft import PeftModel
+
+from dp_lora import adapters
+from dp_lora.config import COMPONENTS, LoraConfig
+from dp_lora.errors import UserError
+from dp_lora.models import LatentDiffusion, load
+
+LORA = LoraConfig(rank=3, alpha=6.0)
+COMBINATIONS = [
+    ["lora"],
+    ["lora", "embedder"],
+    ["attention", "embedder"],
+    ["bias", "embedder"],
+    ["norm", "embedder"],
+    ["embedder"],
+    ["full"],
+    ["lora", "norm"],
+    ["lora", "bias", "embedder"],
+    ["lora", "attention"],
+    ["lora", "full"],
+]
+
+
+@torch.inference_mode()
+def output(model: LatentDiffusion) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    noisy = torch.randn(4, *model.latent_shape, generator=generator)
+    return model.eval().predict_noise(noisy, torch.tensor([0, 300, 600, 999]), torch.arange(4))
+
+
+def trained(model: LatentDiffusion, components: list[str]) -> LatentDiffusion:
+    """The model as a training would leave it: every trained parameter moved."""
+    adapters.attach(model, components, LORA, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in adapters.trainable_parameters(model).values():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def test_a_fresh_adapter_changes_no_output(model: LatentDiffusion) -> None:
+    before = output(model)
+    adapters.attach(model, ["lora", "embedder"], LORA, seed=0)
+    assert torch.equal(output(model), before)
+
+
+def test_the_start_of_an_adapter_depends_on_its_seed_alone(pretrained: Path) -> None:
+    def start(seed: int) -> torch.Tensor:
+        torch.rand(7)
+        model = load(pretrained)
+        adapters.attach(model, ["lora"], LORA, seed=seed)
+        return torch.cat([p.detach().flatten() for p in adapters.trainable_parameters(model).values()])
+
+    state = torch.get_rng_state()
+    assert torch.equal(start(1), start(1)) and not torch.equal(start(1), start(2))
+    torch.set_rng_state(state)
+
+
+def test_lora_trains_its_matrices_alone(model: LatentDiffusion) -> None:
+    adapters.attach(model, ["lora"], LORA, seed=0)
+    names = list(adapters.trainable_parameters(model))
+    assert names and all(".lora_A." in name or ".lora_B." in name for name in names)
+    # Rank times the sum of both sides, for each adapted layer.
+    expected = 0
+    for name, module in model.unet.named_modules():
+        if hasattr(module, "lora_A"):
+            assert name.endswith(("to_q", "to_k", "to_v", "to_out.0"))
+            expected += 3 * (module.in_features + module.out_features)
+    assert adapters.count(model) == expected > 0
+
+
+def test_queries_and_keys_without_effect_are_never_trained(model: LatentDiffusion) -> None:
+    chosen = adapters.target_names(model.unet, ["to_q", "to_k", "to_v"], 3)
+    assert any("attn1.to_q" in name for name in chosen) and any("attn2.to_v" in name for name in chosen)
+    adapters.attach(model, ["lora", "full"], LORA, seed=0)
+    for name in [*chosen, *adapters.trainable_parameters(model)]:
+        assert "attn2.to_q" not in name and "attn2.to_k" not in name, name
+        assert "transformer_blocks.0.norm2" not in name, name
+
+
+@pytest.mark.parametrize("components", COMBINATIONS, ids="+".join)
+def test_every_trained_parameter_has_an_effect_and_nothing_else_a_gradient(
+    model: LatentDiffusion, components: list[str]
+) -> None:
+    trained(model, components)
+    noisy = torch.randn(4, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    # A sum of squares: the gradient of a plain sum through a normalisation is zero.
+    model(noisy, torch.tensor([0, 300, 600, 999]), torch.arange(4)).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+        assert parameter.grad is None or parameter.grad.abs().max() > 0, name
+    assert not any(p.requires_grad for p in model.autoencoder.parameters())
+
+
+def test_the_components_are_what_their_names_say(pretrained: Path) -> None:
+    chosen: dict[str, set[str]] = {}
+    for component in COMPONENTS:
+        model = load(pretrained)
+        adapters.attach(model, [component], LORA, seed=0)
+        chosen[component] = set(adapters.trainable_parameters(model))
+    assert chosen["embedder"] == {"class_embedder.weight"}
+    assert all(name.endswith(".bias") for name in chosen["bias"])
+    assert all(".attn" in name for name in chosen["attention"])
+    assert all("norm" in name for name in chosen["norm"])
+    for component in ("attention", "bias", "norm", "embedder"):
+        assert chosen[component] < chosen["full"]
+
+
+def test_a_target_that_matches_nothing_lists_what_could_be_meant(model: LatentDiffusion) -> None:
+    with pytest.raises(UserError) as caught:
+        adapters.attach(model, ["lora"], LoraConfig(target_modules=["to_q", "to_vv"]), seed=0)
+    message = str(caught.value)
+    assert message.startswith("lora.target_modules: 'to_vv' matches no") and "did you mean 'to_v'?" in message
+    assert "to_out.0" in message and "\n" not in message
+    with pytest.raises(UserError, match="matches no linear or convolution layer"):
+        adapters.target_names(model.unet, ["o_q"], 1)  # an end of a letter, not of a word
+
+
+def test_targets_without_any_effect_are_refused(model: LatentDiffusion) -> None:
+    with pytest.raises(UserError, match="has no effect"):
+        adapters.target_names(model.unet, ["attn2.to_q"], 1)
+
+
+def test_convolutions_can_be_adapted(model: LatentDiffusion) -> None:
+    adapters.attach(model, ["lora"], LoraConfig(rank=2, target_modules=["conv1", "proj_in"]), seed=0)
+    assert any("conv1.lora_A" in name for name in adapters.trainable_parameters(model))
+
+
+def test_a_rank_beyond_the_width_is_refused(model: LatentDiffusion) -> None:
+    width = 16  # the class token's, which attn2.to_v takes
+    adapters.target_names(model.unet, ["to_v"], width)
+    with pytest.raises(
+        UserError, match=r"^lora\.rank=17: beyond the width of .*attn2\.to_v, expected 1 to 16"
+    ):
+        adapters.target_names(model.unet, ["to_v"], width + 1)
+
+
+@pytest.mark.parametrize("components", COMBINATIONS, ids="+".join)
+def test_restoring_an_export_gives_the_trained_model(
+    model: LatentDiffusion, pretrained: Path, tmp_path: Path, components: list[str]
+) -> None:
+    before = output(model)
+    expected = output(trained(model, components))
+    adapters.export(model, tmp_path / "adapter", base_model="tiny8", card="card\n")
+    restored = load(pretrained)
+    adapters.restore(restored, tmp_path / "adapter", model.classes)
+    assert torch.equal(output(restored), expected) and not torch.equal(expected, before)
+
+
+def test_new_classes_are_restored(model: LatentDiffusion, pretrained: Path, tmp_path: Path) -> None:
+    model.new_classes(["a", "b", "c", "d"], torch.Generator().manual_seed(1))
+    expected = output(trained(model, ["lora", "embedder"]))
+    adapters.export(model, tmp_path, base_model="tiny8", card="")
+    restored = load(pretrained)
+    adapters.restore(restored, tmp_path, ["a", "b", "c", "d"])
+    assert restored.classes == ("a", "b", "c", "d") and torch.equal(output(restored), expected)
+    with pytest.raises(UserError, match=r"class_embedder\.weight \(4, 16\) does not fit"):
+        adapters.restore(load(pretrained), tmp_path, ["a", "b", "c"])
+
+
+def test_plain_peft_and_plain_diffusers_load_the_adapter(
+    model: LatentDiffusion, pretrained: Path, tmp_path: Path
+) -> None:
+    trained(model, ["lora"])
+    adapters.export(model, tmp_path, base_model=str(pretrained), card="")
+    noisy = torch.randn(2, *model.latent_shape)
+    timesteps, condition = torch.tensor([10, 700]), model.class_embedder(torch.tensor([1, 2])).unsqueeze(1)
+
+    @torch.inference_mode()
+    def predict(unet: torch.nn.Module) -> torch.Tensor:
+        return unet.eval()(noisy, timesteps, encoder_hidden_states=condition, return_dict=False)[0]
+
+    expected = predict(model.unet)
+    base = UNet2DConditionModel.from_pretrained(pretrained, subfolder="unet")
+    assert not torch.allclose(predict(base), expected, atol=1e-4)
+    assert torch.allclose(predict(PeftModel.from_pretrained(base, tmp_path)), expected, atol=1e-5)
+    unet = UNet2DConditionModel.from_pretrained(pretrained, subfolder="unet")
+    unet.load_lora_adapter(tmp_path, weight_name="adapter_model.safetensors", prefix="base_model.model")
+    assert torch.allclose(predict(unet), expected, atol=1e-5)
+
+
+def test_an_export_holds_what_was_trained_and_nothing_else(model: LatentDiffusion, tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    trained(model, ["lora", "embedder"])
+    adapters.export(model, tmp_path / "a", base_model="tiny8", card="card\n")
+    names = {path.name for path in (tmp_path / "a").iterdir()}
+    assert names == {"adapter_model.safetensors", "adapter_config.json", "trained.safetensors", "README.md"}
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config["r"] == 3 and config["lora_alpha"] == 6 and config["base_model_name_or_path"] == "tiny8"
+    assert config["target_modules"] == sorted(config["target_modules"])
+    with safe_open(tmp_path / "a" / "trained.safetensors", "pt") as file:
+        assert list(file.keys()) == ["class_embedder.weight"]
+        assert file.metadata()["classes"].split("\n") == list(model.classes)
+    adapters.export(model, tmp_path / "b", base_model="tiny8", card="card\n")
+    digests = [
+        {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (tmp_path / folder).iterdir()}
+        for folder in ("a", "b")
+    ]
+    assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "trained.safetensors", "adapter_config.json"])
+def test_a_damaged_adapter_is_one_clear_line(
+    model: LatentDiffusion, pretrained: Path, tmp_path: Path, file: str
+) -> None:
+    adapters.export(trained(model, ["lora", "embedder"]), tmp_path, base_model="tiny8", card="")
+    path = tmp_path / file
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(UserError) as caught:
+        adapters.restore(load(pretrained), tmp_path, model.classes)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_adapter_of_another_model_is_refused(
+    model: LatentDiffusion, pretrained: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    adapters.export(trained(model, ["lora"]), tmp_path, base_model="tiny8", card="")
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = min(tensors)
+    save_file({**tensors, name: torch.zeros(3, 999)}, path)
+    with pytest.raises(UserError, match="do not fit the modules"):
+        adapters.restore(load(pretrained), tmp_path, model.classes)
+    del tensors[name]
+    save_file(tensors, path)
+    with pytest.raises(UserError, match="do not fit the modules"):
+        adapters.restore(load(pretrained), tmp_path, model.classes)

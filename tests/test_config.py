@@ -1,0 +1,199 @@
+"""The configuration: every preset composes, impossible values are refused, and what names a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import composed
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError
+
+from dp_lora.config import (
+    Config,
+    check,
+    config_directory,
+    fingerprint,
+    from_omegaconf,
+    pretrained_fingerprint,
+    run_directory,
+)
+from dp_lora.errors import UserError
+
+# What a preset needs beside itself to make sense.
+COMPANIONS = {
+    "data/imagefolder": ["data.source=/images"],
+    "epsilon/none": ["privacy.noise_multiplier=1"],
+}
+
+PRESETS = sorted(path.relative_to(config_directory()) for path in config_directory().glob("*/**/*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def default() -> Config:
+    return composed()
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=str)
+def test_every_preset_composes_and_passes_the_checks(preset: Path) -> None:
+    group, choice = preset.parent.as_posix(), preset.stem
+    override = f"{group}='{choice}'"  # quoted, because `inf` would be a number
+    config = composed(override, *COMPANIONS.get(f"{group}/{choice}", []))
+    assert isinstance(config, Config)
+
+
+def test_presets_say_what_their_names_say() -> None:
+    config = composed("epsilon=eps1", "lora_rank=r16", "noise_multiplicity=k8")
+    assert (config.privacy.epsilon, config.lora.rank, config.privacy.noise_multiplicity) == (1.0, 16, 8)
+    assert composed("epsilon=none", "noise_multiplier=fixed", "train.max_steps=5").privacy.epsilon is None
+    assert composed("epsilon='inf'").privacy.epsilon == float("inf")
+    fixed = composed("noise_multiplier=fixed")
+    assert fixed.privacy.noise_multiplier == 1.0 and fixed.train.max_steps is None
+
+
+def test_every_preset_is_overridden_by_value() -> None:
+    config = composed("epsilon=eps1", "privacy.epsilon=2.5", "lora_rank=r16", "lora.rank=12")
+    assert config.privacy.epsilon == 2.5 and config.lora.rank == 12
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=1",
+        "data=digits",
+        "public_data.train_size=100",
+        "model.unet.cross_attention_dim=32",
+        "trainable=bias",
+        "lora.rank=3",
+        "lora.alpha=2",
+        "privacy.epsilon=3",
+        "privacy.delta=1e-6",
+        "privacy.insecure_seed=1",
+        "train.learning_rate=0.1",
+        "train.precision=bfloat16",
+        "sampler.steps=3",
+        "evaluation.reference=train",
+    ],
+)
+def test_the_fingerprint_changes_with_what_can_change_the_result(override: str, default: Config) -> None:
+    assert fingerprint(composed(override)) != fingerprint(default)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "paths.outputs=/elsewhere",
+        "paths.cache=/elsewhere",
+        "tracking.project=other",
+        "tracking.log_every=5",
+        "resources.device=cpu",
+        "resources.threads=1",
+        "stages=[sample]",
+        "train.microbatch=7",
+        "train.checkpoint_minutes=9",
+    ],
+)
+def test_the_fingerprint_ignores_what_cannot(override: str, default: Config) -> None:
+    assert fingerprint(composed(override)) == fingerprint(default)
+
+
+def test_the_weights_of_a_pre_training_depend_on_what_is_public_alone() -> None:
+    own = pretrained_fingerprint(composed())
+    assert own == pretrained_fingerprint(
+        composed("data=digits", "privacy.epsilon=1", "model.pretrained=null")
+    )
+    assert own != pretrained_fingerprint(composed("public_data.train_size=26"))
+    assert own != pretrained_fingerprint(composed("model.pretrain.unet_steps=7"))
+
+
+def test_the_run_directory_is_readable_and_the_same_however_the_run_is_asked_for(tmp_path: Path) -> None:
+    said = ["paths.outputs=x", "lora.rank=3", "epsilon='inf'", "tracking.project=p", "train.microbatch=4"]
+    config = composed(*said[1:], f"paths.outputs={tmp_path}")
+    directory = run_directory(config, said)
+    assert directory == tmp_path / "default" / f"epsilon=inf,lora.rank=3-{fingerprint(config)}"
+    assert run_directory(config, []).name == f"defaults-{fingerprint(config)}"
+    directory.mkdir(parents=True)
+    assert run_directory(config, ["lora.rank=3", "privacy.epsilon=.inf"]) == directory
+    odd = run_directory(composed(f"paths.outputs={tmp_path}", "seed=9"), ["data.source=/a b/'c'", "x" * 300])
+    assert odd.parent == tmp_path / "default" and len(odd.name) < 140 and " " not in odd.name
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "epsilon zero": ({"privacy.epsilon": 0.0}, "privacy.epsilon=0"),
+    "epsilon negative": ({"privacy.epsilon": -1.0}, "privacy.epsilon=-1"),
+    "epsilon NaN": ({"privacy.epsilon": float("nan")}, "privacy.epsilon=nan"),
+    "delta zero": ({"privacy.delta": 0.0}, "privacy.delta=0"),
+    "delta one": ({"privacy.delta": 1.0}, "privacy.delta=1"),
+    "delta NaN": ({"privacy.delta": float("nan")}, "privacy.delta=nan"),
+    "sigma zero": ({"privacy.noise_multiplier": 0.0}, "privacy.noise_multiplier=0"),
+    "sigma infinite": ({"privacy.noise_multiplier": float("inf")}, "privacy.noise_multiplier=inf"),
+    "nothing given": ({"privacy.epsilon": None}, "privacy.epsilon=null"),
+    "noise on the baseline": (
+        {"privacy.epsilon": float("inf"), "privacy.noise_multiplier": 1.0},
+        "privacy.epsilon=inf",
+    ),
+    "k zero": ({"privacy.noise_multiplicity": 0}, "privacy.noise_multiplicity=0"),
+    "C zero": ({"privacy.max_grad_norm": 0.0}, "privacy.max_grad_norm=0"),
+    "C NaN": ({"privacy.max_grad_norm": float("nan")}, "privacy.max_grad_norm=nan"),
+    "clipping": ({"privacy.clipping": "flatt"}, "privacy.clipping='flatt'"),
+    "rank zero": ({"lora.rank": 0}, "lora.rank=0"),
+    "alpha infinite": ({"lora.alpha": float("inf")}, "lora.alpha=inf"),
+    "no target": ({"lora.target_modules": []}, "lora.target_modules=[]"),
+    "no component": ({"trainable.components": []}, "trainable.components=[]"),
+    "component": ({"trainable.components": ["lorra"]}, "did you mean 'lora'?"),
+    "stage": ({"stages": ["finetune", "evalute"]}, "did you mean 'evaluate'?"),
+    "batch zero": ({"train.expected_batch_size": 0}, "train.expected_batch_size=0"),
+    "steps zero": ({"train.max_steps": 0}, "train.max_steps=0"),
+    "no end": ({"train.max_steps": None}, "train.max_steps=null"),
+    "epochs NaN": ({"train.epochs": float("nan")}, "train.epochs=nan"),
+    "rate NaN": ({"train.learning_rate": float("nan")}, "train.learning_rate=nan"),
+    "decay one": ({"train.ema_decay": 1.0}, "train.ema_decay=1"),
+    "microbatch zero": ({"train.microbatch": 0}, "train.microbatch=0"),
+    "microbatch word": ({"train.microbatch": "many"}, "train.microbatch='many'"),
+    "precision": ({"train.precision": "float16"}, "train.precision='float16'"),
+    "schedule": ({"train.schedule": "cosin"}, "did you mean 'cosine'?"),
+    "sampler": ({"sampler.name": "ddmi"}, "did you mean 'ddim'?"),
+    "eta": ({"sampler.eta": 2.0}, "sampler.eta=2"),
+    "no samples": ({"sampler.num_samples": 0}, "sampler.num_samples=0"),
+    "device": ({"resources.device": "tpu"}, "resources.device='tpu'"),
+    "threads": ({"resources.threads": 0}, "resources.threads=0"),
+    "channels": ({"data.channels": 2}, "data.channels=2"),
+    "negative part": ({"data.test_size": -1}, "data.test_size=-1"),
+    "private pre-training": ({"public_data.public": False}, "public_data.public=false"),
+    "levels": ({"model.unet.attention": [True]}, "model.unet.attention"),
+    "experiment": ({"experiment": "../up"}, "experiment='../up'"),
+    "seed": ({"seed": -1}, "seed=-1"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_an_impossible_value_is_refused_by_field_and_value(name: str, default: Config) -> None:
+    changes, expected = BAD[name]
+    config = _copy(default)
+    check(config)
+    for field, value in changes.items():
+        *groups, last = field.split(".")
+        target: Any = config
+        for group in groups:
+            target = getattr(target, group)
+        assert hasattr(target, last)
+        setattr(target, last, value)
+    with pytest.raises(UserError) as caught:
+        check(config)
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+def _copy(value: Any) -> Any:
+    if not dataclasses.is_dataclass(value):
+        return value
+    return type(value)(**{f.name: _copy(getattr(value, f.name)) for f in dataclasses.fields(value)})
+
+
+def test_a_missing_value_and_an_unknown_field_are_refused() -> None:
+    with pytest.raises(UserError, match=r"^data\.name: no value given$"):
+        from_omegaconf(OmegaConf.structured(Config))
+    # `+` adds a key to what Hydra composes; it must not pass in silence.
+    with pytest.raises(ConfigKeyError, match="rnk"):
+        composed("+lora.rnk=3")

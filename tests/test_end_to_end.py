@@ -1,0 +1,169 @@
+"""The whole job on 8 x 8 digits, through the command."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import words
+from hydra.core.global_hydra import GlobalHydra
+from PIL import Image
+
+from dp_lora.__main__ import main
+from dp_lora.files import read_json, read_lines
+
+
+@pytest.fixture(scope="module")
+def dp_lora(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Runs a job to its end and gives its run directory."""
+    outputs = tmp_path_factory.mktemp("outputs")
+
+    def call(*given: str, name: str) -> Path:
+        GlobalHydra.instance().clear()
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(sys, "argv", ["dp-lora", *words(cache, outputs / name), *given])
+            main()
+        GlobalHydra.instance().clear()
+        (directory,) = (outputs / name / "default").iterdir()
+        return directory
+
+    return call
+
+
+WHOLE = ("sampler.num_samples=40", "evaluation.classifier_epochs=1")
+
+
+@pytest.fixture(scope="module")
+def whole(dp_lora: Callable[..., Path]) -> Path:
+    return dp_lora(*WHOLE, name="whole")
+
+
+def test_every_file_of_a_run_is_there(whole: Path) -> None:
+    names = {path.name for path in whole.iterdir()}
+    assert names - {"wandb"} == {
+        "config.yaml", "provenance.json", "status.json", "metrics.jsonl", "privacy.json", "adapter",
+        "checkpoint", "samples.npz", "samples.png", "result.json",
+    }  # fmt: skip
+    assert (whole / "checkpoint").stat().st_mode & 0o777 == 0o700
+    assert not (whole / "checkpoint" / "key").exists()
+    assert {"adapter_model.safetensors", "adapter_config.json", "trained.safetensors", "README.md"} == {
+        path.name for path in (whole / "adapter").iterdir()
+    }
+
+
+def test_the_records_have_their_fields(whole: Path) -> None:
+    assert read_json(whole / "status.json")["state"] == "done"
+    provenance = read_json(whole / "provenance.json")
+    assert provenance.keys() >= {"git", "versions", "hardware", "seeds", "slurm", "restarts", "start", "end"}
+    assert provenance["restarts"] == 0 and provenance["end"]
+    rows = read_lines(whole / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert all(row.keys() >= {"stage", "epsilon", "update_norm", "signal_to_noise"} for row in rows)
+    privacy = read_json(whole / "privacy.json")
+    assert privacy.keys() >= {
+        "epsilon", "target_epsilon", "delta", "noise_multiplier", "noise_multiplicity", "max_grad_norm",
+        "sample_rate", "expected_batch_size", "steps", "accountant", "adjacency", "epsilon_by_accountant",
+        "covers", "does_not_cover",
+    }  # fmt: skip
+    assert 9.9 <= privacy["epsilon"] <= 10 == privacy["target_epsilon"]
+    assert privacy["steps"] == 4 and privacy["complete"] is True
+    assert privacy["epsilon_by_accountant"].keys() == {"prv", "rdp", "pld"}
+    result = read_json(whole / "result.json")
+    assert result.keys() >= {
+        "metrics", "n_samples", "seed", "reference", "trainable_parameters", "seconds", "peak_memory_bytes",
+        "device",
+    }  # fmt: skip
+    assert result["seconds"].keys() >= {"finetune", "sample"} and result["n_samples"] == 40
+    for name in ("accuracy_cnn", "fd_lite0", "kid_lite0"):
+        assert {name, f"{name}_before", f"{name}_real"} <= result["metrics"].keys()
+
+
+def test_samples_are_labelled_images_of_every_class(whole: Path) -> None:
+    samples = np.load(whole / "samples.npz")
+    assert samples["images"].shape == (40, 1, 8, 8) and samples["images"].dtype == np.uint8
+    assert np.bincount(samples["labels"]).tolist() == [4] * 10
+    assert len(samples["classes"]) == 10
+    with Image.open(whole / "samples.png") as grid:
+        assert grid.width == 2 * 10 * 8
+
+
+def test_the_card_states_the_guarantee(whole: Path) -> None:
+    card = (whole / "adapter" / "README.md").read_text()
+    for word in ("differential privacy", "epsilon", "delta", "accountant", "adjacency", "does not cover"):
+        assert word in card
+    assert "NO privacy guarantee" not in card
+
+
+def _content(directory: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_a_second_call_does_nothing(whole: Path, dp_lora: Callable[..., Path], capsys: Any) -> None:
+    before = _content(whole)
+    assert dp_lora(*WHOLE, name="whole") == whole
+    assert _content(whole) == before
+    said = capsys.readouterr()
+    assert said.err.count("done already") == 3 and "epsilon" in said.out and str(whole) in said.out
+    # The same run in other words.
+    assert dp_lora(*WHOLE, "privacy.epsilon=10.0", "resources.threads=1", name="whole") == whole
+
+
+def test_a_stage_whose_output_is_gone_is_done_again(whole: Path, dp_lora: Callable[..., Path]) -> None:
+    before = _content(whole)
+    for name in ("samples.npz", "samples.png"):
+        (whole / name).unlink()
+    dp_lora(*WHOLE, "stages=[sample]", name="whole")
+    after = _content(whole)
+    assert after["samples.png"] == before["samples.png"]
+    assert {n for n in before if before[n] != after.get(n)} <= {
+        "status.json", "provenance.json", "config.yaml", "samples.npz",
+    }  # fmt: skip
+
+
+def test_without_privacy_no_guarantee_is_claimed(dp_lora: Callable[..., Path], capsys: Any) -> None:
+    directory = dp_lora("epsilon=inf", "stages=[finetune]", name="inf")
+    said = capsys.readouterr().out
+    assert "NO privacy guarantee" in said and "delta" not in said
+    privacy = read_json(directory / "privacy.json")
+    assert float(privacy["epsilon"]) == math.inf and privacy["private"] is False
+    assert "NO privacy guarantee" in json.dumps(privacy["covers"])
+    card = (directory / "adapter" / "README.md").read_text()
+    assert "NO privacy guarantee" in card and "differential privacy**" not in card
+
+
+def test_a_seed_for_the_noise_is_said_to_be_no_privacy(dp_lora: Callable[..., Path], capsys: Any) -> None:
+    directory = dp_lora("privacy.insecure_seed=3", "stages=[finetune]", "train.max_steps=1", name="seeded")
+    assert "reproducible noise" in capsys.readouterr().out
+    assert read_json(directory / "privacy.json")["reproducible_noise"] is True
+    assert "NO privacy guarantee" in (directory / "adapter" / "README.md").read_text()
+
+
+def test_a_fixed_noise_stops_before_it_passes_epsilon(dp_lora: Callable[..., Path]) -> None:
+    from dp_lora.privacy.accounting import Mechanism, epsilon
+
+    given = ("noise_multiplier=fixed", "train.max_steps=null", "privacy.epsilon=1.8", "stages=[finetune]")
+    directory = dp_lora(*given, "noise_multiplicity=k1", name="fixed")
+    privacy = read_json(directory / "privacy.json")
+    assert privacy["noise_multiplier"] == 1.0 and privacy["epsilon"] <= 1.8
+    one_more = Mechanism(1.0, privacy["sample_rate"], privacy["steps"] + 1)
+    assert epsilon([one_more], privacy["delta"]).epsilon > 1.8
+    assert len(read_lines(directory / "metrics.jsonl")) == privacy["steps"] >= 2
+
+
+def test_without_a_target_the_spent_epsilon_is_reported(dp_lora: Callable[..., Path], capsys: Any) -> None:
+    given = ("epsilon=none", "privacy.noise_multiplier=2", "train.max_steps=2", "stages=[finetune]")
+    directory = dp_lora(*given, name="none")
+    privacy = read_json(directory / "privacy.json")
+    assert privacy["target_epsilon"] is None and 0 < privacy["epsilon"] < 1 and privacy["steps"] == 2
+    assert f"epsilon            {privacy['epsilon']:.4g}" in capsys.readouterr().out
