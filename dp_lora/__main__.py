@@ -6,6 +6,7 @@ when the command is given again.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
@@ -26,6 +27,10 @@ from dp_lora.config import Config, config_directory, from_omegaconf
 from dp_lora.errors import UserError, did_you_mean
 
 ConfigStore.instance().store(name="schema", node=Config)
+
+
+_PLACES = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+"""What the system says when a folder that the user named cannot take a file."""
 
 
 class _Reported(UserError):
@@ -66,6 +71,10 @@ def main() -> None:
         sys.exit(2)
     except (UserError, HydraException, OmegaConfBaseException) as error:
         _stop(explain(error), 2)
+    except OSError as error:
+        if error.errno not in _PLACES:
+            raise
+        _stop(f"{error.filename or 'writing'}: {error.strerror}; expected a place that can be written", 2)
     except KeyboardInterrupt as error:
         _stop(f"{str(error) or 'interrupted'}; the same command continues", 130)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
@@ -10,6 +11,7 @@ os.environ["WANDB_MODE"] = "disabled"
 from collections.abc import Callable
 from pathlib import Path
 
+import absl.logging
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -21,6 +23,8 @@ from dp_lora.data import ImageSplits
 from dp_lora.models import LatentDiffusion, load
 
 torch.set_num_threads(1)
+# absl's handler closes its stream, which is pytest's here, each time that Hydra sets up logging.
+absl.logging.PythonHandler.close = logging.StreamHandler.close
 
 TINY = (
     "model=tiny8",
