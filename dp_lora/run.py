@@ -1,51 +1,28 @@
 """The stages of one job: pretrain -> finetune -> sample -> evaluate.
 
 A stage whose output is there is skipped, so the same command continues an interrupted job and returns at
-once from a finished one. Everything that can be wrong with what the user asked for is found before the
-run directory is made.
+once from a finished one.
 """
 
 from __future__ import annotations
 
-import os
 import resource
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dp_lora.config import Config, fingerprint, from_omegaconf, pretrained_fingerprint, run_directory
+from dp_lora.config import Config, fingerprint, run_directory
 from dp_lora.errors import UserError
-from dp_lora.files import append_line, file_lock, private_directory, read_json, write_atomic, write_json
+from dp_lora.files import file_lock, private_directory, read_json, write_atomic, write_json
+from dp_lora.job import OUTPUTS, Job, check_writable, prepare, pretrained_model, say
 
 if TYPE_CHECKING:
-    import torch
-
-    from dp_lora.data import ImageSplits
     from dp_lora.models import LatentDiffusion
-    from dp_lora.privacy.plan import PrivacyPlan
     from dp_lora.tracking import Tracker
-
-
-OUTPUTS = {"finetune": "adapter", "sample": "samples.npz", "evaluate": "result.json"}
-"""What a stage leaves in the run directory, whole or not at all; where it is, the stage is skipped."""
-
-
-@dataclass
-class Job:
-    """What the stages share, all of it checked."""
-
-    config: Config
-    directory: Path
-    images: ImageSplits
-    plan: PrivacyPlan
-    base_model: str
-    device: torch.device
-    seconds: dict[str, float]
 
 
 def run(config: Config, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -59,7 +36,7 @@ def run(config: Config, overrides: Sequence[str] = ()) -> dict[str, Any]:
         UserError: something that the user gave is wrong; nothing was written.
     """
     if config.stages == ["pretrain"]:
-        _check_writable(Path(config.paths.cache).expanduser(), f"paths.cache={config.paths.cache}")
+        check_writable(Path(config.paths.cache).expanduser(), f"paths.cache={config.paths.cache}")
         folder = pretrained_model(config, again=True)
         print(f"pre-trained model  {folder}")
         return {"model": str(folder)}
@@ -74,7 +51,7 @@ def run(config: Config, overrides: Sequence[str] = ()) -> dict[str, Any]:
         left = [name for name in asked if not (job.directory / OUTPUTS[name]).exists()]
         for name in asked:
             if name not in left:
-                _say(f"{name}: done already, {job.directory / OUTPUTS[name]}")
+                say(f"{name}: done already, {job.directory / OUTPUTS[name]}")
         if left or not _is_done(job.directory):
             with _record(job) as tracker:
                 for name in left:
@@ -88,161 +65,6 @@ def run(config: Config, overrides: Sequence[str] = ()) -> dict[str, Any]:
 def _is_done(directory: Path) -> bool:
     status = directory / "status.json"
     return status.exists() and read_json(status)["state"] == "done"
-
-
-def prepare(config: Config, directory: Path) -> Job:
-    """The job, with everything checked that can be wrong and nothing written but caches.
-
-    Raises UserError.
-    """
-    from dp_lora import data
-
-    _check_directory(config, directory)
-    images = data.load(config.data, config.paths)
-    plan = _plan(config, len(images.train))
-    device = _device(config)
-    _check_model(config, images)
-    _check_stages(config, directory)
-    folder = pretrained_model(config)
-    base_model = config.model.pretrained or folder.name
-    return Job(config, directory, images, plan, base_model, device, {})
-
-
-def _check_directory(config: Config, directory: Path) -> None:
-    """Refuses a place that cannot be written and a run directory that belongs to another configuration."""
-    saved = directory / "config.yaml"
-    if saved.exists():
-        from omegaconf import OmegaConf
-
-        other = fingerprint(from_omegaconf(OmegaConf.load(saved)))  # type: ignore[arg-type]
-        if other != fingerprint(config):
-            raise UserError(
-                f"{directory}: this run directory belongs to another configuration ({other}, expected "
-                f"{fingerprint(config)}); move it away or choose another paths.outputs"
-            )
-    _check_writable(directory, f"paths.outputs={config.paths.outputs}")
-    _check_writable(Path(config.paths.cache).expanduser(), f"paths.cache={config.paths.cache}")
-
-
-def _check_writable(folder: Path, field: str) -> None:
-    above = next(path for path in [folder, *folder.absolute().parents] if path.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise UserError(f"{field}: {above} is not a directory that can be written")
-
-
-def _plan(config: Config, num_examples: int) -> PrivacyPlan:
-    from dp_lora.finetune import steps_of
-    from dp_lora.privacy.plan import make_plan
-
-    privacy = config.privacy
-    return make_plan(
-        num_examples=num_examples,
-        expected_batch_size=config.train.expected_batch_size,
-        steps=steps_of(config, num_examples),
-        noise_multiplier=privacy.noise_multiplier,
-        target_epsilon=privacy.epsilon,
-        delta=privacy.delta,
-        noise_multiplicity=privacy.noise_multiplicity,
-        max_grad_norm=privacy.max_grad_norm,
-        clipping=privacy.clipping,
-        cache=Path(config.paths.cache).expanduser(),
-    )
-
-
-def _device(config: Config) -> torch.device:
-    import torch
-
-    if config.resources.threads is not None:
-        torch.set_num_threads(config.resources.threads)
-    wanted = config.resources.device
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "resources.device=cuda: this machine has no GPU that torch can use; expected auto or cpu"
-        )
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
-    if name == "cuda" and config.train.precision == "bfloat16" and not torch.cuda.is_bf16_supported():
-        raise UserError("train.precision=bfloat16: this GPU has no bfloat16; expected float32")
-    return torch.device(name)
-
-
-def _check_model(config: Config, images: ImageSplits) -> None:
-    """Refuses targets, ranks, images and classes that the model cannot take, before it has weights."""
-    import torch
-
-    from dp_lora import data
-    from dp_lora.adapters import target_names
-    from dp_lora.models import build, find, load
-
-    public, components = config.public_data, config.trainable.components
-    new_classes_can_be_learnt = "embedder" in components or "full" in components
-    if config.model.pretrained is not None:
-        model = load(find(config.model.pretrained))
-    else:
-        with torch.device("meta"):
-            model = build(config.model, classes=["?"], channels=public.channels, image_size=public.image_size)
-        if not new_classes_can_be_learnt:
-            model.classes = data.load(public, config.paths, "public_data").train.classes
-    channels, size = (int(model.autoencoder.config[name]) for name in ("in_channels", "sample_size"))
-    found = images.train.images.shape[1:]
-    if found != (channels, size, size):
-        raise UserError(
-            f"data.name={config.data.name}: images of {found[0]} x {found[1]} x {found[2]}, expected "
-            f"{channels} x {size} x {size}, which the autoencoder of model.name={config.model.name} takes"
-        )
-    if images.train.classes != model.classes and not new_classes_can_be_learnt:
-        raise UserError(
-            f"trainable.components={components}: the classes of {config.data.name} "
-            f"({', '.join(images.train.classes[:12])}) are new to the model, which cannot condition on them; "
-            "expected embedder or full among the components"
-        )
-    if "lora" in components:
-        target_names(model.unet, config.lora.target_modules, config.lora.rank)
-
-
-def _check_stages(config: Config, directory: Path) -> None:
-    for stage, before in (("sample", "finetune"), ("evaluate", "sample")):
-        output = directory / OUTPUTS[before]
-        if stage in config.stages and before not in config.stages and not output.exists():
-            raise UserError(
-                f"stages={config.stages}: {stage} needs {output}; expected {before} among the stages"
-            )
-
-
-def pretrained_model(config: Config, *, again: bool = False) -> Path:
-    """The folder of the pre-trained model, made first if nobody has: once, for all jobs that wait for it.
-
-    Args:
-        config: `model.pretrained` names one, or `model` and `public_data` say how it is made.
-        again: make it even if `model.pretrained` names one: what stages=[pretrain] asks for.
-    """
-    from dp_lora.models import find
-
-    if config.model.pretrained is not None and not again:
-        return find(config.model.pretrained)
-    models = Path(config.paths.cache).expanduser() / "models"
-    folder = models / f"{config.model.name}-{pretrained_fingerprint(config)}"
-    if not folder.exists():
-        models.mkdir(parents=True, exist_ok=True)
-        with file_lock(models / f"{folder.name}.lock", waiting=lambda: _say(f"waiting for {folder}")):
-            if not folder.exists():
-                _pretrain(config, folder)
-                _say(f"pre-trained model: {folder}")
-    return folder
-
-
-def _pretrain(config: Config, folder: Path) -> None:
-    from dp_lora import data
-    from dp_lora.pretrain import pretrain
-
-    images = data.load(config.public_data, config.paths, "public_data")
-    work = folder.with_name(folder.name + ".partial")
-    work.mkdir(exist_ok=True)
-
-    def log(step: int, values: dict[str, float]) -> None:
-        append_line(work / "metrics.jsonl", {"stage": "pretrain", "step": step, **values})
-
-    source = data.provenance(config.public_data, config.paths)
-    pretrain(config, images, folder, device=_device(config), log=log, source=source)
 
 
 @contextmanager
@@ -318,7 +140,7 @@ def _finetune(job: Job, tracker: Tracker) -> None:
     adapters.attach(model, config.trainable.components, config.lora, seed=config.seed)
     spends = "; ".join(" ".join(line.split()) for line in _guarantee(job))
     trained = ", ".join(config.trainable.components)
-    _say(f"finetune: {adapters.count(model):,} trained parameters ({trained}); {spends}")
+    say(f"finetune: {adapters.count(model):,} trained parameters ({trained}); {spends}")
     with _timed(job, "finetune"):
         train = job.images.train
         encoded = latents.cached(model, train, Path(config.paths.cache).expanduser())
@@ -422,7 +244,7 @@ def _evaluate(job: Job, tracker: Tracker) -> None:
             seed=config.seed,
             device=job.device,
             cache=Path(config.paths.cache).expanduser(),
-            progress=_say,
+            progress=say,
         )
     model = _model(job)
     adapters.attach(model, config.trainable.components, config.lora, seed=config.seed)
@@ -437,10 +259,6 @@ def _evaluate(job: Job, tracker: Tracker) -> None:
             "device": str(job.device),
         }
     )
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _summary(job: Job, result: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 import dp_lora.__main__  # noqa: F401  (registers the schema)
-from dp_lora import data, run
+from dp_lora import data, job
 from dp_lora.config import Config, config_directory, from_omegaconf
 from dp_lora.data import ImageSplits
 from dp_lora.models import LatentDiffusion, load
@@ -53,7 +53,7 @@ def composed(*overrides: str) -> Config:
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A `paths.cache` for the session that holds the pre-trained tiny model."""
     folder = tmp_path_factory.mktemp("cache")
-    run.pretrained_model(composed(*TINY, f"paths.cache={folder}"))
+    job.pretrained_model(composed(*TINY, f"paths.cache={folder}"))
     return folder
 
 

@@ -140,7 +140,8 @@ def test_an_output_folder_that_cannot_be_written_is_one_line(
     file.write_text("")
     refused(dp_lora(f"paths.outputs={file}/below"), outputs, f"paths.outputs={file}/below", "written")
     refused(dp_lora(f"paths.cache={file}"), outputs, f"paths.cache={file}", "written")
-    refused(dp_lora("-m", "lora.rank=2,4", f"paths.outputs={file}/below"), outputs, f"{file}/below", "written")
+    sweep = dp_lora("-m", "lora.rank=2,4", f"paths.outputs={file}/below")
+    refused(sweep, outputs, f"{file}/below", "written")
     assert file.read_text() == ""
 
 

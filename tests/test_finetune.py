@@ -23,6 +23,7 @@ import torch.distributed as dist
 from conftest import TINY, composed
 
 from dp_lora import adapters, data, finetune, latents, run, train
+from dp_lora import job as jobs
 from dp_lora.config import Config
 from dp_lora.data import ImageSet, ImageSplits
 from dp_lora.errors import UserError
@@ -216,7 +217,7 @@ def _job_in_a_process(config: Config, images: ImageSplits, plan: PrivacyPlan) ->
     torch.set_num_threads(1)
     finetune.check_engine = lambda *args: None
     data.load = lambda *args: images
-    run._plan = lambda *args: plan
+    jobs.plan_of = lambda *args: plan
     run.run(config)
 
 
@@ -235,7 +236,7 @@ def test_kill_9_at_thirty_random_moments(
         "stages=[finetune]", "train.checkpoint_minutes=0", f"paths.cache={cache}",
     )  # fmt: skip
     config = composed(*words)
-    plan = run._plan(config, len(digits.train))
+    plan = jobs.plan_of(config, len(digits.train))
 
     def start(name: str) -> Any:
         paths = dataclasses.replace(config.paths, outputs=str(tmp_path / name))
