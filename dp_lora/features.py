@@ -27,7 +27,7 @@ _ROWS = 4096
 """Rows of a feature matrix that are in float64 at a time."""
 
 _CPU_BATCH = 50
-"""Images at a time on CPU: 250 take three times as long each, for their maps do not fit its caches."""
+"""Images at a time on CPU: small enough for the feature maps to stay in its caches."""
 
 
 class EfficientNetLite0(nn.Module):
