@@ -368,7 +368,7 @@ def _check_train(train: TrainConfig, privacy: PrivacyConfig) -> None:
         raise UserError(f"train.epochs={train.epochs}: expected a number above 0, or null")
     if not 0 < train.learning_rate < math.inf:
         raise UserError(f"train.learning_rate={train.learning_rate}: expected a finite number above 0")
-    for name in ("weight_decay", "checkpoint_minutes", "warmup_steps"):
+    for name in ("weight_decay", "checkpoint_minutes", "warmup_steps", "embedder_learning_rate_factor"):
         if not 0 <= getattr(train, name) < math.inf:
             raise UserError(f"train.{name}={getattr(train, name)}: expected at least 0")
     if not 0 <= train.ema_decay < 1:

@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import os
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from dp_lora.train import Checkpoint, Step, learning_rate, resume, run_steps
 WARMUP_STEPS = 100
 
 
-class _PublicStep:
+class _PublicStep(ABC):
     """AdamW on a mean loss, with warm-up, cosine decay and gradients clipped to norm 1 for stability.
 
     Every random number of step s comes from a generator seeded with (seed, stage, s), so a resumed
@@ -53,8 +54,9 @@ class _PublicStep:
         self.optimizer.step()
         return {"loss": loss.item()}
 
+    @abstractmethod
     def loss(self, generator: torch.Generator) -> Tensor:
-        raise NotImplementedError
+        """Of one public batch, drawn by `generator`."""
 
     def state_dict(self) -> dict[str, Any]:
         return {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}

@@ -150,6 +150,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "epochs NaN": ({"train.epochs": float("nan")}, "train.epochs=nan"),
     "rate NaN": ({"train.learning_rate": float("nan")}, "train.learning_rate=nan"),
     "decay one": ({"train.ema_decay": 1.0}, "train.ema_decay=1"),
+    "factor below 0": (
+        {"train.embedder_learning_rate_factor": -1.0},
+        "train.embedder_learning_rate_factor=-1",
+    ),
+    "guidance NaN": ({"sampler.guidance": float("nan")}, "sampler.guidance=nan"),
     "microbatch zero": ({"train.microbatch": 0}, "train.microbatch=0"),
     "microbatch word": ({"train.microbatch": "many"}, "train.microbatch='many'"),
     "precision": ({"train.precision": "float16"}, "train.precision='float16'"),
