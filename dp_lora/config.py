@@ -30,6 +30,9 @@ SAMPLERS = ("ddim", "dpmsolver++")
 SCHEDULES = ("constant", "linear", "cosine")
 DEVICES = ("auto", "cpu", "cuda")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
+AUTOENCODERS = ("kl", "vq")
+CONDITIONINGS = ("class", "none")
+TARGET_GROUPS = ("qkv", "proj", "self", "cross", "conv")
 
 
 @dataclass
@@ -58,25 +61,41 @@ class DataConfig:
 
 @dataclass
 class AutoencoderConfig:
-    """A diffusers AutoencoderKL."""
+    """A diffusers AutoencoderKL or VQModel."""
 
+    kind: str = "kl"
+    """kl: a Gaussian posterior; vq: the nearest of `num_codes` vectors."""
     latent_channels: int = 4
     block_out_channels: list[int] = field(default_factory=lambda: [32, 64, 64])
     layers_per_block: int = 1
     norm_num_groups: int = 16
+    attention: list[bool] = field(default_factory=list)
+    """Whether each level has attention; empty: none has."""
+    mid_attention: bool = False
+    """Whether the middle blocks have attention; those of CompVis have."""
+    num_codes: int = 8192
+    """Only for vq."""
 
 
 @dataclass
 class UNetConfig:
-    """A diffusers UNet2DConditionModel whose condition is one class token."""
+    """A diffusers UNet2DConditionModel with one class token as its condition, or a UNet2DModel without."""
 
     block_out_channels: list[int] = field(default_factory=lambda: [64, 128])
     attention: list[bool] = field(default_factory=lambda: [True, True])
     """Whether each level has attention; the middle block always has."""
     layers_per_block: int = 1
     cross_attention_dim: int = 64
-    attention_head_dim: int = 8
+    """Width of the class token."""
+    num_heads: int = 8
+    """Attention heads of every level."""
+    head_dim: int | None = None
+    """Channels a head, in place of `num_heads`."""
     norm_num_groups: int = 32
+    scale_shift_norm: bool = False
+    """The timestep scales and shifts the second norm of a residual block; false adds it before that norm."""
+    resnet_updown: bool = False
+    """Residual blocks halve and double the resolution; false leaves that to convolutions."""
 
 
 @dataclass
@@ -111,8 +130,11 @@ class ModelConfig:
 
     name: str = MISSING
     pretrained: str | None = None
-    """Folder with weights in diffusers form, or the name of weights that ship with the package;
-    null pre-trains on `public_data` once and keeps the result in `paths.cache`."""
+    """Folder with weights in diffusers form (one of ours, or a pipeline's), the name of weights that ship
+    with the package, or the name of a pipeline on the hub; null pre-trains on `public_data` once and keeps
+    the result in `paths.cache`."""
+    conditioning: str = "class"
+    """class: one learnt token a class; none: the model is unconditional."""
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
@@ -134,8 +156,11 @@ class LoraConfig:
     rank: int = 8
     alpha: float | None = None
     """null: alpha = rank, so that the adapter's scale is 1."""
-    target_modules: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
-    """Ends of the names of the modules that get an adapter."""
+    target_modules: list[str] = field(default_factory=lambda: ["qkv", "proj"])
+    """Which modules get an adapter: qkv, proj (of all attention), self, cross (both of one kind of
+    attention), conv (of the residual blocks and resamplers), or ends of their names such as to_out.0."""
+    cap_rank: bool = False
+    """A layer narrower than `rank` takes its width as its rank; false refuses such a rank."""
 
 
 @dataclass
@@ -290,9 +315,7 @@ def check(config: Config) -> None:
     _check_privacy(config.privacy)
     _check_train(config.train, config.privacy)
     _check_counts(config)
-    levels = (len(config.model.unet.block_out_channels), len(config.model.unet.attention))
-    if levels[0] != levels[1]:
-        raise UserError(f"model.unet.attention: {levels[1]} values, expected one a level, {levels[0]}")
+    _check_model(config.model)
     for name in ("data", "public_data"):
         data: DataConfig = getattr(config, name)
         if data.channels not in (1, 3):
@@ -313,6 +336,8 @@ def _check_choices(config: Config) -> None:
         ("privacy.clipping", [config.privacy.clipping], CLIPPINGS),
         ("train.precision", [config.train.precision], PRECISIONS),
         ("train.schedule", [config.train.schedule], SCHEDULES),
+        ("model.conditioning", [config.model.conditioning], CONDITIONINGS),
+        ("model.autoencoder.kind", [config.model.autoencoder.kind], AUTOENCODERS),
         ("sampler.name", [config.sampler.name], SAMPLERS),
         ("evaluation.reference", [config.evaluation.reference], ("train", "validation", "test")),
         ("tracking.wandb", [config.tracking.wandb], WANDB_MODES),
@@ -326,6 +351,27 @@ def _check_choices(config: Config) -> None:
             if value not in options:
                 hint = did_you_mean(value, options)
                 raise UserError(f"{name}={value!r}: expected one of {', '.join(options)}{hint}")
+
+
+def _check_model(model: ModelConfig) -> None:
+    levels, given = len(model.unet.block_out_channels), len(model.unet.attention)
+    if levels != given:
+        raise UserError(f"model.unet.attention: {given} values, expected one a level, {levels}")
+    levels, given = len(model.autoencoder.block_out_channels), len(model.autoencoder.attention)
+    if given not in (0, levels):
+        raise UserError(
+            f"model.autoencoder.attention: {given} values, expected one a level, {levels}, or none"
+        )
+    heads, dim = model.unet.num_heads, model.unet.head_dim
+    for name, value in (("num_heads", heads), ("head_dim", dim)):
+        if value is not None and value < 1:
+            raise UserError(f"model.unet.{name}={value}: expected at least 1")
+    for channels, attends in zip(model.unet.block_out_channels, model.unet.attention, strict=True):
+        field_of, size = ("num_heads", heads) if dim is None else ("head_dim", dim)
+        if attends and channels % size:
+            raise UserError(
+                f"model.unet.{field_of}={size}: expected a divisor of each level's {channels} channels"
+            )
 
 
 def _check_privacy(privacy: PrivacyConfig) -> None:
@@ -399,7 +445,10 @@ def _check_counts(config: Config) -> None:
     if config.lora.alpha is not None and not 0 < config.lora.alpha < math.inf:
         raise UserError(f"lora.alpha={config.lora.alpha}: expected a finite number above 0, or null")
     if not config.lora.target_modules and "lora" in config.trainable.components:
-        raise UserError("lora.target_modules=[]: expected at least one end of a module's name")
+        raise UserError(
+            f"lora.target_modules=[]: expected at least one of {', '.join(TARGET_GROUPS)} or an end of a "
+            "module's name"
+        )
     if config.seed < 0:
         raise UserError(f"seed={config.seed}: expected at least 0")
     if not 0 <= config.sampler.guidance < math.inf:

@@ -15,7 +15,8 @@ from dp_lora import latents
 from dp_lora.config import ModelConfig
 from dp_lora.data import ImageSplits
 from dp_lora.errors import UserError
-from dp_lora.models import WEIGHTS, LatentDiffusion, SingleTokenAttention, build, find, load, save, sha256
+from dp_lora.models import WEIGHTS, LatentDiffusion, build, find, load, save, sha256
+from dp_lora.networks import SingleTokenAttention
 
 
 def _inputs(model: LatentDiffusion, rows: int = 5) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
