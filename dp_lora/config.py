@@ -29,6 +29,7 @@ PRECISIONS = ("float32", "bfloat16")
 SAMPLERS = ("ddim", "dpmsolver++")
 SCHEDULES = ("constant", "linear", "cosine")
 DEVICES = ("auto", "cpu", "cuda")
+RESAMPLINGS = ("pad", "box", "bilinear", "bicubic", "lanczos")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 AUTOENCODERS = ("kl", "vq")
 CONDITIONINGS = ("class", "none")
@@ -40,15 +41,26 @@ class DataConfig:
     """One image set. The same schema serves the private set (`data`) and the public one (`public_data`)."""
 
     name: str = MISSING
-    """Which loader: mnist5k, digits, mnist, fashion_mnist, letters or imagefolder."""
+    """Which loader: mnist5k, digits, mnist, fashion_mnist, letters, imagefolder, cifar10, celeba, celebahq,
+    emnist_letters or imagenet."""
     public: bool = False
     """Whether anybody may see it: only then may losses on it be logged."""
     source: str | None = None
-    """Folder or hub name, for loaders that read one."""
+    """Folder, archive, parquet file or hub name, for loaders that read one; null takes what lies in
+    `<paths.data>/<name>`."""
     image_size: int = 32
     """Side of the square images given to the model, in pixels."""
     channels: int = 1
     """1 for grey, 3 for RGB."""
+    resample: str | None = None
+    """How images come to `image_size`: box, bilinear, bicubic or lanczos; pad (28 x 28 into black margins);
+    null takes what belongs to the set (README, Data)."""
+    attribute: str | None = None
+    """CelebA and CelebA-HQ: the attribute that says the class, such as Male; null gives one class."""
+    image_column: str | None = None
+    """Tables: the column of the images; null takes `image` or `img`."""
+    label_column: str | None = None
+    """Tables: the column of the classes; null takes `attribute`, `label` or `labels`; none: one class."""
     classes: list[str] | None = None
     """Keep only these classes, in this order; null keeps all."""
     train_size: int | None = None
@@ -320,6 +332,13 @@ def check(config: Config) -> None:
         data: DataConfig = getattr(config, name)
         if data.channels not in (1, 3):
             raise UserError(f"{name}.channels={data.channels}: expected 1 (grey) or 3 (RGB)")
+        if data.image_size < 1:
+            raise UserError(f"{name}.image_size={data.image_size}: expected at least 1")
+        if data.resample is not None and data.resample not in RESAMPLINGS:
+            hint = did_you_mean(data.resample, RESAMPLINGS)
+            raise UserError(
+                f"{name}.resample={data.resample!r}: expected one of {', '.join(RESAMPLINGS)}, or null{hint}"
+            )
     if not config.public_data.public:
         raise UserError(
             f"public_data.public=false ({config.public_data.name}): pre-training has no privacy and "
