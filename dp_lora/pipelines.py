@@ -116,6 +116,8 @@ def _part(folder: Path, index: dict[str, Any], name: str, kinds: dict[str, Any],
             f"model.pretrained: {folder / 'model_index.json'} has {found} for {name}, expected "
             f"{' or '.join(kinds)}: {_WANTED}"
         )
+    if not (folder / name / "config.json").is_file():
+        raise UserError(f"model.pretrained: {folder / name / 'config.json'} is missing; expected {_WANTED}")
     try:
         if not weights:
             return kind.from_config(kind.load_config(folder / name, local_files_only=True))
@@ -128,7 +130,9 @@ def _part(folder: Path, index: dict[str, Any], name: str, kinds: dict[str, Any],
         )
     except Exception as error:  # a reader of another format each
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"model.pretrained: {folder / name} cannot be read ({reason})") from error
+        raise UserError(
+            f"model.pretrained: {folder / name} cannot be read ({reason}); expected diffusers' files"
+        ) from error
     for what in ("missing_keys", "unexpected_keys"):
         if names := report.get(what):
             kind_of, listed = what.removesuffix("_keys"), ", ".join(sorted(names)[:8])
@@ -174,7 +178,9 @@ def _scheduler(folder: Path) -> tuple[DDPMScheduler, bool]:
 
 def _prompts(folder: Path, index: dict[str, Any], unet: Any, template: str, weights: bool) -> Prompts:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     for name in ("text_encoder", "tokenizer"):
         if not (folder / name).is_dir():
             raise UserError(f"model.pretrained: {folder / name} is missing; expected {_WANTED}")
@@ -195,7 +201,10 @@ def _prompts(folder: Path, index: dict[str, Any], unet: Any, template: str, weig
             encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder"))
     except Exception as error:  # transformers raises many kinds
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"model.pretrained: {folder / 'text_encoder'} cannot be read ({reason})") from error
+        raise UserError(
+            f"model.pretrained: {folder / 'text_encoder'} or tokenizer cannot be read ({reason}); "
+            "expected CLIP's"
+        ) from error
     return Prompts(encoder, tokenizer, template)
 
 
@@ -209,7 +218,9 @@ def _read(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"model.pretrained: {path} cannot be read ({reason})") from error
+        raise UserError(
+            f"model.pretrained: {path} cannot be read ({reason}); expected a diffusers pipeline"
+        ) from error
     if not isinstance(config, dict):
         raise UserError(f"model.pretrained: {path} holds no JSON object; expected a diffusers pipeline")
     return config
