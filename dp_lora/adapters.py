@@ -266,10 +266,10 @@ def _plain_values(config: PeftLoraConfig) -> dict[str, Any]:
 
 def _names_in_three(name: str) -> list[str]:
     """The names in diffusers' own model of what is called `name` in a fused one."""
-    marked = f".{_FUSED}"
-    if marked not in name:
+    words = name.split(".")
+    if _FUSED not in words:
         return [name]
-    return [name.replace(marked, f".{end}") for end in _SPLIT]
+    return [".".join(end if word == _FUSED else word for word in words) for end in _SPLIT]
 
 
 def _in_three(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
