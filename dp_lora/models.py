@@ -70,13 +70,14 @@ def build(model: ModelConfig, *, classes: Sequence[str], channels: int, image_si
     embedder = None
     if model.conditioning == "class":
         embedder = nn.Embedding(len(classes), model.unet.cross_attention_dim)
-    scheduler = DDPMScheduler(
-        num_train_timesteps=model.scheduler.num_train_timesteps,
-        beta_start=model.scheduler.beta_start,
-        beta_end=model.scheduler.beta_end,
-        beta_schedule=model.scheduler.beta_schedule,
-        clip_sample=False,
-    )
+    with torch.device("cpu"):
+        scheduler = DDPMScheduler(
+            num_train_timesteps=model.scheduler.num_train_timesteps,
+            beta_start=model.scheduler.beta_start,
+            beta_end=model.scheduler.beta_end,
+            beta_schedule=model.scheduler.beta_schedule,
+            clip_sample=False,
+        )
     return LatentDiffusion(autoencoder, unet, embedder, scheduler, classes if embedder else UNCONDITIONAL)
 
 
