@@ -75,12 +75,12 @@ class DataConfig:
 class AutoencoderConfig:
     """A diffusers AutoencoderKL or VQModel."""
 
-    kind: str = "kl"
-    """kl: a Gaussian posterior; vq: the nearest of `num_codes` vectors."""
     latent_channels: int = 4
     block_out_channels: list[int] = field(default_factory=lambda: [32, 64, 64])
     layers_per_block: int = 1
     norm_num_groups: int = 16
+    kind: str = "kl"
+    """kl: a Gaussian posterior; vq: the nearest of `num_codes` vectors."""
     attention: list[bool] = field(default_factory=list)
     """Whether each level has attention; empty: none has."""
     mid_attention: bool = False
