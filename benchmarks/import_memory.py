@@ -2,9 +2,9 @@
 
     python -m benchmarks.import_memory [--layout cin256] [--ema] [--json FILE]
 
-Writes a checkpoint of random tensors in the original layout into a temporary folder, imports it in a process of
-its own, and prints the peak of that process's resident memory, pages of mapped files among it, beside the size
-of the file. What the process takes with everything loaded but the checkpoint is given too.
+Writes a checkpoint of random tensors in the original layout into a temporary folder, imports it in a process
+of its own, and prints the peak of that process's resident memory, pages of mapped files among it, beside the
+size of the file. What the process takes with everything loaded but the checkpoint is given too.
 """
 
 from __future__ import annotations

@@ -38,7 +38,13 @@ def per_example_loss(
     k = timesteps.shape[1]
     a = model.scheduler.alphas_cumprod.to(latents)[timesteps][:, :, None, None, None]
     noisy = a.sqrt() * latents[:, None] + (1 - a).sqrt() * noise
-    predicted = model.predict_noise(noisy.flatten(0, 1), timesteps.flatten(), labels.repeat_interleave(k))
+    condition = model.condition(labels)
+    if condition.requires_grad:
+        # A row each: the engine sees M k rows of every layer that is trained.
+        condition = model.condition(labels.repeat_interleave(k))
+    else:
+        condition = condition.repeat_interleave(k, 0)
+    predicted = model.predict_noise_of(noisy.flatten(0, 1), timesteps.flatten(), condition)
     return (predicted.float().view_as(noise) - noise).square().flatten(1).mean(1)
 
 

@@ -23,7 +23,7 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from dp_lora.networks import attend_to_one_token
+from dp_lora.networks import shorten_cross_attention
 from dp_lora.prompts import Prompts
 
 UNCONDITIONAL = ("image",)
@@ -76,7 +76,7 @@ class LatentDiffusion(nn.Module):
             )
         self.register_buffer("null_embedding", null)
         if prompts is None:
-            attend_to_one_token(unet)
+            shorten_cross_attention(unet)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

@@ -56,8 +56,8 @@ def attentions(network: nn.Module) -> Iterator[tuple[str, Attention]]:
     return ((name, part) for name, part in network.named_modules() if isinstance(part, Attention))
 
 
-def attend_to_one_token(unet: nn.Module) -> None:
-    """Gives the cross-attention of `unet` the shortcut for a condition of one token."""
+def shorten_cross_attention(unet: nn.Module) -> None:
+    """Gives every cross-attention of a network conditioned on one token the exact shortcut."""
     for _, attention in attentions(unet):
         if attention.is_cross_attention:
             attention.set_processor(SingleTokenAttention())
