@@ -5,7 +5,7 @@
 Small models at the shapes of two settings: MNIST (3 x 32 x 32, latents 3 x 4 x 4) and CelebA-64 (3 x 64 x 64,
 latents 3 x 32 x 32). The step is the one that jobs take, with its noise, optimiser and write-ahead record;
 all three ways take the same batch in the same round. Time is the CPU time of one thread, user and system; a
-ratio is the median over rounds of a way's time over that of `memory` in the same round. The images are random.
+ratio is the median over rounds of a way's time over that of `memory` in the same round. Images are random.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 from dp_lora import adapters, latents
 from dp_lora.config import AutoencoderConfig, LoraConfig, ModelConfig, TrainConfig, UNetConfig
 from dp_lora.data import ImageSet
-from dp_lora.finetune import ROWS_ON_CPU, PrivateStep
+from dp_lora.finetune import PrivateStep
 from dp_lora.latents import Latents
 from dp_lora.models import LatentDiffusion, build
 from dp_lora.privacy.executions import Executions
@@ -38,10 +38,11 @@ WAYS = ("memory", "cached", "on the fly")
 
 @dataclass(frozen=True)
 class Setting:
-    """Number of images, mean size of a batch, side of the images, and the small networks."""
+    """Number of images, mean size of a batch, rows of a microbatch, side of the images, networks."""
 
     count: int
     batch: int
+    rows: int
     image_size: int
     autoencoder: AutoencoderConfig
     unet: UNetConfig
@@ -50,6 +51,7 @@ class Setting:
 SETTINGS = {
     "mnist": Setting(
         20_000,
+        128,
         64,
         32,
         AutoencoderConfig(latent_channels=3, block_out_channels=[16, 32, 48, 64], norm_num_groups=16),
@@ -58,6 +60,7 @@ SETTINGS = {
     "celeba64": Setting(
         5_000,
         16,
+        8,
         64,
         AutoencoderConfig(latent_channels=3, block_out_channels=[16, 32], norm_num_groups=16),
         UNetConfig([16, 32, 64], [False, True, True], norm_num_groups=16),
@@ -101,13 +104,13 @@ def make_model(setting: Setting) -> LatentDiffusion:
 
 
 def make_step(
-    model: LatentDiffusion, encoded: Latents, labels: Tensor, batch: int, k: int, folder: Path
+    model: LatentDiffusion, encoded: Latents, labels: Tensor, setting: Setting, k: int, folder: Path
 ) -> Callable[[int], object]:
     """The private step of a job."""
     folder.mkdir()
     plan = make_plan(
         num_examples=len(labels),
-        expected_batch_size=batch,
+        expected_batch_size=setting.batch,
         steps=1000,
         noise_multiplier=1.0,
         target_epsilon=None,
@@ -116,7 +119,7 @@ def make_step(
         max_grad_norm=1e-3,
     )
     executions = Executions(folder / "executions.jsonl", {})
-    randomness, microbatch = Randomness.from_seed(1), ROWS_ON_CPU // k
+    randomness, microbatch = Randomness.from_seed(1), setting.rows // k
     return PrivateStep(model, encoded, labels, plan, randomness, TrainConfig(), microbatch, executions)
 
 
@@ -137,7 +140,7 @@ def measure(name: str, k: int, rounds: int, folder: Path) -> list[Row]:
     }
     steps = {
         way: make_step(
-            models[way], encoded[way], torch.from_numpy(labels), setting.batch, k, folder / f"{name}{k}{way}"
+            models[way], encoded[way], torch.from_numpy(labels), setting, k, folder / f"{name}{k}{way}"
         )
         for way in WAYS
     }
