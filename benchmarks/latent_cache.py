@@ -5,7 +5,8 @@
 Small models at the shapes of two settings: MNIST (3 x 32 x 32, latents 3 x 4 x 4) and CelebA-64 (3 x 64 x 64,
 latents 3 x 32 x 32). The step is the one that jobs take, with its noise, optimiser and write-ahead record;
 all three ways take the same batch in the same round. Time is the CPU time of one thread, user and system; a
-ratio is the median over rounds of a way's time over that of `memory` in the same round. Images are random.
+ratio is the median over rounds of a way's time over that of `memory` in the same round. `latents` is the part
+of it that differs, drawing a batch's latents, timed by itself in as many rounds. Images are random.
 """
 
 from __future__ import annotations
@@ -77,6 +78,8 @@ class Row:
     """Of one step, median."""
     ratio: float
     """To `memory`."""
+    latents: float
+    """Seconds of drawing one batch's latents, median."""
 
 
 class OnTheFly(Latents):
@@ -152,6 +155,7 @@ def measure(name: str, k: int, rounds: int, folder: Path) -> list[Row]:
             steps[way](number)
             if number:  # the first warms up
                 seconds[way].append(time.process_time() - start)
+    draws = _draws(encoded, setting, models["memory"].latent_shape, rounds)
     return [
         Row(
             name,
@@ -159,9 +163,25 @@ def measure(name: str, k: int, rounds: int, folder: Path) -> list[Row]:
             way,
             statistics.median(seconds[way]),
             statistics.median(a / b for a, b in zip(seconds[way], seconds["memory"], strict=True)),
+            statistics.median(draws[way]),
         )
         for way in WAYS
     ]
+
+
+def _draws(
+    encoded: dict[str, Latents], setting: Setting, shape: tuple[int, ...], rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of drawing the latents of `rounds` batches of the mean size, the same for every way."""
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    for _ in range(rounds):
+        chosen = torch.randint(setting.count, (setting.batch,)).sort().values
+        noise = torch.randn(setting.batch, *shape)
+        for way in WAYS:
+            start = time.process_time()
+            encoded[way].sample(chosen, noise)
+            seconds[way].append(time.process_time() - start)
+    return seconds
 
 
 def main() -> None:
@@ -181,7 +201,7 @@ def main() -> None:
                 found = measure(name, k, arguments.rounds, Path(folder))
                 for row in found:
                     print(
-                        f"{row.setting:9} k{row.k}  {row.way:11} {row.seconds:7.3f} s  {row.ratio:6.3f}",
+                        f"{row.setting:9} k{row.k}  {row.way:11} {row.seconds:7.3f} s  {row.ratio:6.3f}  latents {row.latents:8.5f} s",
                         flush=True,
                     )
                 rows += found
