@@ -127,13 +127,36 @@ class PretrainConfig:
     autoencoder_steps: int = 2000
     autoencoder_batch_size: int = 64
     autoencoder_learning_rate: float = 1e-3
+    reconstruction: str = "mse"
+    """Error of the pixels: mse, or l1 as in latent diffusion."""
     kl_weight: float = 1e-6
+    """Of the divergence from N(0, I) for each value of an image; only for kl autoencoders."""
+    codebook_weight: float = 1.0
+    """Of the distance to the nearest code; only for vq autoencoders."""
+    perceptual_weight: float = 0.0
+    """Of the distance between features; 0 leaves it out."""
+    perceptual_network: str = "lite0"
+    """Whose features: lite0, or a file with torchvision's weights of vgg16."""
+    adversarial_weight: float = 0.0
+    """Of a patch discriminator, times the weight at which both gradients are as long; 0 leaves it out."""
+    adversarial_start: int = 0
+    """Number of the step from which the discriminator takes part."""
     decoder_steps: int = 0
     """Steps of the decoder alone at the end, which make plain backgrounds exactly plain."""
     unet_steps: int = 4000
     unet_batch_size: int = 256
     unet_learning_rate: float = 1e-3
     ema_decay: float = 0.999
+    """Of the moving average of the diffusion model's weights, which is what is kept."""
+    schedule: str = "cosine"
+    """Learning rates over the steps: constant, linear or cosine to zero."""
+    warmup_steps: int = 100
+    precision: str = "float32"
+    """float32, or bfloat16 where that is safe (autocast); weights stay float32."""
+    compile: bool = False
+    """torch.compile of the networks that are trained."""
+    samples_every: int = 0
+    """Steps between two pictures of the public set and of samples, in `samples/` of the model; 0: none."""
 
 
 @dataclass
@@ -332,8 +355,6 @@ def check(config: Config) -> None:
         data: DataConfig = getattr(config, name)
         if data.channels not in (1, 3):
             raise UserError(f"{name}.channels={data.channels}: expected 1 (grey) or 3 (RGB)")
-        if data.image_size < 1:
-            raise UserError(f"{name}.image_size={data.image_size}: expected at least 1")
         if data.resample is not None and data.resample not in RESAMPLINGS:
             hint = did_you_mean(data.resample, RESAMPLINGS)
             raise UserError(
@@ -357,6 +378,9 @@ def _check_choices(config: Config) -> None:
         ("train.schedule", [config.train.schedule], SCHEDULES),
         ("model.conditioning", [config.model.conditioning], CONDITIONINGS),
         ("model.autoencoder.kind", [config.model.autoencoder.kind], AUTOENCODERS),
+        ("model.pretrain.schedule", [config.model.pretrain.schedule], SCHEDULES),
+        ("model.pretrain.precision", [config.model.pretrain.precision], PRECISIONS),
+        ("model.pretrain.reconstruction", [config.model.pretrain.reconstruction], ("mse", "l1")),
         ("sampler.name", [config.sampler.name], SAMPLERS),
         ("evaluation.reference", [config.evaluation.reference], ("train", "validation", "test")),
         ("tracking.wandb", [config.tracking.wandb], WANDB_MODES),
@@ -454,13 +478,17 @@ def _check_counts(config: Config) -> None:
         "resources.threads": config.resources.threads,
         "model.pretrain.autoencoder_steps": config.model.pretrain.autoencoder_steps,
         "model.pretrain.unet_steps": config.model.pretrain.unet_steps,
+        "model.pretrain.autoencoder_batch_size": config.model.pretrain.autoencoder_batch_size,
+        "model.pretrain.unet_batch_size": config.model.pretrain.unet_batch_size,
         "data.image_size": config.data.image_size,
+        "public_data.image_size": config.public_data.image_size,
         "data.train_size": config.data.train_size,
         "public_data.train_size": config.public_data.train_size,
     }
     for name, value in at_least_one.items():
         if value is not None and not value >= 1:
             raise UserError(f"{name}={value}: expected at least 1")
+    _check_pretrain(config.model.pretrain)
     if config.lora.alpha is not None and not 0 < config.lora.alpha < math.inf:
         raise UserError(f"lora.alpha={config.lora.alpha}: expected a finite number above 0, or null")
     if not config.lora.target_modules and "lora" in config.trainable.components:
@@ -480,6 +508,22 @@ def _check_counts(config: Config) -> None:
                 raise UserError(f"{name}.{part}={getattr(data, part)}: expected at least 0")
 
 
+def _check_pretrain(pretrain: PretrainConfig) -> None:
+    for name in ("autoencoder_learning_rate", "unet_learning_rate"):
+        if not 0 < getattr(pretrain, name) < math.inf:
+            raise UserError(
+                f"model.pretrain.{name}={getattr(pretrain, name)}: expected a finite number above 0"
+            )
+    for name in ("kl_weight", "codebook_weight", "perceptual_weight", "adversarial_weight",
+                 "adversarial_start", "decoder_steps", "warmup_steps", "samples_every"):  # fmt: skip
+        if not 0 <= getattr(pretrain, name) < math.inf:
+            raise UserError(
+                f"model.pretrain.{name}={getattr(pretrain, name)}: expected a finite number, at least 0"
+            )
+    if not 0 <= pretrain.ema_decay < 1:
+        raise UserError(f"model.pretrain.ema_decay={pretrain.ema_decay}: expected a number in [0, 1)")
+
+
 _CANNOT_CHANGE_THE_RESULT = ("experiment", "stages", "tracking", "resources", "paths")
 _NOR_CAN = ("microbatch", "checkpoint_minutes")
 """Of `train`."""
@@ -496,13 +540,14 @@ def fingerprint(config: Config) -> str:
         del values[name]
     for name in _NOR_CAN:
         del values["train"][name]
+    del values["model"]["pretrain"]["samples_every"]
     return _digest(values)
 
 
 def pretrained_fingerprint(config: Config) -> str:
     """Eight hexadecimal digits of what can change the weights of a public pre-training."""
     model = dataclasses.asdict(config.model)
-    del model["pretrained"]
+    del model["pretrained"], model["pretrain"]["samples_every"]
     public = dataclasses.asdict(config.public_data)
     return _digest({"model": model, "public_data": public, "seed": config.seed})
 

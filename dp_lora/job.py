@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -177,12 +178,23 @@ def pretrained_model(config: Config, *, again: bool = False) -> Path:
     models = Path(config.paths.cache).expanduser() / "models"
     folder = models / f"{config.model.name}-{pretrained_fingerprint(config)}"
     if not folder.exists():
-        models.mkdir(parents=True, exist_ok=True)
-        with file_lock(models / f"{folder.name}.lock", waiting=lambda: say(f"waiting for {folder}")):
-            if not folder.exists():
-                _pretrain(config, folder)
-                say(f"pre-trained model: {folder}")
+        _pretrain_once(config, folder)
     return folder
+
+
+def _pretrain_once(config: Config, folder: Path) -> None:
+    """Makes `folder`, by one job at a time; the processes of a job that torchrun started do it together."""
+    from dp_lora.pretrain import agreed, processes, rank
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = folder.with_name(f"{folder.name}.lock")
+    with processes(_device(config)), ExitStack() as stack:
+        if rank() == 0:
+            stack.enter_context(file_lock(lock, waiting=lambda: say(f"waiting for {folder}")))
+        if agreed(not folder.exists()):
+            _pretrain(config, folder)
+            if rank() == 0:
+                say(f"pre-trained model: {folder}")
 
 
 def _pretrain(config: Config, folder: Path) -> None:

@@ -53,12 +53,12 @@ def to_bytes(images: Tensor) -> np.ndarray:
 
 def encode(model: LatentDiffusion, images: ImageSet, *, batch_size: int = 256) -> Latents:
     """The latents of all images, on the CPU."""
-    parts = [(mean, std) for _, mean, std in _encoded(model, images, batch_size)]
+    parts = [(mean, std) for _, mean, std in encoded_batches(model, images, batch_size)]
     means, stds = zip(*parts, strict=True)
     return Latents(torch.cat(means), torch.cat(stds))
 
 
-def _encoded(
+def encoded_batches(
     model: LatentDiffusion, images: ImageSet, batch_size: int = 256
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Batch by batch: the number of its first image, mean and standard deviation, on the CPU."""
@@ -79,7 +79,7 @@ def cached(model: LatentDiffusion, images: ImageSet, cache: Path) -> Latents:
     shape = ("F32", (len(images), *model.latent_shape))
 
     def fill(into: dict[str, np.ndarray]) -> None:
-        for first, mean, std in _encoded(model, images):
+        for first, mean, std in encoded_batches(model, images):
             into["mean"][first : first + len(mean)] = mean.numpy()
             into["std"][first : first + len(std)] = std.numpy()
 
