@@ -49,6 +49,13 @@ class SingleTokenAttention:
         return value.expand(-1, hidden_states.shape[1], -1)
 
 
+def shorten_cross_attention(unet: nn.Module) -> None:
+    """Gives every cross-attention of a UNet conditioned on one token the exact shortcut."""
+    for name, module in unet.named_modules():
+        if name.endswith(".attn2") and isinstance(module, Attention):
+            module.set_processor(SingleTokenAttention())
+
+
 WITHOUT_EFFECT = re.compile(r"\.transformer_blocks\.\d+\.(attn2\.to_[qk]|norm2)$")
 """Matches the names of the UNet's modules that only feed the queries and keys that are not computed."""
 
@@ -70,9 +77,7 @@ class LatentDiffusion(nn.Module):
         self.class_embedder = class_embedder
         self.scheduler = scheduler
         self.classes = tuple(classes)
-        for name, module in unet.named_modules():
-            if name.endswith(".attn2") and isinstance(module, Attention):
-                module.set_processor(SingleTokenAttention())
+        shorten_cross_attention(unet)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
