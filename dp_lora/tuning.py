@@ -23,8 +23,8 @@ from dp_lora.models import LatentDiffusion
 from dp_lora.privacy.gradients import ClippedGradientSum
 from dp_lora.privacy.plan import PrivacyPlan
 
-ROWS_ON_CPU = 64
-"""Rows of one forward on a CPU: measured, more bring no speed, and the padding of a batch grows with them."""
+ROWS_ON_CPU = 128
+"""Rows of one forward on a CPU: twice as many are 2 % faster a row and cost more than that in padding."""
 
 HEADROOM = 0.9
 """Share of the largest microbatch that fits which is used: the optimiser's state comes on top."""

@@ -85,10 +85,10 @@ class ClippedGradientSum:
         refuse_mixing(module)
         sizes = [p.numel() for p in self.parameters.values()]
         self.num_parameters = sum(sizes)
-        self._ends = torch.tensor(sizes).cumsum(0).tolist()
+        self._sizes = sizes
         self._index = {id(p): i for i, p in enumerate(self.parameters.values())}
-        self._module = module
-        self._buffers = buffer_versions(module)
+        self._modules = dict(module.named_modules())
+        self._buffers = buffer_versions(self._modules)
         # Per-example gradients of each parameter and their norms [M], while a backward runs.
         self._samples: list[_Dense | _RankOne | None] | None = None
         self._norms: list[Tensor] = []
@@ -124,7 +124,7 @@ class ClippedGradientSum:
             raise UserError(f"losses of shape {list(losses.shape)}: expected {wanted}")
         if not losses.requires_grad:
             raise UserError("losses: they do not depend on any trainable parameter")
-        refuse_changed_buffers(self._module, self._buffers)
+        refuse_changed_buffers(self._modules, self._buffers)
         if not len(losses):
             return
         self._clip_and_add(self._backward(losses, weights), losses.detach(), weights)
@@ -150,7 +150,7 @@ class ClippedGradientSum:
         """Puts `flat` [P] into the `.grad` of each parameter, in the order of `parameters`."""
         if flat.shape != (self.num_parameters,):
             raise ValueError(f"a gradient of shape {list(flat.shape)}: expected [{self.num_parameters}]")
-        for parameter, part in zip(self.parameters.values(), self._split(flat), strict=True):
+        for parameter, part in zip(self.parameters.values(), flat.split(self._sizes), strict=True):
             parameter.grad = part.view_as(parameter).to(parameter.dtype)
 
     def detach(self) -> None:
@@ -199,7 +199,10 @@ class ClippedGradientSum:
 
     def put(self, parameter: Tensor, sample: Tensor) -> None:
         """Adds per-example gradients [M, ...] of `parameter` from one use of its layer."""
-        self._put(parameter, _Dense(sample.reshape(self._examples, -1).to(parameter.dtype)))
+        sample = sample.reshape(self._examples, -1)
+        self._put(
+            parameter, _Dense(sample if sample.dtype == parameter.dtype else sample.to(parameter.dtype))
+        )
 
     def put_products(self, parameter: Tensor, left: Tensor, right: Tensor) -> None:
         """Adds the gradients sum_t left_t (x) right_t of each example, over its draws and tokens.
@@ -264,7 +267,7 @@ class ClippedGradientSum:
         # 0 * nan is nan: the rows themselves have to go.
         spoilt = (~finite).nonzero().squeeze(1)
         partial = factors.new_empty(self.num_parameters)
-        for sample, factor, part in zip(samples, factors, self._split(partial), strict=True):
+        for sample, factor, part in zip(samples, factors, partial.split(self._sizes), strict=True):
             sample.weighted_sum(factor, spoilt, out=part)
         self._total[: self.num_parameters] += partial
         if self.loss_share:
@@ -285,9 +288,6 @@ class ClippedGradientSum:
         if self.clipping == "automatic" and math.isfinite(bound):
             return (bound / (whole + AUTOMATIC_GAMMA)).expand_as(norms)
         return torch.clamp(bound / whole, max=1.0).expand_as(norms)
-
-    def _split(self, flat: Tensor) -> list[Tensor]:
-        return [flat[a:b] for a, b in zip([0, *self._ends[:-1]], self._ends, strict=True)]
 
 
 def loss_unit(max_grad_norm: float, loss_share: float) -> float:
