@@ -25,6 +25,7 @@ from dp_lora.errors import UserError, did_you_mean
 STAGES = ("pretrain", "finetune", "sample", "evaluate")
 COMPONENTS = ("lora", "attention", "embedder", "bias", "norm", "full")
 CLIPPINGS = ("flat", "automatic", "per_layer")
+ADJACENCIES = ("add_or_remove", "zero_out")
 PRECISIONS = ("float32", "bfloat16")
 SAMPLERS = ("ddim", "dpmsolver++")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -212,6 +213,8 @@ class PrivacyConfig:
     max_grad_norm: float = 1e-3
     """C, the norm to which one example's gradient is clipped."""
     clipping: str = "flat"
+    adjacency: str = "add_or_remove"
+    """Which sets are neighbours: add_or_remove one image, or zero_out one; both have the same epsilon."""
     insecure_seed: int | None = None
     """Derives all private randomness from a number, for tests; no privacy against whoever knows it."""
 
@@ -239,7 +242,11 @@ class TrainConfig:
     """Spread an example's k timesteps over k equal parts of the range; false draws them independently."""
     precision: str = "float32"
     microbatch: int | str = "auto"
-    """Examples per forward and backward, or 'auto'."""
+    """Examples per forward and backward, or 'auto': the largest that fits and is worth it."""
+    channels_last: bool = False
+    """Keeps the UNet's images with their channels innermost, which tensor cores like and CPUs do not."""
+    compile: bool = False
+    """Compiles the UNet's frozen parts: a minute or two at the start of every job."""
     checkpoint_minutes: float = 0.5
     """Time between checkpoints."""
 
@@ -280,6 +287,8 @@ class TrackingConfig:
     project: str = "dp-lora"
     group: str | None = None
     tags: list[str] = field(default_factory=list)
+    private_loss: bool = False
+    """Logs the training loss as read from the noised sum: inside the same epsilon, at a little more noise."""
     log_every: int = 1
     progress: str = "auto"
     """auto: a bar on a terminal, plain lines elsewhere; or bar, lines, off."""
@@ -374,6 +383,7 @@ def _check_choices(config: Config) -> None:
         ("stages", config.stages, STAGES),
         ("trainable.components", config.trainable.components, COMPONENTS),
         ("privacy.clipping", [config.privacy.clipping], CLIPPINGS),
+        ("privacy.adjacency", [config.privacy.adjacency], ADJACENCIES),
         ("train.precision", [config.train.precision], PRECISIONS),
         ("train.schedule", [config.train.schedule], SCHEDULES),
         ("model.conditioning", [config.model.conditioning], CONDITIONINGS),
@@ -525,7 +535,7 @@ def _check_pretrain(pretrain: PretrainConfig) -> None:
 
 
 _CANNOT_CHANGE_THE_RESULT = ("experiment", "stages", "tracking", "resources", "paths")
-_NOR_CAN = ("microbatch", "checkpoint_minutes")
+_NOR_CAN = ("microbatch", "channels_last", "compile", "checkpoint_minutes")
 """Of `train`."""
 
 
@@ -538,6 +548,8 @@ def fingerprint(config: Config) -> str:
     values = dataclasses.asdict(config)
     for name in _CANNOT_CHANGE_THE_RESULT:
         del values[name]
+    # Of tracking, it alone changes the released values.
+    values["private_loss"] = config.tracking.private_loss
     for name in _NOR_CAN:
         del values["train"][name]
     del values["model"]["pretrain"]["samples_every"]

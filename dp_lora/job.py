@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from dp_lora.data import ImageSplits
     from dp_lora.privacy.plan import PrivacyPlan
 
+LOSS_SHARE = 0.1
+"""Share of the clipping norm that `tracking.private_loss` takes: it leaves 99.5 % to the gradient."""
+
 OUTPUTS = {"finetune": "adapter", "sample": "samples.npz", "evaluate": "result.json"}
 """What a stage leaves in the run directory, whole or not at all; where it is, the stage is skipped."""
 
@@ -97,6 +100,8 @@ def plan_of(config: Config, num_examples: int) -> PrivacyPlan:
         noise_multiplicity=privacy.noise_multiplicity,
         max_grad_norm=privacy.max_grad_norm,
         clipping=privacy.clipping,
+        adjacency=privacy.adjacency,
+        loss_share=LOSS_SHARE if config.tracking.private_loss else 0.0,
         cache=Path(config.paths.cache).expanduser(),
     )
 

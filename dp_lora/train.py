@@ -118,18 +118,18 @@ def run_steps(
             values = step(number)
             log(number + 1, values)
             progress.update(1, **values)
-            stop = _any_process(asked_to_stop())
+            stop = any_process(asked_to_stop())
             if stop or checkpoint.due() or number + 1 == total:
                 checkpoint.save(number + 1, step.state_dict())
             if stop and number + 1 < total:
                 raise Interrupted(f"stopped after step {number + 1} of {total}")
 
 
-def _any_process(stop: bool) -> bool:
-    """Whether any process of the job was asked to stop: all of them leave after the same step."""
+def any_process(here: bool) -> bool:
+    """Whether `here` is true on any process of the job, so that all of them do the same about it."""
     if not dist.is_initialized():
-        return stop
-    flag = torch.tensor(int(stop), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        return here
+    flag = torch.tensor(int(here), device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(flag, dist.ReduceOp.MAX)
     return bool(flag)
 
