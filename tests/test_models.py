@@ -307,11 +307,12 @@ def test_lora_has_the_paper_s_parameters(
 
 
 def test_the_class_embedder_has_the_paper_s_parameters() -> None:
-    for experiment, public, new, paper in (("mnist", 26, 26, 130), ("cifar10", 1001, 10, 5120)):
+    for experiment, classes, count in (("mnist", 26, 130), ("cifar10", 10, 5120), ("celebahq256", 2, 1024)):
         config = composed(f"experiment={experiment}")
-        model = build(config.model, classes=["?"] * public, channels=3, image_size=32)
-        model.new_classes([str(i) for i in range(new)], torch.Generator())
-        assert model.class_embedder.weight.numel() == paper
+        size = config.data.image_size
+        with torch.device("meta"):
+            model = build(config.model, classes=["?"] * classes, channels=3, image_size=size)
+        assert model.class_embedder.weight.numel() == count
 
 
 # Every kind of model
@@ -539,3 +540,18 @@ def test_a_pipeline_s_folder_is_found(pipelines: Path) -> None:
     for kind in PIPELINES:
         model_of(kind, pipelines)
         assert find(str(pipelines / kind)) == pipelines / kind
+
+
+def test_the_grid_of_a_model_without_classes_is_square() -> None:
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    from dp_lora.sample import Samples, grid
+
+    images = np.arange(7, dtype=np.uint8)[:, None, None, None] * np.ones((1, 1, 2, 2), np.uint8)
+    picture = Image.open(
+        io.BytesIO(grid(Samples(images, np.zeros(7, np.int64), ("image",)), rows=3, scale=1))
+    )
+    assert np.asarray(picture)[::2, ::2].tolist() == [[0, 1, 2], [3, 4, 5], [6, 0, 0]]
