@@ -52,7 +52,10 @@ def from_hub(name: str) -> Path | None:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         return None
     from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
 
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # it warns of what is said below in one line
     try:
         # Of each part the one copy of its weights that is loaded here; the checker of images is not.
         return Path(DiffusionPipeline.download(name, safety_checker=None, feature_extractor=None))
@@ -63,6 +66,8 @@ def from_hub(name: str) -> Path | None:
         if type(error).__module__.split(".")[0] not in ("httpx", "httpcore", "huggingface_hub"):
             raise
         raise _not_fetched(name, error) from error
+    finally:
+        logging.set_verbosity(before)
 
 
 def _not_fetched(name: str, error: Exception) -> UserError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import time
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from architectures import (
@@ -32,13 +34,15 @@ from diffusers import (
     VQModel,
 )
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from PIL import Image
 
-from dp_lora import adapters, latents
+from dp_lora import adapters, latents, sample
 from dp_lora.config import LoraConfig, ModelConfig
 from dp_lora.data import ImageSplits
 from dp_lora.errors import UserError
 from dp_lora.models import WEIGHTS, LatentDiffusion, build, find, load, outline, save, sha256
 from dp_lora.networks import SingleTokenAttention
+from dp_lora.run import run
 
 
 def _inputs(model: LatentDiffusion, rows: int = 5) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -543,15 +547,34 @@ def test_a_pipeline_s_folder_is_found(pipelines: Path) -> None:
 
 
 def test_the_grid_of_a_model_without_classes_is_square() -> None:
-    import io
-
-    import numpy as np
-    from PIL import Image
-
-    from dp_lora.sample import Samples, grid
-
     images = np.arange(7, dtype=np.uint8)[:, None, None, None] * np.ones((1, 1, 2, 2), np.uint8)
     picture = Image.open(
-        io.BytesIO(grid(Samples(images, np.zeros(7, np.int64), ("image",)), rows=3, scale=1))
+        io.BytesIO(sample.grid(sample.Samples(images, np.zeros(7, np.int64), ("image",)), rows=3, scale=1))
     )
     assert np.asarray(picture)[::2, ::2].tolist() == [[0, 1, 2], [3, 4, 5], [6, 0, 0]]
+
+
+@pytest.mark.parametrize("kind", ["stable_diffusion", "dit", "ldm"])
+def test_a_pipeline_goes_through_all_stages(
+    kind: str, tiny: Callable[..., Any], pipelines: Path, tmp_path: Path
+) -> None:
+    model_of(kind, pipelines)
+    config = tiny(
+        f"model.pretrained={pipelines / kind}",
+        "data.channels=3",
+        "lora.rank=2",
+        "sampler.guidance=1.5",
+        "evaluation.classifier_epochs=1",
+    )
+    result = run(config)
+    record = json.loads((Path(result["directory"]) / "result.json").read_text())
+    assert record["trainable_parameters"] > 0 and "fd_lite0" in result
+    assert (Path(result["directory"]) / "adapter" / "adapter_model.safetensors").exists()
+    images = sample.load(Path(result["directory"])).images
+    assert images.shape == (20, 3, 8, 8) and images.dtype == "uint8"
+
+
+def test_images_that_do_not_fit_a_pipeline_are_one_line(tiny: Callable[..., Any], pipelines: Path) -> None:
+    model_of("dit", pipelines)
+    with pytest.raises(UserError, match=r"^data\.name=digits: images of 1 x 8 x 8, expected 3 x 8 x 8"):
+        run(tiny(f"model.pretrained={pipelines / 'dit'}"))
