@@ -114,7 +114,9 @@ def _timed(job: Job, stage: str) -> Iterator[None]:
     try:
         yield
     finally:
-        job.seconds[stage] = round(job.seconds.get(stage, 0.0) + time.monotonic() - started, 1)
+        # Two digits: an exact time would tell how large the private batches were.
+        taken = job.seconds.get(stage, 0.0) + time.monotonic() - started
+        job.seconds[stage] = float(f"{taken:.2g}")
 
 
 def _model(job: Job) -> LatentDiffusion:
