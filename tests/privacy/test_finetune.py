@@ -699,7 +699,7 @@ def test_the_neighbour_test_sees_a_batch_size_that_is_logged(
 
     monkeypatch.setattr(finetune.PrivateStep, "__call__", leaking)
     # Image 700 joins some batch of the four with probability 1 - 0.96^4 for a free seed; this one is fixed.
-    monkeypatch.setattr("test_finetune.TINY", (*TINY, "train.expected_batch_size=700"))
+    monkeypatch.setattr(f"{__name__}.TINY", (*TINY, "train.expected_batch_size=700"))
     runs = _neighbours(cache, tmp_path, digits, capsys, monkeypatch)
     assert runs[0][0]["metrics.jsonl"] == runs[1][0]["metrics.jsonl"] != runs[2][0]["metrics.jsonl"]
 
