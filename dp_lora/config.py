@@ -30,7 +30,11 @@ PRECISIONS = ("float32", "bfloat16")
 SAMPLERS = ("ddim", "dpmsolver++")
 SCHEDULES = ("constant", "linear", "cosine")
 DEVICES = ("auto", "cpu", "cuda")
+RESAMPLINGS = ("pad", "box", "bilinear", "bicubic", "lanczos")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
+AUTOENCODERS = ("kl", "vq")
+CONDITIONINGS = ("class", "none")
+TARGET_GROUPS = ("qkv", "proj", "self", "cross", "conv")
 
 
 @dataclass
@@ -38,15 +42,26 @@ class DataConfig:
     """One image set. The same schema serves the private set (`data`) and the public one (`public_data`)."""
 
     name: str = MISSING
-    """Which loader: mnist5k, digits, mnist, fashion_mnist, letters or imagefolder."""
+    """Which loader: mnist5k, digits, mnist, fashion_mnist, letters, imagefolder, cifar10, celeba, celebahq,
+    emnist_letters or imagenet."""
     public: bool = False
     """Whether anybody may see it: only then may losses on it be logged."""
     source: str | None = None
-    """Folder or hub name, for loaders that read one."""
+    """Folder, archive, parquet file or hub name, for loaders that read one; null takes what lies in
+    `<paths.data>/<name>`."""
     image_size: int = 32
     """Side of the square images given to the model, in pixels."""
     channels: int = 1
     """1 for grey, 3 for RGB."""
+    resample: str | None = None
+    """How images come to `image_size`: box, bilinear, bicubic or lanczos; pad (28 x 28 into black margins);
+    null takes what belongs to the set (README, Data)."""
+    attribute: str | None = None
+    """CelebA and CelebA-HQ: the attribute that says the class, such as Male; null gives one class."""
+    image_column: str | None = None
+    """Tables: the column of the images; null takes `image` or `img`."""
+    label_column: str | None = None
+    """Tables: the column of the classes; null takes `attribute`, `label` or `labels`; none: one class."""
     classes: list[str] | None = None
     """Keep only these classes, in this order; null keeps all."""
     train_size: int | None = None
@@ -59,25 +74,41 @@ class DataConfig:
 
 @dataclass
 class AutoencoderConfig:
-    """A diffusers AutoencoderKL."""
+    """A diffusers AutoencoderKL or VQModel."""
 
     latent_channels: int = 4
     block_out_channels: list[int] = field(default_factory=lambda: [32, 64, 64])
     layers_per_block: int = 1
     norm_num_groups: int = 16
+    kind: str = "kl"
+    """kl: a Gaussian posterior; vq: the nearest of `num_codes` vectors."""
+    attention: list[bool] = field(default_factory=list)
+    """Whether each level has attention; empty: none has."""
+    mid_attention: bool = False
+    """Whether the middle blocks have attention; those of CompVis have."""
+    num_codes: int = 8192
+    """Only for vq."""
 
 
 @dataclass
 class UNetConfig:
-    """A diffusers UNet2DConditionModel whose condition is one class token."""
+    """A diffusers UNet2DConditionModel with one class token as its condition, or a UNet2DModel without."""
 
     block_out_channels: list[int] = field(default_factory=lambda: [64, 128])
     attention: list[bool] = field(default_factory=lambda: [True, True])
     """Whether each level has attention; the middle block always has."""
     layers_per_block: int = 1
     cross_attention_dim: int = 64
-    attention_head_dim: int = 8
+    """Width of the class token."""
+    num_heads: int = 8
+    """Attention heads of every level."""
+    head_dim: int | None = None
+    """Channels a head, in place of `num_heads`."""
     norm_num_groups: int = 32
+    scale_shift_norm: bool = False
+    """The timestep scales and shifts the second norm of a residual block; false adds it before that norm."""
+    resnet_updown: bool = False
+    """Residual blocks halve and double the resolution; false leaves that to convolutions."""
 
 
 @dataclass
@@ -97,13 +128,36 @@ class PretrainConfig:
     autoencoder_steps: int = 2000
     autoencoder_batch_size: int = 64
     autoencoder_learning_rate: float = 1e-3
+    reconstruction: str = "mse"
+    """Error of the pixels: mse, or l1 as in latent diffusion."""
     kl_weight: float = 1e-6
+    """Of the divergence from N(0, I) for each value of an image; only for kl autoencoders."""
+    codebook_weight: float = 1.0
+    """Of the distance to the nearest code; only for vq autoencoders."""
+    perceptual_weight: float = 0.0
+    """Of the distance between features; 0 leaves it out."""
+    perceptual_network: str = "lite0"
+    """Whose features: lite0, or a file with torchvision's weights of vgg16."""
+    adversarial_weight: float = 0.0
+    """Of a patch discriminator, times the weight at which both gradients are as long; 0 leaves it out."""
+    adversarial_start: int = 0
+    """Number of the step from which the discriminator takes part."""
     decoder_steps: int = 0
     """Steps of the decoder alone at the end, which make plain backgrounds exactly plain."""
     unet_steps: int = 4000
     unet_batch_size: int = 256
     unet_learning_rate: float = 1e-3
     ema_decay: float = 0.999
+    """Of the moving average of the diffusion model's weights, which is what is kept."""
+    schedule: str = "cosine"
+    """Learning rates over the steps: constant, linear or cosine to zero."""
+    warmup_steps: int = 100
+    precision: str = "float32"
+    """float32, or bfloat16 where that is safe (autocast); weights stay float32."""
+    compile: bool = False
+    """torch.compile of the networks that are trained."""
+    samples_every: int = 0
+    """Steps between two pictures of the public set and of samples, in `samples/` of the model; 0: none."""
 
 
 @dataclass
@@ -112,8 +166,11 @@ class ModelConfig:
 
     name: str = MISSING
     pretrained: str | None = None
-    """Folder with weights in diffusers form, or the name of weights that ship with the package;
-    null pre-trains on `public_data` once and keeps the result in `paths.cache`."""
+    """Folder with weights in diffusers form (one of ours, or a pipeline's), the name of weights that ship
+    with the package, or the name of a pipeline on the hub; null pre-trains on `public_data` once and keeps
+    the result in `paths.cache`."""
+    conditioning: str = "class"
+    """class: one learnt token a class; none: the model is unconditional."""
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
@@ -135,8 +192,11 @@ class LoraConfig:
     rank: int = 8
     alpha: float | None = None
     """null: alpha = rank, so that the adapter's scale is 1."""
-    target_modules: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
-    """Ends of the names of the modules that get an adapter."""
+    target_modules: list[str] = field(default_factory=lambda: ["qkv", "proj"])
+    """Which modules get an adapter: qkv, proj (of all attention), self, cross (both of one kind of
+    attention), conv (of the residual blocks and resamplers), or ends of their names such as to_out.0."""
+    cap_rank: bool = False
+    """A layer narrower than `rank` takes its width as its rank; false refuses such a rank."""
 
 
 @dataclass
@@ -299,13 +359,16 @@ def check(config: Config) -> None:
     _check_privacy(config.privacy)
     _check_train(config.train, config.privacy)
     _check_counts(config)
-    levels = (len(config.model.unet.block_out_channels), len(config.model.unet.attention))
-    if levels[0] != levels[1]:
-        raise UserError(f"model.unet.attention: {levels[1]} values, expected one a level, {levels[0]}")
+    _check_model(config.model)
     for name in ("data", "public_data"):
         data: DataConfig = getattr(config, name)
         if data.channels not in (1, 3):
             raise UserError(f"{name}.channels={data.channels}: expected 1 (grey) or 3 (RGB)")
+        if data.resample is not None and data.resample not in RESAMPLINGS:
+            hint = did_you_mean(data.resample, RESAMPLINGS)
+            raise UserError(
+                f"{name}.resample={data.resample!r}: expected one of {', '.join(RESAMPLINGS)}, or null{hint}"
+            )
     if not config.public_data.public:
         raise UserError(
             f"public_data.public=false ({config.public_data.name}): pre-training has no privacy and "
@@ -323,6 +386,11 @@ def _check_choices(config: Config) -> None:
         ("privacy.adjacency", [config.privacy.adjacency], ADJACENCIES),
         ("train.precision", [config.train.precision], PRECISIONS),
         ("train.schedule", [config.train.schedule], SCHEDULES),
+        ("model.conditioning", [config.model.conditioning], CONDITIONINGS),
+        ("model.autoencoder.kind", [config.model.autoencoder.kind], AUTOENCODERS),
+        ("model.pretrain.schedule", [config.model.pretrain.schedule], SCHEDULES),
+        ("model.pretrain.precision", [config.model.pretrain.precision], PRECISIONS),
+        ("model.pretrain.reconstruction", [config.model.pretrain.reconstruction], ("mse", "l1")),
         ("sampler.name", [config.sampler.name], SAMPLERS),
         ("evaluation.reference", [config.evaluation.reference], ("train", "validation", "test")),
         ("tracking.wandb", [config.tracking.wandb], WANDB_MODES),
@@ -336,6 +404,27 @@ def _check_choices(config: Config) -> None:
             if value not in options:
                 hint = did_you_mean(value, options)
                 raise UserError(f"{name}={value!r}: expected one of {', '.join(options)}{hint}")
+
+
+def _check_model(model: ModelConfig) -> None:
+    levels, given = len(model.unet.block_out_channels), len(model.unet.attention)
+    if levels != given:
+        raise UserError(f"model.unet.attention: {given} values, expected one a level, {levels}")
+    levels, given = len(model.autoencoder.block_out_channels), len(model.autoencoder.attention)
+    if given not in (0, levels):
+        raise UserError(
+            f"model.autoencoder.attention: {given} values, expected one a level, {levels}, or none"
+        )
+    heads, dim = model.unet.num_heads, model.unet.head_dim
+    for name, value in (("num_heads", heads), ("head_dim", dim)):
+        if value is not None and value < 1:
+            raise UserError(f"model.unet.{name}={value}: expected at least 1")
+    for channels, attends in zip(model.unet.block_out_channels, model.unet.attention, strict=True):
+        field_of, size = ("num_heads", heads) if dim is None else ("head_dim", dim)
+        if attends and channels % size:
+            raise UserError(
+                f"model.unet.{field_of}={size}: expected a divisor of each level's {channels} channels"
+            )
 
 
 def _check_privacy(privacy: PrivacyConfig) -> None:
@@ -399,17 +488,24 @@ def _check_counts(config: Config) -> None:
         "resources.threads": config.resources.threads,
         "model.pretrain.autoencoder_steps": config.model.pretrain.autoencoder_steps,
         "model.pretrain.unet_steps": config.model.pretrain.unet_steps,
+        "model.pretrain.autoencoder_batch_size": config.model.pretrain.autoencoder_batch_size,
+        "model.pretrain.unet_batch_size": config.model.pretrain.unet_batch_size,
         "data.image_size": config.data.image_size,
+        "public_data.image_size": config.public_data.image_size,
         "data.train_size": config.data.train_size,
         "public_data.train_size": config.public_data.train_size,
     }
     for name, value in at_least_one.items():
         if value is not None and not value >= 1:
             raise UserError(f"{name}={value}: expected at least 1")
+    _check_pretrain(config.model.pretrain)
     if config.lora.alpha is not None and not 0 < config.lora.alpha < math.inf:
         raise UserError(f"lora.alpha={config.lora.alpha}: expected a finite number above 0, or null")
     if not config.lora.target_modules and "lora" in config.trainable.components:
-        raise UserError("lora.target_modules=[]: expected at least one end of a module's name")
+        raise UserError(
+            f"lora.target_modules=[]: expected at least one of {', '.join(TARGET_GROUPS)} or an end of a "
+            "module's name"
+        )
     if config.seed < 0:
         raise UserError(f"seed={config.seed}: expected at least 0")
     if not 0 <= config.sampler.guidance < math.inf:
@@ -420,6 +516,22 @@ def _check_counts(config: Config) -> None:
         for part in ("validation_size", "test_size"):
             if getattr(data, part) < 0:
                 raise UserError(f"{name}.{part}={getattr(data, part)}: expected at least 0")
+
+
+def _check_pretrain(pretrain: PretrainConfig) -> None:
+    for name in ("autoencoder_learning_rate", "unet_learning_rate"):
+        if not 0 < getattr(pretrain, name) < math.inf:
+            raise UserError(
+                f"model.pretrain.{name}={getattr(pretrain, name)}: expected a finite number above 0"
+            )
+    for name in ("kl_weight", "codebook_weight", "perceptual_weight", "adversarial_weight",
+                 "adversarial_start", "decoder_steps", "warmup_steps", "samples_every"):  # fmt: skip
+        if not 0 <= getattr(pretrain, name) < math.inf:
+            raise UserError(
+                f"model.pretrain.{name}={getattr(pretrain, name)}: expected a finite number, at least 0"
+            )
+    if not 0 <= pretrain.ema_decay < 1:
+        raise UserError(f"model.pretrain.ema_decay={pretrain.ema_decay}: expected a number in [0, 1)")
 
 
 _CANNOT_CHANGE_THE_RESULT = ("experiment", "stages", "tracking", "resources", "paths")
@@ -440,13 +552,14 @@ def fingerprint(config: Config) -> str:
     values["private_loss"] = config.tracking.private_loss
     for name in _NOR_CAN:
         del values["train"][name]
+    del values["model"]["pretrain"]["samples_every"]
     return _digest(values)
 
 
 def pretrained_fingerprint(config: Config) -> str:
     """Eight hexadecimal digits of what can change the weights of a public pre-training."""
     model = dataclasses.asdict(config.model)
-    del model["pretrained"]
+    del model["pretrained"], model["pretrain"]["samples_every"]
     public = dataclasses.asdict(config.public_data)
     return _digest({"model": model, "public_data": public, "seed": config.seed})
 

@@ -17,7 +17,8 @@ import numpy as np
 from dp_lora import letters
 from dp_lora.config import DataConfig, PathsConfig
 from dp_lora.errors import UserError, did_you_mean
-from dp_lora.sources import LOADERS, ROLES, Part, Request, Source, wanted_classes
+from dp_lora.images import ROLES, Part, Request, Source, wanted_classes
+from dp_lora.sources import LOADERS
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -71,7 +72,8 @@ def load(data: DataConfig, paths: PathsConfig, field: str = "data") -> ImageSpli
 
     Args:
         data: which set, and how much of it.
-        paths: `paths.data` holds what `make data` fetched.
+        paths: `paths.data` holds what `make data` fetched or the user put there; `paths.cache` keeps prepared
+            images of large sets.
         field: where `data` stands in the configuration, for error messages.
 
     Raises:
@@ -80,7 +82,8 @@ def load(data: DataConfig, paths: PathsConfig, field: str = "data") -> ImageSpli
     if data.name not in LOADERS:
         hint = did_you_mean(data.name, LOADERS)
         raise UserError(f"{field}.name={data.name!r}: expected one of {', '.join(LOADERS)}{hint}")
-    request = Request(data, field, Path(paths.data).expanduser())
+    folders = (Path(paths.data).expanduser(), Path(paths.cache).expanduser())
+    request = Request(data, field, *folders)
     source = _held_out(LOADERS[data.name](request))
     source = _split(_keep_classes(source, request), request)
     if data.train_size is not None and data.train_size != len(source.train.labels):
@@ -181,6 +184,8 @@ def _set_aside(train: Part, own: Part | None, role: str, size: int, request: Req
                 "expected 0"
             )
         return train, own
+    if size == 0:  # large sets are mapped from the disk: nothing of them is copied without need
+        return train, train.take(np.arange(0))
     if size >= count:
         raise UserError(f"{name}: expected less than the {count} training images")
     chosen = stratified(train.labels, train.positions, size, role)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -126,23 +128,22 @@ def _check_model(config: Config, images: ImageSplits) -> None:
 
     from dp_lora import data
     from dp_lora.adapters import target_names
-    from dp_lora.models import build, find, load
+    from dp_lora.models import build, find, outline
 
     public, components = config.public_data, config.trainable.components
-    new_classes_can_be_learnt = "embedder" in components or "full" in components
     if config.model.pretrained is not None:
-        model = load(find(config.model.pretrained))
+        model = outline(find(config.model.pretrained))
     else:
         with torch.device("meta"):
             model = build(config.model, classes=["?"], channels=public.channels, image_size=public.image_size)
-        if not new_classes_can_be_learnt:
-            model.classes = data.load(public, config.paths, "public_data").train.classes
-    channels, size = (int(model.autoencoder.config[name]) for name in ("in_channels", "sample_size"))
-    found = images.train.images.shape[1:]
-    if found != (channels, size, size):
+    new_classes_can_be_learnt = not model.learns_classes or bool({"embedder", "full"} & set(components))
+    if config.model.pretrained is None and not new_classes_can_be_learnt:
+        model.classes = data.load(public, config.paths, "public_data").train.classes
+    found, expected = images.train.images.shape[1:], model.image_shape
+    if found != expected:
         raise UserError(
-            f"data.name={config.data.name}: images of {found[0]} x {found[1]} x {found[2]}, expected "
-            f"{channels} x {size} x {size}, which the autoencoder of model.name={config.model.name} takes"
+            f"data.name={config.data.name}: images of {_by(found)}, expected {_by(expected)}, which the "
+            f"autoencoder of model.name={config.model.name} takes"
         )
     if images.train.classes != model.classes and not new_classes_can_be_learnt:
         raise UserError(
@@ -151,7 +152,12 @@ def _check_model(config: Config, images: ImageSplits) -> None:
             "expected embedder or full among the components"
         )
     if "lora" in components:
-        target_names(model.unet, config.lora.target_modules, config.lora.rank)
+        lora = config.lora
+        target_names(model.unet, lora.target_modules, lora.rank, cap_rank=lora.cap_rank)
+
+
+def _by(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def _check_stages(config: Config, directory: Path) -> None:
@@ -177,12 +183,23 @@ def pretrained_model(config: Config, *, again: bool = False) -> Path:
     models = Path(config.paths.cache).expanduser() / "models"
     folder = models / f"{config.model.name}-{pretrained_fingerprint(config)}"
     if not folder.exists():
-        models.mkdir(parents=True, exist_ok=True)
-        with file_lock(models / f"{folder.name}.lock", waiting=lambda: say(f"waiting for {folder}")):
-            if not folder.exists():
-                _pretrain(config, folder)
-                say(f"pre-trained model: {folder}")
+        _pretrain_once(config, folder)
     return folder
+
+
+def _pretrain_once(config: Config, folder: Path) -> None:
+    """Makes `folder`, by one job at a time; the processes of a job that torchrun started do it together."""
+    from dp_lora.pretrain import agreed, processes, rank
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = folder.with_name(f"{folder.name}.lock")
+    with processes(_device(config)), ExitStack() as stack:
+        if rank() == 0:
+            stack.enter_context(file_lock(lock, waiting=lambda: say(f"waiting for {folder}")))
+        if agreed(not folder.exists()):
+            _pretrain(config, folder)
+            if rank() == 0:
+                say(f"pre-trained model: {folder}")
 
 
 def _pretrain(config: Config, folder: Path) -> None:

@@ -1,13 +1,15 @@
 """The latents of an image set, computed once and kept.
 
-The latents of private images are as private as the images: their cache is readable by its owner only,
-and no copy of it ever leaves for a tracker.
+Kept are mean and standard deviation, so that the posterior is sampled afresh at every step. The latents of
+private images are as private as the images: their cache is readable by its owner only, and no copy of it ever
+leaves for a tracker.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dp_lora import arrays
 from dp_lora.data import ImageSet
-from dp_lora.files import private_directory, write_atomic
 from dp_lora.models import LatentDiffusion
 
 
@@ -49,38 +51,49 @@ def to_bytes(images: Tensor) -> np.ndarray:
     return np.asarray(((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu())
 
 
-@torch.inference_mode()
 def encode(model: LatentDiffusion, images: ImageSet, *, batch_size: int = 256) -> Latents:
     """The latents of all images, on the CPU."""
+    parts = [(mean, std) for _, mean, std in encoded_batches(model, images, batch_size)]
+    means, stds = zip(*parts, strict=True)
+    return Latents(torch.cat(means), torch.cat(stds))
+
+
+def encoded_batches(
+    model: LatentDiffusion, images: ImageSet, batch_size: int = 256
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Batch by batch: the number of its first image, mean and standard deviation, on the CPU."""
     device = next(model.parameters()).device
-    means, stds = [], []
     for first in range(0, len(images), batch_size):
-        mean, std = model.encode(to_unit_range(images.images[first : first + batch_size]).to(device))
-        means.append(mean.cpu())
-        stds.append(std.cpu())
-    return Latents(torch.cat(means).clone(), torch.cat(stds).clone())
+        with torch.inference_mode():
+            mean, std = model.encode(to_unit_range(images.images[first : first + batch_size]).to(device))
+        yield first, mean.cpu(), std.cpu()
 
 
 def cached(model: LatentDiffusion, images: ImageSet, cache: Path) -> Latents:
-    """The latents of all images, from `cache` when the same autoencoder has encoded the same images before.
+    """The latents of all images, mapped from `cache`, computed first if no job has done so.
 
-    The file is named by the content of both, appears as a whole, so that many jobs may start together, and
-    is readable by its owner only.
+    Once for each content of images (and so each set and preprocessing) and of the autoencoder: the store is
+    named by a digest of both. It is written batch by batch, so the latents need not fit into memory, verified
+    each time it is opened (`dp_lora.arrays`), and readable by its owner only.
     """
-    path = private_directory(cache / "latents") / f"{_content(model, images)}.npy"
-    if not path.exists():
-        latents = encode(model, images)
-        buffer = io.BytesIO()
-        np.save(buffer, torch.stack([latents.mean, latents.std]).numpy())
-        write_atomic(path, buffer.getvalue(), mode=0o600)
-    mean, std = torch.from_numpy(np.load(path))
-    return Latents(mean, std)
+    shape = ("F32", (len(images), *model.latent_shape))
+
+    def fill(into: dict[str, np.ndarray]) -> None:
+        for first, mean, std in encoded_batches(model, images):
+            into["mean"][first : first + len(mean)] = mean.numpy()
+            into["std"][first : first + len(std)] = std.numpy()
+
+    key = _content(model, images)
+    stored = arrays.shared(cache / "latents", key, {"mean": shape, "std": shape}, fill)
+    return Latents(torch.from_numpy(stored["mean"]), torch.from_numpy(stored["std"]))
 
 
 def _content(model: LatentDiffusion, images: ImageSet) -> str:
-    digest = hashlib.sha256(np.ascontiguousarray(images.images).data)
-    digest.update(str(images.images.shape).encode())
+    digest = hashlib.sha256(str((images.images.shape, model.latent_shape)).encode())
+    for first in range(0, len(images), 4096):
+        digest.update(np.ascontiguousarray(images.images[first : first + 4096]).data)
     for name, value in model.autoencoder.state_dict().items():
-        digest.update(name.encode() + value.cpu().numpy().tobytes())
-    digest.update(str(model.autoencoder.config["scaling_factor"]).encode())
+        digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+    config = {key: str(value) for key, value in model.autoencoder.config.items() if key[0] != "_"}
+    digest.update(type(model.autoencoder).__name__.encode() + json.dumps(config, sort_keys=True).encode())
     return digest.hexdigest()[:32]

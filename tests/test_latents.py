@@ -1,0 +1,209 @@
+"""The store of latents: the same numbers, made once, verified whenever it is opened, private."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from dp_lora import arrays, latents
+from dp_lora.data import ImageSet, ImageSplits
+from dp_lora.models import LatentDiffusion
+
+SHAPES: arrays.Shapes = {
+    "a": ("F32", (5, 2, 3)),
+    "b": ("U8", (7,)),
+    "c": ("I64", (5,)),
+    "none": ("F32", (0, 4)),
+}
+
+
+def fill(into: dict[str, np.ndarray]) -> None:
+    for array in into.values():
+        array[:] = np.arange(array.size).reshape(array.shape)
+
+
+def never(into: dict[str, np.ndarray]) -> None:
+    raise AssertionError("made although it was there")
+
+
+def small(digits: ImageSplits) -> ImageSet:
+    return digits.test.subset(np.arange(20))
+
+
+def store(folder: Path) -> Path:
+    (path,) = (folder / "latents").iterdir()
+    return path
+
+
+def test_a_store_is_made_once_and_any_safetensors_reader_opens_it(tmp_path: Path) -> None:
+    made = arrays.shared(tmp_path / "s", "key", SHAPES, fill)
+    again = arrays.shared(tmp_path / "s", "key", SHAPES, never)
+    elsewhere = load_file(tmp_path / "s" / "key.safetensors")
+    for name, (_, shape) in SHAPES.items():
+        assert made[name].shape == again[name].shape == elsewhere[name].shape == shape
+        assert np.array_equal(made[name], again[name]) and np.array_equal(made[name], elsewhere[name])
+    assert isinstance(again["a"], np.memmap)
+
+
+def test_what_is_written_to_the_arrays_never_reaches_the_file(tmp_path: Path) -> None:
+    arrays.shared(tmp_path / "s", "key", SHAPES, fill)["a"][:] = -1
+    assert (arrays.shared(tmp_path / "s", "key", SHAPES, never)["a"] >= 0).all()
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def longer(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def other_key(path: Path) -> None:
+    arrays.shared(path.parent, "other", SHAPES, fill)
+    (path.parent / "other.safetensors").replace(path)
+
+
+def other_shapes(path: Path) -> None:
+    path.unlink()
+    arrays.shared(path.parent, "key", {**SHAPES, "b": ("U8", (8,))}, fill)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        cut, longer, flip, other_key, other_shapes,
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"foreign " * 40),
+        lambda path: path.write_bytes((2).to_bytes(8, "little") + b"[]"),
+        lambda path: path.write_bytes((90).to_bytes(8, "little") + b"{" * 90),
+    ],
+)  # fmt: skip
+def test_a_damaged_or_foreign_store_is_said_so_and_made_again(
+    damage: Callable[[Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = arrays.shared(tmp_path / "s", "key", SHAPES, fill)["a"].copy()  # no map of what is truncated
+    path = tmp_path / "s" / "key.safetensors"
+    damage(path)
+    with pytest.raises(arrays.Damaged):
+        arrays.open_store(path, "key", SHAPES)
+    again = arrays.shared(tmp_path / "s", "key", SHAPES, fill)
+    assert np.array_equal(again["a"], whole)
+    assert "it is made again" in capsys.readouterr().err
+    arrays.shared(tmp_path / "s", "key", SHAPES, never)
+
+
+def test_a_failure_leaves_nothing_and_a_killed_job_is_cleaned_up_after(tmp_path: Path) -> None:
+    def fail(into: dict[str, np.ndarray]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        arrays.shared(tmp_path / "s", "key", SHAPES, fail)
+    assert list((tmp_path / "s").iterdir()) == []
+    (tmp_path / "s" / ".key.safetensors.1-abcd.tmp").write_bytes(b"left by a kill")
+    arrays.shared(tmp_path / "s", "key", SHAPES, fill)
+    assert [path.name for path in (tmp_path / "s").iterdir()] == ["key.safetensors"]
+
+
+def test_jobs_that_start_together_make_it_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made: list[int] = []
+    found: list[np.ndarray] = []
+
+    def slowly(into: dict[str, np.ndarray]) -> None:
+        made.append(1)
+        time.sleep(0.2)
+        fill(into)
+
+    def job() -> None:
+        found.append(arrays.shared(tmp_path / "s", "key", SHAPES, slowly)["a"])
+
+    jobs = [threading.Thread(target=job) for _ in range(6)]
+    for thread in jobs:
+        thread.start()
+    for thread in jobs:
+        thread.join()
+    assert len(made) == 1 and len(found) == 6
+    assert all(np.array_equal(array, found[0]) for array in found)
+    assert capsys.readouterr().err.count("waiting for another job") == 5
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from dp_lora import arrays
+def die(into): into["a"][:] = 3; os.kill(os.getpid(), 9)
+arrays.shared(Path(sys.argv[1]), "key", {"a": ("F32", (5, 2, 3))}, die)
+"""
+
+
+def test_a_job_killed_in_the_middle_leaves_no_store_and_no_lock(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "s")], check=False)
+    assert done.returncode == -9 and not (tmp_path / "s" / "key.safetensors").exists()
+    made = arrays.shared(tmp_path / "s", "key", {"a": ("F32", (5, 2, 3))}, fill)
+    assert made["a"][0, 0, 1] == 1
+
+
+def test_cached_latents_are_those_of_encoding(
+    model: LatentDiffusion, digits: ImageSplits, tmp_path: Path
+) -> None:
+    images = small(digits)
+    direct, stored = latents.encode(model, images), latents.cached(model, images, tmp_path)
+    assert torch.equal(stored.mean, direct.mean) and torch.equal(stored.std, direct.std)
+    again = latents.cached(model, images, tmp_path)
+    chosen, noise = torch.tensor([3, 1, 19]), torch.randn(3, *model.latent_shape)
+    assert torch.equal(again.sample(chosen, noise), direct.sample(chosen, noise))
+    assert (again.sample(chosen, noise) != again.sample(chosen, -noise)).any()
+
+
+def test_latents_are_encoded_once(
+    model: LatentDiffusion, digits: ImageSplits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latents.cached(model, small(digits), tmp_path)
+    monkeypatch.setattr(LatentDiffusion, "encode", lambda *given: never({}))
+    latents.cached(model, small(digits), tmp_path)
+
+
+def test_nobody_else_may_read_the_latents(
+    model: LatentDiffusion, digits: ImageSplits, tmp_path: Path
+) -> None:
+    latents.cached(model, small(digits), tmp_path)
+    assert store(tmp_path).stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "latents").stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "locks").stat().st_mode & 0o777 == 0o700
+
+
+def test_other_images_and_other_weights_have_other_latents(
+    model: LatentDiffusion, digits: ImageSplits, tmp_path: Path
+) -> None:
+    def number() -> int:
+        return len(list((tmp_path / "latents").iterdir()))
+
+    images = small(digits)
+    latents.cached(model, images, tmp_path)
+    changed = images.images.copy()
+    changed[7, 0, 3, 3] ^= 1
+    other = ImageSet(changed, images.labels, images.classes, images.name, images.role, images.public)
+    latents.cached(model, other, tmp_path)
+    assert number() == 2
+    with torch.no_grad():
+        next(model.autoencoder.encoder.parameters()).view(-1)[0].add_(1e-3)
+    latents.cached(model, images, tmp_path)
+    assert number() == 3
+    model.unet.requires_grad_(False)
+    latents.cached(model, images, tmp_path)
+    assert number() == 3
