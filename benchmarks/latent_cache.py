@@ -59,7 +59,7 @@ SETTINGS = {
         UNetConfig([64, 128], [True, True]),
     ),
     "celeba64": Setting(
-        5_000,
+        2_000,
         16,
         8,
         64,
