@@ -48,7 +48,7 @@ def prepare(config: Config, directory: Path) -> Job:
     _check_directory(config, directory)
     images = data.load(config.data, config.paths)
     plan = plan_of(config, len(images.train))
-    device = _device(config)
+    device = device_of(config)
     _check_model(config, images)
     _check_stages(config, directory)
     folder = pretrained_model(config)
@@ -99,7 +99,11 @@ def plan_of(config: Config, num_examples: int) -> PrivacyPlan:
     )
 
 
-def _device(config: Config) -> torch.device:
+def device_of(config: Config) -> torch.device:
+    """The device of this process: of several GPUs the one with the process's number on its node.
+
+    Raises UserError when the machine has none.
+    """
     import torch
 
     if config.resources.threads is not None:
@@ -112,6 +116,15 @@ def _device(config: Config) -> torch.device:
     name = ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
     if name == "cuda" and config.train.precision == "bfloat16" and not torch.cuda.is_bf16_supported():
         raise UserError("train.precision=bfloat16: this GPU has no bfloat16; expected float32")
+    if name == "cuda" and torch.cuda.device_count() > 1:
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        if local >= torch.cuda.device_count():
+            raise UserError(
+                f"resources.processes: process {local + 1} of this node finds {torch.cuda.device_count()} "
+                "GPUs; expected one a process"
+            )
+        torch.cuda.set_device(local)
+        return torch.device("cuda", local)
     return torch.device(name)
 
 
@@ -192,7 +205,7 @@ def _pretrain(config: Config, folder: Path) -> None:
         append_line(work / "metrics.jsonl", {"stage": "pretrain", "step": step, **values})
 
     source = data.provenance(config.public_data, config.paths)
-    pretrain(config, images, folder, device=_device(config), log=log, source=source)
+    pretrain(config, images, folder, device=device_of(config), log=log, source=source)
 
 
 def say(line: str) -> None:

@@ -16,7 +16,8 @@ import torch
 from dp_lora import files
 from dp_lora.errors import UserError
 from dp_lora.progress import Progress
-from dp_lora.train import Checkpoint, Interrupted, learning_rate, resume, run_steps
+from dp_lora.signals import Interrupted
+from dp_lora.train import Checkpoint, learning_rate, resume, run_steps
 
 
 class Counting:
