@@ -9,6 +9,7 @@ the module that has them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -299,7 +300,7 @@ def from_omegaconf(composed: DictConfig) -> Config:
     # As plain values: merging one typed configuration into another lets unknown fields pass.
     plain = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(plain, dict)
-    merged = OmegaConf.merge(OmegaConf.structured(Config), plain)
+    merged = OmegaConf.merge(_schema(), plain)
     missing = sorted(OmegaConf.missing_keys(merged))
     if missing:
         raise UserError(f"{missing[0]}: no value given")
@@ -307,6 +308,12 @@ def from_omegaconf(composed: DictConfig) -> Config:
     assert isinstance(config, Config)
     check(config)
     return config
+
+
+@functools.cache
+def _schema() -> DictConfig:
+    """Of `Config`; making it takes longer than filling it, and a sweep has hundreds of jobs."""
+    return OmegaConf.structured(Config)  # type: ignore[no-any-return]
 
 
 def check(config: Config) -> None:
