@@ -1,6 +1,6 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup run test check format data clean
+.PHONY: help setup run test check format data clean slurm-up slurm-down
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraint
 ARGS ?=
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo '  ARGS="..." adds words to run, test and data'
 
 setup: .venv/installed-dev  ## install everything into .venv, with the tools for development
@@ -32,6 +32,14 @@ format: .venv/installed-dev  ## write the code the way `check` wants it
 
 data: .venv/installed  ## fetch the full MNIST and Fashion-MNIST and the fonts of the public letters
 	$(BIN)/python -m dp_lora.fetch $(ARGS)
+
+slurm-up:  ## start a real SLURM on this machine; root only where its packages are missing
+	@tools/slurm_box.sh install
+	@tools/slurm_box.sh up >/dev/null
+	@echo 'in this shell: eval "$$(tools/slurm_box.sh env)"'
+
+slurm-down:  ## end that SLURM and its jobs
+	@tools/slurm_box.sh down
 
 clean:  ## remove caches and built packages; .venv and the runs in outputs/ stay
 	rm -rf dist .mypy_cache .pytest_cache .ruff_cache

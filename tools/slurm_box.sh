@@ -140,6 +140,7 @@ AccountingStorageHost=127.0.0.1
 AccountingStoragePort=$((PORT + 2))
 AccountingStoragePass=$BOX/run/munge.socket
 AccountingStorageTRES=gres/gpu
+AccountingStorageEnforce=associations
 NodeName=$HOST NodeAddr=127.0.0.1 CPUs=$CPUS RealMemory=$MEMORY $gres State=UNKNOWN
 PartitionName=main Nodes=$HOST Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
 PartitionName=urgent Nodes=$HOST Default=NO MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
@@ -192,7 +193,9 @@ start_slurmdbd() {
   # slurmdbd.conf has no setting for the socket of the database.
   SLURM_CONF=$BOX/slurmdbd.conf MYSQL_UNIX_PORT="$BOX/run/mysql.sock" slurmdbd 2>>"$BOX/log/slurmdbd.err"
   wait_for 30 sacctmgr -n show cluster || die "slurmdbd does not answer"
-  sacctmgr -n show cluster box format=cluster | grep -q box || sacctmgr -i -Q add cluster box >>"$BOX/log/sacctmgr.log"
+  sacctmgr -n show cluster box format=cluster | grep -q box && return 0
+  { sacctmgr -i add cluster box && sacctmgr -i add account lab cluster=box &&
+    sacctmgr -i add user "$ME" cluster=box account=lab; } >>"$BOX/log/sacctmgr.log" || die "sacctmgr refuses"
 }
 
 start_slurmctld() {

@@ -14,7 +14,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from dp_lora.errors import UserError
+from dp_lora.errors import SweepFailed, UserError
 from hydra_plugins.dp_lora_launcher import config as _settings  # noqa: F401  (registers them)
 
 if TYPE_CHECKING:
@@ -23,10 +23,6 @@ if TYPE_CHECKING:
 
 LOG_LINES = 8
 """Of a failed job, shown at the end."""
-
-
-class SweepFailed(UserError):
-    """Jobs of the sweep failed, and the report says which and why."""
 
 
 class Cluster(Protocol):
@@ -266,6 +262,7 @@ def plan(cells: Sequence[Cell], folder: Path) -> str:
     from sweeps.plan import hours, rates
 
     measured = rates(Path(cells[0].config.paths.outputs) / cells[0].config.experiment)
+    common = set.intersection(*(set(cell.words) for cell in cells)) if len(cells) > 1 else set()
     lines, total, unknown = [f"sweep {folder}"], 0.0, 0
     for cell in cells:
         resources = cell.config.resources
@@ -277,7 +274,8 @@ def plan(cells: Sequence[Cell], folder: Path) -> str:
             state, unknown = "to run", unknown + 1
         else:
             state, total = f"to run, {expected * processors:.2f} h", total + expected * processors
-        lines.append(f"{cell.number:>4}  {state:<16} {' '.join(cell.words)}  [{describe(resources)}]")
+        words = " ".join(word for word in cell.words if word not in common) or "defaults"
+        lines.append(f"{cell.number:>4}  {state:<16} {words}  [{describe(resources)}]")
     kind = "GPU-hours" if any(cell.config.resources.gpus for cell in cells) else "hours"
     known = f"{total:.2f} {kind} by {len(measured)} finished runs" if measured else "no finished run to go by"
     left = f"; {unknown} cells without an estimate" if measured and unknown else ""

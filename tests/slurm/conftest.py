@@ -1,0 +1,180 @@
+"""A real SLURM for the tests, and sweeps on it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TINY
+
+from dp_lora.files import read_json
+from hydra_plugins.dp_lora_launcher._ledger import Ledger
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+BOX = ROOT / "tools" / "slurm_box.sh"
+
+
+def box(command: str) -> subprocess.CompletedProcess[str]:
+    # A file for its output: the daemons keep a pipe open.
+    return subprocess.run(["bash", str(BOX), command], capture_output=True, text=True, timeout=300)
+
+
+def free_ports() -> int:
+    """The first of three free ports."""
+    for first in range(38000 + os.getpid() % 500 * 20, 60000, 3):
+        try:
+            for port in range(first, first + 3):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", port))
+            return first
+        except OSError:
+            continue
+    raise AssertionError("no free port")
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A SLURM of this session's own; SLURM_CONF names it."""
+    with pytest.MonkeyPatch.context() as patched:
+        folder = tmp_path_factory.mktemp("slurm")
+        settings = {"": folder, "_PORT": free_ports(), "_CPUS": 16, "_GPUS": 4, "_MEMORY_MB": 200_000}
+        for name, value in settings.items():
+            patched.setenv(f"SLURM_BOX{name}", str(value))
+        patched.setenv("SLURM_CONF", str(folder / "slurm.conf"))
+        patched.setenv("PATH", f"{os.environ['PATH']}:/usr/sbin:/sbin")
+        patched.setenv("PYTHONPATH", str(ROOT / "tests"))
+        installed = box("install")
+        if installed.returncode:
+            reason = " ".join(installed.stderr.split())[-300:]
+            if os.environ.get("CI"):
+                pytest.fail(f"the tests need SLURM, which could not be installed: {reason}")
+            pytest.skip(f"no SLURM here: {reason}")
+        started = box("up")
+        try:
+            assert started.returncode == 0, started.stderr
+            yield
+        finally:
+            box("down")
+
+
+@dataclass
+class Sweep:
+    """A driver that runs, and its sweep's folder."""
+
+    process: subprocess.Popen[str]
+    output: Path
+    outputs: Path
+
+    @property
+    def ledger(self) -> Ledger:
+        (folder,) = (self.outputs / "sweeps").iterdir()
+        ledger = Ledger(folder)
+        ledger._read()
+        return ledger
+
+    def cells(self) -> dict[int, Path]:
+        """The run directories by the number of the cell."""
+        folder = self.ledger.folder
+        return {row["number"]: Path(row["directory"]) for row in read_json(folder / "sweep.json")["cells"]}
+
+    def job(self, number: int) -> str:
+        """The number that SLURM gave to the cell."""
+        cells = {
+            row["number"]: row["identity"] for row in read_json(self.ledger.folder / "sweep.json")["cells"]
+        }
+        return self.ledger.jobs()[cells[number]]
+
+    def begun(self) -> dict[int, Path]:
+        """The run directories, once everything is submitted."""
+        until(lambda: "submitted" in self.said() or self.process.poll() is not None, self)
+        assert "submitted" in self.said(), self.said()
+        return self.cells()
+
+    def said(self) -> str:
+        return self.output.read_text()
+
+    def wait(self, timeout: float = 120) -> int:
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"the driver still runs:\n{self.said()}\n{queue()}") from None
+
+
+Start = Callable[..., Sweep]
+
+
+@pytest.fixture(scope="session")
+def start(slurm: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """Starts a driver: the words of its command, `outputs` to use those of an earlier one again."""
+    running: list[subprocess.Popen[str]] = []
+
+    def begin(
+        *words: str, outputs: Path | None = None, launcher: str = "slurm", counting: bool = True, **env: str
+    ) -> Sweep:
+        outputs = outputs or tmp_path_factory.mktemp("sweep") / "outputs"
+        outputs.parent.mkdir(exist_ok=True)
+        output = outputs.parent / f"driver{len(running)}.txt"
+        given = [
+            *TINY, "resources=cpu", "resources.cpus=1", "resources.memory_gb=0.5", f"paths.outputs={outputs}",
+            f"hydra/launcher={launcher}", "hydra.launcher.poll_s=0.5",
+        ]  # fmt: skip
+        if counting:
+            given += ["stages=[finetune]", "hydra.launcher.job=slurm.jobs:counting"]
+        # Later words win, as on any command line; a word may not come twice.
+        chosen = {word.partition("=")[0]: word for word in [*given, *words]}
+        with output.open("w") as file:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "dp_lora", "-m", *chosen.values()],
+                cwd=outputs.parent, stdout=file, stderr=subprocess.STDOUT, text=True,
+                env={**os.environ, **env}, start_new_session=True,
+            )  # fmt: skip
+        running.append(process)
+        return Sweep(process, output, outputs)
+
+    yield begin
+    for process in running:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def until(condition: Callable[[], Any], sweep: Sweep | None = None, timeout: float = 60) -> Any:
+    """The first true value of `condition`; `sweep` is shown when there is none in time."""
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        if value := condition():
+            return value
+        time.sleep(0.1)
+    said = sweep.said() if sweep else ""
+    raise AssertionError(f"it did not happen in {timeout} s\n{said}\n{queue()}")
+
+
+def run(*words: str) -> str:
+    """What a command of SLURM prints."""
+    return subprocess.run(words, check=True, capture_output=True, text=True, timeout=60).stdout
+
+
+def queue() -> str:
+    return run("squeue", "-r") if shutil.which("squeue") else ""
+
+
+def how_it_ended(job: str) -> str:
+    """SLURM's state of an ended job, once its accounting knows it."""
+    return str(
+        until(
+            lambda: [
+                line.split("|")[1]
+                for line in run("sacct", "-X", "-n", "-P", "-j", job, "-o", "JobID,State").splitlines()
+                if line.startswith(f"{job}|") and not line.endswith(("RUNNING", "PENDING", "REQUEUED"))
+            ]
+        )[0]
+    )
