@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,12 @@ def start(slurm: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sta
     running: list[subprocess.Popen[str]] = []
 
     def begin(
-        *words: str, outputs: Path | None = None, launcher: str = "slurm", counting: bool = True, **env: str
+        *words: str,
+        outputs: Path | None = None,
+        launcher: str = "slurm",
+        counting: bool = True,
+        without: Sequence[str] = (),
+        **env: str,
     ) -> Sweep:
         outputs = outputs or tmp_path_factory.mktemp("sweep") / "outputs"
         outputs.parent.mkdir(exist_ok=True)
@@ -132,6 +137,8 @@ def start(slurm: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sta
             given += ["stages=[finetune]", "hydra.launcher.job=slurm.jobs:counting"]
         # Later words win, as on any command line; a word may not come twice.
         chosen = {word.partition("=")[0]: word for word in [*given, *words]}
+        for name in without:
+            del chosen[name]
         with output.open("w") as file:
             process = subprocess.Popen(
                 [sys.executable, "-m", "dp_lora", "-m", *chosen.values()],
