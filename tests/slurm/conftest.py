@@ -152,6 +152,7 @@ def start(slurm: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sta
     for process in running:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def until(condition: Callable[[], Any], sweep: Sweep | None = None, timeout: float = 60) -> Any:

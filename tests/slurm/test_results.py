@@ -73,13 +73,17 @@ def process_of(job: str) -> int | None:
     wanted = {f"SLURM_ARRAY_JOB_ID={array}".encode(), f"SLURM_ARRAY_TASK_ID={task}".encode()}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if b"submitit.core._submit" in (folder / "cmdline").read_bytes():
-                if wanted <= set((folder / "environ").read_bytes().split(b"\0")):
-                    if b"python" in (folder / "cmdline").read_bytes().split(b"\0")[0]:
-                        return int(folder.name)
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            environment = set((folder / "environ").read_bytes().split(b"\0"))
+            if b"submitit.core._submit" in words and b"python" in words[0] and wanted <= environment:
+                return int(folder.name)
         except OSError:
             continue
     return None
+
+
+def _trains(directory: Path) -> bool:
+    return (directory / "checkpoint" / "state.pt").exists() and not (directory / "adapter").exists()
 
 
 class Havoc:
@@ -90,30 +94,29 @@ class Havoc:
         self.random = random.Random(0)
         self.done: list[str] = []
 
-    def job(self) -> str | None:
-        """A running job: more often than not one that trains."""
-        running = [line for line in run("squeue", "-h", "-r", "-t", "RUNNING", "-o", "%F_%K|%j").splitlines()]
+    def job(self, training: bool) -> str | None:
+        """A running job; if so asked one that has begun to train and has not ended."""
+        running = run("squeue", "-h", "-r", "-t", "RUNNING", "-o", "%F_%K|%j").splitlines()
         ours = [line.split("|")[0] for line in running if line.split("|")[1] in self.sweep.ledger.submissions]
-        jobs = {job: cell for cell, job in self.sweep.ledger.jobs().items()}
-        directories = {row["identity"]: row["directory"] for row in self._cells()}
-        training = [
-            job for job in ours if (Path(directories[jobs[job]]) / "checkpoint" / "state.pt").exists()
-        ]
-        pool = training if training and self.random.random() < 0.7 else ours
-        return self.random.choice(pool) if pool else None
+        cells = {job: cell for cell, job in self.sweep.ledger.jobs().items()}
+        directories = {row["identity"]: Path(row["directory"]) for row in self._cells()}
+        if training:
+            ours = [job for job in ours if _trains(directories[cells[job]])]
+        return self.random.choice(ours) if ours else None
 
     def _cells(self) -> list[dict[str, Any]]:
         cells: list[dict[str, Any]] = read_json(self.sweep.ledger.folder / "sweep.json")["cells"]
         return cells
 
-    def strike(self, how: str) -> None:
-        job = until(self.job, self.sweep)
+    def strike(self, how: str, *, training: bool) -> None:
+        job = until(lambda: self.job(training), self.sweep, timeout=120)
         if how == "kill -9":
             if (pid := process_of(job)) is None:
                 return
             os.kill(pid, signal.SIGKILL)
         elif how == "USR2":
-            subprocess.run(["scancel", "--signal=USR2", job], check=False)
+            if subprocess.run(["scancel", "--signal=USR2", job], capture_output=True).stderr:
+                return
         elif how == "requeue":
             if subprocess.run(["scontrol", "requeue", job], capture_output=True).returncode:
                 return
@@ -127,7 +130,11 @@ class Havoc:
             node = run("sinfo", "-h", "-o", "%n").strip()
             run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
             time.sleep(1)
-            run("scontrol", "update", f"nodename={node}", "state=resume")
+            # It may have come back by itself, when its daemon next reported.
+            subprocess.run(["scontrol", "update", f"nodename={node}", "state=resume"], capture_output=True)
+            until(
+                lambda: run("sinfo", "-h", "-o", "%T").strip() in ("idle", "mixed", "allocated"), self.sweep
+            )
         elif how == "driver":
             os.killpg(self.sweep.process.pid, signal.SIGKILL)
             self.sweep.wait()
@@ -143,13 +150,15 @@ def test_a_sweep_through_havoc_ends_like_a_quiet_one(
     sweep = start(*given, counting=False)
     sweep.begun()
     havoc = Havoc(sweep, lambda: start(*given, outputs=sweep.outputs, counting=False))
-    strikes = ["kill -9", "USR2", "requeue"] * (KILLS // 3) + ["urgent", "node down", "driver", "kill -9"]
+    blows = ["kill -9", "USR2", "requeue"]
+    strikes = [(how, training) for training in (True, False, False) for how in blows * 2 + ["kill -9"]]
+    strikes += [("urgent", True), ("node down", True), ("driver", False)]
     havoc.random.shuffle(strikes)
-    for how in strikes:
-        time.sleep(havoc.random.uniform(0.5, 3))
+    for how, training in strikes:
+        time.sleep(havoc.random.uniform(0, 2))
         assert havoc.sweep.process.poll() is None, havoc.sweep.said()
-        havoc.strike(how)
-    assert havoc.sweep.wait(300) == 0, havoc.sweep.said()
+        havoc.strike(how, training=training)
+    assert havoc.sweep.wait(400) == 0, havoc.sweep.said()
     assert len(havoc.done) >= KILLS, havoc.done
     outputs = quiet()
     cells = havoc.sweep.cells()
