@@ -36,7 +36,7 @@ data: .venv/installed  ## fetch the full MNIST and Fashion-MNIST and the fonts o
 slurm-up:  ## start a real SLURM on this machine; root only where its packages are missing
 	@tools/slurm_box.sh install
 	@tools/slurm_box.sh up >/dev/null
-	@echo 'in this shell: eval "$$(tools/slurm_box.sh env)"'
+	@echo 'dp-lora finds it; for squeue and the like: eval "$$(tools/slurm_box.sh env)"'
 
 slurm-down:  ## end that SLURM and its jobs
 	@tools/slurm_box.sh down

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import pwd
 import shlex
 import shutil
 import subprocess
@@ -61,6 +62,7 @@ class Slurm:
     @staticmethod
     def check(cells: Sequence[Cell]) -> None:
         """Raises UserError when this is no SLURM machine, or SLURM would refuse one of the requests."""
+        _use_box()
         if shutil.which("sbatch") is None:
             raise UserError(
                 "hydra/launcher=slurm: this machine has no sbatch; expected a login node of a SLURM cluster "
@@ -257,6 +259,15 @@ class Slurm:
             if line.startswith("MaxArraySize"):
                 return max(1, int(line.split("=")[1]) - 1)
         return 1000
+
+
+def _use_box() -> None:
+    """Makes SLURM's commands talk to the one that `make slurm-up` started, where there is no other."""
+    user = pwd.getpwuid(os.getuid()).pw_name
+    settings = Path(os.environ.get("SLURM_BOX", f"/var/tmp/slurm-box-{user}")) / "slurm.conf"
+    elsewhere = "SLURM_CONF" in os.environ or Path("/etc/slurm/slurm.conf").exists()
+    if not elsewhere and settings.exists() and settings.stat().st_uid == os.getuid():
+        os.environ["SLURM_CONF"] = str(settings)
 
 
 def _arrays(cells: Sequence[Cell], largest: int) -> list[list[Cell]]:

@@ -23,7 +23,7 @@ from slurm.conftest import Start, Sweep, run, until
 
 pytestmark = pytest.mark.slurm
 
-REAL = ("stages=[finetune]", "train.max_steps=10", "train.expected_batch_size=300", "privacy.insecure_seed=7",
+REAL = ("stages=[finetune]", "train.max_steps=12", "train.expected_batch_size=120", "privacy.insecure_seed=7",
         "noise_multiplicity=k2", "train.checkpoint_minutes=0.01")  # fmt: skip
 GRID = ("seed=0,1,2,3", "epsilon=eps1,eps10", "lora_rank=r2,r4,r8")
 PAIR = ("train.max_steps=4", "train.microbatch=7", "privacy.insecure_seed=8")
@@ -167,8 +167,8 @@ def test_a_sweep_through_havoc_ends_like_a_quiet_one(
     for directory in cells.values():
         assert released(directory) == released(twin(directory, outputs)), directory
         rows = read_lines(directory / "metrics.jsonl")
-        assert [row["step"] for row in rows] == list(range(1, 11))
-        assert len(read_lines(directory / "checkpoint" / "executions.jsonl")) == 10, (
+        assert [row["step"] for row in rows] == list(range(1, 13))
+        assert len(read_lines(directory / "checkpoint" / "executions.jsonl")) == 12, (
             "no step was paid for twice"
         )
         restarts += read_json(directory / "provenance.json")["restarts"]
