@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from conftest import TINY
@@ -20,13 +21,11 @@ from conftest import TINY
 from dp_lora.files import read_json
 from hydra_plugins.dp_lora_launcher._ledger import Ledger
 
+if TYPE_CHECKING:
+    from slurm.havoc import Havoc
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 BOX = ROOT / "tools" / "slurm_box.sh"
-
-
-def box(command: str) -> subprocess.CompletedProcess[str]:
-    # A file for its output: the daemons keep a pipe open.
-    return subprocess.run(["bash", str(BOX), command], capture_output=True, text=True, timeout=300)
 
 
 def free_ports() -> int:
@@ -42,29 +41,42 @@ def free_ports() -> int:
     raise AssertionError("no free port")
 
 
+@contextmanager
+def box(folder: Path) -> Iterator[dict[str, str]]:
+    """A SLURM whose files are in `folder`; the environment of its users."""
+    environment = {
+        "SLURM_BOX": str(folder), "SLURM_BOX_PORT": str(free_ports()), "SLURM_BOX_CPUS": "16",
+        "SLURM_BOX_GPUS": "4", "SLURM_BOX_MEMORY_MB": "200000", "SLURM_CONF": str(folder / "slurm.conf"),
+        "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin", "PYTHONPATH": str(ROOT / "tests"),
+    }  # fmt: skip
+
+    def call(command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["bash", str(BOX), command], capture_output=True, text=True, timeout=300,
+            env={**os.environ, **environment},
+        )  # fmt: skip
+
+    installed = call("install")
+    if installed.returncode:
+        reason = " ".join(installed.stderr.split())[-300:]
+        if os.environ.get("CI"):
+            pytest.fail(f"the tests need SLURM, which could not be installed: {reason}")
+        pytest.skip(f"no SLURM here: {reason}")
+    try:
+        started = call("up")
+        assert started.returncode == 0, started.stderr
+        yield environment
+    finally:
+        call("down")
+
+
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A SLURM of this session's own; SLURM_CONF names it."""
-    with pytest.MonkeyPatch.context() as patched:
-        folder = tmp_path_factory.mktemp("slurm")
-        settings = {"": folder, "_PORT": free_ports(), "_CPUS": 16, "_GPUS": 4, "_MEMORY_MB": 200_000}
-        for name, value in settings.items():
-            patched.setenv(f"SLURM_BOX{name}", str(value))
-        patched.setenv("SLURM_CONF", str(folder / "slurm.conf"))
-        patched.setenv("PATH", f"{os.environ['PATH']}:/usr/sbin:/sbin")
-        patched.setenv("PYTHONPATH", str(ROOT / "tests"))
-        installed = box("install")
-        if installed.returncode:
-            reason = " ".join(installed.stderr.split())[-300:]
-            if os.environ.get("CI"):
-                pytest.fail(f"the tests need SLURM, which could not be installed: {reason}")
-            pytest.skip(f"no SLURM here: {reason}")
-        started = box("up")
-        try:
-            assert started.returncode == 0, started.stderr
-            yield
-        finally:
-            box("down")
+    with pytest.MonkeyPatch.context() as patched, box(tmp_path_factory.mktemp("slurm")) as environment:
+        for name, value in environment.items():
+            patched.setenv(name, value)
+        yield
 
 
 @dataclass
@@ -74,6 +86,7 @@ class Sweep:
     process: subprocess.Popen[str]
     output: Path
     outputs: Path
+    environment: dict[str, str]
 
     @property
     def ledger(self) -> Ledger:
@@ -107,14 +120,21 @@ class Sweep:
         try:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"the driver still runs:\n{self.said()}\n{queue()}") from None
+            raise AssertionError(f"the driver still runs:\n{self.said()}\n{self.queue()}") from None
+
+    def run(self, *words: str) -> str:
+        """What a command of the sweep's SLURM prints."""
+        return run(*words, **self.environment)
+
+    def queue(self) -> str:
+        return self.run("squeue", "-r")
 
 
 Start = Callable[..., Sweep]
 
 
 @pytest.fixture(scope="session")
-def start(slurm: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     """Starts a driver: the words of its command, `outputs` to use those of an earlier one again."""
     running: list[subprocess.Popen[str]] = []
 
@@ -146,13 +166,27 @@ def start(slurm: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sta
                 env={**os.environ, **env}, start_new_session=True,
             )  # fmt: skip
         running.append(process)
-        return Sweep(process, output, outputs)
+        return Sweep(process, output, outputs, env)
 
     yield begin
     for process in running:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def havoc(
+    request: pytest.FixtureRequest, cache: Path, start: Start, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Future[Havoc] | None]:
+    """The longest test, begun before all others and running beside them, on a SLURM of its own."""
+    if not any("havoc" in item.name for item in request.session.items):
+        yield None
+        return
+    from slurm.havoc import wreak
+
+    with box(tmp_path_factory.mktemp("havoc")) as environment, ThreadPoolExecutor(1) as thread:
+        yield thread.submit(wreak, start, cache, environment)
 
 
 def until(condition: Callable[[], Any], sweep: Sweep | None = None, timeout: float = 60) -> Any:
@@ -162,17 +196,15 @@ def until(condition: Callable[[], Any], sweep: Sweep | None = None, timeout: flo
         if value := condition():
             return value
         time.sleep(0.1)
-    said = sweep.said() if sweep else ""
-    raise AssertionError(f"it did not happen in {timeout} s\n{said}\n{queue()}")
+    said = f"{sweep.said()}\n{sweep.queue()}" if sweep else ""
+    raise AssertionError(f"it did not happen in {timeout} s\n{said}")
 
 
-def run(*words: str) -> str:
+def run(*words: str, **environment: str) -> str:
     """What a command of SLURM prints."""
-    return subprocess.run(words, check=True, capture_output=True, text=True, timeout=60).stdout
-
-
-def queue() -> str:
-    return run("squeue", "-r") if shutil.which("squeue") else ""
+    return subprocess.run(
+        words, check=True, capture_output=True, text=True, timeout=60, env={**os.environ, **environment}
+    ).stdout
 
 
 def how_it_ended(job: str) -> str:

@@ -16,7 +16,7 @@ from slurm.conftest import Start, Sweep, run, until
 from slurm.jobs import starts
 from slurm.test_sweep import is_right, now
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("slurm")]
 
 
 def submitted_jobs(sweep: Sweep) -> list[str]:

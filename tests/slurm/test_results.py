@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import random
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +16,10 @@ from safetensors.torch import load_file
 from wandb_file import read_run
 
 from dp_lora.files import read_json, read_lines
-from slurm.conftest import Start, Sweep, run, until
+from slurm.conftest import Start, run, until
+from slurm.havoc import GRID, KILLS, PAIR, REAL, Havoc
 
-pytestmark = pytest.mark.slurm
-
-REAL = ("stages=[finetune]", "train.max_steps=12", "train.expected_batch_size=120", "privacy.insecure_seed=7",
-        "noise_multiplicity=k2", "train.checkpoint_minutes=0.01")  # fmt: skip
-GRID = ("seed=0,1,2,3", "epsilon=eps1,eps10", "lora_rank=r2,r4,r8")
-PAIR = ("train.max_steps=4", "train.microbatch=7", "privacy.insecure_seed=8")
-KILLS = 20
+pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("slurm")]
 
 
 @pytest.fixture(scope="module")
@@ -67,101 +59,12 @@ def twin(directory: Path, quiet: Path) -> Path:
     return found
 
 
-def process_of(job: str) -> int | None:
-    """The process of a running job that trains."""
-    array, _, task = job.partition("_")
-    wanted = {f"SLURM_ARRAY_JOB_ID={array}".encode(), f"SLURM_ARRAY_TASK_ID={task}".encode()}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (folder / "cmdline").read_bytes().split(b"\0")
-            environment = set((folder / "environ").read_bytes().split(b"\0"))
-            if b"submitit.core._submit" in words and b"python" in words[0] and wanted <= environment:
-                return int(folder.name)
-        except OSError:
-            continue
-    return None
-
-
-def _trains(directory: Path) -> bool:
-    return (directory / "checkpoint" / "state.pt").exists() and not (directory / "adapter").exists()
-
-
-class Havoc:
-    """Kills and disturbs the jobs of a sweep, and its driver."""
-
-    def __init__(self, sweep: Sweep, again: Callable[[], Sweep]) -> None:
-        self.sweep, self.again = sweep, again
-        self.random = random.Random(0)
-        self.done: list[str] = []
-
-    def job(self, training: bool) -> str | None:
-        """A running job; if so asked one that has begun to train and has not ended."""
-        running = run("squeue", "-h", "-r", "-t", "RUNNING", "-o", "%F_%K|%j").splitlines()
-        ours = [line.split("|")[0] for line in running if line.split("|")[1] in self.sweep.ledger.submissions]
-        cells = {job: cell for cell, job in self.sweep.ledger.jobs().items()}
-        directories = {row["identity"]: Path(row["directory"]) for row in self._cells()}
-        if training:
-            ours = [job for job in ours if _trains(directories[cells[job]])]
-        return self.random.choice(ours) if ours else None
-
-    def _cells(self) -> list[dict[str, Any]]:
-        cells: list[dict[str, Any]] = read_json(self.sweep.ledger.folder / "sweep.json")["cells"]
-        return cells
-
-    def strike(self, how: str, *, training: bool) -> None:
-        job = until(lambda: self.job(training), self.sweep, timeout=120)
-        if how == "kill -9":
-            if (pid := process_of(job)) is None:
-                return
-            os.kill(pid, signal.SIGKILL)
-        elif how == "USR2":
-            if subprocess.run(["scancel", "--signal=USR2", job], capture_output=True).stderr:
-                return
-        elif how == "requeue":
-            if subprocess.run(["scontrol", "requeue", job], capture_output=True).returncode:
-                return
-        elif how == "urgent":
-            run("sbatch", "-p", "urgent", "-c", "16", "--mem=1G", "-o", "/dev/null", "--wrap", "sleep 1")
-            until(
-                lambda: job not in run("squeue", "-h", "-r", "-t", "RUNNING", "-o", "%F_%K").split(),
-                self.sweep,
-            )
-        elif how == "node down":
-            node = run("sinfo", "-h", "-o", "%n").strip()
-            run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
-            time.sleep(1)
-            # It may have come back by itself, when its daemon next reported.
-            subprocess.run(["scontrol", "update", f"nodename={node}", "state=resume"], capture_output=True)
-            until(
-                lambda: run("sinfo", "-h", "-o", "%T").strip() in ("idle", "mixed", "allocated"), self.sweep
-            )
-        elif how == "driver":
-            os.killpg(self.sweep.process.pid, signal.SIGKILL)
-            self.sweep.wait()
-            self.sweep = self.again()
-        self.done.append(how)
-
-
-def test_a_sweep_through_havoc_ends_like_a_quiet_one(
-    start: Start, cache: Path, quiet: Callable[[], Path]
-) -> None:
-    given = (*REAL, *GRID, f"paths.cache={cache}", "hydra.launcher.max_parallel=4",
-             "hydra.launcher.max_kills=100", "resources.memory_gb=1.5")  # fmt: skip
-    sweep = start(*given, counting=False)
-    sweep.begun()
-    havoc = Havoc(sweep, lambda: start(*given, outputs=sweep.outputs, counting=False))
-    blows = ["kill -9", "USR2", "requeue"]
-    strikes = [(how, training) for training in (True, False, False) for how in blows * 2 + ["kill -9"]]
-    strikes += [("urgent", True), ("node down", True), ("driver", False)]
-    havoc.random.shuffle(strikes)
-    for how, training in strikes:
-        time.sleep(havoc.random.uniform(0, 2))
-        assert havoc.sweep.process.poll() is None, havoc.sweep.said()
-        havoc.strike(how, training=training)
-    assert havoc.sweep.wait(400) == 0, havoc.sweep.said()
-    assert len(havoc.done) >= KILLS, havoc.done
+def test_a_sweep_through_havoc_ends_like_a_quiet_one(havoc: Future[Havoc], quiet: Callable[[], Path]) -> None:
+    ended = havoc.result()
+    assert ended.sweep.process.returncode == 0, ended.sweep.said()
+    assert len(ended.done) >= KILLS, ended.done
     outputs = quiet()
-    cells = havoc.sweep.cells()
+    cells = ended.sweep.cells()
     assert len(cells) == 24
     restarts = 0
     for directory in cells.values():
@@ -173,14 +76,16 @@ def test_a_sweep_through_havoc_ends_like_a_quiet_one(
         )
         restarts += read_json(directory / "provenance.json")["restarts"]
     assert restarts >= 5, "some were hit while they trained"
-    report = (havoc.sweep.ledger.folder / "report.md").read_text()
+    report = (ended.sweep.ledger.folder / "report.md").read_text()
     assert report.count("| done |") == 24
 
 
 def test_two_processes_of_one_job_end_where_one_does(
     start: Start, cache: Path, quiet: Callable[[], Path]
 ) -> None:
-    sweep = start(*REAL, *PAIR, f"paths.cache={cache}", "resources.processes=2", counting=False)
+    sweep = start(
+        *REAL, *PAIR, f"paths.cache={cache}", "resources.processes=2", "resources.memory_gb=4", counting=False
+    )
     assert sweep.wait() == 0, sweep.said()
     (directory,) = sweep.cells().values()
     alone = twin(directory, quiet())
@@ -195,7 +100,12 @@ def test_two_processes_of_one_job_end_where_one_does(
 
 def test_a_preempted_job_goes_on_in_the_same_wandb_run(start: Start, cache: Path) -> None:
     sweep = start(
-        *REAL, "train.max_steps=40", f"paths.cache={cache}", "tracking.wandb=offline", counting=False
+        *REAL,
+        "train.max_steps=40",
+        f"paths.cache={cache}",
+        "tracking.wandb=offline",
+        "resources.memory_gb=4",
+        counting=False,
     )
     (directory,) = sweep.begun().values()
     until(lambda: len(read_lines(directory / "metrics.jsonl")) >= 2, sweep)

@@ -12,7 +12,7 @@ from dp_lora.files import read_json
 from slurm.conftest import Start, Sweep, how_it_ended, run, until
 from slurm.jobs import counted, starts
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("slurm")]
 
 STEPS = 40
 QUIET, RAISES, KILLS, MEMORY, USR2, REQUEUED, CANCELLED, KILLED_ONCE, TERMINATED = range(9)
