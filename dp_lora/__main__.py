@@ -109,7 +109,13 @@ def dry_run(words: Sequence[str]) -> list[str]:
 
 
 def _check_flags(words: Sequence[str]) -> None:
-    """Raises UserError for a flag that does not exist: argparse would print its whole usage."""
+    """Raises UserError for a flag that does not exist, or a launcher without a sweep to launch.
+
+    Of the first argparse would print its whole usage, the second Hydra ignores.
+    """
+    launcher = next((word for word in words if word.startswith("hydra/launcher=")), None)
+    if launcher not in (None, "hydra/launcher=basic") and not {"-m", "--multirun"} & set(words):
+        raise UserError(f"{launcher}: launches the jobs of a sweep; expected -m with it")
     flags = get_args_parser()._option_string_actions
     for word in words:
         name = word.split("=")[0]

@@ -158,6 +158,11 @@ def test_the_command_line_wins_over_a_cluster_file(example: str) -> None:
 # Plan and refusals
 
 
+def test_a_launcher_without_a_sweep_is_refused(dp_lora: Callable[..., tuple[int, str, str]]) -> None:
+    status, _, said = dp_lora("hydra/launcher=slurm")
+    assert status == 2 and said.count("\n") == 1 and "expected -m" in said
+
+
 def test_a_dry_run_shows_cells_resources_and_hours_and_does_nothing(
     dp_lora: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:

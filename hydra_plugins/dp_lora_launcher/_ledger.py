@@ -130,7 +130,7 @@ class Ledger:
             twin = odd and next((r for r in then.values() if r["words"] == list(odd.words)), None)
             if odd and twin and self._cell(twin["identity"]).exists():
                 frozen = self.frozen(twin["identity"])["config"]
-                what = f"{' '.join(odd.words)} had {_difference(frozen, dataclasses.asdict(odd.config))}"
+                what = f"cell {odd.number} had {_difference(frozen, dataclasses.asdict(odd.config))}"
             raise UserError(
                 f"{self.folder}: this sweep was begun with another configuration ({what}); {way_out}"
             )

@@ -136,9 +136,11 @@ class Slurm:
         """Submits the job that writes the report when all jobs of the sweep have ended, however they did."""
         arrays = sorted({job.partition("_")[0] for job in self.ledger.jobs().values()})
         kept = self.ledger.frozen(next(iter(self.ledger.jobs())))["config"]["resources"]
+        # A hold is for the jobs; the report waits for them anyway.
+        others = {name: value for name, value in kept["sbatch"].items() if name != "hold"}
         small = ResourcesConfig(
             cpus=1, memory_gb=2.0, time_limit_min=10, partition=kept["partition"], account=kept["account"],
-            qos=kept["qos"], sbatch=kept["sbatch"], setup=kept["setup"],
+            qos=kept["qos"], sbatch=others, setup=kept["setup"],
         )  # fmt: skip
         executor = self._executor(f"{self.ledger.folder.name}-report", small)
         executor.update_parameters(dependency="afterany:" + ":".join(arrays))

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -185,8 +186,12 @@ def havoc(
         return
     from slurm.havoc import wreak
 
+    over = threading.Event()
     with box(tmp_path_factory.mktemp("havoc")) as environment, ThreadPoolExecutor(1) as thread:
-        yield thread.submit(wreak, start, cache, environment)
+        try:
+            yield thread.submit(wreak, start, cache, environment, over)
+        finally:
+            over.set()
 
 
 def until(condition: Callable[[], Any], sweep: Sweep | None = None, timeout: float = 60) -> Any:

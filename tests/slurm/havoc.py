@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -111,8 +112,8 @@ class Havoc:
         self.done.append(how)
 
 
-def wreak(start: Start, cache: Path, environment: dict[str, str]) -> Havoc:
-    """A sweep of 24 jobs through at least `KILLS` blows, until its driver has ended."""
+def wreak(start: Start, cache: Path, environment: dict[str, str], over: threading.Event) -> Havoc:
+    """A sweep of 24 jobs through at least `KILLS` blows, until its driver has ended or nobody waits for it."""
     given = (*REAL, *GRID, f"paths.cache={cache}", "hydra.launcher.max_parallel=4",
              "hydra.launcher.max_kills=100", "resources.memory_gb=1.5")  # fmt: skip
     sweep = start(*given, counting=False, **environment)
@@ -123,8 +124,10 @@ def wreak(start: Start, cache: Path, environment: dict[str, str]) -> Havoc:
     strikes += [("urgent", True), ("node down", True), ("driver", False)]
     havoc.random.shuffle(strikes)
     for how, training in strikes:
-        time.sleep(havoc.random.uniform(0, 2))
+        over.wait(havoc.random.uniform(0, 2))
+        assert not over.is_set()
         assert havoc.sweep.process.poll() is None, havoc.sweep.said()
         havoc.strike(how, training=training)
-    havoc.sweep.wait(600)
+    while havoc.sweep.process.poll() is None and not over.is_set():
+        over.wait(0.2)
     return havoc
