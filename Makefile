@@ -1,16 +1,18 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup run test check format data clean
+.PHONY: help setup run test check format data pretrain-mnist clean slurm-up slurm-down
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
-# Words for `run` (overrides), `test` (pytest) and `data` (names of sets): make run ARGS="epsilon=eps1"
+# Words for `run` and `pretrain-mnist` (overrides), `test` (pytest), `data` (sets): make run ARGS="epsilon=eps1"
 ARGS ?=
+# The letters of `pretrain-mnist`: rendered ones, or emnist_letters where its archive is.
+PUBLIC ?= letters
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo '  ARGS="..." adds words to run, test and data'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo '  ARGS="..." adds words to run, test, data and pretrain-mnist'
 
 setup: .venv/installed-dev  ## install everything into .venv, with the tools for development
 
@@ -32,6 +34,18 @@ format: .venv/installed-dev  ## write the code the way `check` wants it
 
 data: .venv/installed  ## fetch the full MNIST and Fashion-MNIST and the fonts of the public letters
 	$(BIN)/python -m dp_lora.fetch $(ARGS)
+
+pretrain-mnist: .venv/installed  ## pre-train the paper's MNIST model on letters: a matter for a GPU
+	$(BIN)/dp-lora experiment=mnist data@public_data=$(PUBLIC) public_data.classes=null \
+		public_data.train_size=124800 public_data.channels=3 'stages=[pretrain]' $(ARGS)
+
+slurm-up:  ## start a real SLURM on this machine; root only where its packages are missing
+	@tools/slurm_box.sh install
+	@tools/slurm_box.sh up >/dev/null
+	@echo 'dp-lora finds it; for squeue and the like: eval "$$(tools/slurm_box.sh env)"'
+
+slurm-down:  ## end that SLURM and its jobs
+	@tools/slurm_box.sh down
 
 clean:  ## remove caches and built packages; .venv and the runs in outputs/ stay
 	rm -rf dist .mypy_cache .pytest_cache .ruff_cache

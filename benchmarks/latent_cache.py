@@ -59,7 +59,7 @@ SETTINGS = {
         UNetConfig([64, 128], [True, True]),
     ),
     "celeba64": Setting(
-        5_000,
+        2_000,
         16,
         8,
         64,
@@ -201,7 +201,8 @@ def main() -> None:
                 found = measure(name, k, arguments.rounds, Path(folder))
                 for row in found:
                     print(
-                        f"{row.setting:9} k{row.k}  {row.way:11} {row.seconds:7.3f} s  {row.ratio:6.3f}  latents {row.latents:8.5f} s",
+                        f"{row.setting:9} k{row.k}  {row.way:11} {row.seconds:7.3f} s  {row.ratio:6.3f}  "
+                        f"latents {row.latents:8.5f} s",
                         flush=True,
                     )
                 rows += found

@@ -9,6 +9,7 @@ the module that has them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -296,11 +297,36 @@ class TrackingConfig:
 
 @dataclass
 class ResourcesConfig:
-    """What one job may use; none of it changes the result."""
+    """What one job may use and what it asks a cluster for; none of it changes the result."""
 
     device: str = "auto"
     threads: int | None = None
     """CPU threads of torch; null takes its own choice."""
+    nodes: int = 1
+    gpus: int = 0
+    """GPUs per node."""
+    processes: int | None = None
+    """Processes per node, which share each batch; null takes one for each GPU, or one."""
+    cpus: int = 2
+    """CPU cores per process."""
+    memory_gb: float = 8.0
+    """Memory per node."""
+    time_limit_min: int = 240
+    """Minutes until SLURM stops the job, which is then continued; short ones start earlier."""
+    partition: str | None = None
+    """Of SLURM, like the next three; null takes the cluster's default."""
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    sbatch: dict[str, str] = field(default_factory=dict)
+    """Other options of sbatch, by their long names: {reservation: night}."""
+    setup: list[str] = field(default_factory=list)
+    """Lines of shell that a job begins with, such as `module load cuda`."""
+
+    @property
+    def processes_per_node(self) -> int:
+        """Number of processes of the job on each of its nodes."""
+        return self.processes if self.processes is not None else max(1, self.gpus)
 
 
 @dataclass
@@ -343,7 +369,7 @@ def from_omegaconf(composed: DictConfig) -> Config:
     # As plain values: merging one typed configuration into another lets unknown fields pass.
     plain = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(plain, dict)
-    merged = OmegaConf.merge(OmegaConf.structured(Config), plain)
+    merged = OmegaConf.merge(_schema(), plain)
     missing = sorted(OmegaConf.missing_keys(merged))
     if missing:
         raise UserError(f"{missing[0]}: no value given")
@@ -351,6 +377,12 @@ def from_omegaconf(composed: DictConfig) -> Config:
     assert isinstance(config, Config)
     check(config)
     return config
+
+
+@functools.cache
+def _schema() -> DictConfig:
+    """Of `Config`; making it takes longer than filling it, and a sweep has hundreds of jobs."""
+    return OmegaConf.structured(Config)  # type: ignore[no-any-return]
 
 
 def check(config: Config) -> None:
@@ -486,6 +518,10 @@ def _check_counts(config: Config) -> None:
         "evaluation.batch_size": config.evaluation.batch_size,
         "tracking.log_every": config.tracking.log_every,
         "resources.threads": config.resources.threads,
+        "resources.nodes": config.resources.nodes,
+        "resources.processes": config.resources.processes,
+        "resources.cpus": config.resources.cpus,
+        "resources.time_limit_min": config.resources.time_limit_min,
         "model.pretrain.autoencoder_steps": config.model.pretrain.autoencoder_steps,
         "model.pretrain.unet_steps": config.model.pretrain.unet_steps,
         "model.pretrain.autoencoder_batch_size": config.model.pretrain.autoencoder_batch_size,
@@ -498,6 +534,10 @@ def _check_counts(config: Config) -> None:
     for name, value in at_least_one.items():
         if value is not None and not value >= 1:
             raise UserError(f"{name}={value}: expected at least 1")
+    if config.resources.gpus < 0:
+        raise UserError(f"resources.gpus={config.resources.gpus}: expected at least 0")
+    if not 0 < config.resources.memory_gb < math.inf:
+        raise UserError(f"resources.memory_gb={config.resources.memory_gb}: expected a number above 0")
     _check_pretrain(config.model.pretrain)
     if config.lora.alpha is not None and not 0 < config.lora.alpha < math.inf:
         raise UserError(f"lora.alpha={config.lora.alpha}: expected a finite number above 0, or null")
@@ -581,7 +621,7 @@ def run_directory(config: Config, overrides: Sequence[str]) -> Path:
     said_otherwise = sorted(folder.glob(f"*-{identity}"))
     if said_otherwise:
         return said_otherwise[0]
-    without_effect = (*_CANNOT_CHANGE_THE_RESULT, *(f"train.{name}" for name in _NOR_CAN))
+    without_effect = (*_CANNOT_CHANGE_THE_RESULT, "cluster", *(f"train.{name}" for name in _NOR_CAN))
     words = [word.replace("'", "") for word in overrides]
     said = [word.lstrip("+~") for word in words if not word.lstrip("+~").startswith(without_effect)]
     readable = re.sub(r"[^\w.=,+-]+", "_", ",".join(sorted(said))).strip("_")[:120] or "defaults"

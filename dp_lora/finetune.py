@@ -13,7 +13,7 @@ import math
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,11 +40,10 @@ from dp_lora.privacy.mechanism import (
 from dp_lora.privacy.plan import PrivacyPlan
 from dp_lora.privacy.preflight import preflight
 from dp_lora.privacy.randomness import KEY_BYTES, Randomness
+from dp_lora.processes import agreed, largest
 from dp_lora.progress import Progress
 from dp_lora.provenance import hardware, versions
-from dp_lora.train import Checkpoint, any_process, learning_rate, resume, run_steps
-
-T = TypeVar("T")
+from dp_lora.train import Checkpoint, learning_rate, resume, run_steps
 
 _ROUND = ("dp-lora", "torch", "diffusers", "peft", "numpy", "cryptography")
 """Packages whose version can change how a step rounds."""
@@ -136,7 +135,7 @@ class PrivateStep:
             enough = False
         total = self.gradients.total()
         self.gradients.reset()
-        return None if any_process(not enough) else total
+        return None if largest(not enough) else total
 
     def _in_smaller_microbatches(self, step: int) -> tuple[int, str]:
         """Halves the microbatch and begins `step` again, of which nothing has been released."""
@@ -260,9 +259,9 @@ def finetune(
     randomness = run_key(config, folder)
     inputs = digest(model, latents, labels, plan, randomness)
     check_engine(config, model, plan)
-    microbatch = _of_the_first_process(_microbatch(config, model, plan, folder))
+    microbatch = agreed(_microbatch(config, model, plan, folder))
     tuning.arrange(model, plan, config.train, microbatch)
-    same = _of_the_first_process(numerics(config, device, microbatch, inputs))
+    same = agreed(numerics(config, device, microbatch, inputs))
     executions = Executions(folder / "executions.jsonl", same, writes=first)
 
     def keep(microbatch: int) -> None:
@@ -294,14 +293,6 @@ def _microbatch(config: Config, model: LatentDiffusion, plan: PrivacyPlan, folde
 
 def _silent(step: int, values: dict[str, float]) -> None:
     """What the other processes log."""
-
-
-def _of_the_first_process(value: T) -> T:
-    """What the first process of the job has for `value`."""
-    shared = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(shared)
-    return shared[0]
 
 
 def steps_to_finish(plan: PrivacyPlan, executions: Executions, finished: int, lineage: str) -> int:

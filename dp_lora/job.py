@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from dp_lora.config import Config, fingerprint, from_omegaconf, pretrained_fingerprint
 from dp_lora.errors import UserError
 from dp_lora.files import append_line, file_lock
+from dp_lora.processes import agreed, rank
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +54,7 @@ def prepare(config: Config, directory: Path) -> Job:
     _check_directory(config, directory)
     images = data.load(config.data, config.paths)
     plan = plan_of(config, len(images.train))
-    device = _device(config)
+    device = device_of(config)
     _check_model(config, images)
     _check_stages(config, directory)
     folder = pretrained_model(config)
@@ -106,7 +107,11 @@ def plan_of(config: Config, num_examples: int) -> PrivacyPlan:
     )
 
 
-def _device(config: Config) -> torch.device:
+def device_of(config: Config) -> torch.device:
+    """The device of this process: of several GPUs the one with the process's number on its node.
+
+    Raises UserError when the machine has none.
+    """
     import torch
 
     if config.resources.threads is not None:
@@ -119,6 +124,15 @@ def _device(config: Config) -> torch.device:
     name = ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
     if name == "cuda" and config.train.precision == "bfloat16" and not torch.cuda.is_bf16_supported():
         raise UserError("train.precision=bfloat16: this GPU has no bfloat16; expected float32")
+    if name == "cuda" and torch.cuda.device_count() > 1:
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        if local >= torch.cuda.device_count():
+            raise UserError(
+                f"resources.processes: process {local + 1} of this node finds {torch.cuda.device_count()} "
+                "GPUs; expected one a process"
+            )
+        torch.cuda.set_device(local)
+        return torch.device("cuda", local)
     return torch.device(name)
 
 
@@ -182,18 +196,16 @@ def pretrained_model(config: Config, *, again: bool = False) -> Path:
         return find(config.model.pretrained)
     models = Path(config.paths.cache).expanduser() / "models"
     folder = models / f"{config.model.name}-{pretrained_fingerprint(config)}"
-    if not folder.exists():
+    if agreed(not folder.exists()):
         _pretrain_once(config, folder)
     return folder
 
 
 def _pretrain_once(config: Config, folder: Path) -> None:
-    """Makes `folder`, by one job at a time; the processes of a job that torchrun started do it together."""
-    from dp_lora.pretrain import agreed, processes, rank
-
+    """Makes `folder`, by one job at a time; the processes of a job do it together."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = folder.with_name(f"{folder.name}.lock")
-    with processes(_device(config)), ExitStack() as stack:
+    with ExitStack() as stack:
         if rank() == 0:
             stack.enter_context(file_lock(lock, waiting=lambda: say(f"waiting for {folder}")))
         if agreed(not folder.exists()):
@@ -214,7 +226,7 @@ def _pretrain(config: Config, folder: Path) -> None:
         append_line(work / "metrics.jsonl", {"stage": "pretrain", "step": step, **values})
 
     source = data.provenance(config.public_data, config.paths)
-    pretrain(config, images, folder, device=_device(config), log=log, source=source)
+    pretrain(config, images, folder, device=device_of(config), log=log, source=source)
 
 
 def say(line: str) -> None:

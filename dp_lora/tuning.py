@@ -214,14 +214,16 @@ def _compile(model: LatentDiffusion, plan: PrivacyPlan, train: TrainConfig, micr
             engine.detach()
         return engine.total()
 
-    expected = clipped_sum()
-    for part in frozen_parts(model.unet):
+    expected, parts = clipped_sum(), list(frozen_parts(model.unet))
+    for part in parts:
         part.compile(dynamic=False)
     # Every frozen part is compiled for its own sizes.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
     try:
         found = clipped_sum()
     except Exception as error:
+        for part in parts:
+            part._compiled_call_impl = None
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"train.compile=true: torch cannot compile this model here ({reason}); expected false"
