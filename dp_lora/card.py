@@ -182,8 +182,8 @@ def _loading_section(base_model: str, *, lora: bool) -> str:
         "`trained.safetensors`, where there is one, holds the parameters that were trained in place by their "
         "names in the model: those that begin with `unet.` go into the UNet by `load_state_dict(..., "
         "strict=False)`, and row i of `class_embedder.weight` is the condition of class i, to be given as "
-        "`encoder_hidden_states` of shape [batch, 1, width], or in place of a row of the network's table. Its "
-        "metadata lists the classes in that order."
+        "`encoder_hidden_states` of shape [batch, 1, width], or in place of a row of the network's table. "
+        "Its metadata lists the classes in that order."
     )
     if not lora:
         return f"## Loading\n\n{trained}"
