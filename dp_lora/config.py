@@ -23,6 +23,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from dp_lora.errors import UserError, did_you_mean
 
+PROMPT = "a photo of a {}"
 STAGES = ("pretrain", "finetune", "sample", "evaluate")
 COMPONENTS = ("lora", "attention", "embedder", "bias", "norm", "full")
 CLIPPINGS = ("flat", "automatic", "per_layer")
@@ -170,6 +171,8 @@ class ModelConfig:
     """Folder with weights in diffusers form (one of ours, or a pipeline's), the name of weights that ship
     with the package, or the name of a pipeline on the hub; null pre-trains on `public_data` once and keeps
     the result in `paths.cache`."""
+    prompt: str = PROMPT
+    """What a text-to-image model is told of an image, with {} for the name of its class."""
     conditioning: str = "class"
     """class: one learnt token a class; none: the model is unconditional."""
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
@@ -546,6 +549,8 @@ def _check_counts(config: Config) -> None:
             f"lora.target_modules=[]: expected at least one of {', '.join(TARGET_GROUPS)} or an end of a "
             "module's name"
         )
+    if "{}" not in config.model.prompt:
+        raise UserError(f"model.prompt={config.model.prompt!r}: expected {{}} for the name of the class")
     if config.seed < 0:
         raise UserError(f"seed={config.seed}: expected at least 0")
     if not 0 <= config.sampler.guidance < math.inf:
@@ -599,7 +604,7 @@ def fingerprint(config: Config) -> str:
 def pretrained_fingerprint(config: Config) -> str:
     """Eight hexadecimal digits of what can change the weights of a public pre-training."""
     model = dataclasses.asdict(config.model)
-    del model["pretrained"], model["pretrain"]["samples_every"]
+    del model["pretrained"], model["prompt"], model["pretrain"]["samples_every"]
     public = dataclasses.asdict(config.public_data)
     return _digest({"model": model, "public_data": public, "seed": config.seed})
 

@@ -18,12 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dp_lora.config import ModelConfig
+from dp_lora.config import PROMPT, ModelConfig
 from dp_lora.errors import UserError, did_you_mean
 from dp_lora.latent_diffusion import UNCONDITIONAL, LatentDiffusion
 from dp_lora.networks import EXTRAS, build_autoencoder, build_unet, complete, shorten_cross_attention
 from dp_lora.pipelines import from_hub, is_pipeline, load_pipeline
-from dp_lora.prompts import PROMPT
 
 __all__ = [
     "WEIGHTS",

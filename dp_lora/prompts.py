@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-PROMPT = "a photo of a {}"
-"""The prompt of a class whose name replaces {}: `model.prompt`."""
+from dp_lora.config import PROMPT
 
 _KEPT = 128
 """Prompts up to which their embeddings are computed once and kept: 30 MB at 77 tokens of 768 channels."""

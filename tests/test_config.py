@@ -69,6 +69,8 @@ def test_every_preset_is_overridden_by_value() -> None:
         "lora.rank=3",
         "lora.alpha=2",
         "privacy.epsilon=3",
+        "privacy.adjacency=zero_out",
+        "tracking.private_loss=true",
         "privacy.delta=1e-6",
         "privacy.insecure_seed=1",
         "train.learning_rate=0.1",
@@ -92,6 +94,8 @@ def test_the_fingerprint_changes_with_what_can_change_the_result(override: str, 
         "resources.threads=1",
         "stages=[sample]",
         "train.microbatch=7",
+        "train.compile=true",
+        "train.channels_last=true",
         "train.checkpoint_minutes=9",
     ],
 )
@@ -121,6 +125,8 @@ def test_the_run_directory_is_readable_and_the_same_however_the_run_is_asked_for
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "prompt": ({"model.prompt": "a photo"}, "model.prompt='a photo': expected {}"),
+    "adjacency": ({"privacy.adjacency": "replace"}, "privacy.adjacency='replace'"),
     "epsilon zero": ({"privacy.epsilon": 0.0}, "privacy.epsilon=0"),
     "epsilon negative": ({"privacy.epsilon": -1.0}, "privacy.epsilon=-1"),
     "epsilon NaN": ({"privacy.epsilon": float("nan")}, "privacy.epsilon=nan"),

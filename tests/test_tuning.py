@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import composed
 from torch import Tensor, nn
 
 from dp_lora import adapters, tuning
@@ -211,13 +210,3 @@ def test_no_backward_runs_below_the_first_trainable_module(model: LatentDiffusio
     tuning.synthetic_losses(model, 2, 1, seed=0)(slice(None))
     assert not needs["conv_in"] and needs["conv_out"]
     assert not any(grad for name, grad in needs.items() if f"{name}.weight" in below)
-
-
-def test_neither_layout_nor_microbatch_is_part_of_a_run_s_identity() -> None:
-    from conftest import TINY
-
-    from dp_lora.config import fingerprint
-
-    plain = fingerprint(composed(*TINY))
-    assert fingerprint(composed(*TINY, "train.compile=true", "train.channels_last=true")) == plain
-    assert fingerprint(composed(*TINY, "tracking.private_loss=true")) != plain
