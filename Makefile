@@ -1,6 +1,6 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup run test check format data pretrain-mnist clean
+.PHONY: help setup run test check format data pretrain-mnist clean slurm-up slurm-down
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -38,6 +38,14 @@ data: .venv/installed  ## fetch the full MNIST and Fashion-MNIST and the fonts o
 pretrain-mnist: .venv/installed  ## pre-train the paper's MNIST model on letters: a matter for a GPU
 	$(BIN)/dp-lora experiment=mnist data@public_data=$(PUBLIC) public_data.classes=null \
 		public_data.train_size=124800 public_data.channels=3 'stages=[pretrain]' $(ARGS)
+
+slurm-up:  ## start a real SLURM on this machine; root only where its packages are missing
+	@tools/slurm_box.sh install
+	@tools/slurm_box.sh up >/dev/null
+	@echo 'dp-lora finds it; for squeue and the like: eval "$$(tools/slurm_box.sh env)"'
+
+slurm-down:  ## end that SLURM and its jobs
+	@tools/slurm_box.sh down
 
 clean:  ## remove caches and built packages; .venv and the runs in outputs/ stay
 	rm -rf dist .mypy_cache .pytest_cache .ruff_cache

@@ -11,7 +11,8 @@ process holds once the model is built.
 Engines: dp_lora (this project), nonprivate (stock peft, plain backward), opacus_hooks (Opacus' hooks as
 they are, the k draws folded when it clips), opacus_ghost (ghost clipping, draws folded), vmap
 (torch.func), released (as DP-LoRA was released: k rows of an example clipped apart; not private as it
-claims, here for its cost).
+claims, here for its cost). These share one model. dp_lora_one_token is this project's step as it runs in
+a job: the exact shortcut for the cross-attention to one token comes on top.
 """
 
 from __future__ import annotations
@@ -38,13 +39,20 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from dp_lora.adapters import target_names
+from dp_lora.models import shorten_cross_attention
 from dp_lora.privacy.gradients import ClippedGradientSum
 
-ENGINES = ("nonprivate", "dp_lora", "opacus_hooks", "opacus_ghost", "vmap", "released")
+ENGINES = (
+    *("nonprivate", "dp_lora", "dp_lora_one_token"),
+    *("opacus_hooks", "opacus_ghost", "vmap", "released"),
+)
 RANKS, MULTIPLICITIES, MICROBATCHES = (4, 8, 16, 64), (1, 4, 8), (16, 64, 256)
 MAX_GRAD_NORM = 1e-3
 # vmap holds all k draws of all examples at once, twice: beyond this many rows it is left out.
 _VMAP_ROWS = 1024
+# Rounds of a cell: as many as take about so many seconds, within these limits.
+_SECONDS, _FEWEST, _MOST = 60.0, 3, 21
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,7 @@ class Row:
 class Model(nn.Module):
     """LoRA on all attention projections of a UNet and a trainable class embedder; B is not zero."""
 
-    def __init__(self, size: Size, rank: int) -> None:
+    def __init__(self, size: Size, rank: int, one_token: bool = False) -> None:
         super().__init__()
         channels, side = size.latent
         blocks = len(size.channels)
@@ -100,6 +108,9 @@ class Model(nn.Module):
         )
         self.unet.requires_grad_(False)
         targets = ["to_q", "to_k", "to_v", "to_out.0"]
+        if one_token:
+            shorten_cross_attention(self.unet)
+            targets = target_names(self.unet, targets, rank)
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights="gaussian")
         self.unet.add_adapter(config)
         self.embedder = nn.Embedding(10, 64)
@@ -259,6 +270,7 @@ def _vmap(model: Model, k: int) -> Step:
 _BUILD: dict[str, Callable[[Model, int], Step]] = {
     "nonprivate": _nonprivate,
     "dp_lora": _dp_lora,
+    "dp_lora_one_token": _dp_lora,
     "opacus_hooks": _opacus_hooks,
     "opacus_ghost": _opacus_ghost,
     "vmap": _vmap,
@@ -269,7 +281,7 @@ _BUILD: dict[str, Callable[[Model, int], Step]] = {
 def build(engine: str, size: Size, rank: int, k: int, device: str) -> Step:
     """A step of `engine` on a freshly made model."""
     torch.manual_seed(0)
-    return _BUILD[engine](Model(size, rank).to(device), k)
+    return _BUILD[engine](Model(size, rank, one_token=engine == "dp_lora_one_token").to(device), k)
 
 
 # Measuring
@@ -283,19 +295,25 @@ def _clock(device: str) -> float:
 
 
 def seconds_by_engine(
-    engines: list[str], size: Size, rank: int, k: int, microbatch: int, device: str, rounds: int
+    engines: list[str], size: Size, rank: int, k: int, microbatch: int, device: str, rounds: int | None
 ) -> dict[str, list[float]]:
-    """The time of each engine's step in each of `rounds` interleaved rounds, after one to warm up."""
+    """The time of each engine's step in each of the interleaved rounds, after one to warm up."""
     steps = {engine: build(engine, size, rank, k, device) for engine in engines}
     batch = make_batch(size, microbatch, k, device)
-    found: dict[str, list[float]] = {engine: [] for engine in engines}
-    for number in range(rounds + 1):
+
+    def one_round() -> dict[str, float]:
+        taken = {}
         for engine, step in steps.items():
             start = _clock(device)
             step(batch)
-            if number:
-                found[engine].append(_clock(device) - start)
-    return found
+            taken[engine] = _clock(device) - start
+        return taken
+
+    warm_up = sum(one_round().values())
+    if rounds is None:
+        rounds = min(max(round(_SECONDS / warm_up), _FEWEST), _MOST)
+    measured = [one_round() for _ in range(rounds)]
+    return {engine: [taken[engine] for taken in measured] for engine in engines}
 
 
 def peak_bytes(engine: str, size: Size, rank: int, k: int, microbatch: int, device: str) -> int:
@@ -330,7 +348,14 @@ def _peak_in_a_process(engine: str, size: str, rank: int, k: int, microbatch: in
 
 
 def measure(
-    engines: list[str], size: str, rank: int, k: int, microbatch: int, device: str, rounds: int, memory: bool
+    engines: list[str],
+    size: str,
+    rank: int,
+    k: int,
+    microbatch: int,
+    device: str,
+    rounds: int | None,
+    memory: bool,
 ) -> list[Row]:
     """One row for each engine."""
     engines = [e for e in engines if e != "vmap" or microbatch * k <= _VMAP_ROWS]
@@ -363,7 +388,7 @@ def _print(row: Row) -> None:
     mib = "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:8.0f} MiB"
     memory = "" if row.ratio_memory is None else f"{row.ratio_memory:6.2f}"
     print(
-        f"{row.device:14} {row.size:9} {row.engine:13} r{row.rank:<3} k{row.k:<2} {row.microbatch:4} "
+        f"{row.device:14} {row.size:9} {row.engine:17} r{row.rank:<3} k{row.k:<2} {row.microbatch:4} "
         f"{row.seconds:9.4f} s {row.ratio_time:6.3f} {mib} {memory}",
         flush=True,
     )
@@ -381,7 +406,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--ranks", type=_numbers, default=None)
     parser.add_argument("--multiplicities", type=_numbers, default=None)
     parser.add_argument("--microbatches", type=_numbers, default=None)
-    parser.add_argument("--rounds", type=int, default=None)
+    parser.add_argument("--rounds", type=int, default=None, help="default: about a minute a cell")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--sizes", default=None, help=f"of {', '.join(SIZES)}; default by device")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -409,7 +434,7 @@ def main() -> None:
         arguments.multiplicities or ((1, 4) if quick else MULTIPLICITIES),
         arguments.microbatches or ((16,) if quick else MICROBATCHES),
     )
-    rounds = arguments.rounds or (5 if quick else 9)
+    rounds = arguments.rounds or (5 if quick else None)
     rows: list[Row] = []
     for size, rank, k, microbatch in grid:
         memory = not arguments.no_memory

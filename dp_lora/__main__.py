@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dp_lora.config import Config, config_directory, from_omegaconf
-from dp_lora.errors import UserError, did_you_mean
+from dp_lora.errors import SweepFailed, UserError, did_you_mean
 
 ConfigStore.instance().store(name="schema", node=Config)
 
@@ -63,12 +63,14 @@ def main() -> None:
     """Runs the app and turns what a user can cause into one line and an exit status."""
     # Without it Hydra prints errors its own way and exits with status 1.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    sys.argv[1:] = hydra_words(sys.argv[1:])
+    sys.argv[1:] = hydra_words(dry_run(sys.argv[1:]))
     try:
         _check_flags(sys.argv[1:])
         app()
     except _Reported:
         sys.exit(2)
+    except SweepFailed as error:
+        _stop(str(error), 1)
     except (UserError, HydraException, OmegaConfBaseException) as error:
         _stop(explain(error), 2)
     except OSError as error:
@@ -91,8 +93,29 @@ def hydra_words(words: Sequence[str]) -> list[str]:
     return sorted(quoted, key=lambda word: word.startswith("-") or "=" not in word)
 
 
+def dry_run(words: Sequence[str]) -> list[str]:
+    """The command line without `--dry-run`, told to plan a sweep and to stop.
+
+    >>> dry_run(["lora.rank=4", "--dry-run"])
+    ['lora.rank=4', 'hydra/launcher=local', 'hydra.launcher.dry_run=true', '-m']
+    """
+    if "--dry-run" not in words:
+        return list(words)
+    kept = [word for word in words if word not in ("--dry-run", "hydra/launcher=basic")]
+    if not any(word.startswith(("hydra/launcher=", "cluster=")) for word in kept):
+        kept.append("hydra/launcher=local")
+    flag = [] if {"-m", "--multirun"} & set(kept) else ["-m"]
+    return [*kept, "hydra.launcher.dry_run=true", *flag]
+
+
 def _check_flags(words: Sequence[str]) -> None:
-    """Raises UserError for a flag that does not exist: argparse would print its whole usage."""
+    """Raises UserError for a flag that does not exist, or a launcher without a sweep to launch.
+
+    Of the first argparse would print its whole usage, the second Hydra ignores.
+    """
+    launcher = next((word for word in words if word.startswith("hydra/launcher=")), None)
+    if launcher not in (None, "hydra/launcher=basic") and not {"-m", "--multirun"} & set(words):
+        raise UserError(f"{launcher}: launches the jobs of a sweep; expected -m with it")
     flags = get_args_parser()._option_string_actions
     for word in words:
         name = word.split("=")[0]
@@ -120,6 +143,8 @@ def explain(error: Exception) -> str:
     if found := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
         group, choice = found[1], found[2]
         options = sorted(path.stem for path in (config_directory() / group).glob("*.yaml"))
+        if group == "hydra/launcher":
+            options = ["basic", *options]
         return f"{group}={choice}: expected one of {', '.join(options)}{did_you_mean(choice, options)}"
     if found := re.search(r"Error parsing override '(.*)'", text):
         return f"{found[1]!r}: expected option=value, in Hydra's syntax"

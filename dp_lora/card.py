@@ -13,7 +13,8 @@ COVERS = (
     "generated images, are (epsilon, delta)-differentially private with respect to one private training "
     "image with its label.",
     "The values logged during the private training: the epsilon spent, the learning rate, the norm of the "
-    "noised update and the signal-to-noise estimated from it.",
+    "noised update, the signal-to-noise estimated from it and, where asked for, the loss that the noised sum "
+    "tells.",
 )
 """What the guarantee covers, for privacy.json and the card."""
 

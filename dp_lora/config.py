@@ -9,6 +9,7 @@ the module that has them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -25,12 +26,16 @@ from dp_lora.errors import UserError, did_you_mean
 STAGES = ("pretrain", "finetune", "sample", "evaluate")
 COMPONENTS = ("lora", "attention", "embedder", "bias", "norm", "full")
 CLIPPINGS = ("flat", "automatic", "per_layer")
+ADJACENCIES = ("add_or_remove", "zero_out")
 PRECISIONS = ("float32", "bfloat16")
 SAMPLERS = ("ddim", "dpmsolver++")
 SCHEDULES = ("constant", "linear", "cosine")
 DEVICES = ("auto", "cpu", "cuda")
 RESAMPLINGS = ("pad", "box", "bilinear", "bicubic", "lanczos")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
+AUTOENCODERS = ("kl", "vq")
+CONDITIONINGS = ("class", "none")
+TARGET_GROUPS = ("qkv", "proj", "self", "cross", "conv")
 
 
 @dataclass
@@ -70,25 +75,41 @@ class DataConfig:
 
 @dataclass
 class AutoencoderConfig:
-    """A diffusers AutoencoderKL."""
+    """A diffusers AutoencoderKL or VQModel."""
 
     latent_channels: int = 4
     block_out_channels: list[int] = field(default_factory=lambda: [32, 64, 64])
     layers_per_block: int = 1
     norm_num_groups: int = 16
+    kind: str = "kl"
+    """kl: a Gaussian posterior; vq: the nearest of `num_codes` vectors."""
+    attention: list[bool] = field(default_factory=list)
+    """Whether each level has attention; empty: none has."""
+    mid_attention: bool = False
+    """Whether the middle blocks have attention; those of CompVis have."""
+    num_codes: int = 8192
+    """Only for vq."""
 
 
 @dataclass
 class UNetConfig:
-    """A diffusers UNet2DConditionModel whose condition is one class token."""
+    """A diffusers UNet2DConditionModel with one class token as its condition, or a UNet2DModel without."""
 
     block_out_channels: list[int] = field(default_factory=lambda: [64, 128])
     attention: list[bool] = field(default_factory=lambda: [True, True])
     """Whether each level has attention; the middle block always has."""
     layers_per_block: int = 1
     cross_attention_dim: int = 64
-    attention_head_dim: int = 8
+    """Width of the class token."""
+    num_heads: int = 8
+    """Attention heads of every level."""
+    head_dim: int | None = None
+    """Channels a head, in place of `num_heads`."""
     norm_num_groups: int = 32
+    scale_shift_norm: bool = False
+    """The timestep scales and shifts the second norm of a residual block; false adds it before that norm."""
+    resnet_updown: bool = False
+    """Residual blocks halve and double the resolution; false leaves that to convolutions."""
 
 
 @dataclass
@@ -146,8 +167,11 @@ class ModelConfig:
 
     name: str = MISSING
     pretrained: str | None = None
-    """Folder with weights in diffusers form, or the name of weights that ship with the package;
-    null pre-trains on `public_data` once and keeps the result in `paths.cache`."""
+    """Folder with weights in diffusers form (one of ours, or a pipeline's), the name of weights that ship
+    with the package, or the name of a pipeline on the hub; null pre-trains on `public_data` once and keeps
+    the result in `paths.cache`."""
+    conditioning: str = "class"
+    """class: one learnt token a class; none: the model is unconditional."""
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
@@ -169,8 +193,11 @@ class LoraConfig:
     rank: int = 8
     alpha: float | None = None
     """null: alpha = rank, so that the adapter's scale is 1."""
-    target_modules: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
-    """Ends of the names of the modules that get an adapter."""
+    target_modules: list[str] = field(default_factory=lambda: ["qkv", "proj"])
+    """Which modules get an adapter: qkv, proj (of all attention), self, cross (both of one kind of
+    attention), conv (of the residual blocks and resamplers), or ends of their names such as to_out.0."""
+    cap_rank: bool = False
+    """A layer narrower than `rank` takes its width as its rank; false refuses such a rank."""
 
 
 @dataclass
@@ -187,6 +214,8 @@ class PrivacyConfig:
     max_grad_norm: float = 1e-3
     """C, the norm to which one example's gradient is clipped."""
     clipping: str = "flat"
+    adjacency: str = "add_or_remove"
+    """Which sets are neighbours: add_or_remove one image, or zero_out one; both have the same epsilon."""
     insecure_seed: int | None = None
     """Derives all private randomness from a number, for tests; no privacy against whoever knows it."""
 
@@ -214,7 +243,11 @@ class TrainConfig:
     """Spread an example's k timesteps over k equal parts of the range; false draws them independently."""
     precision: str = "float32"
     microbatch: int | str = "auto"
-    """Examples per forward and backward, or 'auto'."""
+    """Examples per forward and backward, or 'auto': the largest that fits and is worth it."""
+    channels_last: bool = False
+    """Keeps the UNet's images with their channels innermost, which tensor cores like and CPUs do not."""
+    compile: bool = False
+    """Compiles the UNet's frozen parts: a minute or two at the start of every job."""
     checkpoint_minutes: float = 0.5
     """Time between checkpoints."""
 
@@ -255,6 +288,8 @@ class TrackingConfig:
     project: str = "dp-lora"
     group: str | None = None
     tags: list[str] = field(default_factory=list)
+    private_loss: bool = False
+    """Logs the training loss as read from the noised sum: inside the same epsilon, at a little more noise."""
     log_every: int = 1
     progress: str = "auto"
     """auto: a bar on a terminal, plain lines elsewhere; or bar, lines, off."""
@@ -262,11 +297,36 @@ class TrackingConfig:
 
 @dataclass
 class ResourcesConfig:
-    """What one job may use; none of it changes the result."""
+    """What one job may use and what it asks a cluster for; none of it changes the result."""
 
     device: str = "auto"
     threads: int | None = None
     """CPU threads of torch; null takes its own choice."""
+    nodes: int = 1
+    gpus: int = 0
+    """GPUs per node."""
+    processes: int | None = None
+    """Processes per node, which share each batch; null takes one for each GPU, or one."""
+    cpus: int = 2
+    """CPU cores per process."""
+    memory_gb: float = 8.0
+    """Memory per node."""
+    time_limit_min: int = 240
+    """Minutes until SLURM stops the job, which is then continued; short ones start earlier."""
+    partition: str | None = None
+    """Of SLURM, like the next three; null takes the cluster's default."""
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    sbatch: dict[str, str] = field(default_factory=dict)
+    """Other options of sbatch, by their long names: {reservation: night}."""
+    setup: list[str] = field(default_factory=list)
+    """Lines of shell that a job begins with, such as `module load cuda`."""
+
+    @property
+    def processes_per_node(self) -> int:
+        """Number of processes of the job on each of its nodes."""
+        return self.processes if self.processes is not None else max(1, self.gpus)
 
 
 @dataclass
@@ -309,7 +369,7 @@ def from_omegaconf(composed: DictConfig) -> Config:
     # As plain values: merging one typed configuration into another lets unknown fields pass.
     plain = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(plain, dict)
-    merged = OmegaConf.merge(OmegaConf.structured(Config), plain)
+    merged = OmegaConf.merge(_schema(), plain)
     missing = sorted(OmegaConf.missing_keys(merged))
     if missing:
         raise UserError(f"{missing[0]}: no value given")
@@ -319,15 +379,19 @@ def from_omegaconf(composed: DictConfig) -> Config:
     return config
 
 
+@functools.cache
+def _schema() -> DictConfig:
+    """Of `Config`; making it takes longer than filling it, and a sweep has hundreds of jobs."""
+    return OmegaConf.structured(Config)  # type: ignore[no-any-return]
+
+
 def check(config: Config) -> None:
     """Raises UserError naming field, value and range for the first value that cannot be right."""
     _check_choices(config)
     _check_privacy(config.privacy)
     _check_train(config.train, config.privacy)
     _check_counts(config)
-    levels = (len(config.model.unet.block_out_channels), len(config.model.unet.attention))
-    if levels[0] != levels[1]:
-        raise UserError(f"model.unet.attention: {levels[1]} values, expected one a level, {levels[0]}")
+    _check_model(config.model)
     for name in ("data", "public_data"):
         data: DataConfig = getattr(config, name)
         if data.channels not in (1, 3):
@@ -351,8 +415,11 @@ def _check_choices(config: Config) -> None:
         ("stages", config.stages, STAGES),
         ("trainable.components", config.trainable.components, COMPONENTS),
         ("privacy.clipping", [config.privacy.clipping], CLIPPINGS),
+        ("privacy.adjacency", [config.privacy.adjacency], ADJACENCIES),
         ("train.precision", [config.train.precision], PRECISIONS),
         ("train.schedule", [config.train.schedule], SCHEDULES),
+        ("model.conditioning", [config.model.conditioning], CONDITIONINGS),
+        ("model.autoencoder.kind", [config.model.autoencoder.kind], AUTOENCODERS),
         ("model.pretrain.schedule", [config.model.pretrain.schedule], SCHEDULES),
         ("model.pretrain.precision", [config.model.pretrain.precision], PRECISIONS),
         ("model.pretrain.reconstruction", [config.model.pretrain.reconstruction], ("mse", "l1")),
@@ -369,6 +436,27 @@ def _check_choices(config: Config) -> None:
             if value not in options:
                 hint = did_you_mean(value, options)
                 raise UserError(f"{name}={value!r}: expected one of {', '.join(options)}{hint}")
+
+
+def _check_model(model: ModelConfig) -> None:
+    levels, given = len(model.unet.block_out_channels), len(model.unet.attention)
+    if levels != given:
+        raise UserError(f"model.unet.attention: {given} values, expected one a level, {levels}")
+    levels, given = len(model.autoencoder.block_out_channels), len(model.autoencoder.attention)
+    if given not in (0, levels):
+        raise UserError(
+            f"model.autoencoder.attention: {given} values, expected one a level, {levels}, or none"
+        )
+    heads, dim = model.unet.num_heads, model.unet.head_dim
+    for name, value in (("num_heads", heads), ("head_dim", dim)):
+        if value is not None and value < 1:
+            raise UserError(f"model.unet.{name}={value}: expected at least 1")
+    for channels, attends in zip(model.unet.block_out_channels, model.unet.attention, strict=True):
+        field_of, size = ("num_heads", heads) if dim is None else ("head_dim", dim)
+        if attends and channels % size:
+            raise UserError(
+                f"model.unet.{field_of}={size}: expected a divisor of each level's {channels} channels"
+            )
 
 
 def _check_privacy(privacy: PrivacyConfig) -> None:
@@ -430,6 +518,10 @@ def _check_counts(config: Config) -> None:
         "evaluation.batch_size": config.evaluation.batch_size,
         "tracking.log_every": config.tracking.log_every,
         "resources.threads": config.resources.threads,
+        "resources.nodes": config.resources.nodes,
+        "resources.processes": config.resources.processes,
+        "resources.cpus": config.resources.cpus,
+        "resources.time_limit_min": config.resources.time_limit_min,
         "model.pretrain.autoencoder_steps": config.model.pretrain.autoencoder_steps,
         "model.pretrain.unet_steps": config.model.pretrain.unet_steps,
         "model.pretrain.autoencoder_batch_size": config.model.pretrain.autoencoder_batch_size,
@@ -442,11 +534,18 @@ def _check_counts(config: Config) -> None:
     for name, value in at_least_one.items():
         if value is not None and not value >= 1:
             raise UserError(f"{name}={value}: expected at least 1")
+    if config.resources.gpus < 0:
+        raise UserError(f"resources.gpus={config.resources.gpus}: expected at least 0")
+    if not 0 < config.resources.memory_gb < math.inf:
+        raise UserError(f"resources.memory_gb={config.resources.memory_gb}: expected a number above 0")
     _check_pretrain(config.model.pretrain)
     if config.lora.alpha is not None and not 0 < config.lora.alpha < math.inf:
         raise UserError(f"lora.alpha={config.lora.alpha}: expected a finite number above 0, or null")
     if not config.lora.target_modules and "lora" in config.trainable.components:
-        raise UserError("lora.target_modules=[]: expected at least one end of a module's name")
+        raise UserError(
+            f"lora.target_modules=[]: expected at least one of {', '.join(TARGET_GROUPS)} or an end of a "
+            "module's name"
+        )
     if config.seed < 0:
         raise UserError(f"seed={config.seed}: expected at least 0")
     if not 0 <= config.sampler.guidance < math.inf:
@@ -476,7 +575,7 @@ def _check_pretrain(pretrain: PretrainConfig) -> None:
 
 
 _CANNOT_CHANGE_THE_RESULT = ("experiment", "stages", "tracking", "resources", "paths")
-_NOR_CAN = ("microbatch", "checkpoint_minutes")
+_NOR_CAN = ("microbatch", "channels_last", "compile", "checkpoint_minutes")
 """Of `train`."""
 
 
@@ -489,6 +588,8 @@ def fingerprint(config: Config) -> str:
     values = dataclasses.asdict(config)
     for name in _CANNOT_CHANGE_THE_RESULT:
         del values[name]
+    # Of tracking, it alone changes the released values.
+    values["private_loss"] = config.tracking.private_loss
     for name in _NOR_CAN:
         del values["train"][name]
     del values["model"]["pretrain"]["samples_every"]
@@ -520,7 +621,7 @@ def run_directory(config: Config, overrides: Sequence[str]) -> Path:
     said_otherwise = sorted(folder.glob(f"*-{identity}"))
     if said_otherwise:
         return said_otherwise[0]
-    without_effect = (*_CANNOT_CHANGE_THE_RESULT, *(f"train.{name}" for name in _NOR_CAN))
+    without_effect = (*_CANNOT_CHANGE_THE_RESULT, "cluster", *(f"train.{name}" for name in _NOR_CAN))
     words = [word.replace("'", "") for word in overrides]
     said = [word.lstrip("+~") for word in words if not word.lstrip("+~").startswith(without_effect)]
     readable = re.sub(r"[^\w.=,+-]+", "_", ",".join(sorted(said))).strip("_")[:120] or "defaults"

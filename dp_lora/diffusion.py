@@ -38,7 +38,13 @@ def per_example_loss(
     k = timesteps.shape[1]
     a = model.scheduler.alphas_cumprod.to(latents)[timesteps][:, :, None, None, None]
     noisy = a.sqrt() * latents[:, None] + (1 - a).sqrt() * noise
-    predicted = model.predict_noise(noisy.flatten(0, 1), timesteps.flatten(), labels.repeat_interleave(k))
+    condition = model.condition(labels)
+    if condition.requires_grad:
+        # A row each: the engine sees M k rows of every layer that is trained.
+        condition = model.condition(labels.repeat_interleave(k))
+    else:
+        condition = condition.repeat_interleave(k, 0)
+    predicted = model.predict_noise_of(noisy.flatten(0, 1), timesteps.flatten(), condition)
     return (predicted.float().view_as(noise) - noise).square().flatten(1).mean(1)
 
 
@@ -80,16 +86,16 @@ def sample_latents(
 def guided_noise(
     model: LatentDiffusion, latents: Tensor, timesteps: Tensor, labels: Tensor, guidance: float
 ) -> Tensor:
-    """The predicted noise, moved away from that of the mean class by the factor `guidance`.
+    """The predicted noise, moved away from that of the neutral condition by the factor `guidance`.
 
-    Classifier-free guidance (Ho and Salimans 2022) with the mean of the class embeddings in place of a
-    trained null class; 1 is no guidance. A function of the released model, so it costs no privacy.
+    Classifier-free guidance (Ho and Salimans 2022). Where no null class was trained, the mean of the class
+    embeddings takes its place; an unconditional model has none. 1 is no guidance. A function of the released
+    model, so it costs no privacy.
     """
     predicted = model.predict_noise(latents, timesteps, labels)
-    if guidance == 1:
+    if guidance == 1 or not model.conditional:
         return predicted
-    mean = model.class_embedder.weight.mean(0).expand(len(labels), -1)
-    neutral = model.predict_noise_of(latents, timesteps, mean)
+    neutral = model.predict_noise_of(latents, timesteps, model.neutral_condition(len(labels)))
     return neutral + guidance * (predicted - neutral)
 
 

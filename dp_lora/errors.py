@@ -14,6 +14,10 @@ class UserError(Exception):
     """
 
 
+class SweepFailed(Exception):
+    """Jobs of a sweep failed: each was reported; the entry point prints this line and exits with status 1."""
+
+
 def did_you_mean(name: str, options: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the option nearest to `name`, or an empty string when none is near."""
     near = difflib.get_close_matches(name, list(options), n=1)

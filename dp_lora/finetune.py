@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dp_lora import tuning
 from dp_lora.config import Config, TrainConfig
 from dp_lora.diffusion import per_example_loss
 from dp_lora.errors import UserError
@@ -29,18 +30,20 @@ from dp_lora.privacy.accounting import EpsilonCurve
 from dp_lora.privacy.batches import poisson_batch
 from dp_lora.privacy.executions import ORIGIN, Executions
 from dp_lora.privacy.gradients import ClippedGradientSum
-from dp_lora.privacy.mechanism import microbatches, noised_mean, signal_to_noise, slice_of_batch
+from dp_lora.privacy.mechanism import (
+    microbatches,
+    noised_mean,
+    private_loss,
+    signal_to_noise,
+    slice_of_batch,
+)
 from dp_lora.privacy.plan import PrivacyPlan
 from dp_lora.privacy.preflight import preflight
 from dp_lora.privacy.randomness import KEY_BYTES, Randomness
+from dp_lora.processes import agreed, largest
 from dp_lora.progress import Progress
 from dp_lora.provenance import hardware, versions
 from dp_lora.train import Checkpoint, learning_rate, resume, run_steps
-
-ROWS_ON_CPU = 256
-"""Rows of one forward on a CPU, where more bring no speed."""
-
-ROWS_ON_GPU = 2048
 
 _ROUND = ("dp-lora", "torch", "diffusers", "peft", "numpy", "cryptography")
 """Packages whose version can change how a step rounds."""
@@ -56,8 +59,9 @@ class PrivateStep:
         plan: the numbers of the run.
         randomness: the run's key.
         train: learning rate, schedule and the like; nothing that touches privacy.
-        microbatch: examples per forward and backward.
+        microbatch: examples per forward and backward, halved when memory runs out.
         executions: the write-ahead record.
+        halved: called with the new microbatch after that.
     """
 
     def __init__(
@@ -70,11 +74,14 @@ class PrivateStep:
         train: TrainConfig,
         microbatch: int,
         executions: Executions,
+        halved: Callable[[int], None] = lambda microbatch: None,
     ) -> None:
         self.model, self.latents, self.labels, self.plan = model, latents, labels, plan
         self.randomness, self.train, self.microbatch = randomness, train, microbatch
-        self.executions, self.lineage = executions, ORIGIN
-        self.gradients = ClippedGradientSum(model, plan.noise_multiplicity, plan.max_grad_norm, plan.clipping)
+        self.executions, self.lineage, self.halved = executions, ORIGIN, halved
+        self.gradients = ClippedGradientSum(
+            model, plan.noise_multiplicity, plan.max_grad_norm, plan.clipping, plan.loss_share
+        )
         self.parameters = list(self.gradients.parameters.values())
         self.average = [p.detach().clone() for p in self.parameters]
         factors = [self._factor(name) for name in self.gradients.parameters]
@@ -87,29 +94,57 @@ class PrivateStep:
         self.group = dist.group.WORLD if dist.is_initialized() else None
 
     def __call__(self, step: int) -> dict[str, float]:
-        plan = self.plan
+        plan, size = self.plan, self.gradients.num_parameters
         # 0. Record that the step begins; randomness is replayed only if it is the same step once more.
-        generation, self.lineage = self.executions.begin(step, self.lineage)
-        randomness = self.randomness.derive(f"generation {generation}") if generation else self.randomness
-        # 1. Sample the batch: every image joins by itself with probability q.
-        batch = poisson_batch(randomness, step, plan.num_examples, plan.sample_rate)
-        # 2. and 3. Per-example gradients of the mean over k draws; clip each to C; sum.
-        self.gradients.reset()
-        for positions, weights in microbatches(self._positions(len(batch)), self.microbatch):
-            losses = self.losses(batch[positions], positions, randomness, step)
-            self.gradients.add(losses, weights.to(losses.device))
+        generation, execution = self.executions.begin(step, self.lineage)
+        # 1. to 3. Sample the batch; per-example gradients of the mean over k draws; clip each to C and sum.
+        while (total := self._clipped_sum(step, generation)) is None:
+            generation, execution = self._in_smaller_microbatches(step)
         # 4. and 5. Add Gaussian noise of std sigma C, once; divide by the expected batch size.
-        update = noised_mean(self.gradients.total(), plan, randomness, step, self.group)
-        self.gradients.reset()
-        # 6. Optimiser step on the released value; the moving average once per batch.
+        released = noised_mean(total, plan, self._randomness(generation), step, self.group)
+        update = released[:size]
+        # 6. Optimiser step on the released value.
         self._descend(update, step)
-        # 7. Account for every execution begun.
+        # 7. Moving average of the weights, once per batch.
+        self._average(step)
+        # 8. Account for every execution begun.
+        self.lineage = execution
         return {
             "epsilon": self.epsilon(),
             "update_norm": float(update.norm()),
             "signal_to_noise": signal_to_noise(update, plan),
             "learning_rate": self._rate(step),
+            **({"private_loss": private_loss(released, plan)} if plan.loss_share else {}),
         }
+
+    def _randomness(self, generation: int) -> Randomness:
+        return self.randomness.derive(f"generation {generation}") if generation else self.randomness
+
+    def _clipped_sum(self, step: int, generation: int) -> Tensor | None:
+        """The clipped sum of this process's part of the batch; None when memory ran out on any process."""
+        randomness = self._randomness(generation)
+        # Every image joins by itself with probability q.
+        batch = poisson_batch(randomness, step, self.plan.num_examples, self.plan.sample_rate)
+        self.gradients.reset()
+        enough = True
+        try:
+            for positions, weights in microbatches(self._positions(len(batch)), self.microbatch):
+                losses = self.losses(batch[positions], positions, randomness, step)
+                self.gradients.add(losses, weights.to(losses.device))
+        except torch.OutOfMemoryError:
+            enough = False
+        total = self.gradients.total()
+        self.gradients.reset()
+        return None if largest(not enough) else total
+
+    def _in_smaller_microbatches(self, step: int) -> tuple[int, str]:
+        """Halves the microbatch and begins `step` again, of which nothing has been released."""
+        if self.microbatch == 1:
+            raise tuning.too_large()
+        tuning.free_memory()
+        self.microbatch //= 2
+        self.halved(self.microbatch)
+        return self.executions.begin_again(step, self.lineage, microbatch=self.microbatch)
 
     def losses(self, indices: Tensor, positions: Tensor, randomness: Randomness, step: int) -> Tensor:
         """Losses [M] of the images `indices`, whose draws belong to their `positions` in the batch."""
@@ -154,6 +189,8 @@ class PrivateStep:
         self.gradients.write_gradients(update)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _average(self, step: int) -> None:
         # A short average at first, so that the start is forgotten.
         decay = min(self.train.ema_decay, (1 + step) / (10 + step))
         for averaged, parameter in zip(self.average, self.parameters, strict=True):
@@ -220,12 +257,19 @@ def finetune(
     if dist.is_initialized():
         dist.barrier()
     randomness = run_key(config, folder)
-    microbatch = choose_microbatch(config, device)
     inputs = digest(model, latents, labels, plan, randomness)
-    same = _of_the_first_process(numerics(config, device, microbatch, inputs))
-    executions = Executions(folder / "executions.jsonl", same, writes=first)
     check_engine(config, model, plan)
-    step = PrivateStep(model, latents, labels, plan, randomness, config.train, microbatch, executions)
+    microbatch = agreed(_microbatch(config, model, plan, folder))
+    tuning.arrange(model, plan, config.train, microbatch)
+    same = agreed(numerics(config, device, microbatch, inputs))
+    executions = Executions(folder / "executions.jsonl", same, writes=first)
+
+    def keep(microbatch: int) -> None:
+        if first:
+            tuning.keep_microbatch(microbatch, device, folder)
+
+    keep(microbatch)
+    step = PrivateStep(model, latents, labels, plan, randomness, config.train, microbatch, executions, keep)
     checkpoint = Checkpoint(folder, config.train.checkpoint_minutes, writes=first)
     finished = resume(step, checkpoint)
     total = steps_to_finish(plan, executions, finished, step.lineage)
@@ -241,16 +285,14 @@ def finetune(
     return executions.count
 
 
+def _microbatch(config: Config, model: LatentDiffusion, plan: PrivacyPlan, folder: Path) -> int:
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    cache = Path(config.paths.cache).expanduser()
+    return tuning.choose_microbatch(model, plan, config.train, processes, folder, cache)
+
+
 def _silent(step: int, values: dict[str, float]) -> None:
     """What the other processes log."""
-
-
-def _of_the_first_process(values: dict[str, Any]) -> dict[str, Any]:
-    """What the first process of the job has for `values`."""
-    shared = [values]
-    if dist.is_initialized():
-        dist.broadcast_object_list(shared)
-    return shared[0]
 
 
 def steps_to_finish(plan: PrivacyPlan, executions: Executions, finished: int, lineage: str) -> int:
@@ -317,15 +359,6 @@ def forget_key(folder: Path) -> None:
     (folder / "key").unlink(missing_ok=True)
 
 
-def choose_microbatch(config: Config, device: torch.device) -> int:
-    """Examples per forward: from the configuration, or as many as a device of this kind takes."""
-    chosen = config.train.microbatch
-    if isinstance(chosen, int):
-        return chosen
-    rows = ROWS_ON_CPU if device.type == "cpu" else ROWS_ON_GPU
-    return max(1, rows // config.privacy.noise_multiplicity)
-
-
 def digest(
     model: LatentDiffusion, latents: Latents, labels: Tensor, plan: PrivacyPlan, randomness: Randomness
 ) -> str:
@@ -356,25 +389,16 @@ def numerics(config: Config, device: torch.device, microbatch: int, inputs: str)
         "processes": dist.get_world_size() if dist.is_initialized() else 1,
         "precision": config.train.precision,
         "microbatch": microbatch,
+        "channels_last": config.train.channels_last,
+        "compile": config.train.compile,
         "versions": {name: packages[name] for name in _ROUND},
     }
 
 
 def check_engine(config: Config, model: LatentDiffusion, plan: PrivacyPlan) -> None:
     """Preflight on synthetic latents: stops the run unless the engine does here what the plan says."""
-    examples, k = 4, plan.noise_multiplicity
-    device = next(model.unet.parameters()).device
-    generator = torch.Generator().manual_seed(config.seed)
-    shape = (examples, *model.latent_shape)
-    latents = torch.randn(shape, generator=generator).to(device)
-    labels = (torch.arange(examples) % len(model.classes)).to(device)
-    steps = len(model.scheduler.alphas_cumprod)
-    timesteps = torch.randint(steps, (examples, k), generator=generator).to(device)
-    noise = torch.randn((examples, k, *shape[1:]), generator=generator).to(device)
-
-    def losses(chosen: slice) -> Tensor:
-        return per_example_loss(model, latents[chosen], labels[chosen], timesteps[chosen], noise[chosen])
-
+    examples = 4
+    losses = tuning.synthetic_losses(model, examples, plan.noise_multiplicity, config.seed)
     preflight(model, losses, plan, examples)
 
 

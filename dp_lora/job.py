@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,16 @@ from typing import TYPE_CHECKING
 from dp_lora.config import Config, fingerprint, from_omegaconf, pretrained_fingerprint
 from dp_lora.errors import UserError
 from dp_lora.files import append_line, file_lock
+from dp_lora.processes import agreed, rank
 
 if TYPE_CHECKING:
     import torch
 
     from dp_lora.data import ImageSplits
     from dp_lora.privacy.plan import PrivacyPlan
+
+LOSS_SHARE = 0.1
+"""Share of the clipping norm that `tracking.private_loss` takes: it leaves 99.5 % to the gradient."""
 
 OUTPUTS = {"finetune": "adapter", "sample": "samples.npz", "evaluate": "result.json"}
 """What a stage leaves in the run directory, whole or not at all; where it is, the stage is skipped."""
@@ -49,7 +54,7 @@ def prepare(config: Config, directory: Path) -> Job:
     _check_directory(config, directory)
     images = data.load(config.data, config.paths)
     plan = plan_of(config, len(images.train))
-    device = _device(config)
+    device = device_of(config)
     _check_model(config, images)
     _check_stages(config, directory)
     folder = pretrained_model(config)
@@ -96,11 +101,17 @@ def plan_of(config: Config, num_examples: int) -> PrivacyPlan:
         noise_multiplicity=privacy.noise_multiplicity,
         max_grad_norm=privacy.max_grad_norm,
         clipping=privacy.clipping,
+        adjacency=privacy.adjacency,
+        loss_share=LOSS_SHARE if config.tracking.private_loss else 0.0,
         cache=Path(config.paths.cache).expanduser(),
     )
 
 
-def _device(config: Config) -> torch.device:
+def device_of(config: Config) -> torch.device:
+    """The device of this process: of several GPUs the one with the process's number on its node.
+
+    Raises UserError when the machine has none.
+    """
     import torch
 
     if config.resources.threads is not None:
@@ -113,6 +124,15 @@ def _device(config: Config) -> torch.device:
     name = ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
     if name == "cuda" and config.train.precision == "bfloat16" and not torch.cuda.is_bf16_supported():
         raise UserError("train.precision=bfloat16: this GPU has no bfloat16; expected float32")
+    if name == "cuda" and torch.cuda.device_count() > 1:
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        if local >= torch.cuda.device_count():
+            raise UserError(
+                f"resources.processes: process {local + 1} of this node finds {torch.cuda.device_count()} "
+                "GPUs; expected one a process"
+            )
+        torch.cuda.set_device(local)
+        return torch.device("cuda", local)
     return torch.device(name)
 
 
@@ -122,23 +142,22 @@ def _check_model(config: Config, images: ImageSplits) -> None:
 
     from dp_lora import data
     from dp_lora.adapters import target_names
-    from dp_lora.models import build, find, load
+    from dp_lora.models import build, find, outline
 
     public, components = config.public_data, config.trainable.components
-    new_classes_can_be_learnt = "embedder" in components or "full" in components
     if config.model.pretrained is not None:
-        model = load(find(config.model.pretrained))
+        model = outline(find(config.model.pretrained))
     else:
         with torch.device("meta"):
             model = build(config.model, classes=["?"], channels=public.channels, image_size=public.image_size)
-        if not new_classes_can_be_learnt:
-            model.classes = data.load(public, config.paths, "public_data").train.classes
-    channels, size = (int(model.autoencoder.config[name]) for name in ("in_channels", "sample_size"))
-    found = images.train.images.shape[1:]
-    if found != (channels, size, size):
+    new_classes_can_be_learnt = not model.learns_classes or bool({"embedder", "full"} & set(components))
+    if config.model.pretrained is None and not new_classes_can_be_learnt:
+        model.classes = data.load(public, config.paths, "public_data").train.classes
+    found, expected = images.train.images.shape[1:], model.image_shape
+    if found != expected:
         raise UserError(
-            f"data.name={config.data.name}: images of {found[0]} x {found[1]} x {found[2]}, expected "
-            f"{channels} x {size} x {size}, which the autoencoder of model.name={config.model.name} takes"
+            f"data.name={config.data.name}: images of {_by(found)}, expected {_by(expected)}, which the "
+            f"autoencoder of model.name={config.model.name} takes"
         )
     if images.train.classes != model.classes and not new_classes_can_be_learnt:
         raise UserError(
@@ -147,7 +166,12 @@ def _check_model(config: Config, images: ImageSplits) -> None:
             "expected embedder or full among the components"
         )
     if "lora" in components:
-        target_names(model.unet, config.lora.target_modules, config.lora.rank)
+        lora = config.lora
+        target_names(model.unet, lora.target_modules, lora.rank, cap_rank=lora.cap_rank)
+
+
+def _by(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def _check_stages(config: Config, directory: Path) -> None:
@@ -172,18 +196,16 @@ def pretrained_model(config: Config, *, again: bool = False) -> Path:
         return find(config.model.pretrained)
     models = Path(config.paths.cache).expanduser() / "models"
     folder = models / f"{config.model.name}-{pretrained_fingerprint(config)}"
-    if not folder.exists():
+    if agreed(not folder.exists()):
         _pretrain_once(config, folder)
     return folder
 
 
 def _pretrain_once(config: Config, folder: Path) -> None:
-    """Makes `folder`, by one job at a time; the processes of a job that torchrun started do it together."""
-    from dp_lora.pretrain import agreed, processes, rank
-
+    """Makes `folder`, by one job at a time; the processes of a job do it together."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = folder.with_name(f"{folder.name}.lock")
-    with processes(_device(config)), ExitStack() as stack:
+    with ExitStack() as stack:
         if rank() == 0:
             stack.enter_context(file_lock(lock, waiting=lambda: say(f"waiting for {folder}")))
         if agreed(not folder.exists()):
@@ -204,7 +226,7 @@ def _pretrain(config: Config, folder: Path) -> None:
         append_line(work / "metrics.jsonl", {"stage": "pretrain", "step": step, **values})
 
     source = data.provenance(config.public_data, config.paths)
-    pretrain(config, images, folder, device=_device(config), log=log, source=source)
+    pretrain(config, images, folder, device=device_of(config), log=log, source=source)
 
 
 def say(line: str) -> None:

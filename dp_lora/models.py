@@ -1,127 +1,56 @@
-"""Latent diffusion models in diffusers form: built from a configuration, saved, loaded.
+"""Latent diffusion models in diffusers form: built from a configuration, saved, found, loaded.
 
-Shapes, ranges and dtypes at the boundaries:
-    images     float32 [B, C, H, W] in [-1, 1]
-    latents    float32 [B, c, h, w], scaled to unit variance over the public set
-    labels     int64   [B], an index into `classes`
-    timesteps  int64   [B] in [0, num_train_timesteps)
+A folder of ours holds `autoencoder/`, `unet/`, `scheduler/`, `record.json`, and for a class-conditional model
+`class_embedder/`. A folder with `model_index.json` is a diffusers pipeline: `dp_lora.pipelines` reads it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from diffusers.models.attention_processor import Attention
-from safetensors import SafetensorError
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel, UNet2DModel, VQModel
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dp_lora.config import AutoencoderConfig, ModelConfig, UNetConfig
+from dp_lora.config import ModelConfig
 from dp_lora.errors import UserError, did_you_mean
+from dp_lora.latent_diffusion import UNCONDITIONAL, LatentDiffusion
+from dp_lora.networks import EXTRAS, build_autoencoder, build_unet, complete, shorten_cross_attention
+from dp_lora.pipelines import from_hub, is_pipeline, load_pipeline
+from dp_lora.prompts import PROMPT
+
+__all__ = [
+    "WEIGHTS",
+    "LatentDiffusion",
+    "build",
+    "find",
+    "load",
+    "outline",
+    "save",
+    "sha256",
+    "shorten_cross_attention",
+    "weight_files",
+]
 
 WEIGHTS = Path(__file__).parent / "weights"
 """Pre-trained models that ship with the package, one folder each."""
 
-
-class SingleTokenAttention:
-    """Cross-attention to one token, exactly: the softmax over one key is 1, so the output is the value.
-
-    The queries and keys then change nothing, so they are not computed; their gradient is zero.
-    """
-
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-    ) -> Tensor:
-        assert encoder_hidden_states.shape[1] == 1, "one condition token expected"
-        value: Tensor = attn.to_out[1](attn.to_out[0](attn.to_v(encoder_hidden_states)))
-        return value.expand(-1, hidden_states.shape[1], -1)
-
-
-WITHOUT_EFFECT = re.compile(r"\.transformer_blocks\.\d+\.(attn2\.to_[qk]|norm2)$")
-"""Matches the names of the UNet's modules that only feed the queries and keys that are not computed."""
-
-
-class LatentDiffusion(nn.Module):
-    """An autoencoder, a UNet conditioned on one class token, and the forward diffusion process."""
-
-    def __init__(
-        self,
-        autoencoder: AutoencoderKL,
-        unet: UNet2DConditionModel,
-        class_embedder: nn.Embedding,
-        scheduler: DDPMScheduler,
-        classes: Sequence[str],
-    ) -> None:
-        super().__init__()
-        self.autoencoder = autoencoder
-        self.unet = unet
-        self.class_embedder = class_embedder
-        self.scheduler = scheduler
-        self.classes = tuple(classes)
-        for name, module in unet.named_modules():
-            if name.endswith(".attn2") and isinstance(module, Attention):
-                module.set_processor(SingleTokenAttention())
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(c, h, w) of the latents of one image."""
-        size = int(self.unet.config["sample_size"])
-        return int(self.unet.config["in_channels"]), size, size
-
-    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the scaled latents, each [B, c, h, w], of images in [-1, 1]."""
-        posterior = self.autoencoder.encode(images).latent_dist
-        scale = self.autoencoder.config["scaling_factor"]
-        return posterior.mean * scale, posterior.std * scale
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images [B, C, H, W] in [-1, 1] of scaled latents."""
-        images: Tensor = self.autoencoder.decode(latents / self.autoencoder.config["scaling_factor"]).sample
-        return images.clamp(-1, 1)
-
-    def predict_noise(self, noisy_latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
-        """eps_theta(z_t, t, c), of the shape of `noisy_latents`."""
-        return self.predict_noise_of(noisy_latents, timesteps, self.class_embedder(labels))
-
-    def predict_noise_of(self, noisy_latents: Tensor, timesteps: Tensor, conditions: Tensor) -> Tensor:
-        """The same for class embeddings [B, d] in place of labels."""
-        predicted: Tensor = self.unet(
-            noisy_latents, timesteps, encoder_hidden_states=conditions.unsqueeze(1), return_dict=False
-        )[0]
-        return predicted
-
-    def forward(self, noisy_latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
-        """The same as `predict_noise`."""
-        return self.predict_noise(noisy_latents, timesteps, labels)
-
-    def new_classes(self, classes: Sequence[str], generator: torch.Generator) -> None:
-        """Gives the model one fresh embedding a class: the mean of the public ones and a little noise.
-
-        Nothing of the new images enters: an embedding made from their latents would leak them.
-        """
-        old = self.class_embedder.weight.detach()
-        mean, spread = old.mean(0), old.std(0)
-        noise = torch.randn(len(classes), old.shape[1], generator=generator)
-        embedder = nn.Embedding(len(classes), old.shape[1])
-        embedder.weight.data = mean + 0.1 * spread * noise.to(old)
-        self.class_embedder = embedder.to(old.device)
-        self.classes = tuple(classes)
+_PARTS = {kind.__name__: kind for kind in (AutoencoderKL, VQModel, UNet2DConditionModel, UNet2DModel)}
 
 
 def build(model: ModelConfig, *, classes: Sequence[str], channels: int, image_size: int) -> LatentDiffusion:
-    """A model with fresh weights, drawn from torch's default generator.
+    """A model with fresh weights, drawn from torch's default generator, on torch's default device.
+
+    Args:
+        model: the sizes.
+        classes: of a class-conditional model; not used by an unconditional one.
+        channels, image_size: of the images.
 
     Raises UserError for sizes that do not fit each other.
     """
@@ -132,68 +61,41 @@ def build(model: ModelConfig, *, classes: Sequence[str], channels: int, image_si
             "autoencoder (model.autoencoder.block_out_channels) reduces it"
         )
     try:
-        autoencoder = _build_autoencoder(model.autoencoder, channels, image_size)
-        unet = _build_unet(model.unet, model.autoencoder.latent_channels, image_size // downsampling)
+        autoencoder = build_autoencoder(model.autoencoder, channels, image_size)
+        unet = build_unet(
+            model.unet, model.conditioning, model.autoencoder.latent_channels, image_size // downsampling
+        )
     except ValueError as error:  # diffusers' own checks
         reason = " ".join(str(error).split())
         raise UserError(f"model.name={model.name}: its sizes do not fit each other ({reason})") from error
-    embedder = nn.Embedding(len(classes), model.unet.cross_attention_dim)
-    scheduler = DDPMScheduler(
-        num_train_timesteps=model.scheduler.num_train_timesteps,
-        beta_start=model.scheduler.beta_start,
-        beta_end=model.scheduler.beta_end,
-        beta_schedule=model.scheduler.beta_schedule,
-        clip_sample=False,
-    )
-    return LatentDiffusion(autoencoder, unet, embedder, scheduler, classes)
-
-
-def _build_autoencoder(config: AutoencoderConfig, channels: int, image_size: int) -> AutoencoderKL:
-    levels = len(config.block_out_channels)
-    return AutoencoderKL(
-        in_channels=channels,
-        out_channels=channels,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=tuple(config.block_out_channels),
-        layers_per_block=config.layers_per_block,
-        latent_channels=config.latent_channels,
-        norm_num_groups=config.norm_num_groups,
-        sample_size=image_size,
-        mid_block_add_attention=False,
-        scaling_factor=1.0,
-    )
-
-
-def _build_unet(config: UNetConfig, latent_channels: int, latent_size: int) -> UNet2DConditionModel:
-    down = ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in config.attention]
-    up = ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(config.attention)]
-    return UNet2DConditionModel(
-        sample_size=latent_size,
-        in_channels=latent_channels,
-        out_channels=latent_channels,
-        down_block_types=tuple(down),
-        up_block_types=tuple(up),
-        block_out_channels=tuple(config.block_out_channels),
-        layers_per_block=config.layers_per_block,
-        cross_attention_dim=config.cross_attention_dim,
-        attention_head_dim=config.attention_head_dim,
-        norm_num_groups=config.norm_num_groups,
-    )
+    embedder = None
+    if model.conditioning == "class":
+        embedder = nn.Embedding(len(classes), model.unet.cross_attention_dim)
+    with torch.device("cpu"):
+        scheduler = DDPMScheduler(
+            num_train_timesteps=model.scheduler.num_train_timesteps,
+            beta_start=model.scheduler.beta_start,
+            beta_end=model.scheduler.beta_end,
+            beta_schedule=model.scheduler.beta_schedule,
+            clip_sample=False,
+        )
+    return LatentDiffusion(autoencoder, unet, embedder, scheduler, classes if embedder else UNCONDITIONAL)
 
 
 def save(model: LatentDiffusion, folder: Path, record: dict[str, Any]) -> None:
-    """Writes the model in diffusers form and `record.json`: how it was made, with a sha256 for each file."""
+    """Writes a model of `build` in diffusers form, and `record.json`: how it was made, the files' sha256."""
+    assert model.prompts is None and model.null_embedding is None, "pipelines stay as they are"
     model.autoencoder.save_pretrained(folder / "autoencoder")
     model.unet.save_pretrained(folder / "unet")
     model.scheduler.save_pretrained(folder / "scheduler")
-    (folder / "class_embedder").mkdir(parents=True, exist_ok=True)
-    save_file(
-        {"weight": model.class_embedder.weight.detach().contiguous()},
-        folder / "class_embedder" / "model.safetensors",
-    )
-    text = json.dumps({"classes": list(model.classes)}, indent=2) + "\n"
-    (folder / "class_embedder" / "config.json").write_text(text)
+    if model.class_embedder is not None:
+        (folder / "class_embedder").mkdir(parents=True, exist_ok=True)
+        save_file(
+            {"weight": model.class_embedder.weight.detach().contiguous()},
+            folder / "class_embedder" / "model.safetensors",
+        )
+        text = json.dumps({"classes": list(model.classes)}, indent=2) + "\n"
+        (folder / "class_embedder" / "config.json").write_text(text)
     files = {str(path.relative_to(folder)): sha256(path) for path in weight_files(folder)}
     (folder / "record.json").write_text(json.dumps({**record, "sha256": files}, indent=2) + "\n")
 
@@ -205,49 +107,94 @@ def weight_files(folder: Path) -> list[Path]:
 
 def sha256(path: Path) -> str:
     """Hexadecimal sha256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def find(pretrained: str) -> Path:
-    """The folder of a pre-trained model: weights that ship with the package by name, or a path.
+    """The folder of a pre-trained model: shipped weights by name, a path, or a pipeline on the hub by name.
 
     Raises UserError when there is none.
     """
     shipped = WEIGHTS / pretrained
     folder = shipped if shipped.is_dir() else Path(pretrained).expanduser()
-    if not (folder / "unet" / "config.json").exists():
-        names = sorted(path.name for path in WEIGHTS.iterdir()) if WEIGHTS.is_dir() else []
-        raise UserError(
-            f"model.pretrained={pretrained!r}: expected a folder in diffusers form (unet/config.json ...) "
-            f"or one of {', '.join(names) or 'no shipped weights'}{did_you_mean(pretrained, names)}"
-        )
-    return folder
+    if (folder / "unet" / "config.json").exists() or is_pipeline(folder):
+        return folder
+    if not folder.exists() and (downloaded := from_hub(pretrained)) is not None:
+        return downloaded
+    names = sorted(path.name for path in WEIGHTS.iterdir()) if WEIGHTS.is_dir() else []
+    raise UserError(
+        f"model.pretrained={pretrained!r}: expected a folder in diffusers form (unet/config.json ... or "
+        f"model_index.json), the name of a pipeline on the hub (owner/name) or one of "
+        f"{', '.join(names) or 'no shipped weights'}{did_you_mean(pretrained, names)}"
+    )
 
 
-def load(folder: Path) -> LatentDiffusion:
-    """The model saved in `folder`, on the CPU, in evaluation mode.
+def load(folder: Path, prompt: str = PROMPT) -> LatentDiffusion:
+    """The model in `folder`, on the CPU, in float32 and in evaluation mode.
+
+    Args:
+        folder: of ours, or of a diffusers pipeline.
+        prompt: of a class, with {} for its name: for text-to-image pipelines.
 
     Raises UserError naming the part that is missing, truncated or of another shape.
     """
-    autoencoder = _load_part(AutoencoderKL, folder, "autoencoder")
-    unet = _load_part(UNet2DConditionModel, folder, "unet")
-    scheduler = DDPMScheduler.from_config(_read_config(folder / "scheduler" / "scheduler_config.json"))
+    return _load(folder, prompt, weights=True)
+
+
+def outline(folder: Path) -> LatentDiffusion:
+    """The model in `folder` without its weights, on torch's meta device: its names, shapes and classes.
+
+    Raises UserError as `load` does, as far as that can be told from the headers of the files.
+    """
+    with torch.device("meta"):
+        return _load(folder, PROMPT, weights=False)
+
+
+def _load(folder: Path, prompt: str, *, weights: bool) -> LatentDiffusion:
+    if is_pipeline(folder):
+        return load_pipeline(folder, prompt, weights=weights).eval()
+    autoencoder = _load_part(folder, "autoencoder", weights)
+    unet = _load_part(folder, "unet", weights)
+    config = _read_config(folder / "scheduler" / "scheduler_config.json")
+    with torch.device("cpu"):
+        scheduler = DDPMScheduler.from_config(config)
+    if isinstance(unet, UNet2DModel):
+        return LatentDiffusion(autoencoder, unet, None, scheduler, UNCONDITIONAL).eval()
     classes = _read_config(folder / "class_embedder" / "config.json").get("classes", [])
-    weights = folder / "class_embedder" / "model.safetensors"
+    file = folder / "class_embedder" / "model.safetensors"
     expected = {"weight": (len(classes), int(unet.config["cross_attention_dim"]))}
-    embedder = nn.Embedding.from_pretrained(_load_tensors(weights, expected)["weight"], freeze=False)
+    if weights:
+        embedder = nn.Embedding.from_pretrained(_load_tensors(file, expected)["weight"], freeze=False)
+    else:
+        _check_tensors(file, expected)
+        embedder = nn.Embedding(*expected["weight"])
     return LatentDiffusion(autoencoder, unet, embedder, scheduler, classes).eval()
 
 
-def _load_part(kind: Any, folder: Path, name: str) -> Any:
-    """`kind.from_pretrained`, with whatever is wrong with the files in one line."""
-    config = _read_config(folder / name / "config.json")
+def _load_part(folder: Path, name: str, weights: bool) -> Any:
+    """A network of ours, with whatever is wrong with its files in one line."""
+    path = folder / name / "config.json"
+    config = _read_config(path)
+    kind = _PARTS.get(str(config.get("_class_name")))
+    if kind is None:
+        raise UserError(
+            f"model.pretrained: {path} has _class_name {config.get('_class_name')!r}; expected one of "
+            f"{', '.join(_PARTS)}"
+        )
+    extras = {key: config.pop(key) for key in EXTRAS if key in config}
     try:
-        module = kind.from_config(config)
+        with torch.device("meta"):
+            module = kind.from_config(config)
+            complete(module, extras)
     except (ValueError, TypeError) as error:
-        raise _unreadable(folder / name / "config.json", error) from error
+        raise _unreadable(path, error) from error
     expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-    module.load_state_dict(_load_tensors(folder / name / "diffusion_pytorch_model.safetensors", expected))
+    file = folder / name / "diffusion_pytorch_model.safetensors"
+    if weights:
+        module.load_state_dict(_load_tensors(file, expected), assign=True)
+    else:
+        _check_tensors(file, expected)
     return module
 
 
@@ -263,16 +210,21 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _load_tensors(path: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """The tensors of a safetensors file. Raises UserError unless they have the expected names and shapes."""
+    _check_tensors(path, expected)
+    return load_file(path, device="cpu")
+
+
+def _check_tensors(path: Path, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises UserError unless the header of a safetensors file has the expected names and shapes."""
     try:
-        tensors = load_file(path)
+        with safe_open(path, "pt") as file:
+            found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise _unreadable(path, error) from error
-    found = {key: tuple(value.shape) for key, value in tensors.items()}
     for key in sorted(expected.keys() | found.keys()):
         if found.get(key) != expected.get(key):
             has, wanted = found.get(key, "nothing"), expected.get(key, "nothing")
             raise UserError(f"model.pretrained: {path} has {has} for {key}, expected {wanted}")
-    return tensors
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:

@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import datetime
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +38,7 @@ from dp_lora.perceptual import (
     hinge_loss,
     load_distance,
 )
+from dp_lora.processes import rank
 from dp_lora.progress import Progress
 from dp_lora.provenance import hardware, versions
 from dp_lora.sample import Samples, grid
@@ -51,39 +50,6 @@ PICTURED = 64
 
 
 # --- several processes
-
-
-@contextmanager
-def processes(device: torch.device) -> Iterator[None]:
-    """The processes that torchrun started as one group, for as long as the context lasts; or this one alone.
-
-    Each takes the GPU of its local rank. Nobody waits for another forever only because a step is long: the
-    time limit of a collective is a week, since the first process may have to wait for another job.
-    """
-    if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield
-        return
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(days=7))
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-def rank() -> int:
-    """The number of this process in its group."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def agreed(value: bool) -> bool:
-    """What the first process has for `value`."""
-    shared = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(shared)
-    return shared[0]
 
 
 def own_slice(batch: Tensor) -> Tensor:

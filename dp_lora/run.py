@@ -11,14 +11,16 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dp_lora.config import Config, fingerprint, run_directory
 from dp_lora.errors import UserError
 from dp_lora.files import file_lock, private_directory, read_json, write_atomic, write_json
-from dp_lora.job import OUTPUTS, Job, check_writable, prepare, pretrained_model, say
+from dp_lora.job import OUTPUTS, Job, check_writable, device_of, prepare, pretrained_model, say
+from dp_lora.processes import Team, joined
+from dp_lora.signals import Preempted
 
 if TYPE_CHECKING:
     from dp_lora.models import LatentDiffusion
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 def run(config: Config, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Runs the chosen stages of one job and returns its result.
 
+    In a job of several processes each of them calls it; see `processes`.
+
     Args:
         config: checked.
         overrides: the command line's words, for the readable part of the run directory's name.
@@ -35,20 +39,34 @@ def run(config: Config, overrides: Sequence[str] = ()) -> dict[str, Any]:
     Raises:
         UserError: something that the user gave is wrong; nothing was written.
     """
-    if config.stages == ["pretrain"]:
-        check_writable(Path(config.paths.cache).expanduser(), f"paths.cache={config.paths.cache}")
-        folder = pretrained_model(config, again=True)
+    with joined(device_of(config)) as team:
+        if config.stages == ["pretrain"]:
+            return _pretrain_alone(config, team)
+        directory = run_directory(config, overrides)
+        return _lead(config, directory, team) if team.first else _follow(config, directory, team)
+
+
+def _pretrain_alone(config: Config, team: Team) -> dict[str, Any]:
+    """What stages=[pretrain] asks for; all processes of the job take part."""
+    check_writable(Path(config.paths.cache).expanduser(), f"paths.cache={config.paths.cache}")
+    folder = pretrained_model(config, again=True)
+    if team.first:
         print(f"pre-trained model  {folder}")
-        return {"model": str(folder)}
-    job = prepare(config, run_directory(config, overrides))
+    return {"model": str(folder)}
+
+
+def _lead(config: Config, directory: Path, team: Team) -> dict[str, Any]:
+    """The job, as its first or only process runs it."""
+    job = prepare(config, directory)
     stages: dict[str, Callable[[Job, Tracker], None]] = {
-        "finetune": _finetune,
+        "finetune": lambda job, tracker: _finetune(job, tracker, team),
         "sample": _sample,
         "evaluate": _evaluate,
     }
     with _own(job):
         asked = [name for name in stages if name in config.stages]
         left = [name for name in asked if not (job.directory / OUTPUTS[name]).exists()]
+        team.tell("stages", left)
         for name in asked:
             if name not in left:
                 say(f"{name}: done already, {job.directory / OUTPUTS[name]}")
@@ -57,9 +75,22 @@ def run(config: Config, overrides: Sequence[str] = ()) -> dict[str, Any]:
                 for name in left:
                     tracker.status("running", stage=name)
                     stages[name](job, tracker)
+    team.tell("finished")
     result = read_json(job.directory / "result.json") if (job.directory / "result.json").exists() else {}
     print(_summary(job, result))
     return {"directory": str(job.directory), **result.get("metrics", {})}
+
+
+def _follow(config: Config, directory: Path, team: Team) -> dict[str, Any]:
+    """The job, as its other processes run it: they take their part of the training and then wait."""
+    # As the first process does, since all pre-train together when the model has no weights yet.
+    job = prepare(config, directory)
+    left = team.told("stages")
+    if "finetune" in left:
+        team.told("latents")
+        _train(job, lambda step, values: None, lambda finished: None, team)
+    team.told("finished")
+    return {"directory": str(directory)}
 
 
 def _is_done(directory: Path) -> bool:
@@ -98,13 +129,20 @@ def _record(job: Job) -> Iterator[Tracker]:
     ) as tracker:
         try:
             yield tracker
+        except Preempted:
+            # It goes on when the cluster starts it again: neither done nor failed, and the same W&B run.
+            tracker.preempting()
+            write_json(path, {**record, "seconds": job.seconds})
+            raise
         except BaseException as error:
             # The text of an unexpected error may hold what nobody but the owner may read.
             text = str(error) if isinstance(error, UserError) else type(error).__name__
-            tracker.status("failed", text)
+            # What went wrong counts, not that a full disk has no room to say so.
+            with suppress(OSError):
+                tracker.status("failed", text)
+                write_json(path, {**finished(record), "seconds": job.seconds})
             raise
-        finally:
-            write_json(path, {**finished(record), "seconds": job.seconds})
+        write_json(path, {**finished(record), "seconds": job.seconds})
         tracker.status("done")
 
 
@@ -114,7 +152,9 @@ def _timed(job: Job, stage: str) -> Iterator[None]:
     try:
         yield
     finally:
-        job.seconds[stage] = round(job.seconds.get(stage, 0.0) + time.monotonic() - started, 1)
+        # Two digits: an exact time would tell how large the private batches were.
+        taken = job.seconds.get(stage, 0.0) + time.monotonic() - started
+        job.seconds[stage] = float(f"{taken:.2g}")
 
 
 def _model(job: Job) -> LatentDiffusion:
@@ -129,41 +169,44 @@ def _model(job: Job) -> LatentDiffusion:
     return model.to(job.device)
 
 
-def _finetune(job: Job, tracker: Tracker) -> None:
+def _finetune(job: Job, tracker: Tracker, team: Team) -> None:
+    config = job.config
+
+    def log(step: int, values: dict[str, float]) -> None:
+        if step % config.tracking.log_every == 0 or step == job.plan.steps:
+            tracker.log(step, values, "finetune")
+        tracker.privacy(privacy_record(job, epsilon=values["epsilon"], steps=step, complete=False))
+
+    with _timed(job, "finetune"):
+        model, executed = _train(job, log, lambda finished: tracker.rewind("finetune", finished + 1), team)
+    record = privacy_record(job, epsilon=job.plan.epsilon, steps=executed, complete=True)
+    tracker.privacy(record)
+    _export(job, model, record)
+    tracker.adapter(job.directory / "adapter")
+
+
+def _train(
+    job: Job, log: Callable[[int, dict[str, float]], None], started: Callable[[int], None], team: Team
+) -> tuple[LatentDiffusion, int]:
+    """The fine-tuned model and the number of executed steps; `log` and `started` as in `finetune`."""
     import torch
 
     from dp_lora import adapters, latents
     from dp_lora.finetune import finetune
 
-    config, folder = job.config, job.directory / "checkpoint"
+    config, train = job.config, job.images.train
     model = _model(job)
     adapters.attach(model, config.trainable.components, config.lora, seed=config.seed)
-    spends = "; ".join(" ".join(line.split()) for line in _guarantee(job))
-    trained = ", ".join(config.trainable.components)
-    say(f"finetune: {adapters.count(model):,} trained parameters ({trained}); {spends}")
-    with _timed(job, "finetune"):
-        train = job.images.train
-        encoded = latents.cached(model, train, Path(config.paths.cache).expanduser())
-
-        def log(step: int, values: dict[str, float]) -> None:
-            if step % config.tracking.log_every == 0 or step == job.plan.steps:
-                tracker.log(step, values, "finetune")
-            tracker.privacy(privacy_record(job, epsilon=values["epsilon"], steps=step, complete=False))
-
-        executed = finetune(
-            config,
-            model,
-            encoded,
-            torch.from_numpy(train.labels),
-            job.plan,
-            folder,
-            log,
-            started=lambda finished: tracker.rewind("finetune", finished + 1),
-        )
-    record = privacy_record(job, epsilon=job.plan.epsilon, steps=executed, complete=True)
-    tracker.privacy(record)
-    _export(job, model, record)
-    tracker.adapter(job.directory / "adapter")
+    if team.first:
+        spends = "; ".join(" ".join(line.split()) for line in _guarantee(job))
+        trained = ", ".join(config.trainable.components)
+        say(f"finetune: {adapters.count(model):,} trained parameters ({trained}); {spends}")
+    encoded = latents.cached(model, train, Path(config.paths.cache).expanduser())
+    team.tell("latents")
+    labels = torch.from_numpy(train.labels)
+    folder = job.directory / "checkpoint"
+    executed = finetune(config, model, encoded, labels, job.plan, folder, log, started=started)
+    return model, executed
 
 
 def privacy_record(job: Job, *, epsilon: float, steps: int, complete: bool) -> dict[str, Any]:

@@ -69,14 +69,21 @@ def load(folder: Path) -> Samples:
 
 
 def grid(samples: Samples, rows: int = 10, scale: int = 2) -> bytes:
-    """A PNG with the first `rows` images of each class, one column a class, enlarged `scale` times."""
+    """A PNG with the first `rows` images of each class, one column a class, enlarged `scale` times.
+
+    Images of a single class fill as many columns as there are rows.
+    """
     from PIL import Image
 
     channels, height, width = samples.images.shape[1:]
-    sheet = np.zeros((rows * height, len(samples.classes) * width, channels), np.uint8)
-    for label in range(len(samples.classes)):
-        for row, image in enumerate(samples.images[samples.labels == label][:rows]):
-            place = np.s_[row * height : (row + 1) * height, label * width : (label + 1) * width]
+    single = len(samples.classes) == 1
+    # An unconditional model has no classes to sort by.
+    columns = np.arange(len(samples.labels)) % rows if single else samples.labels
+    number = rows if single else len(samples.classes)
+    sheet = np.zeros((rows * height, number * width, channels), np.uint8)
+    for column in range(number):
+        for row, image in enumerate(samples.images[columns == column][:rows]):
+            place = np.s_[row * height : (row + 1) * height, column * width : (column + 1) * width]
             sheet[place] = image.transpose(1, 2, 0)
     picture = Image.fromarray(sheet[:, :, 0] if sheet.shape[2] == 1 else sheet)
     picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)

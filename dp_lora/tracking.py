@@ -38,14 +38,16 @@ RELEASED = frozenset(
         "learning_rate",
         "update_norm",
         "signal_to_noise",
+        "private_loss",
         "examples_per_second",
         "steps_per_second",
     }
 )
 """What a stage that sees private data may log.
 
-`update_norm` and `signal_to_noise` are of the noised update. `examples_per_second` is the expected batch
-size times `steps_per_second`, never the size of a batch over its time.
+`update_norm` and `signal_to_noise` are of the noised update, `private_loss` is read from the noised sum.
+`examples_per_second` is the expected batch size times `steps_per_second`, never the size of a batch over its
+time.
 """
 
 ROUNDED = frozenset({"examples_per_second", "steps_per_second"})

@@ -6,21 +6,23 @@ loaded and the steps after it are taken again.
 
 from __future__ import annotations
 
+import errno
 import io
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 
 from dp_lora.errors import UserError
 from dp_lora.files import private_directory, write_atomic
+from dp_lora.processes import largest
 from dp_lora.progress import Progress
+from dp_lora.signals import Leave, listening
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Step(Protocol):
@@ -37,13 +39,6 @@ class Step(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what `state_dict` returned."""
         ...
-
-
-class Interrupted(KeyboardInterrupt):
-    """A signal asked the run to stop; a checkpoint of every finished step is on disk.
-
-    A KeyboardInterrupt, so that it ends a sweep of several jobs too.
-    """
 
 
 class Checkpoint:
@@ -81,12 +76,23 @@ class Checkpoint:
         return finished, state
 
     def save(self, finished: int, state: Mapping[str, Any]) -> None:
-        """Replaces the checkpoint atomically. Raises OSError, the old one untouched, when it cannot."""
+        """Replaces the checkpoint atomically.
+
+        Raises OSError, the old one untouched, when it cannot; UserError when the disk is full.
+        """
         if not self._writes:
             return
         buffer = io.BytesIO()
         torch.save({"finished": finished, "state": dict(state)}, buffer)
-        write_atomic(self.path, buffer.getvalue(), mode=0o600)
+        try:
+            write_atomic(self.path, buffer.getvalue(), mode=0o600)
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            raise UserError(
+                f"{self.path}: no room for the checkpoint after step {finished} ({error.strerror}); the one "
+                "before it stays valid. Make room and give the same command again"
+            ) from error
         self._last = time.monotonic()
 
     def due(self) -> bool:
@@ -111,27 +117,20 @@ def run_steps(
         log: called with the number of finished steps and what the step returned.
 
     Raises:
-        Interrupted: after SIGINT or SIGTERM, once the step in hand is finished and saved.
+        Interrupted: when a signal asked for it, once the step in hand is finished and saved.
     """
-    with _signals() as asked_to_stop:
+    with listening() as requests:
         for number in range(progress.done, total):
             values = step(number)
             log(number + 1, values)
             progress.update(1, **values)
-            stop = _any_process(asked_to_stop())
-            if stop or checkpoint.due() or number + 1 == total:
+            # The strongest reason of any process: all leave after the same step.
+            leave = Leave(largest(requests.leave))
+            if leave or requests.save or checkpoint.due() or number + 1 == total:
                 checkpoint.save(number + 1, step.state_dict())
-            if stop and number + 1 < total:
-                raise Interrupted(f"stopped after step {number + 1} of {total}")
-
-
-def _any_process(stop: bool) -> bool:
-    """Whether any process of the job was asked to stop: all of them leave after the same step."""
-    if not dist.is_initialized():
-        return stop
-    flag = torch.tensor(int(stop), device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag)
+                requests.save = False
+            if leave is Leave.PREEMPTED or (leave and number + 1 < total):
+                raise leave.error(f"stopped after step {number + 1} of {total}")
 
 
 def resume(step: Step, checkpoint: Checkpoint) -> int:
@@ -142,27 +141,6 @@ def resume(step: Step, checkpoint: Checkpoint) -> int:
     finished, state = found
     step.load_state_dict(state)
     return finished
-
-
-@contextmanager
-def _signals() -> Iterator[Callable[[], bool]]:
-    """Whether SIGINT or SIGTERM has come; a second SIGINT ends the process at once."""
-    received: list[int] = []
-
-    def note(number: int, frame: object) -> None:
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    try:
-        earlier = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: whoever runs us there handles signals
-        earlier = {}
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
 
 
 def learning_rate(base: float, schedule: str, step: int, total: int, warmup_steps: int = 0) -> float:

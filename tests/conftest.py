@@ -44,6 +44,14 @@ TINY = (
 """The command line of a job that takes seconds, without its paths."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips the tests that need a GPU where torch can use none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
 def composed(*overrides: str) -> Config:
     """The checked configuration of a command line."""
     with initialize_config_dir(str(config_directory()), version_base="1.3"):

@@ -8,13 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from architectures import ARCHITECTURES, model_of
+from conftest import TINY, composed
 from diffusers import UNet2DConditionModel
 from peft import PeftModel
 
 from dp_lora import adapters
 from dp_lora.config import COMPONENTS, LoraConfig
 from dp_lora.errors import UserError
+from dp_lora.finetune import check_engine
 from dp_lora.models import LatentDiffusion, load
+from dp_lora.privacy.plan import PrivacyPlan, make_plan
 
 LORA = LoraConfig(rank=3, alpha=6.0)
 COMBINATIONS = [
@@ -36,7 +40,7 @@ COMBINATIONS = [
 def output(model: LatentDiffusion) -> torch.Tensor:
     generator = torch.Generator().manual_seed(3)
     noisy = torch.randn(4, *model.latent_shape, generator=generator)
-    return model.eval().predict_noise(noisy, torch.tensor([0, 300, 600, 999]), torch.arange(4))
+    return model.eval().predict_noise(noisy, torch.tensor([0, 300, 600, 999]), torch.arange(4) % 3)
 
 
 def trained(model: LatentDiffusion, components: list[str]) -> LatentDiffusion:
@@ -238,3 +242,161 @@ def test_an_adapter_of_another_model_is_refused(
     save_file(tensors, path)
     with pytest.raises(UserError, match="do not fit the modules"):
         adapters.restore(load(pretrained), tmp_path, model.classes)
+
+
+# Every kind of model, every component
+
+COMPONENTS_OF_ALL = [
+    (["lora", "embedder"], ["qkv", "proj"]),
+    (["lora"], ["self", "conv"]),
+    (["attention", "embedder"], []),
+    (["bias", "norm"], []),
+    (["full"], []),
+]
+
+
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("pipelines")
+
+
+@pytest.fixture(scope="module")
+def plan() -> PrivacyPlan:
+    return make_plan(
+        num_examples=400,
+        expected_batch_size=20,
+        steps=3,
+        noise_multiplier=0.8,
+        target_epsilon=None,
+        delta=1e-4,
+        noise_multiplicity=2,
+        max_grad_norm=0.1,
+    )
+
+
+def targets_of(kind: str, targets: list[str]) -> list[str]:
+    """The diffusion transformer has no convolutions of residual blocks."""
+    return [target for target in targets if target != "conv" or kind != "dit"]
+
+
+@pytest.mark.parametrize(("components", "targets"), COMPONENTS_OF_ALL, ids=lambda words: "+".join(words))
+@pytest.mark.parametrize("kind", [kind for kind in ARCHITECTURES if kind not in ("ldm", "ldm_classes")])
+def test_every_kind_of_model_is_private_in_every_component(
+    kind: str, components: list[str], targets: list[str], pipelines: Path, plan: PrivacyPlan
+) -> None:
+    """What a run checks before its first step, two draws an example: gradients, sensitivity and padding."""
+    model = model_of(kind, pipelines)
+    lora = LoraConfig(rank=2, target_modules=targets_of(kind, targets))
+    adapters.attach(model, components, lora, seed=0)
+    assert adapters.count(model) > 0
+    check_engine(composed(*TINY), model, plan)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_every_kind_of_model_is_what_its_export_restores(kind: str, pipelines: Path, tmp_path: Path) -> None:
+    model = model_of(kind, pipelines)
+    before = output(model)
+    adapters.attach(model, ["lora", "bias", "embedder"], LoraConfig(rank=2), seed=0)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in adapters.trainable_parameters(model).values():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    expected = output(model)
+    adapters.export(model, tmp_path, base_model=kind, card="")
+    restored = model_of(kind, pipelines)
+    adapters.restore(restored, tmp_path, model.classes)
+    # Three products in place of a fused one round differently.
+    assert torch.allclose(output(restored), expected, atol=1e-5)
+    assert not torch.allclose(expected, before, atol=1e-3)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert all("to_qkv" not in name for name in config["target_modules"])
+
+
+def test_the_fused_attention_is_that_of_three_matrices(pipelines: Path) -> None:
+    plain, fused = (model_of("attention_block", pipelines) for _ in range(2))
+    adapters.attach(fused, ["lora"], LoraConfig(rank=2, target_modules=["qkv"]), seed=0)
+    assert torch.allclose(output(fused), output(plain), atol=1e-6)
+    names = adapters.trainable_parameters(fused)
+    assert names and all(".to_qkv.lora_" in name for name in names)
+    widths = [m.out_features for n, m in plain.unet.named_modules() if n.endswith("to_q")]
+    assert adapters.count(fused) == sum(2 * 4 * width for width in widths)
+    # By their own names there are three adapters.
+    apart = model_of("attention_block", pipelines)
+    adapters.attach(apart, ["lora"], LoraConfig(rank=2, target_modules=["to_q", "to_k", "to_v"]), seed=0)
+    assert adapters.count(apart) == sum(2 * 6 * width for width in widths)
+    with pytest.raises(UserError, match="both to_qkv and a part of it"):
+        adapters.target_names(plain.unet, ["qkv", "to_v"], 1)
+
+
+def test_plain_diffusers_loads_an_adapter_of_fused_attention(tmp_path: Path) -> None:
+    from architectures import PLAIN_ATTENTION_BLOCK, built
+    from diffusers import UNet2DModel
+
+    from dp_lora.models import save
+
+    model = built(PLAIN_ATTENTION_BLOCK)
+    save(model, tmp_path / "model", {})
+    adapters.attach(model, ["lora"], LoraConfig(rank=2), seed=0)
+    for parameter in adapters.trainable_parameters(model).values():
+        parameter.data += 0.1
+    adapters.export(model, tmp_path / "adapter", base_model="x", card="")
+    noisy, timesteps = torch.randn(2, 3, 4, 4), torch.tensor([3, 700])
+    unet = UNet2DModel.from_pretrained(tmp_path / "model", subfolder="unet")
+    with torch.inference_mode():
+        plain = unet(noisy, timesteps).sample
+        adapted = PeftModel.from_pretrained(unet, tmp_path / "adapter").eval()(noisy, timesteps).sample
+        expected = model.predict_noise_of(noisy, timesteps, None)
+    assert torch.allclose(adapted, expected, atol=1e-5) and not torch.allclose(adapted, plain, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["spatial_transformer", "stable_diffusion"])
+def test_groups_of_targets_are_the_layers_their_names_say(kind: str, pipelines: Path) -> None:
+    unet = model_of(kind, pipelines).unet
+    ends = {
+        "qkv": ("to_q", "to_k", "to_v"),
+        "proj": ("to_out.0",),
+        "conv": ("conv1", "conv2", "conv_shortcut", "conv"),
+    }
+    for group, expected in ends.items():
+        names = adapters.target_names(unet, [group], 1)
+        assert {name.endswith(expected) for name in names} == {True}, group
+    both = {group: set(adapters.target_names(unet, [group], 1)) for group in ("self", "cross", "qkv", "proj")}
+    assert both["self"] | both["cross"] == both["qkv"] | both["proj"] and not both["self"] & both["cross"]
+    assert all(".attn1." in name for name in both["self"]) and all(
+        ".attn2." in name for name in both["cross"]
+    )
+    # With several tokens the queries and keys of the cross-attention have an effect.
+    assert any(".attn2.to_q" in name for name in both["cross"]) == (kind == "stable_diffusion")
+
+
+def test_a_group_that_a_model_lacks_is_named(pipelines: Path) -> None:
+    with pytest.raises(UserError, match=r"'cross' matches no linear or convolution layer of the UNet2DModel"):
+        adapters.target_names(model_of("attention_block", pipelines).unet, ["cross"], 1)
+
+
+def test_a_capped_rank_is_the_width_of_a_narrow_layer(pipelines: Path, tmp_path: Path) -> None:
+    model = model_of("spatial_transformer", pipelines)
+    width = model.class_embedder.embedding_dim
+    with pytest.raises(UserError, match=f"expected 1 to {width}; .*cap_rank"):
+        adapters.target_names(model.unet, ["to_v"], width + 2)
+    lora = LoraConfig(rank=width + 2, alpha=2.0 * (width + 2), target_modules=["to_v"], cap_rank=True)
+    adapters.attach(model, ["lora"], lora, seed=0)
+    for name, module in model.unet.named_modules():
+        if hasattr(module, "lora_A"):
+            capped = "attn2" in name
+            assert (
+                module.r["default"] == (width if capped else width + 2) and module.scaling["default"] == 2.0
+            )
+    for parameter in adapters.trainable_parameters(model).values():
+        parameter.data += 0.1
+    adapters.export(model, tmp_path, base_model="x", card="")
+    restored = model_of("spatial_transformer", pipelines)
+    adapters.restore(restored, tmp_path, model.classes)
+    assert torch.equal(output(restored), output(model))
+
+
+def test_an_embedder_of_another_size_is_refused(pipelines: Path, tmp_path: Path) -> None:
+    model = model_of("spatial_transformer", pipelines)
+    adapters.attach(model, ["embedder"], LORA, seed=0)
+    adapters.export(model, tmp_path, base_model="x", card="")
+    with pytest.raises(UserError, match=r"expected \(3, 8\): a class embedder of another size"):
+        adapters.restore(model_of("dit", pipelines), tmp_path, model.classes)

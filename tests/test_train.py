@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import math
 import os
@@ -16,7 +17,8 @@ import torch
 from dp_lora import files
 from dp_lora.errors import UserError
 from dp_lora.progress import Progress
-from dp_lora.train import Checkpoint, Interrupted, learning_rate, resume, run_steps
+from dp_lora.signals import Interrupted
+from dp_lora.train import Checkpoint, learning_rate, resume, run_steps
 
 
 class Counting:
@@ -117,6 +119,34 @@ def test_a_crash_at_any_stage_of_a_write_leaves_the_old_checkpoint(
     assert finished == 1 and not state["a"].any()
     checkpoint.save(2, {"a": torch.ones(2000)})
     assert (checkpoint.load() or (0,))[0] == 2
+
+
+@pytest.mark.parametrize("call", ["open", "fsync"])
+def test_a_full_disk_is_one_clear_line_and_loses_nothing(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    class Os:
+        def __getattr__(self, name: str) -> Any:
+            # A folder's entry is read, not written.
+            return full if name == call else getattr(os, name)
+
+    step = Counting()
+    with monkeypatch.context() as patched:
+        step.at[5] = lambda: patched.setattr(files, "os", Os())
+        with pytest.raises(
+            UserError, match=r"no room for the checkpoint after step 6 .*same command"
+        ) as caught:
+            take(step, tmp_path)
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+    assert (Checkpoint(tmp_path, minutes=1).load() or (0,))[0] == 5
+    again, whole = Counting(), Counting()
+    assert take(again, tmp_path) == list(range(6, 13))
+    take(whole, tmp_path / "whole")
+    assert torch.equal(again.value, whole.value)
+    assert not [path for path in tmp_path.iterdir() if path.name.endswith(".tmp")]
 
 
 @pytest.mark.parametrize("keep", [0, 10, 0.5, 0.99])

@@ -29,8 +29,12 @@ import numpy.typing as npt
 
 from dp_lora.errors import UserError
 
-ADJACENCY = "add or remove one image, Poisson sampling"
-ZERO_OUT = "one image contributes nothing instead, Poisson sampling"
+ADJACENCIES = {
+    "add_or_remove": "add or remove one image, Poisson sampling",
+    "zero_out": "one image contributes nothing instead, Poisson sampling",
+}
+"""The relations of neighbours, in words; both have the same epsilon."""
+
 MAX_STEPS = 10**7
 
 _ORDERS: tuple[float, ...] = (

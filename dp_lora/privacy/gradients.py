@@ -46,7 +46,9 @@ class ClippedGradientSum:
             flat       g min(1, C / |g|): sensitivity C.
             automatic  g C / (|g| + 0.01), Bu et al. 2022: sensitivity C; every example has a say near C.
             per_layer  each of the L layers clipped to C / sqrt(L): sensitivity sqrt(L (C / sqrt(L))^2) = C.
-        * An example of weight 0 (padding), or whose gradient is not finite, contributes exactly 0.
+        * With a `loss_share` rho the sum has one more coordinate, to which an example adds rho C times its
+          loss, clamped to [0, 1], and its gradient is clipped to C sqrt(1 - rho^2): together at most C.
+        * An example of weight 0 (padding), or whose gradient or loss is not finite, contributes exactly 0.
         * Nothing that is computed decides a branch; `nonfinite` is private and must not be logged.
 
     Args:
@@ -56,19 +58,26 @@ class ClippedGradientSum:
         noise_multiplicity: k, the number of consecutive rows that belong to one example.
         max_grad_norm: C; inf sums without clipping.
         clipping: one of the three above.
+        loss_share: rho in [0, 1), for a private reading of the mean loss; 0 leaves the coordinate out.
 
     Raises:
         UserError: a layer mixes the examples of a batch, or has no per-example gradient.
     """
 
     def __init__(
-        self, module: nn.Module, noise_multiplicity: int, max_grad_norm: float, clipping: str = "flat"
+        self,
+        module: nn.Module,
+        noise_multiplicity: int,
+        max_grad_norm: float,
+        clipping: str = "flat",
+        loss_share: float = 0.0,
     ) -> None:
         if clipping not in CLIPPINGS:
             raise UserError(f"privacy.clipping={clipping!r}: expected one of {', '.join(CLIPPINGS)}")
         self.noise_multiplicity = noise_multiplicity
         self.max_grad_norm = max_grad_norm
         self.clipping = clipping
+        self.loss_share = loss_share
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise UserError("trainable.components: no parameter of the model is trainable")
@@ -76,16 +85,17 @@ class ClippedGradientSum:
         refuse_mixing(module)
         sizes = [p.numel() for p in self.parameters.values()]
         self.num_parameters = sum(sizes)
-        self._ends = torch.tensor(sizes).cumsum(0).tolist()
+        self._sizes = sizes
         self._index = {id(p): i for i, p in enumerate(self.parameters.values())}
-        self._module = module
-        self._buffers = buffer_versions(module)
+        self._modules = dict(module.named_modules())
+        self._buffers = buffer_versions(self._modules)
         # Per-example gradients of each parameter and their norms [M], while a backward runs.
         self._samples: list[_Dense | _RankOne | None] | None = None
         self._norms: list[Tensor] = []
         self._examples = 0
         first = next(iter(self.parameters.values()))
-        self._total = torch.zeros(self.num_parameters, dtype=torch.float64, device=first.device)
+        size = self.num_parameters + (loss_share > 0)
+        self._total = torch.zeros(size, dtype=torch.float64, device=first.device)
         self._nonfinite = torch.zeros((), dtype=torch.int64, device=first.device)
         self._patched: list[nn.Module] = []
         # The layer that each parameter is clipped with when `clipping` is per_layer.
@@ -114,13 +124,16 @@ class ClippedGradientSum:
             raise UserError(f"losses of shape {list(losses.shape)}: expected {wanted}")
         if not losses.requires_grad:
             raise UserError("losses: they do not depend on any trainable parameter")
-        refuse_changed_buffers(self._module, self._buffers)
+        refuse_changed_buffers(self._modules, self._buffers)
         if not len(losses):
             return
-        self._clip_and_add(self._backward(losses, weights), weights)
+        self._clip_and_add(self._backward(losses, weights), losses.detach(), weights)
 
     def total(self) -> Tensor:
-        """The sum since the last `reset`, float64 [P], in the order of `parameters`."""
+        """The sum since the last `reset`, float64 [P], in the order of `parameters`.
+
+        [P + 1] with a `loss_share`: the loss comes last.
+        """
         return self._total.clone()
 
     def reset(self) -> None:
@@ -137,7 +150,7 @@ class ClippedGradientSum:
         """Puts `flat` [P] into the `.grad` of each parameter, in the order of `parameters`."""
         if flat.shape != (self.num_parameters,):
             raise ValueError(f"a gradient of shape {list(flat.shape)}: expected [{self.num_parameters}]")
-        for parameter, part in zip(self.parameters.values(), self._split(flat), strict=True):
+        for parameter, part in zip(self.parameters.values(), flat.split(self._sizes), strict=True):
             parameter.grad = part.view_as(parameter).to(parameter.dtype)
 
     def detach(self) -> None:
@@ -186,7 +199,10 @@ class ClippedGradientSum:
 
     def put(self, parameter: Tensor, sample: Tensor) -> None:
         """Adds per-example gradients [M, ...] of `parameter` from one use of its layer."""
-        self._put(parameter, _Dense(sample.reshape(self._examples, -1).to(parameter.dtype)))
+        sample = sample.reshape(self._examples, -1)
+        self._put(
+            parameter, _Dense(sample if sample.dtype == parameter.dtype else sample.to(parameter.dtype))
+        )
 
     def put_products(self, parameter: Tensor, left: Tensor, right: Tensor) -> None:
         """Adds the gradients sum_t left_t (x) right_t of each example, over its draws and tokens.
@@ -241,9 +257,9 @@ class ClippedGradientSum:
         return [sample for sample in samples if sample is not None]
 
     @torch.no_grad()
-    def _clip_and_add(self, samples: list[_Dense | _RankOne], weights: Tensor | None) -> None:
+    def _clip_and_add(self, samples: list[_Dense | _RankOne], losses: Tensor, weights: Tensor | None) -> None:
         norms = torch.stack(self._norms).double()
-        finite = norms.sum(0).isfinite()
+        finite = norms.sum(0).isfinite() & losses.isfinite()
         asked = torch.ones_like(finite) if weights is None else weights > 0
         self._nonfinite += (asked & ~finite).sum()
         factors = self._factors(norms.masked_fill(~finite, 0.0)) * (asked & finite)
@@ -251,13 +267,16 @@ class ClippedGradientSum:
         # 0 * nan is nan: the rows themselves have to go.
         spoilt = (~finite).nonzero().squeeze(1)
         partial = factors.new_empty(self.num_parameters)
-        for sample, factor, part in zip(samples, factors, self._split(partial), strict=True):
+        for sample, factor, part in zip(samples, factors, partial.split(self._sizes), strict=True):
             sample.weighted_sum(factor, spoilt, out=part)
-        self._total += partial
+        self._total[: self.num_parameters] += partial
+        if self.loss_share:
+            counted = torch.where(asked & finite, losses.double().clamp(0, 1), 0.0)
+            self._total[-1] += loss_unit(self.max_grad_norm, self.loss_share) * counted.sum()
 
     def _factors(self, norms: Tensor) -> Tensor:
         """What each parameter's gradients [parameters, M] are multiplied with, from their norms."""
-        bound: float = self.max_grad_norm
+        bound: float = self.max_grad_norm * math.sqrt(1 - self.loss_share**2)
         norms = norms * _ROUNDING
         if self.clipping == "per_layer":
             numbers = sorted(set(self._layer_of))
@@ -270,8 +289,10 @@ class ClippedGradientSum:
             return (bound / (whole + AUTOMATIC_GAMMA)).expand_as(norms)
         return torch.clamp(bound / whole, max=1.0).expand_as(norms)
 
-    def _split(self, flat: Tensor) -> list[Tensor]:
-        return [flat[a:b] for a, b in zip([0, *self._ends[:-1]], self._ends, strict=True)]
+
+def loss_unit(max_grad_norm: float, loss_share: float) -> float:
+    """What an example of loss 1 adds to the coordinate of the loss: rho C, or 1 without clipping."""
+    return loss_share * max_grad_norm if math.isfinite(max_grad_norm) else 1.0
 
 
 # The gradients of one parameter, for each example

@@ -9,7 +9,7 @@ Autograd itself never computes the gradient of a parameter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -73,7 +73,9 @@ class _LoraLinear(torch.autograd.Function):
         bias = None if bias is None else bias.to(dtype)
         merge = dtype.itemsize >= 4 and len(flat) * sum(weight.shape) > _MERGE * weight.numel()
         if merge:
-            out = F.linear(flat, torch.addmm(weight, b, a, alpha=scale), bias)
+            # Kept for the backward: it is smaller than half of `flat`, which autograd keeps too.
+            weight = torch.addmm(weight, b, a, alpha=scale)
+            out = F.linear(flat, weight, bias)
         else:
             out = F.linear(flat, weight, bias)
             out.addmm_(flat @ a.t(), b.t(), alpha=scale)
@@ -86,7 +88,9 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         flat, weight, a, b = ctx.saved_tensors
         ctx.receiver.check_rows(ctx.name, ctx.shape[0])
-        grad = grad.to(a.dtype).reshape(-1, grad.shape[-1])
+        grad = grad.reshape(-1, grad.shape[-1])
+        if grad.dtype != a.dtype:
+            grad = grad.to(a.dtype)
         grad_hidden = grad @ b
         if ctx.scale != 1:
             grad_hidden *= ctx.scale
@@ -97,7 +101,7 @@ class _LoraLinear(torch.autograd.Function):
             ctx.receiver.put_products(ctx.up, grad, hidden if ctx.scale == 1 else hidden * ctx.scale)
         grad_x = None
         if ctx.needs_input_grad[0] and ctx.merge:
-            grad_x = (grad @ torch.addmm(weight, b, a, alpha=ctx.scale)).view(ctx.shape)
+            grad_x = (grad @ weight).view(ctx.shape)
         elif ctx.needs_input_grad[0]:
             grad_x = (grad @ weight).addmm_(grad_hidden, a).view(ctx.shape)
         return grad_x, None, None, None, None, None, None, None
@@ -362,14 +366,20 @@ def refuse_low_precision(parameters: dict[str, nn.Parameter]) -> None:
             )
 
 
-def buffer_versions(module: nn.Module) -> dict[str, tuple[int, int]]:
-    """Identity and write count of each buffer: what a forward that keeps statistics changes."""
-    return {name: (id(buffer), buffer._version) for name, buffer in module.named_buffers()}
+def buffer_versions(modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:
+    """Identity and write count of each buffer of `modules`: what a forward that keeps statistics changes."""
+    # Not named_buffers(): it walks the whole model, which would cost two percent of a step.
+    return {
+        f"{name}.{key}".lstrip("."): (id(buffer), buffer._version)
+        for name, module in modules.items()
+        for key, buffer in module._buffers.items()
+        if buffer is not None
+    }
 
 
-def refuse_changed_buffers(module: nn.Module, before: dict[str, tuple[int, int]]) -> None:
+def refuse_changed_buffers(modules: Mapping[str, nn.Module], before: dict[str, tuple[int, int]]) -> None:
     """UserError naming the first buffer whose version differs from `before`."""
-    now = buffer_versions(module)
+    now = buffer_versions(modules)
     for name in {**before, **now}:
         if before.get(name) != now.get(name):
             raise UserError(f"{name}: {_MIXES}")

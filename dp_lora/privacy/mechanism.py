@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dp_lora.privacy.gradients import loss_unit
 from dp_lora.privacy.plan import PrivacyPlan
 from dp_lora.privacy.randomness import Randomness
 
@@ -43,7 +44,9 @@ def noised_mean(
     step: int,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """(sum + sigma C N(0, I)) / expected_batch_size, float32 [P]: what one step releases.
+    """(sum + sigma C N(0, I)) / expected_batch_size, float32: what one step releases.
+
+    [P], or [P + 1] when the plan has a `loss_share`: `private_loss` reads the last coordinate.
 
     Guarantees:
         * Every coordinate gets noise, of std exactly `plan.noise_std` before the division, from the
@@ -54,7 +57,7 @@ def noised_mean(
           each process draws the same noise and holds the same result.
 
     Args:
-        total: the clipped sum [P] of this process, from `ClippedGradientSum.total`.
+        total: the clipped sum of this process, from `ClippedGradientSum.total`.
         plan: the numbers of the run.
         randomness: the run's key.
         step: number of the step, the same on every process.
@@ -70,8 +73,18 @@ def noised_mean(
     return (total / plan.expected_batch_size).float()
 
 
+def private_loss(released: Tensor, plan: PrivacyPlan) -> float:
+    """The mean loss of the batch, each clamped to [0, 1], as the last coordinate of `released` tells it.
+
+    Post-processing of a released value: it may be logged. Its noise has a standard deviation of
+    sigma / (rho expected_batch_size), and as the divisor is the expected size of the batch, the reading of a
+    larger batch is larger by as much.
+    """
+    return float(released[-1]) / loss_unit(plan.max_grad_norm, plan.loss_share)
+
+
 def signal_to_noise(released: Tensor, plan: PrivacyPlan) -> float:
-    """An estimate of |mean clipped gradient|^2 over the expected |noise|^2, from the released value alone.
+    """An estimate of |mean clipped gradient|^2 over the expected |noise|^2, from the released gradient [P].
 
     E |released|^2 is the sum of the two, and the second is known, so this is post-processing: it may be
     logged. Unbiased, hence at times below 0. inf without noise.

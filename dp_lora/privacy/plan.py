@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from dp_lora.errors import UserError
 from dp_lora.privacy import accounting
-from dp_lora.privacy.accounting import ADJACENCY, Mechanism
+from dp_lora.privacy.accounting import ADJACENCIES, Mechanism
 
 CLIPPINGS = ("flat", "automatic", "per_layer")
 
@@ -24,7 +24,8 @@ class PrivacyPlan:
 
     Sensitivity: adding or removing one image changes the sum by at most `max_grad_norm`, whatever
     `noise_multiplicity`, `clipping`, the microbatches and the number of processes are. It is the sum that
-    is released; dividing by `expected_batch_size`, a constant, is post-processing.
+    is released; dividing by `expected_batch_size`, a constant, is post-processing. With a `loss_share` the
+    sum has one more coordinate, an example's clamped loss, inside the same bound and the same epsilon.
 
     `epsilon` is the smallest valid upper bound of `epsilon_by_accountant` after all `steps`, for `delta`,
     and `accountant` is whose it is. A plan with `private` false has neither noise nor clip, epsilon inf.
@@ -44,6 +45,7 @@ class PrivacyPlan:
     accountant: str
     epsilon_by_accountant: dict[str, float]
     adjacency: str
+    loss_share: float = 0.0
 
     @property
     def private(self) -> bool:
@@ -82,7 +84,8 @@ def make_plan(
     noise_multiplicity: int,
     max_grad_norm: float,
     clipping: str = "flat",
-    adjacency: Literal["add_or_remove", "zero_out"] = "add_or_remove",
+    adjacency: str = "add_or_remove",
+    loss_share: float = 0.0,
     cache: Path | None = None,
 ) -> PrivacyPlan:
     """The plan in which, of epsilon, noise multiplier and steps, two have determined the third.
@@ -99,6 +102,7 @@ def make_plan(
         clipping: flat, automatic or per_layer.
         adjacency: add or remove one image, or replace one by a null that contributes nothing; both have
             the same epsilon.
+        loss_share: rho, the share of C that the coordinate of the loss may take; 0: no such coordinate.
         cache: folder for calibrated noise multipliers.
 
     Raises:
@@ -138,7 +142,8 @@ def make_plan(
         epsilon=spent.epsilon,
         accountant=spent.accountant if private else "none",
         epsilon_by_accountant=bounds,
-        adjacency=ADJACENCY if adjacency == "add_or_remove" else accounting.ZERO_OUT,
+        adjacency=ADJACENCIES[adjacency],
+        loss_share=loss_share,
     )
 
 

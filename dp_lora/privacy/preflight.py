@@ -45,14 +45,12 @@ def preflight(
     """
     with _disturbed(module):
         expected = _gradients_one_by_one(module, losses, examples)
-        engine = ClippedGradientSum(module, plan.noise_multiplicity, plan.max_grad_norm, plan.clipping)
-        try:
-            if plan.clipping != "per_layer":
+        if plan.clipping != "per_layer":
+            with _engine(module, plan, loss_share=0.0) as engine:
                 _check_gradients(engine, losses, expected, tolerance)
+        with _engine(module, plan, plan.loss_share) as engine:
             _check_sensitivity(engine, losses, examples)
             _check_padding(engine, losses, examples)
-        finally:
-            engine.detach()
     check_accountants(plan.epsilon_by_accountant)
 
 
@@ -61,6 +59,16 @@ def check_accountants(bounds: dict[str, float]) -> None:
     pld, prv = bounds["pld"], bounds["prv"]
     if math.isfinite(prv) and not pld * (1 - 1e-3) <= prv <= pld + max(0.03, 0.02 * pld):
         raise PreflightError(f"privacy: the accountants disagree: pld {pld:.4g}, prv {prv:.4g}")
+
+
+@contextmanager
+def _engine(module: nn.Module, plan: PrivacyPlan, loss_share: float) -> Iterator[ClippedGradientSum]:
+    k, bound = plan.noise_multiplicity, plan.max_grad_norm
+    engine = ClippedGradientSum(module, k, bound, plan.clipping, loss_share)
+    try:
+        yield engine
+    finally:
+        engine.detach()
 
 
 @contextmanager

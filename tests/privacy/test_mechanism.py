@@ -123,6 +123,40 @@ def test_slices_are_consecutive_and_make_up_the_batch() -> None:
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
+def shared_sum(batch: torch.Tensor, world_size: int, size: int, *, apart: bool = False) -> torch.Tensor:
+    """The clipped sum [P] over `world_size` slices of `batch` in microbatches of `size`, three draws each."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2))
+    images = 100 * torch.randn(50, 6)
+    engine = ClippedGradientSum(model, 1 if apart else 3, 0.02)
+    for rank in range(world_size):
+        for indices, weights in microbatches(slice_of_batch(batch, rank, world_size), size):
+            losses = model(images[indices].repeat_interleave(3, 0)).square().sum(1)
+            if apart:
+                engine.add(losses, weights.repeat_interleave(3))
+            else:
+                engine.add(losses.view(-1, 3).mean(1), weights)
+    return engine.total()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 4, 7, 64])
+def test_one_example_moves_the_sum_of_all_processes_by_at_most_c(world_size: int, size: int) -> None:
+    batch = poisson_batch(SEED, 0, 50, 0.5)
+    for i in range(0, len(batch), 6):
+        without = torch.cat([batch[:i], batch[i + 1 :]])
+        moved = float((shared_sum(batch, world_size, size) - shared_sum(without, world_size, size)).norm())
+        assert 0.99 * 0.02 < moved <= 0.02 * (1 + 1e-6)
+    # The broken twin: each draw clipped by itself.
+    moved = float(
+        (
+            shared_sum(batch, world_size, size, apart=True)
+            - shared_sum(batch[:-1], world_size, size, apart=True)
+        ).norm()
+    )
+    assert moved > 2.9 * 0.02
+
+
 PROCESS = """
 import datetime, sys, torch, torch.distributed as dist
 sys.path[:0] = [{tests!r}]

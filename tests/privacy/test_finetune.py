@@ -342,6 +342,155 @@ def test_executions_tell_a_replay_from_a_new_release(tmp_path: Path) -> None:
     assert follower.begin(0, ORIGIN)[0] == 2 and path.read_bytes() == before
 
 
+def test_a_step_given_up_before_it_released_anything_is_not_counted(tmp_path: Path) -> None:
+    path = tmp_path / "executions.jsonl"
+    record = Executions(path, {"microbatch": 8})
+    _, whole = record.begin(0, ORIGIN)
+    given_up = record.begin(1, whole)
+    again = record.begin_again(1, whole, microbatch=4)
+    assert again[0] == given_up[0] == 0 and again[1] != given_up[1] and record.count == 2
+    # Read back, with the first microbatch: not the step that was released, so fresh noise, and counted.
+    fresh = Executions(path, {"microbatch": 8})
+    assert fresh.count == 2 and fresh.begin(1, whole)[0] == 1 and fresh.count == 3
+    # Given up once more: what remains is the replay of the step that was released.
+    assert fresh.begin_again(1, whole, microbatch=4) == again and fresh.count == 2
+    # The broken twin of it: the replay of a released step, given up, stays on the count.
+    replay = Executions(path, {"microbatch": 4})
+    assert replay.begin(1, whole) == again
+    assert replay.begin_again(1, whole, microbatch=2)[0] == 1 and replay.count == 3
+    assert Executions(path, {}).count == 3
+
+
+# Memory that runs out
+
+
+def short_of_memory(monkeypatch: pytest.MonkeyPatch, most: int, after: int = 0) -> None:
+    """Makes every microbatch of more than `most` examples fail, but for the first `after` ones."""
+    add, calls = ClippedGradientSum.add, 0
+
+    def short(self: ClippedGradientSum, losses: torch.Tensor, weights: torch.Tensor) -> None:
+        nonlocal calls
+        calls += 1
+        add(self, losses, weights)
+        if calls > after and len(losses) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(ClippedGradientSum, "add", short)
+
+
+def test_a_step_that_runs_out_of_memory_is_taken_in_smaller_microbatches(
+    job: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = dataclasses.replace(job, config=composed(*TINY, *SHORT, SEEDED, "train.microbatch=12"))
+    whole, expected = job.run(tmp_path / "whole")
+    short_of_memory(monkeypatch, most=3, after=5)
+    told, released = job.run(tmp_path / "short")
+    assert told["executed"] == 5 and list(told["rows"]) == [1, 2, 3, 4, 5]
+    for step, row in told["rows"].items():
+        assert row == pytest.approx(whole["rows"][step], rel=1e-3)
+    assert float((released - expected).norm() / expected.norm()) < 1e-6
+    record = read_lines(tmp_path / "short" / "executions.jsonl")
+    assert [row.get("instead_of") is not None for row in record].count(True) == 2, "12, 6 and then 3"
+    assert '"microbatch": 3' in (tmp_path / "short" / "microbatch.json").read_text()
+
+
+def test_a_sum_that_keeps_what_a_failed_attempt_added_is_told_apart(
+    job: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The broken twin: some examples of the step that ran out of memory are counted twice."""
+    job = dataclasses.replace(job, config=composed(*TINY, *SHORT, SEEDED, "train.microbatch=12"))
+    _, expected = job.run(tmp_path / "whole")
+    short_of_memory(monkeypatch, most=3)
+    monkeypatch.setattr(ClippedGradientSum, "reset", lambda self: None)
+    _, released = job.run(tmp_path / "short")
+    assert float((released - expected).norm() / expected.norm()) > 1e-3
+
+
+def test_a_run_killed_after_memory_ran_out_ends_like_one_that_was_not(
+    job: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (*TINY, *SHORT, SEEDED, "train.checkpoint_minutes=0")
+    job = dataclasses.replace(job, config=composed(*words))
+    endings = []
+    for name, killed in (("whole", False), ("killed", True)):
+        with monkeypatch.context() as patched:
+            short_of_memory(patched, most=3)
+            if killed:
+                with patched.context() as crash:
+                    noised = finetune.noised_mean
+                    crash.setattr(finetune, "noised_mean", crashing(noised, 3, late=True))
+                    with pytest.raises(Crash):
+                        job.run(tmp_path / name)
+            endings.append(job.run(tmp_path / name))
+    (whole, expected), (told, released) = endings
+    assert torch.equal(released, expected) and told["executed"] == whole["executed"] == 5
+
+
+def test_memory_for_no_example_is_one_line(
+    job: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short_of_memory(monkeypatch, most=0)
+    with pytest.raises(UserError, match="not even one example"):
+        job.run(tmp_path)
+
+
+# The step
+
+
+def a_step(job: Given, folder: Path, microbatch: int = 8, *overrides: str) -> finetune.PrivateStep:
+    config = composed(*TINY, *SHORT, *overrides)
+    record = Executions(folder / f"{microbatch}.jsonl", {})
+    key = Randomness.from_seed(3)
+    return finetune.PrivateStep(
+        job.model(), job.latents, job.labels, job.plan, key, config.train, microbatch, record
+    )
+
+
+def test_an_empty_batch_takes_a_noisy_step_that_is_accounted(
+    job: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = a_step(job, tmp_path)
+    monkeypatch.setattr(finetune, "poisson_batch", lambda *args: torch.empty(0, dtype=torch.int64))
+    seen: list[torch.Tensor] = []
+    descend = step._descend
+    monkeypatch.setattr(
+        step, "_descend", lambda update, number: (seen.append(update), descend(update, number))
+    )
+    rows = [step(0), step(1)]
+    assert rows[0].keys() == rows[1].keys() and 0 < rows[0]["epsilon"] < rows[1]["epsilon"]
+    std = job.plan.noise_std / job.plan.expected_batch_size
+    for update in seen:
+        # A mean of n squares of standard normals: six deviations, which fails once in 5e8 keys.
+        assert float((update / std).square().mean()) == pytest.approx(
+            1, abs=6 * math.sqrt(2 / update.numel())
+        )
+    assert not torch.equal(*seen)
+
+
+@pytest.mark.parametrize("microbatch", [1, 20])
+def test_the_moving_average_moves_once_a_batch(microbatch: int, job: Given, tmp_path: Path) -> None:
+    step = a_step(job, tmp_path, microbatch, "train.ema_decay=0.5")
+    expected = [p.detach().clone() for p in step.parameters]
+    for number in range(3):
+        step(number)
+        decay = min(0.5, (1 + number) / (10 + number))
+        for averaged, parameter in zip(expected, step.parameters, strict=True):
+            averaged.copy_(decay * averaged + (1 - decay) * parameter.detach())
+    for averaged, own in zip(expected, step.average, strict=True):
+        assert torch.allclose(averaged, own, atol=1e-7)
+    assert not torch.allclose(step.average[0], step.parameters[0], atol=1e-7)
+
+
+def test_the_private_loss_is_logged_when_asked_for_alone(job: Given, tmp_path: Path) -> None:
+    asked = dataclasses.replace(job, plan=dataclasses.replace(job.plan, loss_share=jobs.LOSS_SHARE))
+    step = a_step(asked, tmp_path)
+    row = step(0)
+    assert row.keys() - a_step(job, tmp_path, 4)(0).keys() == {"private_loss"}
+    assert row.keys() <= RELEASED
+    # Its noise has a standard deviation of 0.8 / (0.1 x 20) = 0.4: five of them beside a loss in [0, 1].
+    assert -2 < row["private_loss"] < 3.5
+
+
 def test_what_a_step_starts_from_is_part_of_its_lineage(job: Given) -> None:
     model, key = job.model(), Randomness.from_seed(1)
     own = finetune.digest(model, job.latents, job.labels, job.plan, key)
@@ -461,11 +610,24 @@ def test_removing_one_example_removes_its_contribution_and_nothing_else(
     assert max(float((a - b).norm()) for a, b in zip(with_it, third, strict=True)) > job.plan.max_grad_norm
 
 
-_TIMES = re.compile(r'("(?:time|updated|start|end|seconds|finetune|sample)": )[^,}\n]+')
+_TIMES = re.compile(r'("(?:updated|start|end)": )[^,}\n]+')
+
+
+class _Clock:
+    """A clock that says how often it was asked: a time that depends on the data is asked for more often."""
+
+    def __init__(self) -> None:
+        self._now = 1e9
+
+    def monotonic(self) -> float:
+        self._now += 1
+        return self._now
+
+    time = monotonic
 
 
 def _everything_released(directory: Path) -> dict[str, bytes]:
-    """All files of a run but its private folder, times taken out."""
+    """All files of a run but its private folder, without the dates of its start and end."""
     found = {}
     for path in sorted(directory.rglob("*")):
         if path.is_file() and "checkpoint" not in path.parts:
@@ -490,6 +652,8 @@ def _neighbours(cache: Path, tmp_path: Path, digits: ImageSplits, capsys: Any, p
         with patch.context() as patched:
             patched.setattr("dp_lora.data.load", lambda *args, i=images: digits._replace(train=i))
             patched.setattr(finetune, "noised_mean", lambda total, *rest: noised(0 * total, *rest))
+            for module in ("run", "tracking", "train"):
+                patched.setattr(f"dp_lora.{module}.time", _Clock())
             if removed:  # never in a batch: what a set without the image does
                 patched.setattr(finetune, "poisson_batch", lambda *args: (b := drawn(*args))[b != 700])
             words = (*TINY, SEEDED, "stages=[finetune,sample]", "tracking.progress=lines")
@@ -508,7 +672,7 @@ def _neighbours(cache: Path, tmp_path: Path, digits: ImageSplits, capsys: Any, p
 def test_what_is_written_tells_nothing_of_an_image_but_through_the_noised_sum(
     cache: Path, tmp_path: Path, digits: ImageSplits, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With all sums zero, runs on neighbouring sets write the same bytes, names and lines, but for times."""
+    """With all sums zero, runs on neighbouring sets write the same bytes, names, times and lines."""
     runs = _neighbours(cache, tmp_path, digits, capsys, monkeypatch)
     assert len(runs[0][0]) >= 10
     assert {"adapter/adapter_model.safetensors", "metrics.jsonl", "samples.npz"} <= runs[0][0].keys()
@@ -535,7 +699,7 @@ def test_the_neighbour_test_sees_a_batch_size_that_is_logged(
 
     monkeypatch.setattr(finetune.PrivateStep, "__call__", leaking)
     # Image 700 joins some batch of the four with probability 1 - 0.96^4 for a free seed; this one is fixed.
-    monkeypatch.setattr("test_finetune.TINY", (*TINY, "train.expected_batch_size=700"))
+    monkeypatch.setattr(f"{__name__}.TINY", (*TINY, "train.expected_batch_size=700"))
     runs = _neighbours(cache, tmp_path, digits, capsys, monkeypatch)
     assert runs[0][0]["metrics.jsonl"] == runs[1][0]["metrics.jsonl"] != runs[2][0]["metrics.jsonl"]
 

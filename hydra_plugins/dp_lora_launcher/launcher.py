@@ -1,0 +1,293 @@
+"""The driver of a sweep: plans, submits what is neither done nor under way, watches, reports."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from hydra.core.utils import JobReturn, JobStatus, setup_globals
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+from dp_lora.errors import SweepFailed, UserError
+from hydra_plugins.dp_lora_launcher import config as _settings  # noqa: F401  (registers them)
+
+if TYPE_CHECKING:
+    from hydra_plugins.dp_lora_launcher._cells import Cell
+    from hydra_plugins.dp_lora_launcher._ledger import Ledger, Submission
+
+LOG_LINES = 8
+"""Of a failed job, shown at the end."""
+
+
+class Cluster(Protocol):
+    """Where jobs run: `_slurm.Slurm` or `_pool.Pool`."""
+
+    def settle(self) -> None: ...
+
+    def adopt(self, jobs: Mapping[str, Cell]) -> None: ...
+
+    def submit(self, cells: Sequence[Cell]) -> Iterator[tuple[Submission, str]]: ...
+
+    def fill(self) -> Iterator[tuple[Submission, str]]: ...
+
+    def finally_report(self) -> None: ...
+
+    def live(self) -> dict[str, str] | None: ...
+
+    def ended(self, jobs: Sequence[str]) -> dict[str, str]: ...
+
+    def log(self, job: str) -> Path: ...
+
+    def stop(self) -> str: ...
+
+
+class SweepLauncher(Launcher):
+    """Hydra's launcher for the jobs of a sweep; its arguments are those of `config.LauncherConfig`."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        from hydra_plugins.dp_lora_launcher._cells import Composer
+
+        self.config = config
+        self.loader = Composer(hydra_context.config_loader)
+        # The sweeper checks all jobs by composing them, with the loader of this context.
+        hydra_context.config_loader = self.loader  # type: ignore[assignment]
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        from hydra_plugins.dp_lora_launcher._cells import code_version, compose_cells
+        from hydra_plugins.dp_lora_launcher._ledger import Ledger, command_line, sweep_folder
+
+        setup_globals()
+        settings, asked = self.settings, self.config.hydra.overrides
+        cells = compose_cells(self.loader, self.config, job_overrides, initial_job_idx)  # type: ignore[arg-type]
+        ledger = Ledger(sweep_folder(cells, settings["name"], list(asked.task)))
+        if settings["dry_run"]:
+            _say(plan(cells, ledger.folder))
+            return [_completed(words) for words in job_overrides]
+        self._check(cells)
+        hydra_words = [word for word in asked.hydra if not word.startswith("hydra.mode=")]
+        with ledger.held():
+            command = command_line(["-m", *asked.task, *hydra_words])
+            ledger.begin(cells, command, code_version(), settings["job"], any_code=settings["any_code"])
+            drive = Drive(cells, ledger, self._cluster(ledger), settings, hydra_words)
+            drive.run()
+        return [_completed(words) for words in job_overrides]
+
+    def _check(self, cells: Sequence[Cell]) -> None:
+        if self.settings["where"] == "slurm":
+            from hydra_plugins.dp_lora_launcher._slurm import Slurm
+
+            Slurm.check(cells)
+            return
+        from hydra_plugins.dp_lora_launcher._pool import Pool
+
+        if self.settings["detach"]:
+            raise UserError(
+                "hydra.launcher.detach=true: expected false with hydra/launcher=local, whose driver starts "
+                "the jobs one after another"
+            )
+        Pool.check(cells)
+
+    def _cluster(self, ledger: Ledger) -> Cluster:
+        settings = self.settings
+        parallel, kills, python = settings["max_parallel"], settings["max_kills"], settings["python"]
+        if settings["where"] == "slurm":
+            from hydra_plugins.dp_lora_launcher._slurm import Slurm
+
+            return Slurm(ledger, parallel, settings["preemption_notice_s"], kills, python)
+        from hydra_plugins.dp_lora_launcher._pool import Pool
+
+        return Pool(ledger, parallel, kills, python)
+
+
+class Drive:
+    """One call of the driver.
+
+    Args:
+        cells: of the sweep.
+        ledger: held.
+        cluster: where jobs run.
+        settings: of the launcher.
+        hydra_words: the command line's words for Hydra, for the commands that are shown.
+    """
+
+    def __init__(
+        self,
+        cells: Sequence[Cell],
+        ledger: Ledger,
+        cluster: Cluster,
+        settings: Mapping[str, Any],
+        hydra_words: Sequence[str],
+    ) -> None:
+        self.cells = {cell.identity: cell for cell in cells}
+        self.ledger, self.cluster, self.settings = ledger, cluster, settings
+        self.hydra_words = hydra_words
+        self.failed: dict[str, str] = {}
+
+    def run(self) -> None:
+        """Submits, watches and reports. Raises SweepFailed when a job failed."""
+        try:
+            self.cluster.settle()
+            self._submit()
+            if self.settings["detach"]:
+                _say("detached: the same command watches again; report.md will be written at the end")
+                return
+            self._watch()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"interrupted: {self.cluster.stop()}") from None
+        self._report()
+
+    def _submit(self) -> None:
+        done = {identity for identity, cell in self.cells.items() if cell.is_done()}
+        live = self._live_jobs(done)
+        todo = [
+            cell for identity, cell in self.cells.items() if identity not in done and identity not in live
+        ]
+        _say(f"sweep {self.ledger.folder}")
+        _say(f"{len(self.cells)} cells: {len(done)} done, {len(live)} under way, {len(todo)} to submit")
+        self.cluster.adopt({job: self.cells[identity] for identity, job in live.items()})
+        self.pending = set(self.cells) - done
+        for submission, asked in self.cluster.submit(todo):
+            self._submitted(submission, asked)
+        if todo:
+            self.cluster.finally_report()
+
+    @staticmethod
+    def _submitted(submission: Submission, asked: str) -> None:
+        assert submission.jobs
+        jobs = (
+            submission.jobs[0]
+            if len(submission.jobs) == 1
+            else f"{submission.jobs[0]} ... {submission.jobs[-1]}"
+        )
+        _say(f"submitted {len(submission.cells)} cells as {jobs}: {asked}")
+
+    def _live_jobs(self, done: set[str]) -> dict[str, str]:
+        """The jobs, by cell, that an earlier driver submitted and that have not ended."""
+        jobs = {
+            cell: job for cell, job in self.ledger.jobs().items() if cell in self.cells and cell not in done
+        }
+        if not jobs:
+            return {}
+        while (live := self.cluster.live()) is None:
+            _say("SLURM does not answer; asking again")
+            time.sleep(self.settings["poll_s"])
+        # squeue may leave out a job for the moment in which it is queued again.
+        gone = [job for job in jobs.values() if job not in live]
+        ended = self.cluster.ended(gone) if gone else {}
+        return {cell: job for cell, job in jobs.items() if job not in ended}
+
+    def _watch(self) -> None:
+        shown = ""
+        while self.pending:
+            live = self.cluster.live()
+            if live is None:
+                _say("SLURM does not answer; the jobs go on")
+            else:
+                self._settle_ended(live)
+                self._fill()
+                if (line := self._progress(live)) != shown:
+                    _say(shown := line)
+            if self.pending:
+                time.sleep(self.settings["poll_s"])
+
+    def _settle_ended(self, live: Mapping[str, str]) -> None:
+        jobs = self.ledger.jobs()
+        gone = {jobs[cell]: cell for cell in self.pending if cell in jobs and jobs[cell] not in live}
+        if not gone:
+            return
+        for job, how in self.cluster.ended(list(gone)).items():
+            cell = gone[job]
+            self.pending.discard(cell)
+            if not self.cells[cell].is_done():
+                self.failed[cell] = how
+
+    def _fill(self) -> None:
+        """Starts what has room now, where jobs need the driver for it."""
+        for submission, asked in self.cluster.fill():
+            self._submitted(submission, asked)
+
+    def _progress(self, live: Mapping[str, str]) -> str:
+        jobs = self.ledger.jobs()
+        states = Counter(live.get(jobs.get(cell, ""), "waiting").lower() for cell in self.pending)
+        done = len(self.cells) - len(self.pending) - len(self.failed)
+        parts = [
+            f"{done} of {len(self.cells)} done",
+            *(f"{n} {state}" for state, n in sorted(states.items())),
+        ]
+        return ", ".join([*parts, *([f"{len(self.failed)} failed"] if self.failed else [])])
+
+    def _report(self) -> None:
+        from sweeps.report import write
+
+        print(write(self.ledger.folder), flush=True)
+        if self.failed:
+            for cell, how in self.failed.items():
+                _say(self._failure(self.cells[cell], how))
+            raise SweepFailed(
+                f"{len(self.failed)} of {len(self.cells)} cells failed; the same command submits them again, "
+                "and nothing else"
+            )
+        _say(f"all {len(self.cells)} cells are done; {self.ledger.folder / 'report.md'}")
+
+    def _failure(self, cell: Cell, how: str) -> str:
+        """What is known of a failed cell: SLURM's word, its last lines, the command that tries again."""
+        from hydra_plugins.dp_lora_launcher._ledger import command_line
+
+        job = self.ledger.jobs()[cell.identity]
+        log = self.cluster.log(job)
+        lines = log.read_text(errors="replace").splitlines()[-LOG_LINES:] if log.exists() else []
+        again = command_line(["-m", *(word.replace("'", "") for word in cell.words), *self.hydra_words])
+        return "\n".join(
+            [
+                f"failed: cell {cell.number} ({' '.join(cell.words)}), job {job}: {how}",
+                *(f"    | {line}" for line in lines),
+                f"    log    {log}",
+                f"    retry  {again}",
+            ]
+        )
+
+
+def plan(cells: Sequence[Cell], folder: Path) -> str:
+    """What submitting would do: every cell, what it asks for, and the time that finished runs tell."""
+    from hydra_plugins.dp_lora_launcher._slurm import describe
+    from sweeps.plan import hours, rates
+
+    measured = rates(Path(cells[0].config.paths.outputs) / cells[0].config.experiment)
+    common = set.intersection(*(set(cell.words) for cell in cells)) if len(cells) > 1 else set()
+    lines, total, unknown = [f"sweep {folder}"], 0.0, 0
+    for cell in cells:
+        resources = cell.config.resources
+        processors = max(1, resources.gpus * resources.nodes)
+        expected = hours(cell.config, measured)
+        if cell.is_done():
+            state = "done"
+        elif expected is None:
+            state, unknown = "to run", unknown + 1
+        else:
+            state, total = f"to run, {expected * processors:.2f} h", total + expected * processors
+        words = " ".join(word for word in cell.words if word not in common) or "defaults"
+        lines.append(f"{cell.number:>4}  {state:<16} {words}  [{describe(resources)}]")
+    kind = "GPU-hours" if any(cell.config.resources.gpus for cell in cells) else "hours"
+    known = f"{total:.2f} {kind} by {len(measured)} finished runs" if measured else "no finished run to go by"
+    left = f"; {unknown} cells without an estimate" if measured and unknown else ""
+    waiting = sum(not cell.is_done() for cell in cells)
+    return "\n".join([*lines, f"{len(cells)} cells, {waiting} to run; {known}{left}; nothing was submitted"])
+
+
+def _completed(words: Sequence[str]) -> JobReturn:
+    returned = JobReturn(overrides=list(words), status=JobStatus.COMPLETED)
+    returned.return_value = None
+    return returned
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,1 @@
+"""Ablations: reads the run directories that jobs leave, and turns them into tables."""

@@ -1,0 +1,118 @@
+"""Real jobs on a real SLURM: whatever happens on the way, the result is that of a quiet run, bit for bit."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import words
+from safetensors.torch import load_file
+from wandb_file import read_run
+
+from dp_lora.files import read_json, read_lines
+from slurm.conftest import Start, run, until
+from slurm.havoc import GRID, KILLS, PAIR, REAL, Havoc
+
+pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("slurm")]
+
+
+@pytest.fixture(scope="module")
+def quiet(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
+    """The outputs of the same jobs in one process that nothing happens to, once they are there."""
+    folder = tmp_path_factory.mktemp("quiet")
+    process = [
+        subprocess.Popen(
+            [sys.executable, "-m", "dp_lora", "-m", *_distinct(*words(cache, folder), *REAL, *more)],
+            cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )
+        for more in (GRID, PAIR)
+    ]  # fmt: skip
+
+    def wait() -> Path:
+        for one in process:
+            _, errors = one.communicate(timeout=300)
+            assert one.returncode == 0, errors
+        return folder
+
+    return wait
+
+
+def _distinct(*given: str) -> list[str]:
+    return list({word.partition("=")[0]: word for word in given}.values())
+
+
+def released(directory: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """The bytes of the weights and the content of privacy.json."""
+    weights = {path.name: path.read_bytes() for path in (directory / "adapter").glob("*.safetensors")}
+    return weights, read_json(directory / "privacy.json")
+
+
+def twin(directory: Path, quiet: Path) -> Path:
+    """The quiet run of the same configuration."""
+    (found,) = quiet.glob(f"default/*-{directory.name.rpartition('-')[2]}")
+    return found
+
+
+def test_a_sweep_through_havoc_ends_like_a_quiet_one(havoc: Future[Havoc], quiet: Callable[[], Path]) -> None:
+    ended = havoc.result()
+    assert ended.sweep.process.returncode == 0, ended.sweep.said()
+    assert len(ended.done) >= KILLS, ended.done
+    outputs = quiet()
+    cells = ended.sweep.cells()
+    assert len(cells) == 24
+    restarts = 0
+    for directory in cells.values():
+        assert released(directory) == released(twin(directory, outputs)), directory
+        rows = read_lines(directory / "metrics.jsonl")
+        assert [row["step"] for row in rows] == list(range(1, 13))
+        assert len(read_lines(directory / "checkpoint" / "executions.jsonl")) == 12, (
+            "no step was paid for twice"
+        )
+        restarts += read_json(directory / "provenance.json")["restarts"]
+    assert restarts >= 5, "some were hit while they trained"
+    report = (ended.sweep.ledger.folder / "report.md").read_text()
+    assert report.count("| done |") == 24
+
+
+def test_two_processes_of_one_job_end_where_one_does(
+    start: Start, cache: Path, quiet: Callable[[], Path]
+) -> None:
+    sweep = start(
+        *REAL, *PAIR, f"paths.cache={cache}", "resources.processes=2", "resources.memory_gb=4", counting=False
+    )
+    assert sweep.wait() == 0, sweep.said()
+    (directory,) = sweep.cells().values()
+    alone = twin(directory, quiet())
+    for name in ("adapter_model.safetensors", "trained.safetensors"):
+        both, one = load_file(directory / "adapter" / name), load_file(alone / "adapter" / name)
+        assert both.keys() == one.keys()
+        apart = torch.cat([(both[key] - one[key]).flatten() for key in one])
+        whole = torch.cat([one[key].flatten() for key in one])
+        assert float(apart.norm() / whole.norm()) < 1e-6
+    assert read_json(directory / "privacy.json") == read_json(alone / "privacy.json")
+
+
+def test_a_preempted_job_goes_on_in_the_same_wandb_run(start: Start, cache: Path) -> None:
+    sweep = start(
+        *REAL,
+        "train.max_steps=40",
+        f"paths.cache={cache}",
+        "tracking.wandb=offline",
+        "resources.memory_gb=4",
+        counting=False,
+    )
+    (directory,) = sweep.begun().values()
+    until(lambda: len(read_lines(directory / "metrics.jsonl")) >= 2, sweep)
+    run("scancel", "--signal=USR2", sweep.job(0))
+    assert sweep.wait() == 0, sweep.said()
+    files = sorted((directory / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(files) == 2
+    runs = [read_run(path) for path in files]
+    assert {found.run_id for found in runs} == {directory.name.rpartition("-")[2]}
+    assert read_json(directory / "provenance.json")["restarts"] == 1

@@ -1,0 +1,108 @@
+"""What a cluster does to jobs, on a real SLURM: nothing finished is lost, and nothing runs twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from dp_lora.files import read_json
+from slurm.conftest import Start, Sweep, how_it_ended, run, until
+from slurm.jobs import counted, starts
+
+pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("slurm")]
+
+STEPS = 40
+QUIET, RAISES, KILLS, MEMORY, USR2, REQUEUED, CANCELLED, KILLED_ONCE, TERMINATED = range(9)
+
+
+def now(directory: Path) -> int:
+    path = directory / "now"
+    return int(path.read_text()) if path.exists() else 0
+
+
+def is_right(directory: Path, steps: int = STEPS) -> bool:
+    """Whether the job is done, with the result of one that nothing happened to."""
+    path = directory / "result.json"
+    if not path.exists():
+        return False
+    result = read_json(path)
+    return bool(result["state"] == counted(result["seed"], steps))
+
+
+@pytest.fixture(scope="module")
+def treated(start: Start) -> Sweep:
+    """Nine jobs, each of which something else happens to; the driver has ended."""
+    sweep = start(
+        f"seed={','.join(map(str, range(9)))}",
+        f"train.max_steps={STEPS}",
+        f"tracking.tags=[{RAISES}-raise,{KILLS}-kill,{MEMORY}-memory]",
+        "hydra.launcher.max_kills=1",
+    )
+    cells = sweep.begun()
+    acts = {
+        USR2: lambda: run("scancel", "--signal=USR2", sweep.job(USR2)),
+        REQUEUED: lambda: run("scontrol", "requeue", sweep.job(REQUEUED)),
+        CANCELLED: lambda: run("scancel", sweep.job(CANCELLED)),
+        KILLED_ONCE: lambda: os.kill(starts(cells[KILLED_ONCE])[-1]["pid"], signal.SIGKILL),
+        TERMINATED: lambda: run("scancel", "--signal=TERM", sweep.job(TERMINATED)),
+    }
+    for number, act in acts.items():
+        until(lambda number=number: now(cells[number]) >= 3, sweep)
+        act()
+    sweep.wait()
+    return sweep
+
+
+def test_the_others_finish_when_some_fail(treated: Sweep) -> None:
+    failed = {RAISES, KILLS, MEMORY, CANCELLED}
+    for number, directory in treated.cells().items():
+        assert is_right(directory) == (number not in failed), (number, treated.said())
+    assert treated.process.returncode == 1
+
+
+def test_slurm_calls_a_failed_job_failed(treated: Sweep) -> None:
+    assert how_it_ended(treated.job(RAISES)) == "FAILED"
+    assert how_it_ended(treated.job(KILLS)) == "FAILED"
+    assert how_it_ended(treated.job(MEMORY)) in ("FAILED", "OUT_OF_MEMORY", "CANCELLED")
+    assert how_it_ended(treated.job(CANCELLED)).startswith("CANCELLED")
+    assert how_it_ended(treated.job(QUIET)) == "COMPLETED"
+
+
+def test_every_failure_is_reported_with_its_log_and_the_command_that_retries_it(treated: Sweep) -> None:
+    said = treated.said()
+    assert "4 of 9 cells failed" in said.splitlines()[-1]
+    for number in (RAISES, KILLS, MEMORY, CANCELLED):
+        (block,) = (part for part in said.split("failed: cell ")[1:] if part.startswith(f"{number} "))
+        assert treated.job(number) in block
+        assert f"seed={number}" in next(line for line in block.splitlines() if "retry  dp-lora -m" in line)
+    assert "| dp-lora: RuntimeError: no such luck" in said
+    assert "CANCELLED" in said
+    report = (treated.ledger.folder / "report.md").read_text()
+    assert report in said
+    assert len([line for line in report.splitlines() if line.startswith("| seed=")]) == 9
+    assert "no such luck" not in report, "what an unexpected error says stays in its private log"
+
+
+def test_a_signal_saves_and_queues_again_under_the_same_number(treated: Sweep) -> None:
+    first, second = starts(treated.cells()[USR2])
+    assert first["job"] == second["job"] == treated.job(USR2)
+    assert second["restart"] == 1
+    assert second["from"] >= 3, "not one finished step was lost"
+
+
+def test_without_a_signal_a_job_goes_on_from_its_last_checkpoint(treated: Sweep) -> None:
+    for number in (REQUEUED, KILLED_ONCE):
+        first, second = starts(treated.cells()[number])
+        assert first["job"] == second["job"] == treated.job(number)
+        assert second["from"] >= 2 and second["from"] % 2 == 0
+
+
+def test_a_job_that_is_told_to_end_saves_and_goes_on_until_it_is_ended(treated: Sweep) -> None:
+    assert len(starts(treated.cells()[TERMINATED])) == 1
+
+
+def test_a_job_that_kills_itself_is_queued_again_so_often_and_no_more(treated: Sweep) -> None:
+    assert len(starts(treated.cells()[KILLS])) == 2
