@@ -31,7 +31,7 @@ from dp_lora.files import read_lines
 from dp_lora.latents import Latents
 from dp_lora.models import LatentDiffusion, build, load
 from dp_lora.pretrain import AutoencoderStep, DecoderStep, DiffusionStep
-from dp_lora.train import Interrupted
+from dp_lora.signals import Interrupted
 
 SMALL = PretrainConfig(
     autoencoder_steps=8, autoencoder_batch_size=10, unet_steps=8, unet_batch_size=10, decoder_steps=8
