@@ -182,16 +182,18 @@ def _loading_section(base_model: str, *, lora: bool) -> str:
         "`trained.safetensors`, where there is one, holds the parameters that were trained in place by their "
         "names in the model: those that begin with `unet.` go into the UNet by `load_state_dict(..., "
         "strict=False)`, and row i of `class_embedder.weight` is the condition of class i, to be given as "
-        "`encoder_hidden_states` of shape [batch, 1, width]. Its metadata lists the classes in that order."
+        "`encoder_hidden_states` of shape [batch, 1, width], or in place of a row of the network's table. "
+        "Its metadata lists the classes in that order."
     )
     if not lora:
         return f"## Loading\n\n{trained}"
     code = [
         "```python",
-        "from diffusers import UNet2DConditionModel",
+        "from diffusers import AutoModel",
         "from peft import PeftModel",
         "",
-        f'unet = UNet2DConditionModel.from_pretrained({json.dumps(base_model)}, subfolder="unet")',
+        "# A diffusion transformer is in the subfolder transformer.",
+        f'unet = AutoModel.from_pretrained({json.dumps(base_model)}, subfolder="unet")',
         'unet = PeftModel.from_pretrained(unet, ".")  # the folder of this file',
         "unet.eval()",
         "```",

@@ -125,7 +125,8 @@ def find(pretrained: str) -> Path:
     names = sorted(path.name for path in WEIGHTS.iterdir()) if WEIGHTS.is_dir() else []
     raise UserError(
         f"model.pretrained={pretrained!r}: expected a folder in diffusers form (unet/config.json ... or "
-        f"model_index.json), the name of a pipeline on the hub (owner/name) or one of "
+        "model_index.json; dp-lora-import makes one of a CompVis checkpoint), the name of a pipeline on the "
+        "hub (owner/name) or one of "
         f"{', '.join(names) or 'no shipped weights'}{did_you_mean(pretrained, names)}"
     )
 

@@ -171,7 +171,8 @@ def _scheduler(folder: Path) -> tuple[DDPMScheduler, bool]:
             f"model.pretrained: {folder / 'scheduler'} has prediction_type {prediction!r}, expected epsilon "
             "or v_prediction"
         )
-    known = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+    betas = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+    known = ("num_train_timesteps", *betas)
     values = {key: config[key] for key in known if config.get(key) is not None}
     try:
         with torch.device("cpu"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import shutil
@@ -37,7 +38,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from PIL import Image
 
 from dp_lora import adapters, latents, sample
-from dp_lora.config import LoraConfig, ModelConfig
+from dp_lora.config import Config, LoraConfig, ModelConfig
 from dp_lora.data import ImageSplits
 from dp_lora.errors import UserError
 from dp_lora.models import WEIGHTS, LatentDiffusion, build, find, load, outline, save, sha256
@@ -230,8 +231,13 @@ PAPER_MILLIONS = {
 }
 
 
+@functools.cache
+def settings(experiment: str) -> Config:
+    return composed(f"experiment={experiment}")
+
+
 def meta(experiment: str) -> LatentDiffusion:
-    config = composed(f"experiment={experiment}")
+    config = settings(experiment)
     size = config.data.image_size
     with torch.device("meta"):
         return build(config.model, classes=CLASSES, channels=config.data.channels, image_size=size)
@@ -257,7 +263,7 @@ def test_an_experiment_composes_and_has_the_paper_s_unet(experiment: str) -> Non
     [("mnist", 4), ("cifar10", 16), ("celeba32", 16), ("celeba64", 32), ("celebahq256", 64)],
 )
 def test_an_experiment_has_the_paper_s_latents(experiment: str, latent: int) -> None:
-    config, model = composed(f"experiment={experiment}"), meta(experiment)
+    config, model = settings(experiment), meta(experiment)
     assert model.latent_shape == (3, latent, latent)
     assert model.image_shape == (3, config.data.image_size, config.data.image_size)
     kind = VQModel if experiment == "celebahq256" else AutoencoderKL
@@ -312,7 +318,7 @@ def test_lora_has_the_paper_s_parameters(
 
 def test_the_class_embedder_has_the_paper_s_parameters() -> None:
     for experiment, classes, count in (("mnist", 26, 130), ("cifar10", 10, 5120), ("celebahq256", 2, 1024)):
-        config = composed(f"experiment={experiment}")
+        config = settings(experiment)
         size = config.data.image_size
         with torch.device("meta"):
             model = build(config.model, classes=["?"] * classes, channels=3, image_size=size)
