@@ -146,6 +146,11 @@ class Preprocessing:
             if isinstance(content, np.ndarray):
                 return self._pixels(Image.fromarray(content))
             with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
+                if self.resample == "pad" and max(image.size) > self.size:
+                    raise UserError(
+                        f"{field}.resample=pad: {name} has {image.size[0]} x {image.size[1]} pixels, "
+                        f"expected at most {self.size} x {self.size}, or a filter such as bicubic"
+                    )
                 return self._pixels(image)
         except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
             raise UserError(f"{field}.source: {name} is no image that can be read") from error
@@ -167,7 +172,6 @@ class Preprocessing:
         from PIL import Image, ImageOps
 
         if self.resample == "pad":
-            # A negative margin crops.
             square = Image.new(image.mode, (self.size, self.size))
             square.paste(image, tuple((self.size - side) // 2 for side in image.size))
             return square

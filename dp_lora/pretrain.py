@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from dp_lora.config import Config, PretrainConfig
 from dp_lora.data import ImageSet, ImageSplits
 from dp_lora.diffusion import class_balanced, per_example_loss, sample_latents
+from dp_lora.errors import UserError
 from dp_lora.files import write_atomic
 from dp_lora.latents import Latents, cached, encode, encoded_batches, to_bytes, to_unit_range
 from dp_lora.models import LatentDiffusion, build, save
@@ -104,7 +105,7 @@ class _PublicStep(ABC):
             group["lr"] = learning_rate(self.base_rate, schedule, step, self.total, warmup)
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = torch.zeros_like(parameter) if gradient is None else gradient
+            parameter.grad = gradient  # None, and so left alone, where a parameter has no effect
         summed([p.grad for p in parameters if p.grad is not None])
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -352,9 +353,10 @@ def pretrain(
         log: called with the number of finished steps and what may be logged.
         source: where the images come from, for the record.
 
-    Raises UserError for a feature network that cannot be read.
+    Raises UserError for a feature network that cannot be read, or a batch with less images than processes.
     """
     assert images.train.public, "pre-training has no privacy"
+    _check_batches(config.model.pretrain)
     work = folder.with_name(folder.name + ".partial")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -390,6 +392,16 @@ def pretrain(
         shutil.rmtree(work)
     if dist.is_initialized():
         dist.barrier()
+
+
+def _check_batches(settings: PretrainConfig) -> None:
+    count = dist.get_world_size() if dist.is_initialized() else 1
+    for name in ("autoencoder_batch_size", "unet_batch_size"):
+        if getattr(settings, name) < count:
+            raise UserError(
+                f"model.pretrain.{name}={getattr(settings, name)}: expected at least one image for each of "
+                f"the {count} processes"
+            )
 
 
 class _Stages:

