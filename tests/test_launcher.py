@@ -78,7 +78,7 @@ def loaders() -> Iterator[tuple[Any, Any]]:
         ["train=long", "train.max_steps=null", "train.epochs=2.5"],
         ["data=digits", "data@public_data=digits", "public_data.public=true", "model=tiny8"],
         ["+resources.sbatch.reservation=night", "resources=gpu4", "lora.target_modules=[to_q,to_v]"],
-        ["epsilon='inf'", "tracking.tags=[a,b]", "~data.source"],
+        ["epsilon='inf'", "tracking.tags=[a,b]", "++seed=5"],
         [],
     ],
 )
