@@ -67,7 +67,7 @@ class SweepLauncher(Launcher):
 
         setup_globals()
         settings, asked = self.settings, self.config.hydra.overrides
-        cells = compose_cells(self.loader, self.config, job_overrides, initial_job_idx)  # type: ignore[arg-type]
+        cells = compose_cells(self.loader, self.config, job_overrides, initial_job_idx)
         ledger = Ledger(sweep_folder(cells, settings["name"], list(asked.task)))
         if settings["dry_run"]:
             _say(plan(cells, ledger.folder))
