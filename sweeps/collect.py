@@ -14,10 +14,14 @@ PRIVACY = ("epsilon", "delta", "noise_multiplier", "noise_multiplicity", "steps"
 """What a row takes from privacy.json."""
 
 
-def collect(folder: Path) -> list[dict[str, Any]]:
+def collect(folder: Path, *, ended: bool = False) -> list[dict[str, Any]]:
     """One row for each cell of the sweep in `folder`, in its order, whatever became of the cell.
 
     Keys as of `row`, and `cell`: what was asked of this cell and differs between cells.
+
+    Args:
+        folder: of the sweep.
+        ended: no job of the sweep is left, so one that says that it runs was killed.
     """
     cells = read_json(folder / "sweep.json")["cells"]
     common = set.intersection(*(set(cell["words"]) for cell in cells)) if len(cells) > 1 else set()
@@ -28,6 +32,8 @@ def collect(folder: Path) -> list[dict[str, Any]]:
         failure = folder / "cells" / f"{cell['identity']}.failed"
         if found["state"] != "done" and failure.exists():
             found |= {"state": "failed", "error": found["error"] or "see its log"}
+        if found["state"] == "running" and ended:
+            found |= {"state": "failed", "error": "it was killed, or ran out of memory or time"}
         rows.append({"cell": asked.replace("'", "") or "defaults", **found})
     return rows
 

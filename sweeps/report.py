@@ -17,8 +17,8 @@ _NOT_METRICS = {
 
 
 def write(folder: Path) -> str:
-    """Writes report.md and report.csv into the sweep's folder; returns the Markdown."""
-    rows = collect(folder)
+    """Writes report.md and report.csv of a sweep whose jobs have ended; returns the Markdown."""
+    rows = collect(folder, ended=True)
     text = markdown(rows, read_json(folder / "sweep.json")["command"])
     write_atomic(folder / "report.md", text)
     write_atomic(folder / "report.csv", as_csv(rows))

@@ -68,6 +68,9 @@ def test_every_cell_is_a_row_whatever_became_of_it(sweep: Path) -> None:
     assert rows[0]["accuracy_cnn"] == 0.9 and rows[0]["seconds"] == 4.0 and rows[0]["epsilon"] == 9.9
     assert rows[1]["error"] == "RuntimeError" and rows[1]["seconds"] is None
     assert rows[2]["epsilon"] == math.inf
+    assert [r["state"] for r in collect(sweep, ended=True)] == [
+        "done", "failed", "failed", "missing", "failed"
+    ]  # fmt: skip
     assert rows[3] | row(Path("/nowhere")) == rows[3] | {"directory": "/nowhere"}
 
 
@@ -81,7 +84,7 @@ def test_a_table_says_what_its_numbers_are(sweep: Path) -> None:
         assert word in text
     assert "secret" not in text
     rows = list(csv.DictReader(io.StringIO((sweep / "report.csv").read_text())))
-    assert [r["state"] for r in rows] == ["done", "failed", "running", "missing", "failed"]
+    assert [r["state"] for r in rows] == ["done", "failed", "failed", "missing", "failed"]
     assert rows[0]["accuracy_cnn_before"] == "0.1"
 
 

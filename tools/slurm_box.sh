@@ -248,9 +248,9 @@ cmd_down() {
       rm -f "$BOX/run/$name.pid"
     done
   done
-  # A daemon that was starting a job may have left a copy of itself.
-  for pid in $(grep -lzxF -- "$SLURM_CONF" /proc/[0-9]*/cmdline 2>/dev/null | cut -d/ -f3); do
-    if grep -qa '^slurm' "/proc/$pid/comm"; then kill -9 "$pid" 2>/dev/null || true; fi
+  # A daemon that was starting or ending a job may have left a process of it; all have this environment.
+  for pid in $(grep -lzxF -- "SLURM_CONF=$SLURM_CONF" /proc/[0-9]*/environ 2>/dev/null | cut -d/ -f3); do
+    if grep -qsE '^slurm(d|stepd|ctld)$' "/proc/$pid/comm"; then kill -9 "$pid" 2>/dev/null || true; fi
   done
   say "down"
 }

@@ -12,6 +12,7 @@ from typing import Any
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
@@ -60,31 +61,38 @@ class Composer:
         self._loader = loader
         self._parser = OverridesParser.create(config_loader=loader)
         self._composed: dict[tuple[str, ...], DictConfig] = {}
+        self._parsed: dict[str, Override] = {}
         self._groups: dict[str, bool] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
 
     def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
-        """What Hydra's own loader gives, with the task's overrides left out of `hydra.overrides`."""
+        """What Hydra's own loader gives, without its node `hydra`."""
         presets, values = self._split(sweep_overrides)
         key = tuple(presets)
         if key not in self._composed:
             self._composed[key] = self._loader.load_sweep_config(master_config, presets)
+            with open_dict(self._composed[key]):
+                del self._composed[key]["hydra"]
         config = copy.deepcopy(self._composed[key])
         try:
             for name, value in values:
                 OmegaConf.update(config, name, value, merge=True)
         except OmegaConfBaseException:
             # Hydra's own loader refuses it too, and says which word it was.
-            return self._loader.load_sweep_config(master_config, sweep_overrides)
+            self._loader.load_sweep_config(master_config, sweep_overrides)
+            raise
         return config
 
     def _split(self, words: Sequence[str]) -> tuple[list[str], list[tuple[str, Any]]]:
         """The words that choose presets or only Hydra can apply, and the names and values of the rest."""
         presets: list[str] = []
         values: list[tuple[str, Any]] = []
-        for override in self._parser.parse_overrides(list(words)):
+        for word in words:
+            if word not in self._parsed:
+                (self._parsed[word],) = self._parser.parse_overrides([word])
+            override = self._parsed[word]
             name = override.key_or_group
             plain = override.package is None and not (
                 override.is_add() or override.is_delete() or override.is_force_add()
@@ -102,7 +110,7 @@ class Composer:
 
 
 def compose_cells(
-    loader: ConfigLoader, master: DictConfig, job_words: Sequence[Sequence[str]], first: int
+    loader: Composer, master: DictConfig, job_words: Sequence[Sequence[str]], first: int
 ) -> list[Cell]:
     """Every job of the sweep, checked; one that asks for the same run as an earlier one is left out.
 
@@ -110,10 +118,7 @@ def compose_cells(
     """
     cells: dict[Path, Cell] = {}
     for number, words in enumerate(job_words, start=first):
-        composed = loader.load_sweep_config(master, list(words))
-        with open_dict(composed):
-            del composed["hydra"]
-        config = from_omegaconf(composed)
+        config = from_omegaconf(loader.load_sweep_config(master, list(words)))
         if config.stages == ["pretrain"]:
             raise UserError("stages=['pretrain']: a sweep makes its models by itself; expected other stages")
         for name in ("outputs", "cache", "data"):

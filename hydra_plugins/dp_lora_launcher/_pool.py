@@ -38,6 +38,7 @@ class Pool:
         self.gpus = visible_gpus()
         self._waiting: list[Cell] = []
         self._running: dict[str, tuple[Cell, list[int]]] = {}
+        self._cells: dict[str, Cell] = {}
         self._started: dict[str, submitit.LocalJob[Any]] = {}
         self._kills: dict[str, int] = {}
 
@@ -71,6 +72,7 @@ class Pool:
 
     def adopt(self, jobs: Mapping[str, Cell]) -> None:
         """Takes back jobs that an earlier driver left running: they hold their cores and GPUs."""
+        self._cells.update(jobs)
         for job, cell in jobs.items():
             devices = _environment(int(job)).get("CUDA_VISIBLE_DEVICES", "")
             self._running[job] = (cell, [int(word) for word in devices.split(",") if word.isdigit()])
@@ -122,6 +124,7 @@ class Pool:
         self.ledger.submitted(submission, [job.job_id])
         self._started[job.job_id] = job
         self._running[job.job_id] = (cell, gpus)
+        self._cells[job.job_id] = cell
         return submission, f"GPUs {gpus}" if gpus else "no GPU"
 
     def live(self) -> dict[str, str]:
@@ -139,7 +142,7 @@ class Pool:
         """How each of these jobs ended; one that was killed is started again, and left out."""
         answer = {}
         for job in jobs:
-            cell = self._running.get(job, (None, []))[0]
+            cell = self._cells.get(job)
             if cell is not None and not self.ledger.failure(cell.identity).exists() and not cell.is_done():
                 self._kills[cell.identity] = self._kills.get(cell.identity, 0) + 1
                 if self._kills[cell.identity] <= self.max_kills:

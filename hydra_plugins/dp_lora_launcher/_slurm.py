@@ -248,7 +248,7 @@ class Slurm:
         user = str(os.getuid())
         for words in (
             ["squeue", "-h", "-u", user, "-n", name, "-o", "%F"],
-            ["sacct", "-X", "-n", "-P", "-u", user, "--name", name, "-o", "JobID"],
+            ["sacct", "-X", "-n", "-P", "-u", user, "-S", "now-30days", "--name", name, "-o", "JobID"],
         ):
             lines = _run(words).stdout.split()
             if lines:

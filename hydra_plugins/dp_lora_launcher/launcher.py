@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from hydra_plugins.dp_lora_launcher._cells import Cell
     from hydra_plugins.dp_lora_launcher._ledger import Ledger, Submission
 
+FILES_ARRIVE_S = 60.0
+"""How long a network file system may hide a file that another machine has written."""
+
 LOG_LINES = 8
 """Of a failed job, shown at the end."""
 
@@ -67,7 +70,7 @@ class SweepLauncher(Launcher):
 
         setup_globals()
         settings, asked = self.settings, self.config.hydra.overrides
-        cells = compose_cells(self.loader, self.config, job_overrides, initial_job_idx)  # type: ignore[arg-type]
+        cells = compose_cells(self.loader, self.config, job_overrides, initial_job_idx)
         ledger = Ledger(sweep_folder(cells, settings["name"], list(asked.task)))
         if settings["dry_run"]:
             _say(plan(cells, ledger.folder))
@@ -131,6 +134,7 @@ class Drive:
         self.ledger, self.cluster, self.settings = ledger, cluster, settings
         self.hydra_words = hydra_words
         self.failed: dict[str, str] = {}
+        self.missing: dict[str, float] = {}
 
     def run(self) -> None:
         """Submits, watches and reports. Raises SweepFailed when a job failed."""
@@ -200,15 +204,19 @@ class Drive:
                 time.sleep(self.settings["poll_s"])
 
     def _settle_ended(self, live: Mapping[str, str]) -> None:
-        jobs = self.ledger.jobs()
+        jobs, now = self.ledger.jobs(), time.monotonic()
         gone = {jobs[cell]: cell for cell in self.pending if cell in jobs and jobs[cell] not in live}
-        if not gone:
-            return
-        for job, how in self.cluster.ended(list(gone)).items():
-            cell = gone[job]
-            self.pending.discard(cell)
-            if not self.cells[cell].is_done():
-                self.failed[cell] = how
+        self.missing = {job: self.missing.get(job, now) for job in gone}
+        for cell in gone.values():
+            if self.cells[cell].is_done():
+                self.pending.discard(cell)
+        # A queue may leave out a job for the moment in which it is queued again: look twice.
+        twice = [job for job, cell in gone.items() if cell in self.pending and now > self.missing[job]]
+        for job, how in (self.cluster.ended(twice) if twice else {}).items():
+            # What a node wrote may reach this machine late.
+            if how != "COMPLETED" or now - self.missing[job] > FILES_ARRIVE_S:
+                self.pending.discard(gone[job])
+                self.failed[gone[job]] = how
 
     def _fill(self) -> None:
         """Starts what has room now, where jobs need the driver for it."""

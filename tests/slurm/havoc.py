@@ -6,11 +6,14 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from conftest import words
 
 from dp_lora.files import read_json
 from slurm.conftest import Start, Sweep, until
@@ -20,6 +23,24 @@ REAL = ("stages=[finetune]", "train.max_steps=12", "train.expected_batch_size=12
 GRID = ("seed=0,1,2,3", "epsilon=eps1,eps10", "lora_rank=r2,r4,r8")
 PAIR = ("train.max_steps=4", "train.microbatch=7", "privacy.insecure_seed=8")
 KILLS = 20
+
+
+class Quiet:
+    """The same jobs, one after another in one process that nothing happens to."""
+
+    def __init__(self, cache: Path, folder: Path, more: Sequence[str]) -> None:
+        self._folder = folder
+        given = {word.partition("=")[0]: word for word in [*words(cache, folder), *REAL, *more]}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "dp_lora", "-m", *given.values()],
+            cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def __call__(self) -> Path:
+        """Their folder of outputs, once they have ended."""
+        _, errors = self._process.communicate(timeout=600)
+        assert self._process.returncode == 0, errors
+        return self._folder
 
 
 def process_of(job: str, conf: str) -> int | None:
@@ -48,8 +69,8 @@ def _trains(directory: Path) -> bool:
 class Havoc:
     """Kills and disturbs the jobs of a sweep, and its driver."""
 
-    def __init__(self, sweep: Sweep, again: Callable[[], Sweep]) -> None:
-        self.sweep, self.again = sweep, again
+    def __init__(self, sweep: Sweep, again: Callable[[], Sweep], quiet: Quiet) -> None:
+        self.sweep, self.again, self.quiet = sweep, again, quiet
         self.random = random.Random(0)
         self.done: list[str] = []
 
@@ -113,12 +134,18 @@ class Havoc:
 
 
 def wreak(start: Start, cache: Path, environment: dict[str, str], over: threading.Event) -> Havoc:
-    """A sweep of 24 jobs through at least `KILLS` blows, until its driver has ended or nobody waits for it."""
+    """A sweep of 24 jobs through at least `KILLS` blows, until its driver ends or nobody waits for it."""
     given = (*REAL, *GRID, f"paths.cache={cache}", "hydra.launcher.max_parallel=4",
              "hydra.launcher.max_kills=100", "resources.memory_gb=1.5")  # fmt: skip
     sweep = start(*given, counting=False, **environment)
     sweep.begun()
-    havoc = Havoc(sweep, lambda: start(*given, outputs=sweep.outputs, counting=False, **environment))
+    folder = sweep.outputs.with_name("quiet")
+    folder.mkdir()
+    havoc = Havoc(
+        sweep,
+        lambda: start(*given, outputs=sweep.outputs, counting=False, **environment),
+        Quiet(cache, folder, GRID),
+    )
     blows = ["kill -9", "USR2", "requeue"]
     strikes = [(how, training) for training in (True, False, False) for how in [*blows, *blows, "kill -9"]]
     strikes += [("urgent", True), ("node down", True), ("driver", False)]

@@ -2,49 +2,20 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import words
 from safetensors.torch import load_file
 from wandb_file import read_run
 
 from dp_lora.files import read_json, read_lines
 from slurm.conftest import Start, run, until
-from slurm.havoc import GRID, KILLS, PAIR, REAL, Havoc
+from slurm.havoc import KILLS, PAIR, REAL, Havoc, Quiet
 
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("slurm")]
-
-
-@pytest.fixture(scope="module")
-def quiet(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
-    """The outputs of the same jobs in one process that nothing happens to, once they are there."""
-    folder = tmp_path_factory.mktemp("quiet")
-    process = [
-        subprocess.Popen(
-            [sys.executable, "-m", "dp_lora", "-m", *_distinct(*words(cache, folder), *REAL, *more)],
-            cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )
-        for more in (GRID, PAIR)
-    ]  # fmt: skip
-
-    def wait() -> Path:
-        for one in process:
-            _, errors = one.communicate(timeout=300)
-            assert one.returncode == 0, errors
-        return folder
-
-    return wait
-
-
-def _distinct(*given: str) -> list[str]:
-    return list({word.partition("=")[0]: word for word in given}.values())
 
 
 def released(directory: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
@@ -59,11 +30,11 @@ def twin(directory: Path, quiet: Path) -> Path:
     return found
 
 
-def test_a_sweep_through_havoc_ends_like_a_quiet_one(havoc: Future[Havoc], quiet: Callable[[], Path]) -> None:
+def test_a_sweep_through_havoc_ends_like_a_quiet_one(havoc: Future[Havoc]) -> None:
     ended = havoc.result()
     assert ended.sweep.process.returncode == 0, ended.sweep.said()
     assert len(ended.done) >= KILLS, ended.done
-    outputs = quiet()
+    outputs = ended.quiet()
     cells = ended.sweep.cells()
     assert len(cells) == 24
     restarts = 0
@@ -80,12 +51,10 @@ def test_a_sweep_through_havoc_ends_like_a_quiet_one(havoc: Future[Havoc], quiet
     assert report.count("| done |") == 24
 
 
-def test_two_processes_of_one_job_end_where_one_does(
-    start: Start, cache: Path, quiet: Callable[[], Path]
-) -> None:
-    sweep = start(
-        *REAL, *PAIR, f"paths.cache={cache}", "resources.processes=2", "resources.memory_gb=4", counting=False
-    )
+def test_two_processes_of_one_job_end_where_one_does(start: Start, cache: Path, tmp_path: Path) -> None:
+    quiet = Quiet(cache, tmp_path, PAIR)
+    sweep = start(*REAL, *PAIR, f"paths.cache={cache}", "resources.processes=2", "resources.memory_gb=4",
+                  counting=False)  # fmt: skip
     assert sweep.wait() == 0, sweep.said()
     (directory,) = sweep.cells().values()
     alone = twin(directory, quiet())
