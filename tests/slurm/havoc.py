@@ -18,7 +18,7 @@ from conftest import words
 from dp_lora.files import read_json
 from slurm.conftest import Start, Sweep, until
 
-REAL = ("stages=[finetune]", "train.max_steps=12", "train.expected_batch_size=120", "privacy.insecure_seed=7",
+REAL = ("stages=[finetune]", "train.max_steps=6", "train.expected_batch_size=60", "privacy.insecure_seed=7",
         "noise_multiplicity=k2", "train.checkpoint_minutes=0.01")  # fmt: skip
 GRID = ("seed=0,1,2,3", "epsilon=eps1,eps10", "lora_rank=r2,r4,r8")
 PAIR = ("train.max_steps=4", "train.microbatch=7", "privacy.insecure_seed=8")
