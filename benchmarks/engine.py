@@ -12,7 +12,8 @@ Engines: dp_lora (this project), nonprivate (stock peft, plain backward), opacus
 they are, the k draws folded when it clips), opacus_ghost (ghost clipping, draws folded), vmap
 (torch.func), released (as DP-LoRA was released: k rows of an example clipped apart; not private as it
 claims, here for its cost). These share one model. dp_lora_one_token is this project's step as it runs in
-a job: the exact shortcut for the cross-attention to one token comes on top.
+a job: the exact shortcut for the cross-attention to one token comes on top. When asked for by name:
+dp_lora_channels_last and dp_lora_compiled are dp_lora with `train.channels_last` and `train.compile`.
 """
 
 from __future__ import annotations
@@ -42,11 +43,13 @@ from torch.func import functional_call, grad, vmap
 from dp_lora.adapters import target_names
 from dp_lora.models import shorten_cross_attention
 from dp_lora.privacy.gradients import ClippedGradientSum
+from dp_lora.tuning import frozen_parts
 
 ENGINES = (
     *("nonprivate", "dp_lora", "dp_lora_one_token"),
     *("opacus_hooks", "opacus_ghost", "vmap", "released"),
 )
+ON_REQUEST = ("dp_lora_channels_last", "dp_lora_compiled")
 RANKS, MULTIPLICITIES, MICROBATCHES = (4, 8, 16, 64), (1, 4, 8), (16, 64, 256)
 MAX_GRAD_NORM = 1e-3
 # vmap holds all k draws of all examples at once, twice: beyond this many rows it is left out.
@@ -271,6 +274,8 @@ _BUILD: dict[str, Callable[[Model, int], Step]] = {
     "nonprivate": _nonprivate,
     "dp_lora": _dp_lora,
     "dp_lora_one_token": _dp_lora,
+    "dp_lora_channels_last": _dp_lora,
+    "dp_lora_compiled": _dp_lora,
     "opacus_hooks": _opacus_hooks,
     "opacus_ghost": _opacus_ghost,
     "vmap": _vmap,
@@ -281,7 +286,13 @@ _BUILD: dict[str, Callable[[Model, int], Step]] = {
 def build(engine: str, size: Size, rank: int, k: int, device: str) -> Step:
     """A step of `engine` on a freshly made model."""
     torch.manual_seed(0)
-    return _BUILD[engine](Model(size, rank, one_token=engine == "dp_lora_one_token").to(device), k)
+    model = Model(size, rank, one_token=engine == "dp_lora_one_token").to(device)
+    if engine == "dp_lora_channels_last":
+        model.unet.to(memory_format=torch.channels_last)
+    if engine == "dp_lora_compiled":
+        for part in frozen_parts(model.unet):
+            part.compile(dynamic=False)
+    return _BUILD[engine](model, k)
 
 
 # Measuring
@@ -402,7 +413,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.engine", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a small grid, few rounds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here too")
-    parser.add_argument("--engines", default=",".join(ENGINES))
+    parser.add_argument("--engines", default=",".join(ENGINES), help=f"more: {', '.join(ON_REQUEST)}")
     parser.add_argument("--ranks", type=_numbers, default=None)
     parser.add_argument("--multiplicities", type=_numbers, default=None)
     parser.add_argument("--microbatches", type=_numbers, default=None)
