@@ -97,7 +97,8 @@ def test_without_a_signal_a_job_goes_on_from_its_last_checkpoint(treated: Sweep)
     for number in (REQUEUED, KILLED_ONCE):
         first, second = starts(treated.cells()[number])
         assert first["job"] == second["job"] == treated.job(number)
-        assert second["from"] >= 2 and second["from"] % 2 == 0
+        # SLURM sends SIGTERM before it kills what is queued again, so that one may have saved in between.
+        assert second["from"] >= 2 and (number == REQUEUED or second["from"] % 2 == 0)
 
 
 def test_a_job_that_is_told_to_end_saves_and_goes_on_until_it_is_ended(treated: Sweep) -> None:
