@@ -39,6 +39,7 @@ class Job:
     directory: Path
     images: ImageSplits
     plan: PrivacyPlan
+    pretrained: Path
     base_model: str
     device: torch.device
     seconds: dict[str, float]
@@ -59,7 +60,7 @@ def prepare(config: Config, directory: Path) -> Job:
     _check_stages(config, directory)
     folder = pretrained_model(config)
     base_model = config.model.pretrained or folder.name
-    return Job(config, directory, images, plan, base_model, device, {})
+    return Job(config, directory, images, plan, folder, base_model, device, {})
 
 
 def _check_directory(config: Config, directory: Path) -> None:
@@ -185,6 +186,8 @@ def _check_stages(config: Config, directory: Path) -> None:
 
 def pretrained_model(config: Config, *, again: bool = False) -> Path:
     """The folder of the pre-trained model, made first if nobody has: once, for all jobs that wait for it.
+
+    Every process of the job has to ask, since they make it together.
 
     Args:
         config: `model.pretrained` names one, or `model` and `public_data` say how it is made.

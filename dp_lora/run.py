@@ -163,7 +163,7 @@ def _model(job: Job) -> LatentDiffusion:
 
     from dp_lora.models import load
 
-    model = load(pretrained_model(job.config), job.config.model.prompt)
+    model = load(job.pretrained, job.config.model.prompt)
     if model.classes != job.images.train.classes:
         model.new_classes(job.images.train.classes, torch.Generator().manual_seed(job.config.seed))
     return model.to(job.device)
@@ -266,7 +266,7 @@ def finetuned_model(job: Job) -> LatentDiffusion:
     from dp_lora import adapters
     from dp_lora.models import load
 
-    model = load(pretrained_model(job.config), job.config.model.prompt)
+    model = load(job.pretrained, job.config.model.prompt)
     adapters.restore(model, job.directory / "adapter", job.images.train.classes)
     return model.to(job.device)
 
