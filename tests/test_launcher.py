@@ -335,8 +335,7 @@ def test_a_killed_driver_of_the_pool_is_replaced_and_a_killed_job_is_started_aga
 
 def test_ctrl_c_lets_the_jobs_of_the_pool_save(pool: Driver) -> None:
     first = pool.start("seed=0")
-    until(lambda: sum(map(len, pool.starts())) == 1)
-    time.sleep(1)
+    until(lambda: any((directory / "now").exists() for directory in pool.cells()))
     first.send_signal(signal.SIGINT)
     _, said = first.communicate(timeout=60)
     assert first.returncode == 130, said
