@@ -111,6 +111,24 @@ def smallest(bounds: dict[str, float]) -> Spent:
     return Spent(valid[accountant], accountant)
 
 
+def privacy_profile(
+    mechanism: Mechanism, epsilons: npt.NDArray[np.float64], delta: float
+) -> npt.NDArray[np.float64]:
+    """Upper bounds on delta at each of `epsilons`, rising: the mechanism is (epsilon, delta)-private at each.
+
+    Args:
+        mechanism: with noise.
+        epsilons: 0 or more, rising.
+        delta: the order of magnitude at which the bounds are to be tight.
+
+    >>> bounds = privacy_profile(Mechanism(1.4899, 4096 / 50000, 1000), np.array([0.0, 9.98]), 1e-5)
+    >>> 0.9 < bounds[0] < 1, 0.9e-5 < bounds[1] < 1.1e-5
+    (True, True)
+    """
+    _check_delta(delta)
+    return np.asarray(_composed([mechanism], delta).get_delta_for_epsilon(epsilons), dtype=np.float64)
+
+
 def noise_multiplier_for(
     target_epsilon: float, delta: float, sample_rate: float, steps: int, cache: Path | None = None
 ) -> float:
@@ -291,15 +309,19 @@ def _interval(mechanisms: Sequence[Mechanism], delta: float) -> float:
     return float(2.0 ** math.floor(math.log2(max(wanted, 1e-9))))
 
 
-def _pld(mechanisms: Sequence[Mechanism], delta: float) -> float:
-    """dp-accounting's pessimistic bound; valid for every interval."""
+def _composed(mechanisms: Sequence[Mechanism], delta: float) -> Any:
+    """The pessimistic privacy loss distribution of all together, on cells made for a bound at `delta`."""
     interval = _interval(mechanisms, delta)
     parts = [
         _pld_of_one_step(m.noise_multiplier, m.sample_rate, interval).self_compose(m.steps)
         for m in mechanisms
     ]
-    whole = functools.reduce(lambda one, other: one.compose(other), parts)
-    return float(whole.get_epsilon_for_delta(delta))
+    return functools.reduce(lambda one, other: one.compose(other), parts)
+
+
+def _pld(mechanisms: Sequence[Mechanism], delta: float) -> float:
+    """dp-accounting's pessimistic bound; valid for every interval."""
+    return float(_composed(mechanisms, delta).get_epsilon_for_delta(delta))
 
 
 def _prv(mechanisms: Sequence[Mechanism], delta: float) -> float:
