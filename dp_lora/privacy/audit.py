@@ -289,8 +289,9 @@ def membership(
 ) -> Membership:
     """ROC, AUC and true positive rates at the false positive rates `at`, with intervals of `confidence`.
 
-    The interval of the AUC is DeLong's (DeLong, DeLong and Clarke-Pearson 1988), clamped to [0, 1]. That of a
-    true positive rate is exact for the threshold used, which is the one that `others` allow.
+    The interval of the AUC is DeLong's (DeLong, DeLong and Clarke-Pearson 1988), clamped to [0, 1]; it has no
+    width where the scores do not overlap. That of a true positive rate is exact for the threshold used, which
+    is the one that `others` allow.
 
     Args:
         members: scores of images that were trained on; higher says "member".
