@@ -106,21 +106,21 @@ def _epsilon_of_gaussian(mu: float, delta: float) -> float:
 
 @pytest.mark.parametrize("mu", [0.5, 2.0])
 def test_a_gaussian_mechanism_is_not_accused(mu: float) -> None:
-    """Each bound may pass the truth with 5 % at most; more than 8 of 60 has a chance below 1 %."""
-    delta, runs = 1e-5, 60
+    """Each bound may pass the truth with 5 % at most; more than 6 of 40 has a chance below 1 %."""
+    delta, runs = 1e-5, 40
     true = _epsilon_of_gaussian(mu, delta)
     bounds = [audit.one_run(*_gaussian(mu, 400, seed), delta).epsilon for seed in range(runs)]
-    assert sum(bound > true for bound in bounds) <= 8
+    assert sum(bound > true for bound in bounds) <= 6
     assert np.mean(bounds) > 0.05 * true, "a bound that says nothing cannot be wrong"
 
 
 @pytest.mark.parametrize("steps", [1, 4])
 def test_the_gaussian_family_is_not_accused_and_close(steps: int) -> None:
     """The same with the other bound; with 1,000 canaries it comes within a third of the truth."""
-    delta, runs, mu = 1e-5, 60, 1.5
+    delta, runs, mu = 1e-5, 40, 1.5
     mechanism = Mechanism(math.sqrt(steps) / mu, 1.0, steps)
     outcomes = [Outcome.of(*_gaussian(mu, 1000, seed)) for seed in range(runs)]
-    assert sum(audit.refutes(outcome, mechanism, delta) for outcome in outcomes) <= 8
+    assert sum(audit.refutes(outcome, mechanism, delta) for outcome in outcomes) <= 6
     bound = audit.gaussian_family(outcomes[0], mechanism, delta)
     assert 0.66 < bound / _epsilon_of_gaussian(mu, delta) < 1
 
@@ -189,7 +189,7 @@ def test_membership_is_what_counting_gives() -> None:
 def test_membership_of_the_same_images_is_a_coin_and_of_others_certain() -> None:
     values = np.linspace(0, 1, 50)
     same = audit.membership(values, values)
-    assert same.auc == 0.5 and same.auc_low < 0.5 < same.auc_high
+    assert same.auc == pytest.approx(0.5) and same.auc_low < 0.5 < same.auc_high
     certain = audit.membership(values + 2, values)
     assert certain.auc == 1 and all(rate.tpr == 1 for rate in certain.rates)
 
@@ -272,17 +272,16 @@ def test_coins_are_fair_and_images_are_all_different() -> None:
 
 # Teeth
 
-EPSILON, K, CANARIES = 1.0, 4, 1000
+K = 8
 
 
-@pytest.fixture(scope="module")
-def plan() -> PrivacyPlan:
+def plan_at(epsilon: float) -> PrivacyPlan:
     return make_plan(
         num_examples=2000,
         expected_batch_size=1000,
-        steps=4,
+        steps=3,
         noise_multiplier=None,
-        target_epsilon=EPSILON,
+        target_epsilon=epsilon,
         delta=1e-5,
         noise_multiplicity=K,
         max_grad_norm=1e-3,
@@ -337,13 +336,15 @@ def whole_batches(patched: pytest.MonkeyPatch) -> None:
     patched.setattr(finetune, "poisson_batch", lambda randomness, step, count, rate: torch.arange(count))
 
 
-DEFECTS = (no_noise, no_clip, draws_apart, half_the_noise, whole_batches)
+GROSS = (no_noise, no_clip, draws_apart)
+DEFECTS = (*GROSS, half_the_noise, whole_batches)
 
 
 class Audited:
     """The two bounds, which hold together with 95 %."""
 
     def __init__(self, trained: Trained, plan: PrivacyPlan) -> None:
+        self.claimed = plan.epsilon
         outcome = Outcome.of(trained.scores, trained.included)
         self.one_run = audit.one_run(trained.scores, trained.included, plan.delta, 0.975).epsilon
         self.refuted = self.one_run > plan.epsilon or audit.refutes(
@@ -353,51 +354,64 @@ class Audited:
 
 
 @pytest.fixture
-def audited(
-    start: Callable[..., LatentDiffusion], config: Config, plan: PrivacyPlan, tmp_path: Path
-) -> Callable[..., Audited]:
-    def run(seed: int, canaries: int = CANARIES, kind: str = "gradient") -> Audited:
-        randomness = Randomness.from_seed(seed)
-        folder = tmp_path / str(seed)
+def audited(start: Callable[..., LatentDiffusion], config: Config, tmp_path: Path) -> Callable[..., Audited]:
+    def run(seed: int, epsilon: float, canaries: int) -> Audited:
+        plan = plan_at(epsilon)
         trained = train_with_canaries(
-            config, start(), plan, kind=kind, count=canaries, randomness=randomness, folder=folder
+            config,
+            start(),
+            plan,
+            kind="gradient",
+            count=canaries,
+            randomness=Randomness.from_seed(seed),
+            folder=tmp_path / str(seed),
         )
         return Audited(trained, plan)
 
     return run
 
 
-@pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.__name__)
-def test_a_planted_defect_is_found(
+@pytest.mark.parametrize("defect", GROSS, ids=lambda defect: defect.__name__)
+def test_a_gross_defect_is_found_whatever_the_mechanism(
     defect: Callable[[pytest.MonkeyPatch], None],
     audited: Callable[..., Audited],
-    plan: PrivacyPlan,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    defect(monkeypatch)
-    found = audited(1)
-    monkeypatch.undo()
-    assert found.refuted and max(found.one_run, found.family()) > plan.epsilon
-    if defect in (no_noise, no_clip, draws_apart):
-        assert found.one_run > plan.epsilon, "these are found without any assumption"
+    with monkeypatch.context() as patched:
+        defect(patched)
+        found = audited(1, epsilon=1.0, canaries=1000)
+    assert found.one_run > found.claimed
+    assert audited(1, epsilon=1.0, canaries=1000).one_run < found.claimed
 
 
-def test_twenty_correct_runs_are_not_accused(audited: Callable[..., Audited], plan: PrivacyPlan) -> None:
+@pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.__name__)
+def test_a_defect_is_found_at_a_large_epsilon_too(
+    defect: Callable[[pytest.MonkeyPatch], None],
+    audited: Callable[..., Audited],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patched:
+        defect(patched)
+        found = audited(2, epsilon=8.0, canaries=300)
+    assert found.refuted and found.family() > found.claimed
+
+
+def test_twenty_correct_runs_are_not_accused(audited: Callable[..., Audited]) -> None:
     """Each may be accused with a probability of 5 %: at most one of twenty is to be expected.
 
     More than five are a chance of 0.03 %.
     """
-    runs = [audited(seed, canaries=300) for seed in range(100, 120)]
+    runs = [audited(seed, epsilon=8.0, canaries=300) for seed in range(100, 120)]
     assert sum(run.refuted for run in runs) <= 5
     bounds = [run.family() for run in runs[:4]]
-    assert all(bound < plan.epsilon for bound in bounds) and max(bounds) > 0
+    assert min(bounds) > 0.3 * runs[0].claimed, "a bound that says nothing cannot be wrong"
 
 
 def test_an_image_canary_that_was_learnt_is_told_from_one_that_was_not(
-    start: Callable[..., LatentDiffusion], config: Config, plan: PrivacyPlan, tmp_path: Path
+    start: Callable[..., LatentDiffusion], config: Config, tmp_path: Path
 ) -> None:
     """Almost without noise and with every parameter trained."""
-    loud = replace(plan, noise_multiplier=1e-3, noise_multiplicity=1, sample_rate=1.0, steps=15)
+    loud = replace(plan_at(8.0), noise_multiplier=1e-3, noise_multiplicity=1, sample_rate=1.0, steps=15)
     trained = train_with_canaries(
         config,
         start("full"),
@@ -413,14 +427,20 @@ def test_an_image_canary_that_was_learnt_is_told_from_one_that_was_not(
 
 
 def test_an_interrupted_audit_ends_like_a_quiet_one(
-    start: Callable[..., LatentDiffusion], plan: PrivacyPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    start: Callable[..., LatentDiffusion], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = composed(*TINY, "lora.rank=2", "train.checkpoint_minutes=0")
 
     def train(folder: str) -> Trained:
         randomness = Randomness.from_seed(9)
         return train_with_canaries(
-            config, start(), plan, kind="gradient", count=20, randomness=randomness, folder=tmp_path / folder
+            config,
+            start(),
+            plan_at(8.0),
+            kind="gradient",
+            count=20,
+            randomness=randomness,
+            folder=tmp_path / folder,
         )
 
     quiet = train("quiet")
