@@ -403,7 +403,7 @@ def test_twenty_correct_runs_are_not_accused(audited: Callable[..., Audited]) ->
     runs = [audited(seed, epsilon=8.0, canaries=300) for seed in range(100, 120)]
     assert sum(run.refuted for run in runs) <= 5
     bound = runs[0].family()
-    assert 0.3 * runs[0].claimed < bound < runs[0].claimed, "a bound that says nothing cannot be wrong"
+    assert 0.1 * runs[0].claimed < bound < runs[0].claimed, "a bound that says nothing cannot be wrong"
 
 
 def test_an_image_canary_that_was_learnt_is_told_from_one_that_was_not(
@@ -446,7 +446,7 @@ def test_an_interrupted_audit_ends_like_a_quiet_one(
     call = finetune.PrivateStep.__call__
 
     def dies(step: finetune.PrivateStep, number: int) -> dict[str, float]:
-        if number == 2:
+        if number == 1:
             raise KeyboardInterrupt
         return call(step, number)
 
