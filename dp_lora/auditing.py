@@ -289,7 +289,7 @@ def _write(job: Job, record: dict[str, Any]) -> dict[str, Any]:
         result = read_json(path)
         before = result.get("audit", {}).get("membership_inference")
         if before is not None:
-            record = {"membership_inference": before} | record
+            record = {**record, "membership_inference": record.get("membership_inference", before)}
         if "membership_inference" in record and not job.config.data.public:
             names = result.get("private_metrics", [])
             result["private_metrics"] = [*names, *({"audit.membership_inference"} - set(names))]
