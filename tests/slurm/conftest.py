@@ -93,7 +93,7 @@ class Sweep:
     def ledger(self) -> Ledger:
         (folder,) = (self.outputs / "sweeps").iterdir()
         ledger = Ledger(folder)
-        ledger._read()
+        ledger.read()
         return ledger
 
     def cells(self) -> dict[int, Path]:
