@@ -640,7 +640,7 @@ def run_directory(config: Config, overrides: Sequence[str]) -> Path:
     said_otherwise = sorted(folder.glob(f"*-{identity}"))
     if said_otherwise:
         return said_otherwise[0]
-    without_effect = (*_CANNOT_CHANGE_THE_RESULT, "cluster", *(f"train.{name}" for name in _NOR_CAN))
+    without_effect = (*_CANNOT_CHANGE_THE_RESULT, "cluster", "sweep", *(f"train.{name}" for name in _NOR_CAN))
     words = [word.replace("'", "") for word in overrides]
     said = [word.lstrip("+~") for word in words if not word.lstrip("+~").startswith(without_effect)]
     readable = re.sub(r"[^\w.=,+-]+", "_", ",".join(sorted(said))).strip("_")[:120] or "defaults"
