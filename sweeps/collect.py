@@ -28,6 +28,10 @@ RESULT = ("n_samples", "reference", "extractors", "private_metrics", "trainable_
           "finetune_seconds", "peak_memory_bytes", "device", "code")  # fmt: skip
 COLUMNS = (*CELL, *SETTINGS, *PRIVACY, *RESULT)
 
+WHOLE = ("rank", "noise_multiplicity", "expected_batch_size", "seed", "steps", "planned_steps", "n_samples",
+         "trainable_parameters", "peak_memory_bytes")  # fmt: skip
+"""Columns of whole numbers."""
+
 _AGREE = {
     "noise_multiplicity": "noise_multiplicity", "delta": "delta", "epsilon": "target_epsilon",
 }  # fmt: skip
@@ -220,7 +224,8 @@ def frame(rows: Sequence[Row]) -> pandas.DataFrame:
     import pandas
 
     names = list(dict.fromkeys([*COLUMNS, *(name for row in rows for name in row)]))
-    return pandas.DataFrame(list(rows), columns=names)
+    # Int64, unlike int64, has a place for what is not there.
+    return pandas.DataFrame(list(rows), columns=names).astype(dict.fromkeys(WHOLE, "Int64"))
 
 
 def write_frame(rows: Sequence[Row], path: Path) -> list[Path]:
@@ -234,8 +239,7 @@ def write_frame(rows: Sequence[Row], path: Path) -> list[Path]:
     if find_spec("pyarrow") is None:
         return [path]
     beside = path.with_suffix(".parquet")
-    # An object column of nothing but None has no type of its own.
-    write_atomic(beside, table.convert_dtypes().to_parquet(index=False))
+    write_atomic(beside, table.to_parquet(index=False))
     return [path, beside]
 
 

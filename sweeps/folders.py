@@ -118,8 +118,14 @@ def read(folder: Path) -> Sweep:
 
 def _moved(folder: Path, directory: Path) -> Path:
     """The run directory, or the one that lies as it did beside the sweep's folder."""
-    beside = folder.resolve().parent.parent / directory.parent.name / directory.name
-    return beside if not directory.exists() and beside.exists() else directory
+    beside = folder.absolute().parent.parent / directory.parent.name / directory.name
+    return seen_from_here(beside if not directory.exists() and beside.exists() else directory)
+
+
+def seen_from_here(path: Path) -> Path:
+    """The path without the working directory, if it is in there: what is shown names no home."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def _names(folder: Path) -> list[str]:

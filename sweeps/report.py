@@ -10,7 +10,7 @@ from dp_lora.files import write_atomic
 from sweeps import figures, tables
 from sweeps.collect import Row, collect, mixtures, write_frame
 from sweeps.curves import curves
-from sweeps.folders import Sweep, read
+from sweeps.folders import Sweep, read, seen_from_here
 from sweeps.page import page
 from sweeps.summary import Summary, summarise
 
@@ -62,7 +62,7 @@ def build(sweeps: Sequence[Sweep], out: Path, *, ended: bool = False, mixed: boo
 
 def _rebuild(sweeps: Sequence[Sweep], *, mixed: bool) -> str:
     """The commands that lead here from nothing, one a line."""
-    words = ["python", "-m", "sweeps", "report", *(str(sweep.folder) for sweep in sweeps)]
+    words = ["python", "-m", "sweeps", "report", *(str(seen_from_here(sweep.folder)) for sweep in sweeps)]
     commands = [sweep.command for sweep in sweeps if sweep.command is not None]
     return "\n".join([*commands, shlex.join([*words, *(["--mixed"] if mixed else [])])])
 

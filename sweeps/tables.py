@@ -88,41 +88,52 @@ def other_metrics(summary: Summary) -> Table | None:
 
 
 def published_table(summary: Summary) -> Table | None:
-    """All published figures on the private sets of the sweep; None when there are none."""
+    """The published figures on the private sets of the sweep, a line a method; None when there are none."""
     data = dict.fromkeys(group.value("data") for group in summary.groups)
     figures = [figure for name in data for figure in published.on(name)]
     if not figures:
         return None
+    columns = sorted({_place(f) for f in figures})
+    by_line: dict[tuple[str, str, str], dict[tuple[int, float], str]] = {}
+    for f in figures:
+        line = by_line.setdefault(
+            (f.data, f.method + (MARK if f.broken else ""), published.SOURCES[f.source]), {}
+        )
+        line[_place(f)] = number(f.value)
     rows = [
-        (f.data, f.method + (MARK if f.broken else ""), "" if f.epsilon is None else shown(f.epsilon),
-         _METRICS.get(f.metric, f.metric), number(f.value), published.SOURCES[f.source])
-        for f in figures
-    ]  # fmt: skip
+        (name, method, *(values.get(place, "") for place in columns), source)
+        for (name, method, source), values in by_line.items()
+    ]
     parts = [
         f"{name} is a part of {published.FULL_SETS[name]}" for name in data if name in published.FULL_SETS
     ]
     notes = [
         "FID is by Inception features against the training images, as each source computes it: compare it "
-        "with a measured fid only, never with fd_*.",
+        "with a measured fid only, never with fd_*; epsilon is as claimed there",
         *([published.MARK_MEANS] if any(f.broken for f in figures) else []),
         *parts,
     ]
-    columns = ("set", "method", "claimed epsilon", "metric", "value", "source")
-    return Table("Published figures", columns, tuple(rows), 2, tuple(notes))
+    titles = [_METRICS[_ORDER[metric]].format(shown(epsilon)) for metric, epsilon in columns]
+    return Table("Published figures", ("set", "method", *titles, "source"), tuple(rows), 2, tuple(notes))
 
 
 _METRICS = {
-    "fid": "FID",
-    "accuracy": "accuracy",
-    "trainable_parameters": "trained parameters",
-    "actual_epsilon": "epsilon that its code can prove, at most",
+    "accuracy": "accuracy at epsilon {}",
+    "fid": "FID at epsilon {}",
+    "trainable_parameters": "trained",
+    "actual_epsilon": "what epsilon {} may be",
 }
+_ORDER = list(_METRICS)
+
+
+def _place(figure: Figure) -> tuple[int, float]:
+    return _ORDER.index(figure.metric), figure.epsilon or 0.0
 
 
 def runs_table(summary: Summary) -> Table:
     """A line a run, whatever became of it."""
     rows = tuple(
-        (row["cell"], row["state"], row["error"] or "", _steps(row), number(row["epsilon"]),
+        (row["cell"], row["state"], row["error"] or "", _steps(row), _short(row["epsilon"]),
          number(row["seconds"]), row["directory"])
         for row in summary.rows
     )  # fmt: skip
@@ -231,7 +242,8 @@ def _privacy(group: Group) -> tuple[str, str, str]:
     if epsilon is not None and math.isinf(epsilon):
         return "inf", "", "0"
     delta = group.value("delta")
-    shown_epsilon = "none" if any(row["reproducible_noise"] for row in group.done) else number(epsilon)
+    seeded = any(row["reproducible_noise"] for row in group.done)
+    shown_epsilon = "none" if seeded else _short(epsilon)
     return shown_epsilon, "" if delta is None else f"{delta:g}", number(sigma.mean if sigma else None)
 
 
@@ -275,6 +287,10 @@ def seconds(group: Group) -> str:
 def _gigabytes(group: Group) -> str:
     largest = group.largest("peak_memory_bytes")
     return "" if largest is None else f"{largest / 1e9:.2f}"
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
 
 
 def _steps(row: dict[str, Any]) -> str:
