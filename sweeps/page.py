@@ -87,9 +87,11 @@ def _live(chart: Chart) -> dict[str, Any]:
 
 def _lead(summary: Summary) -> str:
     done = [row for row in summary.rows if row["state"] == "done"]
-    data = ", ".join(dict.fromkeys(row["data"] for row in done))
-    models = ", ".join(dict.fromkeys(row["model"] for row in done))
-    return f"Private fine-tuning of {models} on {data}" if done else "No run is done yet"
+    data = ", ".join(dict.fromkeys(row["data"] for row in done if row["data"]))
+    models = ", ".join(dict.fromkeys(row["model"] for row in done if row["model"]))
+    if not done:
+        return "No run is done yet"
+    return f"Private fine-tuning of {models} on {data}" if data else "Runs whose settings are not known"
 
 
 def _partial(summary: Summary) -> str:

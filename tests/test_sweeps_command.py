@@ -132,19 +132,25 @@ def test_report_writes_into_each_sweep_or_one_of_all(
 def test_a_mistake_is_one_line_and_status_2(
     given: list[str], expected: str, sweep: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    before = {path for path in tmp_path.rglob("*")}
+    before = set(tmp_path.rglob("*"))
     assert main(given) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"sweeps: {expected}") and said.count("\n") == 1
-    assert {path for path in tmp_path.rglob("*")} == before
+    assert set(tmp_path.rglob("*")) == before
 
 
 # cancel
 
 
 def test_cancel_interrupts_a_driver_of_this_machine(sweep: Path, capsys: Any) -> None:
-    holds = "import sys, time\nfrom dp_lora.files import file_lock\nfrom pathlib import Path\n" \
-            "with file_lock(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)"  # fmt: skip
+    holds = """
+import sys, time
+from pathlib import Path
+from dp_lora.files import file_lock
+with file_lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
     driver = subprocess.Popen(
         [sys.executable, "-c", holds, str(sweep / "lock")], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -213,8 +219,8 @@ def test_a_plan_says_what_all_runs_spend(planned: Callable[..., tuple[int, str]]
     answer, said = planned("sweep=epsilon", "seed=0,1")
     assert answer == 0
     assert (
-        "privacy on mnist5k: 2 runs at epsilon 1, 2 runs at epsilon 5, 2 runs at epsilon 10, 2 runs without any "
-        "privacy; if all are released, at most epsilon 32 at delta 6e-05, and what the other 2 spend\n"
+        "privacy on mnist5k: 2 runs at epsilon 1, 2 runs at epsilon 5, 2 runs at epsilon 10, 2 runs without "
+        "any privacy; if all are released, at most epsilon 32 at delta 6e-05, and what the other 2 spend\n"
     ) in said
     assert said.splitlines()[-1] == "8 cells, 8 to run; no finished run to go by; nothing was submitted"
     assert not (tmp_path / "outputs" / "sweeps").exists()

@@ -99,7 +99,11 @@ def _queue_again(environment: JobEnvironment) -> NoReturn:
 
 
 def write_report(folder: str) -> None:
-    """Writes the sweep's table when its jobs have ended: the last job of a sweep on a cluster."""
+    """Writes the sweep's report when its jobs have ended: the last job of a sweep on a cluster."""
     from sweeps.report import write
 
-    write(Path(folder))
+    try:
+        write(Path(folder))
+    except UserError as error:
+        print(f"dp-lora: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)

@@ -236,7 +236,11 @@ class Drive:
     def _report(self) -> None:
         from sweeps.report import write
 
-        print(write(self.ledger.folder), flush=True)
+        try:
+            print(write(self.ledger.folder), flush=True)
+        except UserError as error:
+            # The runs are over, whatever somebody did to their files.
+            _say(f"no report: {error}")
         if self.failed:
             for cell, how in self.failed.items():
                 _say(self._failure(self.cells[cell], how))

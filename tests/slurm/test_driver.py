@@ -104,9 +104,9 @@ def test_edits_after_the_submission_change_nothing(start: Start, tmp_path: Path)
     until(lambda: all(is_right(directory, 10) for directory in cells.values()), first)
     assert [row["max_steps"] for directory in cells.values() for row in starts(directory)] == [10, 10]
     # Nobody waited: the table comes from the job that SLURM started after the others.
-    report = first.ledger.folder / "report.md"
+    report = first.ledger.folder / "runs.csv"
     until(report.exists, first, timeout=60)
-    assert report.read_text().count("| done |") == 2
+    assert report.read_text().count(",done,") == 2
 
 
 def test_another_version_of_the_code_is_refused_and_can_be_accepted(start: Start) -> None:

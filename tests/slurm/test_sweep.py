@@ -80,9 +80,10 @@ def test_every_failure_is_reported_with_its_log_and_the_command_that_retries_it(
         assert f"seed={number}" in next(line for line in block.splitlines() if "retry  dp-lora -m" in line)
     assert "| dp-lora: RuntimeError: no such luck" in said
     assert "CANCELLED" in said
-    report = (treated.ledger.folder / "report.md").read_text()
+    report = (treated.ledger.folder / "table.md").read_text()
     assert report in said
-    assert len([line for line in report.splitlines() if line.startswith("| seed=")]) == 9
+    assert len([line for line in report.splitlines() if line.startswith("- seed=")]) == 4
+    assert len((treated.ledger.folder / "runs.csv").read_text().splitlines()) == 1 + 9
     assert "no such luck" not in report, "what an unexpected error says stays in its private log"
 
 
