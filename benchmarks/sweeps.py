@@ -3,8 +3,8 @@
     python -m benchmarks.sweeps --runs 500
 
 Writes the run directories of a sweep as jobs leave them (rank x k x epsilon x seed, 80 logged steps, pictures
-that cannot be compressed) into a temporary folder, and gives of each command, in a process of its own, the seconds
-and the processor seconds, the least of three; then the bytes of report.html.
+that cannot be compressed) into a temporary folder, and gives of each command, in a process of its own, the
+seconds and the processor seconds, the least of three; then the bytes of report.html.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ ROUNDS = 3
 def write(outputs: Path, runs: int) -> Path:
     """The folder of a sweep with this many runs, five in seven of them done."""
     choices = grid(
-        lora__rank=[1, 2, 4, 8, 16], privacy__noise_multiplicity=[1, 2, 4, 8], privacy__epsilon=[1.0, 5.0, 10.0],
-        seed=range(-(-runs // 60)),
+        lora__rank=[1, 2, 4, 8, 16], privacy__noise_multiplicity=[1, 2, 4, 8],
+        privacy__epsilon=[1.0, 5.0, 10.0], seed=range(-(-runs // 60)),
     )[:runs]  # fmt: skip
     states = ["done", "done", "done", "done", "done", "running", "failed"]
     return write_sweep(outputs, "large", choices, [states[number % 7] for number in range(runs)])

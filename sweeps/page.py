@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,14 +106,14 @@ def _partial(summary: Summary) -> str:
 def _cards(summary: Summary) -> list[tuple[str, str, str]]:
     done = [row for row in summary.rows if row["state"] == "done"]
     found = [("Runs", summary.counted, f"{len(summary.groups)} settings")]
-    private = [row for row in done if row["epsilon"] is not None and row["epsilon"] < float("inf")]
+    private = [row for row in done if row["delta"] and row["epsilon"] < math.inf]
     if private:
         values = sorted(
             {number(round(row["epsilon"], 2)) for row in private}, key=lambda v: float(v.replace(",", ""))
         )
         spread = values[0] if len(values) == 1 else f"{values[0]} to {values[-1]}"
-        bases = ", ".join(sorted({row["adjacency"] for row in private}))
-        by = ", ".join(sorted({row["accountant"] for row in private}))
+        bases = ", ".join(sorted({row["adjacency"] for row in private if row["adjacency"]}))
+        by = ", ".join(sorted({row["accountant"] for row in private if row["accountant"]}))
         deltas = ", ".join(f"{delta:g}" for delta in sorted({row["delta"] for row in private}))
         found.append(("Epsilon of a run", spread, f"delta {deltas}; by {by}; {bases}"))
         if any(row["reproducible_noise"] for row in private):

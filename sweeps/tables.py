@@ -175,7 +175,7 @@ def notes(summary: Summary, used: set[Figure], command: str | None) -> tuple[str
     lines = []
     if not summary.complete:
         lines.append(f"partial: {summary.counted} runs are done; means are over those")
-    bases = {(row["accountant"], row["adjacency"]) for row in done if row["epsilon"] not in (None, math.inf)}
+    bases = {(row["accountant"], row["adjacency"]) for row in done if row["accountant"] not in (None, "none")}
     lines += [f"epsilon at the delta beside it, by {by}, {adjacency}" for by, adjacency in sorted(bases)]
     if any(row["reproducible_noise"] for row in done):
         lines.append("none: no guarantee, the noise of these runs came from a seed")
