@@ -52,7 +52,10 @@ def collect(sweeps: Sequence[Sweep], *, ended: bool = False, mixed: bool = False
     Raises UserError for a half-written or foreign run, for one that is done and has no privacy.json, and for
     runs that cannot be compared.
     """
-    rows = [_cell_row(sweep, cell, ended=ended) for sweep in sweeps for cell in sweep.cells]
+    rows: list[Row] = []
+    for sweep in sweeps:
+        mine = [_cell_row(sweep, cell, ended=ended) for cell in sweep.cells]
+        rows += mine if sweep.launched else _described(mine)
     if not mixed:
         check_comparable(rows)
     return rows
@@ -64,8 +67,6 @@ def _cell_row(sweep: Sweep, cell: Cell, *, ended: bool) -> Row:
     setting = " ".join(word for word in words if not word.startswith("seed="))
     row |= {"sweep": sweep.folder.name, "fingerprint": cell.identity}
     row |= {"cell": " ".join(words) or "defaults", "setting": setting or "defaults"}
-    if not sweep.launched:
-        row |= {"cell": cell.directory.name, "setting": _described(row)}
     if row["state"] != "done" and sweep.failure(cell).exists():
         row |= {"state": "failed", "error": row["error"] or "see its log"}
     if row["state"] == "running" and ended:
@@ -73,10 +74,17 @@ def _cell_row(sweep: Sweep, cell: Cell, *, ended: bool) -> Row:
     return row
 
 
-def _described(row: Row) -> str:
-    """The setting of a run whose command line is not known."""
-    shown = [f"{name}={row[name]}" for name in SETTINGS if name != "seed" and row[name] is not None]
-    return " ".join(shown) or "defaults"
+def _described(rows: list[Row]) -> list[Row]:
+    """The rows of runs whose command lines are not known, named and sorted by what they differ in."""
+    names = [name for name in SETTINGS if name != "seed" and len({row[name] for row in rows}) > 1]
+    for row in rows:
+        shown = [f"{name}={_short(row[name])}" for name in names if row[name] is not None]
+        row |= {"cell": Path(row["directory"]).name, "setting": " ".join(shown) or "defaults"}
+    return sorted(rows, key=lambda row: [(row[name] is None, row[name]) for name in (*names, "seed")])
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def run_row(directory: Path) -> Row:

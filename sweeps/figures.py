@@ -103,8 +103,9 @@ def place_of(summary: Summary, group: Group) -> str:
     """Where a group is on the axis: its number, or its setting without what is the same for all."""
     if summary.axis is not None:
         return shown(group.value(summary.axis))
-    words = list(group.words.values())
-    return " ".join(words) if words else group.setting
+    several = len({other.sweep for other in summary.groups}) > 1
+    words = [*([group.sweep] if several else []), *(group.words.values() or [group.setting])]
+    return " ".join(words)
 
 
 def places(summary: Summary) -> list[str]:

@@ -16,12 +16,12 @@ from pathlib import Path
 from sweeps.summary import Group
 
 SOURCES = {
-    "dpldm": "DP-LDM's authors, ParkLabML/DP-LDM, data/dp_lora_hyperparameters/results.md (no multiplicity, "
+    "DP-LDM repository": "ParkLabML/DP-LDM, data/dp_lora_hyperparameters/results.md (no multiplicity, "
     "70 epochs)",
-    "dpdm": "Dockhorn et al. 2023, Differentially Private Diffusion Models (trained from scratch)",
-    "dpimagebench": "DPImageBench, README",
-    "dplora": "Tsai et al. 2025, arXiv 2406.01355",
-    "rdp": "computed for this project: RDP upper bound at a sensitivity of k C, released settings",
+    "DPDM paper": "Dockhorn et al. 2023, Differentially Private Diffusion Models (trained from scratch)",
+    "DPImageBench": "its README",
+    "DP-LoRA paper": "Tsai et al. 2025, arXiv 2406.01355",
+    "computed here": "RDP upper bound at a sensitivity of k C, released settings",
 }
 FULL_SETS = {"mnist5k": "mnist"}
 """Sets that are a part of one for which figures were published."""
@@ -54,7 +54,8 @@ class Figure:
     @property
     def title(self) -> str:
         """Method and metric, with the mark of a guarantee that does not hold."""
-        return f"{self.method} {'FID' if self.metric == 'fid' else self.metric}{MARK if self.broken else ''}"
+        metric = {"fid": "FID", "trainable_parameters": "parameters"}.get(self.metric, self.metric)
+        return f"{self.method} {metric}{MARK if self.broken else ''}"
 
     def matches(self, group: Group) -> bool:
         """Whether it is of the set, epsilon, trained parts, rank and k of a group, as far as it says them.

@@ -112,7 +112,8 @@ class Summary:
     rows: tuple[Row, ...]
     groups: tuple[Group, ...]
     varying: tuple[str, ...]
-    """The names of `SETTINGS`, without the seed, that are not the same in all groups."""
+    """The names of `SETTINGS`, without the seed, that the groups differ in; what an experiment implies is
+    left out where experiments differ."""
 
     @property
     def metrics(self) -> list[str]:
@@ -144,7 +145,7 @@ class Summary:
 
     def series(self, group: Group) -> str:
         """What a group differs in from others at the same place of the axis; empty when in nothing."""
-        others = [name for name in self.varying if name != self.axis and name != "experiment"]
+        others = [name for name in self.varying if name != self.axis]
         if self.axis is None:
             return ""
         return ", ".join(f"{TITLES[name]} {shown(group.value(name))}" for name in others)
@@ -169,11 +170,26 @@ def summarise(rows: Sequence[Row]) -> Summary:
     for row in rows:
         found.setdefault((row["sweep"], row["setting"]), []).append(row)
     groups = tuple(Group(sweep, setting, tuple(mine)) for (sweep, setting), mine in found.items())
-    known = [group for group in groups if group.value("experiment") is not None]
-    varying = tuple(
-        name for name in SETTINGS if name != "seed" and len({group.value(name) for group in known}) > 1
-    )
-    return Summary(tuple(rows), groups, varying)
+    return Summary(tuple(rows), groups, _varying(groups))
+
+
+def _varying(groups: Sequence[Group]) -> tuple[str, ...]:
+    """The settings that differ within an experiment, and the private set or else the experiment."""
+    by_experiment: dict[str, list[Group]] = {}
+    for group in groups:
+        if group.value("experiment") is not None:
+            by_experiment.setdefault(group.value("experiment"), []).append(group)
+
+    def differs(name: str, among: Sequence[Group]) -> bool:
+        return len({group.value(name) for group in among}) > 1
+
+    found = [n for n in SETTINGS if n != "seed" and any(differs(n, mine) for mine in by_experiment.values())]
+    known = [group for mine in by_experiment.values() for group in mine]
+    if "data" not in found and differs("data", known):
+        found.append("data")
+    elif len(by_experiment) > 1:
+        found.append("experiment")
+    return tuple(found)
 
 
 def shown(value: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +61,7 @@ def main_table(summary: Summary, command: str | None) -> Table:
                *titles, "seconds", "peak GB"]  # fmt: skip
     rows = []
     for place, group in enumerate(summary.groups):
-        beside = {_column(f, summary): number(f.value) for f in matching.get(place, [])}
+        beside = {_column(f, summary): f"{f.value:,g}" for f in matching.get(place, [])}
         rows.append((
             *labels(group, named), f"{len(group.done)} of {len(group.rows)}", *_privacy(group),
             number_of_parameters(group), *(_stat(group.stat(m)) for m in metrics),
@@ -96,10 +97,8 @@ def published_table(summary: Summary) -> Table | None:
     columns = sorted({_place(f) for f in figures})
     by_line: dict[tuple[str, str, str], dict[tuple[int, float], str]] = {}
     for f in figures:
-        line = by_line.setdefault(
-            (f.data, f.method + (MARK if f.broken else ""), published.SOURCES[f.source]), {}
-        )
-        line[_place(f)] = number(f.value)
+        line = by_line.setdefault((f.data, f.method + (MARK if f.broken else ""), f.source), {})
+        line[_place(f)] = f"{f.value:,g}"
     rows = [
         (name, method, *(values.get(place, "") for place in columns), source)
         for (name, method, source), values in by_line.items()
@@ -112,6 +111,7 @@ def published_table(summary: Summary) -> Table | None:
         "with a measured fid only, never with fd_*; epsilon is as claimed there",
         *([published.MARK_MEANS] if any(f.broken for f in figures) else []),
         *parts,
+        *(f"{title}: {published.SOURCES[title]}" for title in dict.fromkeys(f.source for f in figures)),
     ]
     titles = [_METRICS[_ORDER[metric]].format(shown(epsilon)) for metric, epsilon in columns]
     return Table("Published figures", ("set", "method", *titles, "source"), tuple(rows), 2, tuple(notes))
@@ -145,7 +145,8 @@ def as_csv(summary: Summary) -> str:
     named = _label_columns(summary)
     text = io.StringIO()
     records = [_record(group, labels(group, named), named, summary) for group in summary.groups]
-    writer = csv.DictWriter(text, list(records[0]) if records else named, lineterminator="\n")
+    names = list(dict.fromkeys(name for record in records for name in record))
+    writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(records)
     return text.getvalue()
@@ -165,7 +166,8 @@ def _record(group: Group, labelled: Sequence[str], named: Sequence[str], summary
     record["peak_memory_bytes"] = group.largest("peak_memory_bytes")
     for figure in (f for f in published.figures() if f.metric in ("fid", "accuracy")):
         if figure.matches(group):
-            record[f"published_{figure.metric}_{figure.source}"] = figure.value
+            source = re.sub(r"\W+", "_", figure.source).lower()
+            record[f"published_{figure.metric}_{source}"] = figure.value
     return record
 
 
@@ -187,7 +189,7 @@ def notes(summary: Summary, used: set[Figure], command: str | None) -> tuple[str
         lines.append(PRIVATE_MEANS)
     if any(figure.broken for figure in used):
         lines.append(published.MARK_MEANS)
-    lines += [f"published: {published.SOURCES[name]}" for name in sorted({f.source for f in used})]
+    lines += [f"published, {name}: {published.SOURCES[name]}" for name in sorted({f.source for f in used})]
     lines += [f"mixed {what}: {', '.join(values)}" for what, values in mixtures(summary.rows).items()]
     lines += [f"code {code}" for code in sorted({row["code"] for row in done if row["code"]})]
     return (*lines, f"rebuilt by: {command}") if command else tuple(lines)

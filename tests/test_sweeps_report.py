@@ -133,7 +133,7 @@ def test_published_figures_stand_beside_the_same_setting_only() -> None:
 def test_figures_of_code_that_clips_each_draw_are_marked() -> None:
     rows = published.figures()
     assert {f.method for f in rows if f.broken} == {"DP-LoRA"}
-    assert all(f.broken for f in rows if f.source == "dpimagebench" and f.method == "DP-LoRA")
+    assert all(f.broken for f in rows if f.source == "DPImageBench" and f.method == "DP-LoRA")
     assert all(f.source in published.SOURCES for f in rows) and len(rows) > 50
     marked = {f.title for f in rows if f.broken and f.metric == "fid"}
     assert marked == {"DP-LoRA FID†"}
@@ -144,13 +144,13 @@ def test_columns_of_published_figures(tmp_path: Path) -> None:
     folder = write_sweep(tmp_path, "rank", [fixed | choice for choice in grid(lora__rank=[2, 8, 16])])
     table = tables.main_table(summary(folder), None)
     place = table.columns.index("LoRA FID, published")
-    assert [row[place] for row in table.rows[:3]] == ["20.60", "17.00", ""]
-    assert table.rows[2][table.columns.index("DP-LoRA trainable_parameters, published")] == "470,000"
+    assert [row[place] for row in table.rows[:3]] == ["20.6", "17", ""]
+    assert table.rows[2][table.columns.index("DP-LoRA parameters, published")] == "470,000"
     assert any("ParkLabML/DP-LDM" in note for note in table.notes)
     beside = tables.published_table(summary(folder))
     assert beside is not None and published.MARK_MEANS in beside.notes
     line = next(row for row in beside.rows if row[1] == "DP-LoRA†")
-    assert line[beside.columns.index("what epsilon 10 may be")] == "380.0"
+    assert line[beside.columns.index("what epsilon 10 may be")] == "380"
 
 
 def test_published_figures_of_the_whole_set_are_shown_for_a_part_of_it(sweep: Path) -> None:
@@ -170,6 +170,25 @@ def test_a_plot_goes_along_what_the_settings_differ_in(tmp_path: Path) -> None:
     names = grid(trainable__components=[["lora", "embedder"], ["bias", "embedder"]], seed=[0, 1])
     found = summary(write_sweep(tmp_path / "names", "mine", names))
     assert found.axis is None and len(figures.places(found)) == 2
+
+
+def test_what_an_experiment_implies_is_no_axis(tmp_path: Path) -> None:
+    pairs = [("mnist", "mnist", 2000), ("cifar10", "cifar10", 80), ("celeba32", "celeba", 8192)]
+    choices = [
+        {
+            "experiment": experiment,
+            "data.name": data,
+            "train.expected_batch_size": batch,
+            "privacy.epsilon": e,
+        }
+        for experiment, data, batch in pairs
+        for e in (1.0, 10.0)
+    ]
+    found = summary(write_sweep(tmp_path, "headline", choices))
+    assert found.varying == ("target_epsilon", "data") and found.axis == "target_epsilon"
+    assert [found.series(g) for g in found.groups[::2]] == [
+        "private set mnist", "private set cifar10", "private set celeba32"
+    ]  # fmt: skip
 
 
 def test_plots_hold_every_run_and_say_their_numbers_in_words(sweep: Path) -> None:
