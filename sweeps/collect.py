@@ -24,7 +24,7 @@ SETTINGS = ("experiment", "data", "model", "trainable", "rank", "noise_multiplic
             "seed")  # fmt: skip
 PRIVACY = ("epsilon", "delta", "noise_multiplier", "sample_rate", "steps", "planned_steps", "accountant",
            "adjacency", "reproducible_noise")  # fmt: skip
-RESULT = ("n_samples", "reference", "extractors", "private_metrics", "trainable_parameters", "seconds",
+RESULT = ("n_samples", "reference", "extractors", "released", "private_metrics", "trainable_parameters", "seconds",
           "finetune_seconds", "peak_memory_bytes", "device", "code")  # fmt: skip
 COLUMNS = (*CELL, *SETTINGS, *PRIVACY, *RESULT)
 
@@ -144,10 +144,13 @@ def trainable(config: Mapping[str, Any]) -> str:
 
 def _result(result: Mapping[str, Any]) -> Row:
     seconds, reference = result.get("seconds"), result.get("reference")
+    released = "release" in result
     extractors = result.get("extractors")
     found: Row = {
         "n_samples": result.get("n_samples"),
-        "reference": _reference(reference),
+        # The number of reference images is noised in what is released, so that it differs from run to run.
+        "reference": _reference(reference, with_number=not released),
+        "released": released if result else None,
         "extractors": "; ".join(f"{name}: {_version(e)}" for name, e in extractors.items())
         if isinstance(extractors, Mapping)
         else None,
@@ -165,8 +168,10 @@ def _result(result: Mapping[str, Any]) -> Row:
     }
 
 
-def _reference(reference: Any) -> str | None:
-    return f"{reference['split']}, n={reference['n']}" if isinstance(reference, Mapping) else reference
+def _reference(reference: Any, *, with_number: bool) -> str | None:
+    if not isinstance(reference, Mapping):
+        return reference if isinstance(reference, str) else None
+    return f"{reference['split']}, n={reference['n']}" if with_number else str(reference["split"])
 
 
 def _version(extractor: Any) -> str:
@@ -208,7 +213,8 @@ def check_comparable(rows: Sequence[Row]) -> None:
 def mixtures(rows: Sequence[Row]) -> dict[str, Counter[str]]:
     """What should be the same in all rows and is not, with its values and in how many runs each is.
 
-    That is the code's version, and on each private set delta, extractors, reference and number of images.
+    That is the code's version, and on each private set delta, extractors, reference, number of images, and
+    whether metrics were released under privacy.
     """
     found = {"code versions": Counter(str(row["code"]) for row in rows if row["code"] is not None)}
     for data in dict.fromkeys(row["data"] for row in rows if row["data"] is not None):
@@ -216,7 +222,7 @@ def mixtures(rows: Sequence[Row]) -> dict[str, Counter[str]]:
         private = [row for row in mine if row["delta"] is not None and row["target_epsilon"] != float("inf")]
         found[f"deltas on {data}"] = Counter(f"delta={row['delta']:g}" for row in private)
         measured = [row for row in mine if row["n_samples"] is not None]
-        for name in ("extractors", "reference", "n_samples"):
+        for name in ("extractors", "reference", "n_samples", "released"):
             found[f"{name} on {data}"] = Counter(f"{name}={row[name]}" for row in measured)
     return {what: values for what, values in found.items() if len(values) > 1}
 
