@@ -24,8 +24,8 @@ SETTINGS = ("experiment", "data", "model", "trainable", "rank", "noise_multiplic
             "seed")  # fmt: skip
 PRIVACY = ("epsilon", "delta", "noise_multiplier", "sample_rate", "steps", "planned_steps", "accountant",
            "adjacency", "reproducible_noise")  # fmt: skip
-RESULT = ("n_samples", "reference", "extractors", "released", "private_metrics", "trainable_parameters", "seconds",
-          "finetune_seconds", "peak_memory_bytes", "device", "code")  # fmt: skip
+RESULT = ("n_samples", "reference", "extractors", "released", "private_metrics", "trainable_parameters",
+          "seconds", "finetune_seconds", "peak_memory_bytes", "device", "code")  # fmt: skip
 COLUMNS = (*CELL, *SETTINGS, *PRIVACY, *RESULT)
 
 WHOLE = ("rank", "noise_multiplicity", "expected_batch_size", "seed", "steps", "planned_steps", "n_samples",
