@@ -24,7 +24,8 @@ CONFIG: Spec = {
     "background": "#ffffff",
     "axis": {"labelFontSize": 12, "titleFontSize": 13, "titleFontWeight": "normal", "gridColor": "#e6e6e6",
              "labelColor": "#333333", "titleColor": "#333333", "labelLimit": 150},
-    "legend": {"orient": "top", "labelFontSize": 12, "titleFontSize": 12, "labelLimit": 320, "columns": 2},
+    "legend": {"orient": "top", "labelFontSize": 12, "titleFontSize": 12, "labelLimit": 320, "columns": 4,
+               "symbolOpacity": 1},
     "title": {"anchor": "start", "fontSize": 14, "subtitleFontSize": 12, "subtitleColor": "#555555"},
     "range": {"category": COLOURS},
     "view": {"stroke": None},
@@ -175,7 +176,7 @@ def _means_layers(means: list[Spec], several: bool, *, joined: bool) -> list[Spe
     }
     point: Spec = {
         "data": {"values": means},
-        "mark": {"type": "point", "filled": True, "size": 90, "shape": "square"},
+        "mark": {"type": "point", "filled": True, "opacity": 1, "size": 80, "shape": "square"},
         "encoding": base,
     }
     if several:
@@ -220,7 +221,7 @@ def front_chart(summary: Summary, metric: str) -> Chart:
     layers: list[Spec] = [
         {"mark": {"type": "rule", "strokeWidth": 2}, "encoding": {"y": _y("low"), "y2": {"field": "high"}}},
         {
-            "mark": {"type": "point", "filled": True, "size": 90},
+            "mark": {"type": "point", "filled": True, "opacity": 1, "size": 80},
             "encoding": {"y": _y("mean"), "tooltip": tips},
         },
     ]
@@ -280,7 +281,8 @@ def printed(found: Sequence[Chart]) -> Spec | None:
     if not metrics:
         return None
     plots = [{**chart.spec, "width": 300, "height": 220} for chart in metrics]
-    return {"concat": plots, "columns": 2, "spacing": 30, "config": CONFIG}
+    columns = len(plots) if len(plots) < PRINTED else 2
+    return {"concat": plots, "columns": columns, "spacing": 30, "config": CONFIG}
 
 
 def render(spec: Spec) -> tuple[bytes, bytes]:

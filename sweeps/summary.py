@@ -22,6 +22,12 @@ TITLES = {
 }  # fmt: skip
 """What a reader calls a setting."""
 
+SYMBOLS = {
+    "rank": "r", "noise_multiplicity": "k", "target_epsilon": "epsilon", "given_noise_multiplier": "sigma",
+    "max_grad_norm": "C", "expected_batch_size": "batch", "learning_rate": "rate",
+}  # fmt: skip
+"""The letters of the paper; what has none speaks for itself."""
+
 
 @dataclass(frozen=True)
 class Stat:
@@ -148,7 +154,8 @@ class Summary:
         others = [name for name in self.varying if name != self.axis]
         if self.axis is None:
             return ""
-        return ", ".join(f"{TITLES[name]} {shown(group.value(name))}" for name in others)
+        values = [(SYMBOLS.get(name), shown(group.value(name))) for name in others]
+        return ", ".join(f"{symbol} = {value}" if symbol else value for symbol, value in values)
 
 
 _FIRST = ("accuracy", "fid", "fd_", "kid")

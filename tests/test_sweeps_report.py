@@ -166,7 +166,7 @@ def test_a_plot_goes_along_what_the_settings_differ_in(tmp_path: Path) -> None:
     two = grid(lora__rank=[16, 4], privacy__epsilon=[1.0, 5.0, 10.0], seed=[0, 1])
     found = summary(write_sweep(tmp_path / "two", "mine", two))
     assert found.axis == "target_epsilon" and figures.places(found) == ["1", "5", "10"]
-    assert [found.series(g) for g in found.groups[::3]] == ["LoRA rank r 16", "LoRA rank r 4"]
+    assert [found.series(g) for g in found.groups[::3]] == ["r = 16", "r = 4"]
     names = grid(trainable__components=[["lora", "embedder"], ["bias", "embedder"]], seed=[0, 1])
     found = summary(write_sweep(tmp_path / "names", "mine", names))
     assert found.axis is None and len(figures.places(found)) == 2
@@ -187,7 +187,7 @@ def test_what_an_experiment_implies_is_no_axis(tmp_path: Path) -> None:
     found = summary(write_sweep(tmp_path, "headline", choices))
     assert found.varying == ("target_epsilon", "data") and found.axis == "target_epsilon"
     assert [found.series(g) for g in found.groups[::2]] == [
-        "private set mnist", "private set cifar10", "private set celeba32"
+        "mnist", "cifar10", "celeba32"
     ]  # fmt: skip
 
 
