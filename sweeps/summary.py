@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -87,8 +88,8 @@ class Group:
 
     @property
     def words(self) -> dict[str, str]:
-        """The setting by the names of its choices."""
-        pairs = (word.partition("=") for word in self.setting.split())
+        """The setting by the names of its choices; a value may have spaces."""
+        pairs = (word.partition("=") for word in re.split(r" (?=[\w.@/+~]+=)", self.setting))
         return {name: value for name, sign, value in pairs if sign}
 
     def value(self, name: str) -> Any:

@@ -52,8 +52,10 @@ def grid(**values: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def words_of(choice: Choice) -> list[str]:
+    """As Hydra writes them."""
     return [
-        f"{name}={json.dumps(value) if isinstance(value, list) else value}" for name, value in choice.items()
+        f"{name}=[{','.join(map(str, value))}]" if isinstance(value, list) else f"{name}={value}"
+        for name, value in choice.items()
     ]
 
 

@@ -106,6 +106,11 @@ def test_a_sweep_without_privacy_says_inf_and_no_delta(tmp_path: Path) -> None:
     assert found.axis == "target_epsilon" and figures.places(found) == ["1", "inf"]
 
 
+def test_a_value_may_have_spaces() -> None:
+    words = Group("s", "model.prompt=a photo of a {} seed=1", ()).words
+    assert words == {"model.prompt": "a photo of a {}", "seed": "1"}
+
+
 # Published figures
 
 
