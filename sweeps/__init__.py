@@ -1,4 +1,4 @@
-"""Ablations: from the words of a sweep to its tables, plots and page. It reads what jobs leave, and runs none.
+"""Ablations: from the words of a sweep to its tables, plots and page. Reads what jobs leave, runs none.
 
 | module | what |
 |---|---|
