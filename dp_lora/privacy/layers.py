@@ -21,8 +21,8 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from dp_lora.errors import UserError
 
-# Merging a LoRA into its base takes out x in x (rank + this), the writing counted as so many products; its two
-# thin products take rows x rank x (out + in). Measured at rank 8, flat between 8 and 56.
+# Merging a LoRA into its base takes out x in x (rank + this), the writing counted as so many products; its
+# two thin products take rows x rank x (out + in). Measured at rank 8, flat between 8 and 56.
 _MERGE = 24
 
 # Pairs of a parameter and its per-example gradients [M, ...], summed over draws and tokens.
