@@ -26,7 +26,8 @@ CONFIG: Spec = {
              "labelColor": "#333333", "titleColor": "#333333", "labelLimit": 150},
     "legend": {"orient": "top", "labelFontSize": 12, "titleFontSize": 12, "labelLimit": 320, "columns": 4,
                "symbolOpacity": 1},
-    "title": {"anchor": "start", "fontSize": 14, "subtitleFontSize": 12, "subtitleColor": "#555555"},
+    "title": {"anchor": "start", "fontSize": 14, "subtitleFontSize": 12, "subtitleColor": "#555555",
+              "offset": 12},
     "range": {"category": COLOURS},
     "view": {"stroke": None},
 }  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any
 from dp_lora.provenance import now
 from sweeps import tables
 from sweeps.figures import CONFIG, Chart, script
-from sweeps.summary import Summary, number
+from sweeps.summary import Summary
 
 MOST_IMAGES = 24
 IMAGE_SIDE = 420
@@ -108,10 +108,8 @@ def _cards(summary: Summary) -> list[tuple[str, str, str]]:
     found = [("Runs", summary.counted, f"{len(summary.groups)} settings")]
     private = [row for row in done if row["delta"] and row["epsilon"] < math.inf]
     if private:
-        values = sorted(
-            {number(round(row["epsilon"], 2)) for row in private}, key=lambda v: float(v.replace(",", ""))
-        )
-        spread = values[0] if len(values) == 1 else f"{values[0]} to {values[-1]}"
+        least, most = (f"{end(row['epsilon'] for row in private):.4g}" for end in (min, max))
+        spread = least if least == most else f"{least} to {most}"
         bases = ", ".join(sorted({row["adjacency"] for row in private if row["adjacency"]}))
         by = ", ".join(sorted({row["accountant"] for row in private if row["accountant"]}))
         deltas = ", ".join(f"{delta:g}" for delta in sorted({row["delta"] for row in private}))

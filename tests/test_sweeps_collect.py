@@ -109,7 +109,7 @@ def test_the_frame_is_tidy_and_keeps_whole_numbers(sweep: Path, tmp_path: Path) 
     for again in (pandas.read_csv(written[0]), pandas.read_parquet(written[1])):
         assert list(again["state"]) == STATES
         assert again["accuracy_cnn"].notna().tolist() == [True, False, False, False, True]
-    assert ",8,1," in written[0].read_text().splitlines()[1], "rank and k are no 8.0 and 1.0"
+    assert ",8,2," in written[0].read_text().splitlines()[1], "rank and k are no 8.0 and 2.0"
 
 
 def test_metrics_are_told_from_their_baselines(sweep: Path) -> None:
