@@ -184,6 +184,7 @@ def test_a_dry_run_shows_cells_resources_and_hours_and_does_nothing(
     assert "3 cells, 2 to run; 8.80 GPU-hours by 1 finished runs; nothing was submitted" in said
     status, _, said = dp_lora(*given[:-1], "train.max_steps=100")
     assert "3 cells, 3 to run; 25.20 GPU-hours" in said
+    assert {path.name for path in (tmp_path / "outputs").iterdir()} == {"default"}  # the run made above
     assert not (tmp_path / "outputs" / "sweeps").exists()
 
 
