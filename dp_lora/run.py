@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dp_lora.config import Config, fingerprint, run_directory
-from dp_lora.errors import UserError
+from dp_lora.errors import Busy, UserError
 from dp_lora.files import file_lock, private_directory, read_json, write_atomic, write_json
 from dp_lora.job import OUTPUTS, Job, check_writable, device_of, prepare, pretrained_model, say
 from dp_lora.processes import Team, joined
@@ -105,7 +105,7 @@ def _own(job: Job) -> Iterator[None]:
     """The run directory, made and held by this process alone."""
 
     def refuse() -> None:
-        raise UserError(f"{job.directory}: another process is running this job; wait for it or stop it")
+        raise Busy(f"{job.directory}: another process is running this job; wait for it or stop it")
 
     private_directory(job.directory / "checkpoint")
     with file_lock(job.directory / "checkpoint" / "lock", waiting=refuse):

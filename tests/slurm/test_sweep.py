@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dp_lora.files import read_json
-from slurm.conftest import Start, Sweep, how_it_ended, run, until
+from slurm.conftest import LARGEST_ARRAY, Start, Sweep, how_it_ended, run, until
 from slurm.jobs import counted, starts
 
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("slurm")]
@@ -61,6 +61,13 @@ def test_the_others_finish_when_some_fail(treated: Sweep) -> None:
     for number, directory in treated.cells().items():
         assert is_right(directory) == (number not in failed), (number, treated.said())
     assert treated.process.returncode == 1
+
+
+def test_more_cells_than_an_array_takes_are_several_arrays(treated: Sweep) -> None:
+    submissions = treated.ledger.submissions.values()
+    assert [len(submission.cells) for submission in submissions] == [LARGEST_ARRAY, 9 - LARGEST_ARRAY]
+    arrays = [{job.partition("_")[0] for job in submission.jobs or []} for submission in submissions]
+    assert [len(numbers) for numbers in arrays] == [1, 1] and arrays[0] != arrays[1]
 
 
 def test_slurm_calls_a_failed_job_failed(treated: Sweep) -> None:
