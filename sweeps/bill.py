@@ -63,30 +63,35 @@ class SetBill:
 
     def lines(self) -> list[str]:
         """The bill in words, each number with what it needs to be read."""
-        name, private = self.private_set, self.runs - self.runs_without_privacy
-        at = f"at delta {self.delta:g} ({self.accountant}, {self.adjacency})"
-        runs = f"{_count(self.runs, 'run')}, {_count(self.steps, 'step')}"
-        lines = [f"{name}: {runs}; all of them together spend epsilon {self.epsilon:.4g} {at}"]
-        if self.runs_without_privacy and private:
+        private = self.runs - self.runs_without_privacy
+        lines = [f"{_count(self.runs, 'run')}, {_count(self.steps, 'step')} on the same images"]
+        if self.runs_without_privacy:
             lines.append(
-                f"{name}: {self.runs_without_privacy} of them without privacy; the other {private} together "
-                f"spend epsilon {self.private_epsilon:.4g} {at}"
+                f"{self.runs_without_privacy} without privacy (no noise, or noise from a seed): all together "
+                "have no guarantee, epsilon inf"
             )
         if private:
-            lines.append(f"{name}: the largest of a single run with privacy is {self.largest_epsilon:.4g}")
+            them = "all" if private == self.runs else f"the other {private}"
+            lines += [
+                f"{them} together: epsilon {self.private_epsilon:.4g} {self._reading()}",
+                f"the largest of one run alone: epsilon {self.largest_epsilon:.4g}",
+            ]
         if self.best_of_epsilon is not None:
             lines.append(
-                f"{name}: if only the best of K runs were released, by a score that is private itself, K random "
-                f"with mean {private} ({self.best_of_distribution}) and each run of a cell drawn at random: "
-                f"epsilon {self.best_of_epsilon:.4g} at delta {self.delta:g} (rdp; Papernot and Steinke 2022). "
-                "These runs were not made that way"
+                f"if only the best of K runs were released: epsilon {self.best_of_epsilon:.4g} at delta "
+                f"{self.delta:g} (rdp), for K random with mean {private} ({self.best_of_distribution}), each "
+                "run of a cell drawn at random, and a score that is private itself (Papernot and Steinke 2022); "
+                "these runs were not made that way"
             )
         if self.ledger_runs is not None and self.ledger_epsilon is not None:
             lines.append(
-                f"{name}: {self.ledger} counts {_count(self.ledger_runs, 'run')} over all time, together "
-                f"epsilon {self.ledger_epsilon:.4g} at delta {self.delta:g}"
+                f"{self.ledger} counts {_count(self.ledger_runs, 'run')} over all time: epsilon "
+                f"{self.ledger_epsilon:.4g} at delta {self.delta:g}"
             )
-        return lines
+        return [f"{self.private_set}: {line}" for line in lines]
+
+    def _reading(self) -> str:
+        return f"at delta {self.delta:g} ({self.accountant}; {self.adjacency})"
 
 
 @dataclass(frozen=True)
