@@ -74,14 +74,14 @@ class SetBill:
             them = "all" if private == self.runs else f"the other {private}"
             lines += [
                 f"{them} together: epsilon {self.private_epsilon:.4g} {self._reading()}",
-                f"the largest of one run alone: epsilon {self.largest_epsilon:.4g}",
+                f"the largest of one run alone: epsilon {self.largest_epsilon:.4g} at delta {self.delta:g}",
             ]
         if self.best_of_epsilon is not None:
             lines.append(
                 f"if only the best of K runs were released: epsilon {self.best_of_epsilon:.4g} at delta "
-                f"{self.delta:g} (rdp), for K random with mean {private} ({self.best_of_distribution}), each "
-                "run of a cell drawn at random, and a score that is private itself (Papernot and Steinke 2022); "
-                "these runs were not made that way"
+                f"{self.delta:g} (rdp; Papernot and Steinke 2022), for K random with mean {private} "
+                f"({self.best_of_distribution}), each run of a cell drawn at random, and a score that is private "
+                "itself; these runs were not made that way"
             )
         if self.ledger_runs is not None and self.ledger_epsilon is not None:
             lines.append(
