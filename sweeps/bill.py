@@ -80,8 +80,8 @@ class SetBill:
             lines.append(
                 f"if only the best of K runs were released: epsilon {self.best_of_epsilon:.4g} at delta "
                 f"{self.delta:g} (rdp; Papernot and Steinke 2022), for K random with mean {private} "
-                f"({self.best_of_distribution}), each run of a cell drawn at random, and a score that is private "
-                "itself; these runs were not made that way"
+                f"({self.best_of_distribution}), each run of a cell drawn at random, and a score that is "
+                "private itself; these runs were not made that way"
             )
         if self.ledger_runs is not None and self.ledger_epsilon is not None:
             lines.append(

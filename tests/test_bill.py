@@ -33,7 +33,7 @@ def make(
     source: Path | None = None,
     public: bool = False,
 ) -> Path:
-    """A run directory: `steps` of 80 in privacy.json (None: no such file), `begun` in the write-ahead record."""
+    """A run directory: `steps` of 80 in privacy.json, `begun` in the write-ahead record; None: no such file."""
     (directory / "checkpoint").mkdir(parents=True)
     data = {"name": name, "source": None if source is None else str(source), "public": public}
     # JSON is YAML.
@@ -192,7 +192,5 @@ def test_the_words_and_the_record_say_the_same(tmp_path: Path) -> None:
     assert record["sets"][0]["epsilon"] == "inf"
     lines: Sequence[str] = found.lines()
     assert all(line.startswith("mnist: ") for line in lines)
-    told: list[Any] = [
-        line for line in lines if "epsilon" in line and "inf" not in line and "alone" not in line
-    ]
+    told: list[Any] = [line for line in lines if "epsilon" in line and "inf" not in line]
     assert told and all("delta" in line for line in told)

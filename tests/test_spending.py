@@ -1,4 +1,4 @@
-"""A job is charged before it begins and once, public data never, and a budget that would be passed refuses it."""
+"""A job is charged before it begins and only once; public data never; a budget refuses what would pass it."""
 
 from __future__ import annotations
 
@@ -108,9 +108,12 @@ def test_a_run_is_charged_its_plan_first_and_what_it_began_at_last(
 def test_a_run_that_ends_early_is_charged_what_it_began_unless_it_will_go_on(
     error: type[BaseException], charge: int, config: Config, plan: PrivacyPlan, folder: Path
 ) -> None:
-    with pytest.raises(error), charged(config, plan, folder):
+    def stop() -> None:
         begin_steps(folder, 30)
         raise error
+
+    with pytest.raises(error), charged(config, plan, folder):
+        stop()
     assert steps_of(config) == [charge]
     with charged(config, plan, folder):
         assert steps_of(config) == [80], "the same run, with all that it may still begin"
