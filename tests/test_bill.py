@@ -33,7 +33,7 @@ def make(
     source: Path | None = None,
     public: bool = False,
 ) -> Path:
-    """A run directory: `steps` of 80 in privacy.json, `begun` in the write-ahead record; None: no such file."""
+    """A run directory: `steps` of 80 in privacy.json, `begun` in the write-ahead record; None: no file."""
     (directory / "checkpoint").mkdir(parents=True)
     data = {"name": name, "source": None if source is None else str(source), "public": public}
     # JSON is YAML.

@@ -1,0 +1,172 @@
+"""W&B online: one run over all its starts, what it shows and what it does not, against a backend of our own.
+
+The real wandb-core talks to `wandb_server` on 127.0.0.1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import wandb
+from PIL import Image
+from test_tracking import RUN_ID, job, open_tracker, row
+from wandb_server import ENTITY, KEY, Backend, serving
+
+from dp_lora.config import Config
+from dp_lora.files import read_lines
+
+METRICS = {"accuracy_cnn": 0.8, "accuracy_cnn_before": 0.1, "accuracy_cnn_real": 0.95}
+
+
+@pytest.fixture(scope="module")
+def backend() -> Iterator[Backend]:
+    with serving() as served, pytest.MonkeyPatch.context() as patched:
+        for name in [name for name in os.environ if name.startswith("WANDB_")]:
+            patched.delenv(name)
+        patched.setenv("WANDB_BASE_URL", served.url)
+        patched.setenv("WANDB_API_KEY", KEY)
+        yield served
+        wandb.teardown()
+
+
+def setting(mode: str, group: str = "rank") -> Config:
+    config = job(mode)
+    config.tracking.group = group
+    return config
+
+
+def directory_of(folder: Path) -> Path:
+    directory = folder / "private_folder_name"
+    (directory / "adapter").mkdir(parents=True)
+    (directory / "adapter" / "README.md").write_text("card")
+    (directory / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(directory / "samples.png")
+    return directory
+
+
+def two_starts(directory: Path, mode: str) -> None:
+    """A start that is preempted after step 7 and one that goes on from step 5 to the end."""
+    with open_tracker(directory, setting(mode)) as tracker:
+        for step in range(8):
+            tracker.log(step, row(step), "finetune")
+        tracker.preempting()
+        tracker.close(exit_code=1)
+    with open_tracker(directory, setting(mode), resume_step=5) as tracker:
+        for step in range(5, 12):
+            tracker.log(step, row(step), "finetune")
+        tracker.privacy({"epsilon": 9.99, "delta": 1e-5, "noise_multiplier": 0.7})
+        tracker.images("samples", directory / "samples.png")
+        tracker.result({"metrics": METRICS, "n_samples": 100})
+        tracker.adapter(directory / "adapter")
+
+
+@pytest.fixture(scope="module")
+def online(backend: Backend, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run whose two starts were online."""
+    directory = directory_of(tmp_path_factory.mktemp("online"))
+    two_starts(directory, "online")
+    return directory
+
+
+def test_a_preempted_run_stays_one_run_whose_history_is_metrics_jsonl(backend: Backend, online: Path) -> None:
+    run = backend.runs["dp-lora", RUN_ID]
+    assert run.starts == 2 and run.preempted and run.state == "finished" and run.exit_code == 0
+    history = [item for item in run.history if "stage" in item]
+    rows = read_lines(online / "metrics.jsonl")
+    assert [item["_step"] for item in history] == list(range(12))
+    for item, expected in zip(history, rows, strict=True):
+        del expected["time"]
+        assert {name: value for name, value in item.items() if not name.startswith("_")} == expected
+    assert backend.unknown == []
+
+
+def test_the_backend_knows_the_job(backend: Backend, online: Path) -> None:
+    run = backend.runs["dp-lora", RUN_ID]
+    assert (run.group, run.job_type, run.display_name) == ("rank", "finetune+sample+evaluate", "lora.rank=8")
+    assert run.tags == ["rank8", "eps10"]
+    assert run.config["lora"]["value"]["rank"] == 8
+    assert run.config["privacy"]["value"]["epsilon"] == 10.0
+    assert run.summary["privacy"] == {"epsilon": 9.99, "delta": 1e-5, "noise_multiplier": 0.7}
+    assert run.summary["accuracy_cnn"] == 0.8 and run.summary["epsilon"] == 1.1
+    axes = {axis.get("1") or axis.get("2"): axis for axis in run.config["_wandb"]["value"]["m"]}
+    assert {"epsilon", "signal_to_noise", "update_norm"} <= axes.keys()
+
+
+def test_images_tables_and_the_adapter_arrive(backend: Backend, online: Path) -> None:
+    run = backend.runs["dp-lora", RUN_ID]
+    images = {name: data for name, data in run.files.items() if name.startswith("media/images/samples")}
+    assert list(images.values()) == [(online / "samples.png").read_bytes()]
+    (table,) = [
+        json.loads(data) for name, data in run.files.items() if name.startswith("media/table/baselines")
+    ]
+    assert table["columns"] == ["metric", "value", "before", "real"]
+    assert table["data"] == [["accuracy_cnn", 0.8, 0.1, 0.95]]
+    (adapter,) = [a for a in backend.artifacts.values() if a.type == "model"]
+    assert adapter.committed and adapter.name == f"adapter-{RUN_ID}"
+    assert adapter.files["README.md"] == b"card"
+    assert adapter.files["adapter_model.safetensors"] == b"weights"
+
+
+def test_nothing_else_arrives(backend: Backend, online: Path) -> None:
+    run = backend.runs["dp-lora", RUN_ID]
+    secrets = ["dr_who", "patients", "private_folder_name", f"{Path.home()}/", "test_wandb_backend"]
+    sent = json.dumps([run.config, run.summary, run.history, run.lines]).encode() + b"".join(
+        run.files.values()
+    )
+    assert not [secret for secret in secrets if secret.encode() in sent]
+    kinds = {name.split("/")[0] for name in run.files}
+    assert kinds <= {"media", "config.yaml", "wandb-summary.json"}, kinds
+    assert not run.lines.get("output.log")
+    assert not any("system." in line for line in run.lines.get("wandb-events.jsonl", {}).values())
+
+
+def test_offline_starts_are_synced_into_one_run(backend: Backend, tmp_path: Path) -> None:
+    directory = directory_of(tmp_path)
+    two_starts(directory, "offline")
+    del backend.runs["dp-lora", RUN_ID]
+    starts = sorted(directory.glob("wandb/offline-run-*"), key=lambda path: path.stat().st_mtime_ns)
+    assert len(starts) == 2
+    done = subprocess.run(
+        [sys.executable, "-m", "wandb", "sync", *map(str, starts)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = backend.runs["dp-lora", RUN_ID]
+    steps = [item["step"] for item in run.history if "stage" in item]
+    assert steps == list(range(12))
+    assert run.summary["accuracy_cnn"] == 0.8 and run.summary["privacy"]["epsilon"] == 9.99
+    assert any(name.startswith("media/images/samples") for name in run.files)
+    assert backend.unknown == []
+
+
+def test_the_runs_of_a_sweep_are_found_by_their_group(backend: Backend, online: Path) -> None:
+    api = wandb.Api()
+    (found,) = api.runs(f"{ENTITY}/dp-lora", filters={"group": "rank"})
+    assert found.id == RUN_ID and found.summary["accuracy_cnn"] == 0.8
+    assert found.config["lora"]["rank"] == 8
+    assert not list(api.runs(f"{ENTITY}/dp-lora", filters={"group": "another"}))
+
+
+def test_a_backend_that_is_away_leaves_an_offline_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    with serving() as gone:
+        pass
+    monkeypatch.setenv("WANDB_BASE_URL", gone.url)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
+    with open_tracker(tmp_path, setting("auto")) as tracker:
+        tracker.log(1, row(1), "finetune")
+    assert [r["step"] for r in read_lines(tmp_path / "metrics.jsonl")] == [1]
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert any("cannot be reached" in record.getMessage() for record in caplog.records)
