@@ -138,6 +138,25 @@ def planned(charges: Iterable[Charge]) -> Bill:
     return _bill([_Run(charge.private_set, charge) for charge in charges])
 
 
+def of_rows(rows: Iterable[Mapping[str, Any]]) -> Bill:
+    """The bill of the rows of a frame that `collect` wrote, where the run directories are not at hand.
+
+    Rows that have begun no step cost nothing. A run that is not done may have begun a step more than its row
+    says.
+    """
+    charges = []
+    for number, row in enumerate(rows):
+        if not row["steps"] or row["sample_rate"] is None:
+            continue
+        steps = int(row["steps"])
+        if row["state"] != "done":
+            steps = min(steps + 1, int(row["planned_steps"]))
+        mechanism = Mechanism(float(row["noise_multiplier"]), float(row["sample_rate"]), steps)
+        private = mechanism.noise_multiplier > 0 and not row["reproducible_noise"]
+        charges.append(Charge(f"{number}", private_set(row["data"]), mechanism, float(row["delta"]), private))
+    return planned(charges)
+
+
 def _bill(runs: Sequence[_Run]) -> Bill:
     owners: dict[str, list[_Run]] = {}
     for run in runs:

@@ -17,11 +17,13 @@ import numpy as np
 import pytest
 import wandb
 from PIL import Image
+from test_dashboard import run as make_run
 from test_tracking import RUN_ID, job, open_tracker, row
 from wandb_server import ENTITY, KEY, Backend, serving
 
 from dp_lora.config import Config
 from dp_lora.files import read_lines
+from sweeps.dashboard import dashboard
 
 METRICS = {"accuracy_cnn": 0.8, "accuracy_cnn_before": 0.1, "accuracy_cnn_real": 0.95}
 
@@ -170,3 +172,14 @@ def test_a_backend_that_is_away_leaves_an_offline_run(
     assert [r["step"] for r in read_lines(tmp_path / "metrics.jsonl")] == [1]
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert any("cannot be reached" in record.getMessage() for record in caplog.records)
+
+
+def test_the_dashboard_of_a_sweep_is_saved_in_its_project(backend: Backend, tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "default" / "a", metrics=METRICS, private_metrics=[])]
+    where = dashboard(tmp_path / "rank", runs)
+    (view,) = backend.views
+    assert (view["entityName"], view["projectName"]) == (ENTITY, "dp-lora")
+    assert view["displayName"] == "rank: privacy and utility"
+    spec = json.loads(view["spec"])
+    assert "summary:privacy.epsilon" in json.dumps(spec) and where.startswith("http")
+    assert not (tmp_path / "rank").exists() and backend.unknown == []

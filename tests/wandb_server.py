@@ -58,8 +58,9 @@ class BackendRun:
         then = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime())
         return {
             "id": self.id, "projectId": 1, "name": self.name, "displayName": self.display_name,
-            "tags": self.tags, "group": self.group, "jobType": self.job_type, "config": json.dumps(self.config),
-            "summaryMetrics": json.dumps(self.summary), "historyLineCount": len(self.history), "notes": None,
+            "tags": self.tags, "group": self.group, "jobType": self.job_type, "notes": None,
+            "config": json.dumps(self.config), "summaryMetrics": json.dumps(self.summary),
+            "historyLineCount": len(self.history),
             "state": self.state, "createdAt": then, "heartbeatAt": then, "description": None,
             "sweepName": None,
             "commit": None, "readOnly": False, "systemMetrics": "{}", "historyKeys": None, "stopped": False,
