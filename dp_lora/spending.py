@@ -21,6 +21,7 @@ from dp_lora.job import OUTPUTS
 from dp_lora.signals import Preempted
 
 if TYPE_CHECKING:
+    from dp_lora.privacy.accounting import Mechanism
     from dp_lora.privacy.ledger import Charge
     from dp_lora.privacy.plan import PrivacyPlan
 
@@ -143,6 +144,29 @@ def charged(config: Config, plan: PrivacyPlan, folder: Path) -> Iterator[None]:
             settle()
         raise
     settle()
+
+
+def charge_release(config: Config, mechanism: Mechanism, delta: float, folder: Path, number: int) -> None:
+    """Charges a release on the set's held-out images, on disk before it is made; once for each `number`.
+
+    Args:
+        config: the job; public data is not charged.
+        mechanism, delta: of the release.
+        folder: the run's private `checkpoint/`.
+        number: of the release, from 0, in this run.
+
+    Raises UserError when the budget would be passed or the ledger cannot be used.
+    """
+    from dp_lora.privacy.ledger import Charge, Ledger
+
+    if config.data.public:
+        return
+    receipt, ledger = _receipt(config, folder), Ledger(ledger_path(config))
+    _keep(folder, receipt)
+    private = mechanism.noise_multiplier > 0 and config.privacy.insecure_seed is None
+    mine = Charge(f"{receipt.run}-release-{number}", receipt.private_set, mechanism, delta, private)
+    if mine not in ledger.charges():
+        ledger.enter(mine, lambda others: admit(config, mine, others))
 
 
 def line_of_all_runs(config: Config, delta: float) -> str | None:

@@ -118,8 +118,15 @@ class _Run:
     owner: str
     """Tells the private sets apart: the name, or for a folder of one's own its ledger."""
     charge: Charge
+    releases: tuple[Mechanism, ...] = ()
+    """On held-out images, each of which may be of somebody who is in the training too."""
     ledger: Path | None = None
     digest: str | None = None
+
+    @property
+    def mechanisms(self) -> tuple[Mechanism, ...]:
+        """All that the run released."""
+        return (self.charge.mechanism, *self.releases)
 
 
 def bill(directories: Sequence[Path]) -> Bill:
@@ -172,17 +179,16 @@ def _bill(runs: Sequence[_Run]) -> Bill:
 
 
 def _bill_of_set(name: str, runs: Sequence[_Run]) -> SetBill:
-    charges = [run.charge for run in runs]
-    private = [charge for charge in charges if charge.private]
-    delta = min(charge.delta for charge in private or charges)
-    of_private = spent(private, delta)
-    selection = best_of([charge.mechanism for charge in private], delta) if private else None
+    private = [run for run in runs if run.charge.private]
+    delta = min(run.charge.delta for run in private or runs)
+    of_private = composed([part for run in private for part in run.mechanisms], delta)
+    selection = best_of([run.mechanisms for run in private], delta) if private else None
     return SetBill(
         private_set=name,
-        runs=len(charges),
-        runs_without_privacy=len(charges) - len(private),
-        steps=sum(charge.mechanism.steps for charge in charges),
-        epsilon=of_private.epsilon if len(private) == len(charges) else math.inf,
+        runs=len(runs),
+        runs_without_privacy=len(runs) - len(private),
+        steps=sum(run.charge.mechanism.steps for run in runs),
+        epsilon=of_private.epsilon if len(private) == len(runs) else math.inf,
         private_epsilon=of_private.epsilon,
         largest_epsilon=_largest(private, delta),
         delta=delta,
@@ -194,12 +200,12 @@ def _bill_of_set(name: str, runs: Sequence[_Run]) -> SetBill:
     )
 
 
-def _largest(charges: Sequence[Charge], delta: float) -> float:
+def _largest(runs: Sequence[_Run], delta: float) -> float:
     """Epsilon of the run that spent most; rdp alone where there are many different ones."""
-    distinct = {charge.mechanism for charge in charges}
+    distinct = {run.mechanisms for run in runs}
     if len(distinct) > MANY:
-        return max(epsilon_of_divergences(renyi_divergences([one]), delta) for one in distinct)
-    return max((composed([one], delta).epsilon for one in distinct), default=0.0)
+        return max(epsilon_of_divergences(renyi_divergences(one), delta) for one in distinct)
+    return max((composed(one, delta).epsilon for one in distinct), default=0.0)
 
 
 def _ledgers(runs: Sequence[_Run], delta: float) -> dict[str, Any]:
@@ -263,6 +269,7 @@ def _read_files(directory: Path) -> _Run | None:
             float(plan["delta"]),
             private=mechanism.noise_multiplier > 0 and not seeded,
         ),
+        releases=_releases(privacy),
         ledger=ledger,
         digest=receipt.digest if receipt is not None else None,
     )
@@ -279,6 +286,14 @@ def _steps(checkpoint: Path, privacy: Mapping[str, Any], *, visible: bool) -> in
     if visible and (checkpoint / "executions.jsonl").exists():
         return begun(checkpoint)
     return min(privacy["steps"] + 1, privacy["planned_steps"]) if privacy else 0
+
+
+def _releases(privacy: Mapping[str, Any]) -> tuple[Mechanism, ...]:
+    """Metrics on held-out images within a budget of their own (`evaluation.release=dp`)."""
+    release = privacy.get("release")
+    if release is None:
+        return ()
+    return (Mechanism(float(release["noise_multiplier"]), 1.0, int(release["releases"])),)
 
 
 def _optional(path: Path) -> dict[str, Any]:

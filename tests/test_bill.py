@@ -65,7 +65,7 @@ def test_all_runs_on_a_set_compose(tmp_path: Path) -> None:
     assert (found.private_set, found.runs, found.steps) == ("mnist", 3, 240)
     assert found.epsilon == found.private_epsilon == pytest.approx(spent(240))
     assert found.largest_epsilon == pytest.approx(spent(80)) and found.accountant == "pld"
-    assert found.best_of_epsilon == best_of([Mechanism(SIGMA, RATE, 80)] * 3, DELTA).epsilon
+    assert found.best_of_epsilon == best_of([[Mechanism(SIGMA, RATE, 80)]] * 3, DELTA).epsilon
     assert spent(80) < found.best_of_epsilon
     assert bill([*runs, runs[0], tmp_path / "never begun"]) == bill(runs)
 
@@ -124,7 +124,7 @@ def test_different_mechanisms_compose_at_the_smallest_delta(tmp_path: Path) -> N
     assert found.delta == 1e-6
     assert found.epsilon == pytest.approx(composed(mechanisms, 1e-6).epsilon)
     assert found.largest_epsilon == pytest.approx(composed(mechanisms[1:], 1e-6).epsilon)
-    assert found.best_of_epsilon == best_of(mechanisms, 1e-6).epsilon
+    assert found.best_of_epsilon == best_of([[one] for one in mechanisms], 1e-6).epsilon
 
 
 def test_many_different_mechanisms_have_the_renyi_bound(tmp_path: Path) -> None:
@@ -134,6 +134,17 @@ def test_many_different_mechanisms_have_the_renyi_bound(tmp_path: Path) -> None:
     # Between the pld bounds of the quietest and of the loudest, had all runs been alike; rdp is looser.
     low, high = (composed([Mechanism(sigma, RATE, 300)], DELTA).epsilon for sigma in (2.29, 2.0))
     assert low < found.epsilon < 1.1 * high
+
+
+def test_releases_on_held_out_images_are_part_of_what_a_run_costs(tmp_path: Path) -> None:
+    run = make(tmp_path / "a")
+    record = read_json(run / "privacy.json")
+    write_json(run / "privacy.json", {**record, "release": {"noise_multiplier": 4.0, "releases": 2}})
+    found = only(bill([run]))
+    everything = [Mechanism(SIGMA, RATE, 80), Mechanism(4.0, 1.0, 2)]
+    assert (found.runs, found.steps) == (1, 80)
+    assert found.epsilon == found.largest_epsilon == pytest.approx(composed(everything, DELTA).epsilon)
+    assert found.epsilon > spent(80) and found.best_of_epsilon == best_of([everything], DELTA).epsilon
 
 
 def charge(directory: Path, ledger: Ledger, number: str, steps: int = 80) -> Path:

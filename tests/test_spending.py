@@ -19,10 +19,11 @@ from dp_lora.__main__ import main
 from dp_lora.config import Config, DataConfig, PathsConfig, check, fingerprint, run_directory
 from dp_lora.errors import UserError
 from dp_lora.files import append_line, read_json, read_lines
+from dp_lora.privacy.accounting import Mechanism
 from dp_lora.privacy.ledger import Ledger
 from dp_lora.privacy.plan import PrivacyPlan, make_plan
 from dp_lora.signals import Interrupted, Preempted
-from dp_lora.spending import charged, ledger_path, read_receipt, refusal
+from dp_lora.spending import charge_release, charged, ledger_path, read_receipt, refusal
 
 FINETUNE = "stages=[finetune]"
 
@@ -174,6 +175,24 @@ def test_noise_that_a_seed_gives_away_is_charged_as_no_privacy(
     assert reason is not None and "1 run on mnist spent epsilon inf" in reason
 
 
+def test_a_release_on_held_out_images_is_charged_once_and_asks_the_budget(
+    config: Config, plan: PrivacyPlan, folder: Path
+) -> None:
+    release = Mechanism(4.0, 1.0, 1)
+    with charged(config, plan, folder):
+        begin_steps(folder, 80)
+    for number in (0, 0, 1):
+        charge_release(config, release, 1e-6, folder, number)
+    assert [c.mechanism for c in Ledger(ledger_path(config)).charges()] == [plan.mechanism, release, release]
+    config.privacy.budget_epsilon = 0.1
+    charge_release(config, release, 1e-6, folder, 1)
+    with pytest.raises(UserError, match=r"privacy\.budget_epsilon=0\.1: 3 runs on mnist"):
+        charge_release(config, release, 1e-6, folder, 2)
+    config.data.public = True
+    charge_release(config, release, 1e-6, folder, 2)
+    assert len(Ledger(ledger_path(config)).charges()) == 3
+
+
 def test_a_run_that_moves_to_another_ledger_is_charged_there_too(
     config: Config, plan: PrivacyPlan, folder: Path, tmp_path: Path
 ) -> None:
@@ -200,7 +219,7 @@ def test_a_run_whose_line_was_cut_off_does_not_go_on(config: Config, plan: Priva
 
 
 def epsilon_of(plan: PrivacyPlan, runs: int) -> float:
-    from dp_lora.privacy.accounting import Mechanism, composed
+    from dp_lora.privacy.accounting import composed
 
     return composed(
         [Mechanism(plan.noise_multiplier, plan.sample_rate, plan.steps * runs)], plan.delta

@@ -45,27 +45,29 @@ class Selection:
     expected_runs: float
 
 
-def best_of(cells: Sequence[Mechanism], delta: float, expected_runs: float | None = None) -> Selection:
+def best_of(
+    cells: Sequence[Sequence[Mechanism]], delta: float, expected_runs: float | None = None
+) -> Selection:
     """The smallest bound of the three distributions of K with mean `expected_runs`.
 
     The choice looks at the mechanisms only, which are public.
 
     Args:
-        cells: the whole run of each cell; a run draws one of them uniformly. Where they differ the bound is
-            that of the drawing and the run together, which is exact.
+        cells: all that a run of each cell releases; a run draws one of them uniformly. Where they differ the
+            bound is that of the drawing and the run together, which is exact.
         delta: in (0, 1).
         expected_runs: mean of K, 1 or more; None: as many as there are cells.
 
-    >>> cells = [Mechanism(noise_multiplier=2.0, sample_rate=0.05, steps=200)] * 12
-    >>> alone = epsilon_of_divergences(renyi_divergences(cells[:1]), 1e-5)
-    >>> together = epsilon_of_divergences(renyi_divergences(cells), 1e-5)
-    >>> alone < best_of(cells, 1e-5).epsilon < together
+    >>> run = Mechanism(noise_multiplier=2.0, sample_rate=0.05, steps=200)
+    >>> alone = epsilon_of_divergences(renyi_divergences([run]), 1e-5)
+    >>> together = epsilon_of_divergences(renyi_divergences([run] * 12), 1e-5)
+    >>> alone < best_of([[run]] * 12, 1e-5).epsilon < together
     True
     """
     runs = float(len(cells) if expected_runs is None else expected_runs)
     if not cells or not 1 <= runs < math.inf:
         raise ValueError(f"expected_runs={runs:g} of {len(cells)} cells: expected at least 1 of each")
-    one = uniform_mixture([renyi_divergences([cell]) for cell in cells])
+    one = uniform_mixture([renyi_divergences(cell) for cell in cells])
     bounds = {name: epsilon_of_divergences(bound(one, runs), delta) for name, bound in BOUNDS.items()}
     name = min(bounds, key=lambda name: bounds[name])
     return Selection(bounds[name], name, runs)

@@ -148,19 +148,20 @@ def test_a_cell_drawn_at_random_has_the_divergence_of_the_pair() -> None:
 def test_different_cells_cost_at_most_what_the_worst_would() -> None:
     quiet, loud = Mechanism(4.0, 0.05, 200), Mechanism(1.0, 0.05, 200)
     epsilons = [
-        best_of(cells, 1e-5, 4).epsilon for cells in ([quiet] * 4, [quiet, quiet, quiet, loud], [loud] * 4)
+        best_of([[cell] for cell in cells], 1e-5, 4).epsilon
+        for cells in ([quiet] * 4, [quiet, quiet, quiet, loud], [loud] * 4)
     ]
     assert epsilons == sorted(epsilons) and epsilons[0] < epsilons[1] < epsilons[2]
-    assert math.isinf(best_of([quiet, Mechanism(0.0, 0.05, 200)], 1e-5).epsilon)
+    assert math.isinf(best_of([[quiet], [Mechanism(0.0, 0.05, 200)]], 1e-5).epsilon)
 
 
 def test_more_runs_cost_more_and_one_costs_itself() -> None:
     alone = epsilon_of_divergences(renyi_divergences([RUN]), 1e-5)
-    assert best_of([RUN], 1e-5).epsilon == pytest.approx(alone)
-    epsilons = [best_of([RUN] * runs, 1e-5).epsilon for runs in (1, 2, 10, 100)]
+    assert best_of([[RUN]], 1e-5).epsilon == pytest.approx(alone)
+    epsilons = [best_of([[RUN]] * runs, 1e-5).epsilon for runs in (1, 2, 10, 100)]
     assert epsilons == sorted(set(epsilons))
-    assert selection.best_of([RUN] * 10, 1e-5) == best_of([RUN], 1e-5, expected_runs=10)
-    for cells, runs in (([], 3.0), ([RUN], 0.5), ([RUN], math.inf)):
+    assert selection.best_of([[RUN]] * 10, 1e-5) == best_of([[RUN]], 1e-5, expected_runs=10)
+    for cells, runs in (([], 3.0), ([[RUN]], 0.5), ([[RUN]], math.inf)):
         with pytest.raises(ValueError, match="expected_runs"):
             best_of(cells, 1e-5, runs)
 
