@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from dp_lora.config import Config
 from dp_lora.errors import UserError
 from dp_lora.files import read_json, write_json
-from dp_lora.job import OUTPUTS
+from dp_lora.job import OUTPUTS, check_writable
 from dp_lora.signals import Preempted
 
 if TYPE_CHECKING:
@@ -78,8 +78,10 @@ def refusal(config: Config, plan: PrivacyPlan, directory: Path) -> str | None:
     if config.data.public or (directory / OUTPUTS["finetune"]).exists():
         return None
     mine = charge_of(config, plan, _receipt(config, directory / "checkpoint").run)
+    path = ledger_path(config)
     try:
-        admit(config, mine, [c for c in Ledger(ledger_path(config)).charges() if c.run != mine.run])
+        check_writable(path.parent, f"paths.ledger={path}")
+        admit(config, mine, [c for c in Ledger(path).charges() if c.run != mine.run])
     except UserError as error:
         return str(error)
     return None

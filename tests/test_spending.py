@@ -289,6 +289,15 @@ def test_an_edited_ledger_refuses_a_job(config: Config, plan: PrivacyPlan, folde
     assert reason is not None and "line 1: the ledger was edited" in reason
 
 
+def test_a_ledger_that_has_no_place_refuses_a_job_before_it_begins(
+    config: Config, plan: PrivacyPlan, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    config.paths.ledger = str(tmp_path / "file" / "ledger.jsonl")
+    reason = refusal(config, plan, tmp_path / "run")
+    assert reason is not None and reason.startswith(f"paths.ledger={config.paths.ledger}: ")
+
+
 # The whole job
 
 

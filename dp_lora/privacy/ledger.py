@@ -111,7 +111,8 @@ class Ledger:
 
     def _append(self, charge: Charge, previous: str) -> str:
         record = {
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            # No finer: how long a training took tells how large its batches were.
+            "time": datetime.now(UTC).isoformat(timespec="minutes"),
             "run": charge.run,
             "set": charge.private_set,
             "noise_multiplier": charge.mechanism.noise_multiplier,
