@@ -148,7 +148,8 @@ def planned(charges: Iterable[Charge]) -> Bill:
 def of_rows(rows: Iterable[Mapping[str, Any]]) -> Bill:
     """The bill of the rows of a frame that `collect` wrote, where the run directories are not at hand.
 
-    Rows that have begun no step cost nothing. A run that is not done may have begun a step more than its row
+    A row does not say whether its data is public, so that all are counted; one that has begun no step costs
+    nothing. A run that is not done may have begun a step more than its row
     says.
     """
     charges = []

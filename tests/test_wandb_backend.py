@@ -21,6 +21,7 @@ from test_dashboard import run as make_run
 from test_tracking import RUN_ID, job, open_tracker, row
 from wandb_server import ENTITY, KEY, Backend, serving
 
+from dp_lora import tracking
 from dp_lora.config import Config
 from dp_lora.files import read_lines
 from sweeps.dashboard import dashboard
@@ -166,7 +167,14 @@ def test_a_backend_that_is_away_leaves_an_offline_run(
         pass
     monkeypatch.setenv("WANDB_BASE_URL", gone.url)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
+    patient = tracking._settings
+
+    def impatient() -> wandb.Settings:
+        settings: wandb.Settings = patient()
+        settings.init_timeout = 2
+        return settings
+
+    monkeypatch.setattr(tracking, "_settings", impatient)
     with open_tracker(tmp_path, setting("auto")) as tracker:
         tracker.log(1, row(1), "finetune")
     assert [r["step"] for r in read_lines(tmp_path / "metrics.jsonl")] == [1]
