@@ -29,8 +29,12 @@ NAME = "privacy_ledger.jsonl"
 RECEIPT = "charge.json"
 """The receipt's name in the private `checkpoint/`."""
 
-SAME_IMAGES = {"mnist5k": "mnist", "celebahq": "celeba"}
-"""Sets whose images are part of another one's, so that what is spent on them adds up."""
+SAME_IMAGES = {
+    "mnist5k": "mnist",
+    **dict.fromkeys(("celebahq", "celeba32", "celeba64"), "celeba"),
+    **dict.fromkeys(("imagenet32", "imagenet64"), "imagenet"),
+}
+"""Sets whose images are another one's or a part of them, so that what is spent on them adds up."""
 
 
 def private_set(name: str) -> str:
