@@ -237,8 +237,8 @@ def _read(directory: Path) -> _Run | None:
         return _read_files(directory)
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise UserError(
-            f"{directory}: what this run spent cannot be read ({type(error).__name__}: {error}); expected "
-            "the privacy.json and config.yaml of a run"
+            f"{directory}: what this run spent cannot be read ({type(error).__name__}: "
+            f"{' '.join(str(error).split())}); expected the privacy.json and config.yaml of a run"
         ) from error
 
 
@@ -298,7 +298,9 @@ def _releases(privacy: Mapping[str, Any]) -> tuple[Mechanism, ...]:
 
 
 def _optional(path: Path) -> dict[str, Any]:
-    record: dict[str, Any] = read_json(path) if path.exists() else {}
+    record = read_json(path) if path.exists() else {}
+    if not isinstance(record, dict):
+        raise TypeError(f"{path.name}: expected an object, found {type(record).__name__}")
     return record
 
 
