@@ -341,7 +341,10 @@ def test_jobs_of_one_set_add_up_and_a_budget_stops_them(cache: Path, tmp_path: P
 def test_a_failing_job_is_charged_the_steps_that_it_began(
     tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, calls = tiny(FINETUNE, "train.checkpoint_minutes=0", "epsilon=none", "privacy.noise_multiplier=2"), 0
+    config, calls = (
+        tiny(FINETUNE, "train.checkpoint_minutes=0", "epsilon=none", "privacy.noise_multiplier=2"),
+        0,
+    )
     noised = finetune.noised_mean
 
     def fail(*args: Any) -> Any:

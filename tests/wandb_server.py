@@ -45,7 +45,6 @@ class BackendRun:
     state: str = "running"
     exit_code: int | None = None
     preempted: bool = False
-    starts: int = 0
 
     @property
     def history(self) -> list[Json]:
@@ -90,6 +89,7 @@ class Backend:
         self.artifacts: dict[str, Artifact] = {}
         self.views: list[Json] = []
         self.unknown: list[str] = []
+        self.starts = 0
         self.lock = threading.RLock()
 
     # GraphQL
@@ -138,6 +138,7 @@ class Backend:
 
     def on_RunResumeStatus(self, given: Json) -> Json:
         run, bucket = self.runs.get((given["project"], given["name"])), None
+        self.starts += 1
         if run is not None:
             history = run.lines.get("wandb-history.jsonl", {})
             events = run.lines.get("wandb-events.jsonl", {})
@@ -162,7 +163,6 @@ class Backend:
         by_id = next((run for run in self.runs.values() if run.id == given.get("id")), None)
         new = by_id is None and (given["project"], given["name"]) not in self.runs
         run = by_id or self._run(given["project"], given["name"])
-        run.starts += by_id is None
         for name, key in (("display_name", "displayName"), ("group", "groupName"), ("job_type", "jobType"),
                           ("tags", "tags"), ("state", "state")):  # fmt: skip
             if given.get(key) is not None:
