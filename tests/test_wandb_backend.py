@@ -164,6 +164,7 @@ import sys, wandb
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 import test_tracking as t
+import dp_lora.tracking as tracking
 patient = tracking._settings
 def impatient():
     settings = patient()
