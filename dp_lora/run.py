@@ -12,11 +12,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dp_lora.config import Config, fingerprint, run_directory
-from dp_lora.errors import UserError
+from dp_lora.errors import Busy, UserError
 from dp_lora.files import file_lock, private_directory, read_json, write_atomic, write_json
 from dp_lora.job import OUTPUTS, Job, check_writable, device_of, prepare, pretrained_model, say
 from dp_lora.processes import Team, joined
@@ -25,6 +26,7 @@ from dp_lora.spending import charged, line_of_all_runs
 
 if TYPE_CHECKING:
     from dp_lora.models import LatentDiffusion
+    from dp_lora.sample import Samples
     from dp_lora.tracking import Tracker
 
 
@@ -104,7 +106,7 @@ def _own(job: Job) -> Iterator[None]:
     """The run directory, made and held by this process alone."""
 
     def refuse() -> None:
-        raise UserError(f"{job.directory}: another process is running this job; wait for it or stop it")
+        raise Busy(f"{job.directory}: another process is running this job; wait for it or stop it")
 
     private_directory(job.directory / "checkpoint")
     with file_lock(job.directory / "checkpoint" / "lock", waiting=refuse):
@@ -275,6 +277,35 @@ def finetuned_model(job: Job) -> LatentDiffusion:
     return model.to(job.device)
 
 
+def _before(job: Job) -> Samples:
+    """Images of the model before fine-tuning, drawn once for all jobs that would draw the same ones."""
+    import torch
+
+    from dp_lora import sample
+    from dp_lora.evaluate import cached
+    from dp_lora.models import digest
+    from dp_lora.provenance import versions
+
+    model, config = _model(job), job.config
+    packages = versions()
+    key = {
+        "before": digest(model),
+        "classes": list(model.classes),
+        "prompt": config.model.prompt,
+        "sampler": asdict(config.sampler),
+        "seed": config.seed,
+        "device": job.device.type,
+        "versions": {name: packages[name] for name in ("dp-lora", "torch", "diffusers")},
+    }
+
+    def draw() -> dict[str, torch.Tensor]:
+        samples = sample.generate(model, config, "sample before fine-tuning")
+        return {"images": torch.from_numpy(samples.images), "labels": torch.from_numpy(samples.labels)}
+
+    drawn = cached(Path(config.paths.cache), key, draw)
+    return sample.Samples(drawn["images"].numpy(), drawn["labels"].numpy(), model.classes)
+
+
 def _evaluate(job: Job, tracker: Tracker) -> None:
     from dp_lora import adapters, sample
     from dp_lora.evaluate import evaluate_all
@@ -282,7 +313,7 @@ def _evaluate(job: Job, tracker: Tracker) -> None:
     config = job.config
     with _timed(job, "evaluate"):
         samples = sample.load(job.directory)
-        before = sample.generate(_model(job), config, "sample before fine-tuning")
+        before = _before(job)
         evaluation = evaluate_all(
             samples,
             job.images,
