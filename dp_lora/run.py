@@ -22,6 +22,7 @@ from dp_lora.files import file_lock, private_directory, read_json, write_atomic,
 from dp_lora.job import OUTPUTS, Job, check_writable, device_of, prepare, pretrained_model, say
 from dp_lora.processes import Team, joined
 from dp_lora.signals import Preempted
+from dp_lora.spending import charged, line_of_all_runs
 
 if TYPE_CHECKING:
     from dp_lora.models import LatentDiffusion
@@ -179,7 +180,7 @@ def _finetune(job: Job, tracker: Tracker, team: Team) -> None:
             tracker.log(step, values, "finetune")
         tracker.privacy(privacy_record(job, epsilon=values["epsilon"], steps=step, complete=False))
 
-    with _timed(job, "finetune"):
+    with charged(config, job.plan, job.directory / "checkpoint"), _timed(job, "finetune"):
         model, executed = _train(job, log, lambda finished: tracker.rewind("finetune", finished + 1), team)
     record = privacy_record(job, epsilon=job.plan.epsilon, steps=executed, complete=True)
     tracker.privacy(record)
@@ -343,6 +344,9 @@ def _summary(job: Job, result: Mapping[str, Any]) -> str:
     from dp_lora.tracking import baseline_table
 
     lines = [*_guarantee(job), f"noise multiplicity {job.plan.noise_multiplicity}"]
+    together = line_of_all_runs(job.config, job.plan.delta)
+    if together is not None:
+        lines.append(f"all runs           {together}")
     metrics = result.get("metrics", {})
     if metrics:
         columns, rows = baseline_table(metrics)
