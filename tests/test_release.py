@@ -1,0 +1,270 @@
+"""Released metrics: one image's part measured, with broken twins; the noise; what is kept and counted."""
+
+from __future__ import annotations
+
+import json
+import math
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dp_lora import release
+from dp_lora.config import Config
+from dp_lora.data import ImageSet, ImageSplits
+from dp_lora.errors import UserError
+from dp_lora.files import read_json
+from dp_lora.privacy.accounting import Mechanism, epsilon, noise_multiplier_for
+from dp_lora.release import (
+    AccuracyQuery,
+    Asked,
+    FrechetQuery,
+    Questions,
+    evaluate_privately,
+    noised_sum,
+    release_record,
+    releases,
+)
+
+
+def features(n: int, dimension: int, seed: int, shift: float = 0.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    scales = torch.linspace(3, 0.1, dimension)
+    return torch.randn(n, dimension, generator=generator) * scales + shift
+
+
+def odd_features(dimension: int) -> Tensor:
+    """Features that try to move the sum far."""
+    huge = torch.full((1, dimension), 1e6)
+    one = torch.zeros(1, dimension)
+    one[0, 0] = -1e30
+    return torch.cat([huge, -huge, one, one * math.inf, one * math.nan, torch.zeros(1, dimension)])
+
+
+def questions(held_out: Tensor, right: Tensor) -> Questions:
+    """Two classifiers and two extractors."""
+    asked = []
+    for name in ("cnn", "wrn"):
+        accuracy = AccuracyQuery()
+        asked.append(Asked(f"dp_accuracy_{name}", accuracy, accuracy.rows(right)))
+    for name, dimension in (("lite0", 40), ("dinov2", 9)):
+        distance = FrechetQuery(features(100, 40, seed=0)[:, :dimension])
+        asked.append(Asked(f"dp_fd_{name}", distance, distance.rows(held_out[:, :dimension])))
+    return Questions(asked)
+
+
+# Sensitivity
+
+
+@pytest.mark.parametrize(
+    "held_out", [features(50, 40, seed=1), features(50, 40, 2, shift=99), odd_features(40)]
+)
+def test_no_image_moves_the_sum_by_more_than_one(held_out: Tensor) -> None:
+    right = torch.arange(len(held_out)) % 3 > 0
+    rows = questions(held_out, right).rows()
+    whole = rows.sum(dim=0)
+    for i in range(len(held_out)):
+        kept = torch.arange(len(held_out)) != i
+        without = questions(held_out[kept], right[kept]).rows().sum(dim=0)
+        assert float((whole - without).norm()) <= 1 + 1e-9
+    assert torch.isfinite(whole).all()
+
+
+def test_the_bound_is_met_and_not_beaten_by_each_query_alone() -> None:
+    distance = FrechetQuery(features(100, 40, seed=0))
+    far = distance.rows(odd_features(40)[:2])
+    assert far.norm(dim=1).tolist() == pytest.approx([1, 1])
+    assert AccuracyQuery().rows(torch.tensor([True, False])).norm(dim=1).tolist() == [1, 1]
+    assert questions(odd_features(40)[:2], torch.tensor([True, False])).rows().norm(dim=1).tolist() == (
+        pytest.approx([1, 1])
+    )
+
+
+def test_without_the_clip_or_the_shares_one_image_does_move_it_further(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    held_out, right = odd_features(40)[:1], torch.tensor([True])
+    asked = questions(held_out, right)
+    asked.scales = [1.0] * 4
+    assert float(asked.rows().norm()) == pytest.approx(2)
+    monkeypatch.setattr(torch.Tensor, "clamp", lambda values, **bounds: torch.ones_like(values))
+    assert float(questions(held_out, right).rows().norm()) > 1e3
+
+
+# What the sums say
+
+
+def test_without_noise_the_sums_tell_accuracy_and_number() -> None:
+    right = torch.arange(50) % 5 > 0
+    asked = questions(features(50, 40, seed=1), right)
+    sums = asked.rows().sum(dim=0)
+    values = asked.values(sums)
+    assert values["dp_accuracy_cnn"] == values["dp_accuracy_wrn"] == pytest.approx(0.8)
+    assert asked.count(sums) == pytest.approx(50)
+
+
+def test_without_noise_and_clipping_the_distance_is_frechet_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(release, "CLIPPED_SHARE", 0.0)
+    generated, held_out = features(300, 12, seed=0), features(200, 12, seed=1) * 0.5 + 0.1
+    query = FrechetQuery(generated)
+    assert len(query.directions) == 12
+
+    # The covariances of sums divide by n in place of n - 1.
+    def moments(values: Tensor) -> tuple[Tensor, Tensor]:
+        return values.double().mean(dim=0), torch.cov(values.double().T, correction=0)
+
+    (mean, covariance), (own_mean, own_covariance) = moments(held_out), moments(generated)
+    roots = torch.linalg.eigvals(covariance @ own_covariance).real.clamp(min=0).sqrt().sum()
+    expected = (mean - own_mean).square().sum() + (covariance + own_covariance).trace() - 2 * roots
+    assert query.value(query.rows(held_out).sum(dim=0)) == pytest.approx(float(expected), rel=1e-6)
+    assert query.value(query.rows(generated).sum(dim=0)) == pytest.approx(0, abs=1e-9)
+
+
+def test_images_that_are_all_the_same_and_sums_of_noise_alone_have_values() -> None:
+    same = FrechetQuery(torch.ones(20, 8))
+    assert math.isfinite(same.value(same.rows(features(10, 8, seed=0)).sum(dim=0)))
+    asked = questions(features(50, 40, seed=1), torch.ones(50, dtype=torch.bool))
+    noise = torch.randn(asked.rows().shape[1], generator=torch.Generator().manual_seed(0)).double()
+    for sums in (noise, -100 * noise, torch.zeros_like(noise)):
+        values = asked.values(sums)
+        assert all(math.isfinite(value) and value >= 0 for value in values.values())
+        assert values["dp_accuracy_cnn"] <= 1
+
+
+# The noise and what is kept
+
+
+def test_the_noise_has_its_deviation_and_is_drawn_anew(tmp_path: Path) -> None:
+    # 4,000 coordinates: the deviation of the estimate is 1.1 %, so 6 % is over 5 of them: a false failure has
+    # probability below 1e-6. The twin, noise of half the size, lies at 50 %.
+    rows = torch.zeros(10, 4000, dtype=torch.float64)
+    first, second = (noised_sum(rows, 3.0, name, tmp_path, None) for name in ("one", "two"))
+    for noise in (first, second, (first - second) / 2**0.5):
+        assert float(noise.std()) == pytest.approx(3.0, rel=0.06)
+        assert float(noise.mean()) == pytest.approx(0, abs=0.25)
+    assert float((first / 2).std()) != pytest.approx(3.0, rel=0.06)
+
+
+def test_the_same_question_gets_the_same_answer_and_every_other_is_counted(tmp_path: Path) -> None:
+    rows = torch.zeros(10, 5, dtype=torch.float64)
+    first = noised_sum(rows, 2.0, "one", tmp_path / "checkpoint", None)
+    assert torch.equal(noised_sum(rows + 9, 2.0, "one", tmp_path / "checkpoint", None), first)
+    assert not torch.equal(noised_sum(rows, 2.0, "two", tmp_path / "checkpoint", None), first)
+    assert len(releases(tmp_path / "checkpoint")) == 2
+    assert stat.S_IMODE((tmp_path / "checkpoint").stat().st_mode) == 0o700
+    assert stat.S_IMODE((tmp_path / "checkpoint" / "releases.json").stat().st_mode) == 0o600
+
+
+def test_a_seed_repeats_the_noise_but_not_between_questions(tmp_path: Path) -> None:
+    rows = torch.zeros(10, 5, dtype=torch.float64)
+    same = [noised_sum(rows, 2.0, "one", tmp_path / str(i), 7) for i in range(2)]
+    assert torch.equal(*same)
+    assert not torch.equal(noised_sum(rows, 2.0, "two", tmp_path / "0", 7), same[0])
+
+
+# As a whole
+
+
+def splits(n: int, *, public: bool = False) -> ImageSplits:
+    generator = np.random.default_rng(0)
+
+    def part(role: str, number: int) -> ImageSet:
+        labels = np.arange(number) % 4
+        noise = generator.integers(0, 60, (number, 1, 8, 8), dtype=np.uint8)
+        images = (noise + 60 * labels[:, None, None, None]).clip(0, 255).astype(np.uint8)
+        return ImageSet(images, labels, tuple("abcd"), "bands", role, public=public)
+
+    return ImageSplits(part("train", 40), part("validation", 40), part("test", n))
+
+
+@pytest.fixture
+def config(tiny: Callable[..., Config]) -> Config:
+    return tiny("evaluation=release", "evaluation.classifier_epochs=20", "privacy.delta=1e-4")
+
+
+def test_a_release_meets_its_budget_and_is_near_what_it_hides(config: Config, tmp_path: Path) -> None:
+    real = splits(400)
+    said: list[str] = []
+    metrics, metadata = evaluate_privately(
+        real.validation, real, config, folder=tmp_path, device="cpu", progress=said.append
+    )
+    assert metrics.keys() == {"dp_accuracy_cnn", "dp_fd_lite0"}
+    assert metadata["private_metrics"] == []
+    sigma = metadata["release"]["noise_multiplier"]
+    assert (
+        epsilon([Mechanism(sigma, 1.0, 1)], 1e-4).epsilon
+        <= 1
+        < epsilon([Mechanism(0.98 * sigma, 1.0, 1)], 1e-4).epsilon
+    )
+    # Five deviations of the noise, which are about 0.014 for an accuracy on 400 images.
+    deviation = metadata["noise_deviation"]["dp_accuracy_cnn"]
+    assert 0 < deviation < 0.05 and metrics["dp_accuracy_cnn"] > 0.9 - 5 * deviation
+    assert abs(metadata["reference"]["n"] - 400) < 5 * 2**0.5 * 2 * sigma
+    assert not any("400" in line for line in said) and "400" not in json.dumps(metadata["reference"]["split"])
+    again = evaluate_privately(real.validation, real, config, folder=tmp_path, device="cpu")
+    assert again.metrics == metrics and len(releases(tmp_path)) == 1
+
+
+def test_the_record_composes_the_releases_with_the_training(config: Config, tmp_path: Path) -> None:
+    sigma = noise_multiplier_for(1.0, 1e-4, 1.0, 1)
+    rows = torch.zeros(3, 5, dtype=torch.float64)
+    training = {"noise_multiplier": 2.0, "sample_rate": 0.1, "steps": 50, "delta": 1e-5}
+    noised_sum(rows, sigma, "one", tmp_path, None)
+    once = release_record(training, config, tmp_path)
+    assert 0.99 < once["epsilon"] <= 1 == once["target_epsilon"] and once["delta"] == 1e-4
+    alone = epsilon([Mechanism(2.0, 0.1, 50)], 1e-5).epsilon
+    released = epsilon([Mechanism(sigma, 1.0, 1)], 1e-5).epsilon
+    assert max(alone, released) < once["with_training"]["epsilon"] <= alone + released
+    noised_sum(rows, sigma, "two", tmp_path, None)
+    twice = release_record(training, config, tmp_path)
+    assert twice["releases"] == 2 and twice["epsilon"] > 1.3 * once["epsilon"]
+    assert twice["with_training"]["epsilon"] > once["with_training"]["epsilon"]
+
+
+@pytest.mark.parametrize(
+    ("public", "overrides", "message"),
+    [
+        (True, [], r"^evaluation\.release=dp: the test split is public"),
+        (False, ["evaluation.release_delta=0.1"], r"^evaluation\.release_delta=0\.1: .*\(0, 1/N\)"),
+    ],
+)
+def test_a_release_that_means_nothing_is_refused(
+    tiny: Callable[..., Config], public: bool, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        release.check(tiny("evaluation=release", *overrides), splits(40, public=public))
+
+
+def test_a_job_shows_nothing_but_what_the_two_budgets_cover(
+    tiny: Callable[..., Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dp_lora.run import run
+
+    words = ["evaluation=release", "evaluation.classifier_epochs=1", "evaluation.release_epsilon=2"]
+    job = tiny(*words, "train.max_steps=1", "privacy.delta=1e-4")
+    directory = Path(run(job)["directory"])
+    result, privacy = (read_json(directory / name) for name in ("result.json", "privacy.json"))
+    assert result["metrics"].keys() == {"dp_accuracy_cnn", "dp_fd_lite0"} and result["private_metrics"] == []
+    assert 1.9 < privacy["release"]["epsilon"] <= 2
+    assert privacy["release"]["with_training"]["epsilon"] > privacy["epsilon"]
+    said = capsys.readouterr()
+    assert "dp_accuracy_cnn" in said.out and "dp_*: epsilon" in said.out
+    assert "accuracy_cnn_real" not in said.out and "297" not in said.out + said.err
+    kept = _everything(directory)
+    # The test split of digits has 297 images.
+    assert not any(
+        "297" in text for name, text in kept.items() if not name.startswith(("checkpoint", "wandb"))
+    )
+
+
+def _everything(directory: Path) -> dict[str, str]:
+    texts: dict[str, Any] = {}
+    for path in directory.rglob("*.json*"):
+        record = path.read_text()
+        texts[str(path.relative_to(directory))] = record
+    return texts
