@@ -100,6 +100,9 @@ class Preprocessing:
     """The range that the network takes, from x in [0, 255]."""
     grey: str = "three equal channels"
 
+    def __str__(self) -> str:
+        return f"{self.resize}, to {self.side} px; grey to {self.grey}; {self.values}"
+
 
 class Loaded(NamedTuple):
     """A network, frozen and in evaluation mode, with what has to be said beside its numbers."""
@@ -112,7 +115,11 @@ class Loaded(NamedTuple):
 
     def described(self) -> dict[str, Any]:
         """For result.json."""
-        return {"version": self.version, "preprocessing": asdict(self.preprocessing)}
+        return {
+            "version": self.version,
+            "preprocessing": str(self.preprocessing),
+            **asdict(self.preprocessing),
+        }
 
     def logits(self, features: Tensor) -> Tensor | None:
         """What the Inception score is made of; null over other networks than Inception 2015."""

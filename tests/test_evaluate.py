@@ -424,12 +424,8 @@ def test_every_extractor_states_its_version_and_preprocessing() -> None:
     }
     described = load_extractors(EvaluationConfig(), CPU)["lite0"].described()
     assert "efficientnet-lite-pytorch 0" in described["version"] and "sha256" in described["version"]
-    assert described["preprocessing"] == {
-        "side": 64,
-        "resize": "bilinear, antialiased",
-        "values": "(x - 127) / 128",
-        "grey": "three equal channels",
-    }
+    assert (described["side"], described["resize"]) == (64, "bilinear, antialiased")
+    assert described["values"] == "(x - 127) / 128" and "64 px" in described["preprocessing"]
 
 
 def test_what_the_last_stage_would_refuse_is_refused_before_the_first(splits: ImageSplits) -> None:

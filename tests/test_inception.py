@@ -102,7 +102,7 @@ def test_a_run_over_inception_has_fid_and_its_company(accepted: Path) -> None:
     assert metrics["fid"] > 0 and 1 <= metrics["inception_score"] <= 1008
     # It alone saw generated images only.
     assert set(metadata["private_metrics"]) == metrics.keys() - {"inception_score"}
-    said = metadata["extractors"]["inception"]["preprocessing"]
+    said = metadata["extractors"]["inception"]
     assert said["side"] == 299 and "TensorFlow" in said["resize"] and said["values"] == "(x - 128) / 128"
 
 
