@@ -114,7 +114,8 @@ def _check_flags(words: Sequence[str]) -> None:
     Of the first argparse would print its whole usage, the second Hydra ignores.
     """
     launcher = next((word for word in words if word.startswith("hydra/launcher=")), None)
-    if launcher not in (None, "hydra/launcher=basic") and not {"-m", "--multirun"} & set(words):
+    is_sweep = {"-m", "--multirun"} & set(words) or any(word.startswith("sweep=") for word in words)
+    if launcher not in (None, "hydra/launcher=basic") and not is_sweep:
         raise UserError(f"{launcher}: launches the jobs of a sweep; expected -m with it")
     flags = get_args_parser()._option_string_actions
     for word in words:

@@ -67,6 +67,9 @@ class DataConfig:
     """Tables: the column of the images; null takes `image` or `img`."""
     label_column: str | None = None
     """Tables: the column of the classes; null takes `attribute`, `label` or `labels`; none: one class."""
+    caption_column: str | None = None
+    """Tables: the column of the texts that a text-to-image model is trained with, each as private as its
+    image; null takes `model.prompt` with the name of the class. Images are drawn by `model.prompt`."""
     classes: list[str] | None = None
     """Keep only these classes, in this order; null keeps all."""
     train_size: int | None = None
@@ -190,6 +193,9 @@ class TrainableConfig:
 
     components: list[str] = field(default_factory=lambda: ["lora", "embedder"])
     """Any of lora, attention, embedder, bias, norm, full."""
+    learning_rate_factor: float = 1.0
+    """The learning rate of these over `train.learning_rate`; the class embedding has a factor of its own.
+    Whole weights take smaller steps than adapters."""
 
 
 @dataclass
@@ -427,6 +433,11 @@ def check(config: Config) -> None:
             raise UserError(
                 f"{name}.resample={data.resample!r}: expected one of {', '.join(RESAMPLINGS)}, or null{hint}"
             )
+    if config.public_data.caption_column is not None:
+        raise UserError(
+            f"public_data.caption_column={config.public_data.caption_column}: pre-training knows classes, "
+            "expected null"
+        )
     if not config.public_data.public:
         raise UserError(
             f"public_data.public=false ({config.public_data.name}): pre-training has no privacy and "
@@ -588,6 +599,9 @@ def _check_counts(config: Config) -> None:
     for name, value in at_least_one.items():
         if value is not None and not value >= 1:
             raise UserError(f"{name}={value}: expected at least 1")
+    factor = config.trainable.learning_rate_factor
+    if not 0 < factor < math.inf:
+        raise UserError(f"trainable.learning_rate_factor={factor}: expected a finite number above 0")
     if config.resources.gpus < 0:
         raise UserError(f"resources.gpus={config.resources.gpus}: expected at least 0")
     if not 0 < config.resources.memory_gb < math.inf:
@@ -680,7 +694,8 @@ def run_directory(config: Config, overrides: Sequence[str]) -> Path:
     if said_otherwise:
         return said_otherwise[0]
     train = (f"train.{name}" for name in _NOR_CAN)
-    without_effect = (*_CANNOT_CHANGE_THE_RESULT, "cluster", "evaluation.inception_weights", *train)
+    others = ("cluster", "sweep", "evaluation.inception_weights")
+    without_effect = (*_CANNOT_CHANGE_THE_RESULT, *others, *train)
     words = [word.replace("'", "") for word in overrides]
     said = [word.lstrip("+~") for word in words if not word.lstrip("+~").startswith(without_effect)]
     readable = re.sub(r"[^\w.=,+-]+", "_", ",".join(sorted(said))).strip("_")[:120] or "defaults"

@@ -152,6 +152,11 @@ def _check_model(config: Config, images: ImageSplits) -> None:
     else:
         with torch.device("meta"):
             model = build(config.model, classes=["?"], channels=public.channels, image_size=public.image_size)
+    if config.data.caption_column is not None and model.prompts is None:
+        raise UserError(
+            f"data.caption_column={config.data.caption_column}: the model has no text encoder; expected null "
+            "or a text-to-image pipeline as model.pretrained"
+        )
     new_classes_can_be_learnt = not model.learns_classes or bool({"embedder", "full"} & set(components))
     if config.model.pretrained is None and not new_classes_can_be_learnt:
         model.classes = data.load(public, config.paths, "public_data").train.classes

@@ -205,8 +205,11 @@ def _train(
     encoded = latents.cached(model, train, Path(config.paths.cache).expanduser())
     team.tell("latents")
     labels = torch.from_numpy(train.labels)
+    captions = None if train.captions is None else list(train.captions)
     folder = job.directory / "checkpoint"
-    executed = finetune(config, model, encoded, labels, job.plan, folder, log, started=started)
+    executed = finetune(
+        config, model, encoded, labels, job.plan, folder, log, started=started, captions=captions
+    )
     return model, executed
 
 

@@ -163,6 +163,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"train.embedder_learning_rate_factor": -1.0},
         "train.embedder_learning_rate_factor=-1",
     ),
+    "rate factor zero": (
+        {"trainable.learning_rate_factor": 0.0},
+        "trainable.learning_rate_factor=0.0: expected a finite number above 0",
+    ),
+    "captions of public images": (
+        {"public_data.caption_column": "text"},
+        "public_data.caption_column=text: pre-training knows classes",
+    ),
     "guidance NaN": ({"sampler.guidance": float("nan")}, "sampler.guidance=nan"),
     "microbatch zero": ({"train.microbatch": 0}, "train.microbatch=0"),
     "microbatch word": ({"train.microbatch": "many"}, "train.microbatch='many'"),

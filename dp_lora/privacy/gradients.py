@@ -18,11 +18,10 @@ from torch import Tensor, nn
 
 from dp_lora.errors import UserError
 from dp_lora.privacy.layers import (
-    buffer_versions,
+    Buffers,
     fusable,
     fused_forward,
     is_adapter,
-    refuse_changed_buffers,
     refuse_low_precision,
     refuse_mixing,
     refuse_unsupported_adapter,
@@ -35,6 +34,8 @@ AUTOMATIC_GAMMA = 0.01
 
 # Norms are taken in float32: this much of C is given up so that no rounding lets a contribution pass C.
 _ROUNDING = 1 + 1e-5
+
+_PART = 1 << 16
 
 
 class ClippedGradientSum:
@@ -87,8 +88,7 @@ class ClippedGradientSum:
         self.num_parameters = sum(sizes)
         self._sizes = sizes
         self._index = {id(p): i for i, p in enumerate(self.parameters.values())}
-        self._modules = dict(module.named_modules())
-        self._buffers = buffer_versions(self._modules)
+        self._buffers = Buffers(module)
         # Per-example gradients of each parameter and their norms [M], while a backward runs.
         self._samples: list[_Dense | _RankOne | None] | None = None
         self._norms: list[Tensor] = []
@@ -124,7 +124,7 @@ class ClippedGradientSum:
             raise UserError(f"losses of shape {list(losses.shape)}: expected {wanted}")
         if not losses.requires_grad:
             raise UserError("losses: they do not depend on any trainable parameter")
-        refuse_changed_buffers(self._modules, self._buffers)
+        self._buffers.refuse_changed()
         if not len(losses):
             return
         self._clip_and_add(self._backward(losses, weights), losses.detach(), weights)
@@ -263,13 +263,16 @@ class ClippedGradientSum:
         asked = torch.ones_like(finite) if weights is None else weights > 0
         self._nonfinite += (asked & ~finite).sum()
         factors = self._factors(norms.masked_fill(~finite, 0.0)) * (asked & finite)
-        factors = factors.to(self._norms[0].dtype)
+        factors = factors.to(self._norms[0].dtype).unsqueeze(1)
         # 0 * nan is nan: the rows themselves have to go.
         spoilt = (~finite).nonzero().squeeze(1)
-        partial = factors.new_empty(self.num_parameters)
-        for sample, factor, part in zip(samples, factors, partial.split(self._sizes), strict=True):
+        partial = factors.new_empty(1, self.num_parameters)
+        for sample, factor, part in zip(samples, factors, partial.split(self._sizes, dim=1), strict=True):
             sample.weighted_sum(factor, spoilt, out=part)
-        self._total[: self.num_parameters] += partial
+        # In parts, whose copy in float64 stays in the processor's cache.
+        parts = zip(self._total[: self.num_parameters].split(_PART), partial[0].split(_PART), strict=True)
+        for total, part in parts:
+            total += part
         if self.loss_share:
             counted = torch.where(asked & finite, losses.double().clamp(0, 1), 0.0)
             self._total[-1] += loss_unit(self.max_grad_norm, self.loss_share) * counted.sum()
@@ -312,8 +315,8 @@ class _Dense:
         return norms
 
     def weighted_sum(self, factors: Tensor, spoilt: Tensor, out: Tensor) -> None:
-        """Writes the sum over examples of factor x gradient, without the rows `spoilt`."""
-        torch.mv(self._value.index_fill_(0, spoilt, 0.0).t(), factors, out=out)
+        """Writes the sum of factors [1, M] x gradients, without the rows `spoilt`, as [1, size]."""
+        torch.mm(factors, self._value.index_fill_(0, spoilt, 0.0), out=out)
 
 
 class _RankOne:
@@ -330,7 +333,7 @@ class _RankOne:
         return norms.mul(torch.linalg.vector_norm(self._right, dim=1))
 
     def weighted_sum(self, factors: Tensor, spoilt: Tensor, out: Tensor) -> None:
-        """Writes the sum over examples of factor x gradient, without the rows `spoilt`."""
-        left = (self._left * factors[:, None]).index_fill_(0, spoilt, 0.0)
+        """Writes the sum of factors [1, M] x gradients, without the rows `spoilt`, as [1, size]."""
+        left = (self._left * factors.t()).index_fill_(0, spoilt, 0.0)
         right = self._right.index_fill(0, spoilt, 0.0)
         torch.mm(left.t(), right, out=out.view(left.shape[1], -1))

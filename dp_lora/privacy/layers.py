@@ -9,7 +9,7 @@ Autograd itself never computes the gradient of a parameter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -366,20 +366,33 @@ def refuse_low_precision(parameters: dict[str, nn.Parameter]) -> None:
             )
 
 
-def buffer_versions(modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:
-    """Identity and write count of each buffer of `modules`: what a forward that keeps statistics changes."""
-    # Not named_buffers(): it walks the whole model, which would cost two percent of a step.
-    return {
-        f"{name}.{key}".lstrip("."): (id(buffer), buffer._version)
-        for name, module in modules.items()
-        for key, buffer in module._buffers.items()
-        if buffer is not None
-    }
+class Buffers:
+    """The buffers of a module, watched: a forward that writes one keeps a statistic of its batch."""
 
+    def __init__(self, module: nn.Module) -> None:
+        # Not named_buffers(): it walks the whole model, which would cost two percent of a step.
+        self._owned = {name: layer._buffers for name, layer in module.named_modules()}
+        self._before = (self._names(), self._versions())
 
-def refuse_changed_buffers(modules: Mapping[str, nn.Module], before: dict[str, tuple[int, int]]) -> None:
-    """UserError naming the first buffer whose version differs from `before`."""
-    now = buffer_versions(modules)
-    for name in {**before, **now}:
-        if before.get(name) != now.get(name):
-            raise UserError(f"{name}: {_MIXES}")
+    def refuse_changed(self) -> None:
+        """UserError naming the first buffer that was written, replaced, added or taken away."""
+        names, versions = self._before
+        now = self._versions()
+        if now == versions:
+            return
+        before, after = dict(zip(names, versions, strict=True)), dict(zip(self._names(), now, strict=True))
+        for name in {**before, **after}:
+            if before.get(name) != after.get(name):
+                raise UserError(f"{name}: {_MIXES}")
+
+    def _versions(self) -> list[tuple[int, int] | None]:
+        """Identity and write count of each buffer."""
+        return [
+            None if buffer is None else (id(buffer), buffer._version)
+            for buffers in self._owned.values()
+            if buffers
+            for buffer in buffers.values()
+        ]
+
+    def _names(self) -> list[str]:
+        return [f"{name}.{key}".lstrip(".") for name, buffers in self._owned.items() for key in buffers]

@@ -20,6 +20,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import secrets
 import shlex
 import socket
@@ -217,13 +218,14 @@ class Ledger:
 
 
 def sweep_folder(cells: Sequence[Cell], name: str | None, task_words: Sequence[str]) -> Path:
-    """`<paths.outputs>/sweeps/<name>`; without a name, `<experiment>-<digest of the words>`."""
-    first = cells[0].config
+    """`<paths.outputs>/sweeps/<name>`; without a name, `<sweep>-<experiment>-<digest of the words>`."""
     if name is None:
         words = [word for word in task_words if not word.startswith(("paths.", "resources", "tracking"))]
         digest = hashlib.sha256(json.dumps(sorted(words)).encode()).hexdigest()[:8]
-        name = f"{first.experiment}-{digest}"
-    return Path(first.paths.outputs) / "sweeps" / name
+        presets = [word.partition("=")[2] for word in words if re.fullmatch(r"sweep=[\w-]+", word)]
+        experiments = sorted({cell.config.experiment for cell in cells})
+        name = "-".join([*presets, *(experiments if len(experiments) == 1 else []), digest])
+    return Path(cells[0].config.paths.outputs) / "sweeps" / name
 
 
 def thaw(record: Mapping[str, Any]) -> Any:
