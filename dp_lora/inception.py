@@ -201,7 +201,7 @@ class Inception2015(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         resized = resize_like_tensorflow(images.float(), self.side)
-        x = ((resized - 128) / 128).expand(-1, 3, -1, -1)
+        x: Tensor = ((resized - 128) / 128).expand(-1, 3, -1, -1)
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, stride=2)))
         x = F.max_pool2d(x, 3, stride=2)

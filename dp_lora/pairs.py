@@ -103,7 +103,7 @@ def across(features: Tensor, reference: Tensor, radii: Tensor, reference_radii: 
             realistic[rows] |= (squared <= reference_radii[columns, 0]).any(dim=1)
             reached[columns] |= (squared <= radii[rows, :1]).any(dim=0)
             inside = squared <= reference_radii[columns, 1]
-            crowded[rows] += inside.sum(dim=1) / DENSITY_NEIGHBOURS
+            crowded[rows] += inside.double().sum(dim=1) / DENSITY_NEIGHBOURS
             covered[columns] |= inside.any(dim=0)
     return Across(kernel, realistic, reached, crowded, covered)
 

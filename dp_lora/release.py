@@ -10,7 +10,8 @@ Guarantees, for held-out images x and a fixed set of generated images (which eps
     * The release is (`release_epsilon`, `release_delta`)-differentially private for one held-out image:
       it is `Mechanism(noise_multiplier=sigma, sample_rate=1, steps=1)` to the accountant.
     * Nothing else depends on a held-out image: the classifiers, the directions and the clipping radius come
-      from generated images, and the number of held-out images is itself read from the noised sum.
+      from images of the model, fine-tuned and before, and the number of held-out images is itself read from
+      the noised sum.
     * The noised sum is written to `checkpoint/` before anything is shown. The same question asked again gets
       the same answer; another one is one more mechanism, and all of them are counted.
 """
@@ -19,11 +20,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,170 +33,26 @@ from dp_lora.data import ImageSplits
 from dp_lora.errors import UserError
 from dp_lora.evaluate import Evaluation, Instruments, Say, described
 from dp_lora.evaluation_cache import digest
-from dp_lora.evaluation_images import Images, Labelled, RealPart, checked_samples, real_images
+from dp_lora.evaluation_images import Images, Labelled, Real, RealPart, checked_samples, real_images
 from dp_lora.files import private_directory, read_json, write_json
 from dp_lora.metrics import inception_score
 from dp_lora.privacy import accounting
 from dp_lora.privacy.accounting import Mechanism
 from dp_lora.privacy.randomness import Randomness
-
-DIRECTIONS = 16
-"""Directions in which the Frechet distance is taken: noise grows with their number."""
-
-CLIPPED_SHARE = 0.05
-"""Share of the generated images that lie beyond the clipping radius."""
-
-_MEAN_WEIGHT, _SQUARE_WEIGHT, _COUNT_WEIGHT = 0.5, 0.5**0.5, 0.5
-"""Lengths of the parts of a row for the Frechet distance: their squares add up to 1."""
-
-_SIMULATIONS = 200
+from dp_lora.queries import (
+    CLIPPED_SHARE,
+    DIRECTIONS,
+    AccuracyQuery,
+    FrechetFrame,
+    FrechetQuery,
+    Query,
+    Questions,
+)
 
 COVERS = (
     "The metrics that begin with dp_ in result.json: (epsilon, delta)-differentially private with respect to "
     "one held-out image with its label, as the division into training and held-out images stands."
 )
-
-
-class AccuracyQuery:
-    """How many held-out images a classifier gets right, and how many wrong.
-
-    Sensitivity: a row is (1, 0) or (0, 1), of norm 1. Two counts in place of one and the number of images,
-    which is private too.
-    """
-
-    size = 2
-
-    def rows(self, right: Tensor) -> Tensor:
-        """float64 [N, 2] of bool [N]."""
-        return torch.stack([right, ~right], dim=1).double()
-
-    def value(self, sums: Tensor) -> float:
-        """The accuracy in [0, 1] that noised sums [2] tell."""
-        right, wrong = sums.clamp(min=0).tolist()
-        return float(right / max(right + wrong, 1.0))
-
-
-class FrechetQuery:
-    """The Frechet distance between generated and held-out features in a few directions, of clipped features.
-
-    Features are taken relative to the generated mean, along the principal directions of the generated ones,
-    and clipped to a radius within which 95 % of those lie. With u such a vector over the radius, |u| <= 1, a
-    row is (u / 2, u u^T / sqrt 2, 1 / 2), the symmetric matrix by its upper triangle with sqrt 2 off the
-    diagonal.
-
-    Sensitivity: |row|^2 = |u|^2 / 4 + |u|^4 / 2 + 1 / 4 <= 1.
-
-    Clipping bounds the distance too: images far from all generated ones count as if at the radius.
-
-    Args:
-        generated: features [N, F] of the generated images, N at least 2: public, or covered by the adapter's
-            epsilon.
-    """
-
-    def __init__(self, generated: Tensor) -> None:
-        values = generated.double()
-        self.mean = values.mean(dim=0)
-        directions = torch.linalg.svd(values - self.mean, full_matrices=False).Vh
-        self.directions = directions[:DIRECTIONS]
-        norms = ((values - self.mean) @ self.directions.T).norm(dim=1)
-        # The floor is for images that are all the same.
-        self.radius = max(float(norms.quantile(1 - CLIPPED_SHARE)), 1e-6)
-        self.upper = torch.triu_indices(len(self.directions), len(self.directions))
-        self.size = len(self.directions) + self.upper.shape[1] + 1
-        self.generated = self._moments(self.rows(generated).sum(dim=0))
-
-    def rows(self, features: Tensor) -> Tensor:
-        """float64 [N, size] of features [N, F]."""
-        vectors = (features.double() - self.mean) @ self.directions.T / self.radius
-        # What is not finite counts as the mean: the bound holds for any features.
-        vectors = (vectors / vectors.norm(dim=1, keepdim=True).clamp(min=1)).nan_to_num(0.0, 0.0, 0.0)
-        first, second = self.upper
-        squares = vectors[:, first] * vectors[:, second] * torch.where(first == second, 1.0, math.sqrt(2))
-        count = vectors.new_full((len(vectors), 1), _COUNT_WEIGHT)
-        return torch.cat([_MEAN_WEIGHT * vectors, _SQUARE_WEIGHT * squares, count], dim=1)
-
-    def value(self, sums: Tensor) -> float:
-        """The distance, in the units of the features, that noised sums [size] tell."""
-        mean, covariance = self._moments(sums)
-        own_mean, own_covariance = self.generated
-        root = _root(own_covariance)
-        trace_of_root = torch.linalg.eigvalsh(root @ covariance @ root).clamp(min=0).sqrt().sum()
-        traces = covariance.trace() + own_covariance.trace()
-        distance = (mean - own_mean).square().sum() + traces - 2 * trace_of_root
-        return max(0.0, float(distance)) * self.radius**2
-
-    def count(self, sums: Tensor) -> float:
-        """The number of images that sums [size] tell."""
-        return max(2.0, float(sums[-1]) / _COUNT_WEIGHT)
-
-    def _moments(self, sums: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean [d] and covariance [d, d] of u; noise may have made it indefinite, so it is made positive."""
-        d, n = len(self.directions), self.count(sums)
-        mean = sums[:d] / (_MEAN_WEIGHT * n)
-        first, second = self.upper
-        squares = sums.new_zeros(d, d)
-        squares[first, second] = sums[d:-1] / (_SQUARE_WEIGHT * n)
-        squares[first, second] /= torch.where(first == second, 1.0, math.sqrt(2))
-        squares = squares + squares.triu(1).T
-        eigenvalues, vectors = torch.linalg.eigh(squares - mean[:, None] * mean)
-        return mean, (vectors * eigenvalues.clamp(min=0)) @ vectors.T
-
-
-def _root(matrix: Tensor) -> Tensor:
-    eigenvalues, vectors = torch.linalg.eigh(matrix)
-    return (vectors * eigenvalues.clamp(min=0).sqrt()) @ vectors.T
-
-
-class Asked(NamedTuple):
-    """One metric of a release."""
-
-    name: str
-    query: AccuracyQuery | FrechetQuery
-    rows: Tensor
-    """float64 [N, size], of norm 1 at most, on the held-out images. Private."""
-
-
-class Questions:
-    """All queries of a release as one vector-valued sum of sensitivity 1.
-
-    Accuracies and distances share the budget in halves, those of a kind evenly: the rows of a query are
-    multiplied by the root of its share, so the squared norms of an image's rows add up to at most 1.
-    """
-
-    def __init__(self, asked: Sequence[Asked]) -> None:
-        self.asked = asked
-        kinds = [type(one.query) for one in asked]
-        self.scales = [(1 / (len(set(kinds)) * kinds.count(kind))) ** 0.5 for kind in kinds]
-
-    def rows(self) -> Tensor:
-        """float64 [N, sizes together], each of norm 1 at most. Private."""
-        scaled = [scale * one.rows for scale, one in zip(self.scales, self.asked, strict=True)]
-        return torch.cat(scaled, dim=1)
-
-    def values(self, sums: Tensor) -> dict[str, float]:
-        """Every metric by its name, of the noised sums of `rows`."""
-        return {one.name: one.query.value(part) for one, part in self._parts(sums)}
-
-    def count(self, sums: Tensor) -> float:
-        """The number of images that the noised sums tell."""
-        one, part = self._parts(sums)[-1]
-        return one.query.count(part) if isinstance(one.query, FrechetQuery) else float(part.sum())
-
-    def noise_deviations(self, sums: Tensor, noise_multiplier: float, seed: int) -> dict[str, float]:
-        """Standard deviation of each metric under the noise, simulated from the released sums alone."""
-        generator = torch.Generator().manual_seed(seed)
-        drawn = [
-            self.values(sums + noise_multiplier * torch.randn(len(sums), generator=generator).double())
-            for _ in range(_SIMULATIONS)
-        ]
-        return {
-            name: float(torch.tensor([values[name] for values in drawn]).std()) for name in self.values(sums)
-        }
-
-    def _parts(self, sums: Tensor) -> list[tuple[Asked, Tensor]]:
-        parts = torch.split(sums, [one.query.size for one in self.asked])
-        unscaled = [part / scale for part, scale in zip(parts, self.scales, strict=True)]
-        return list(zip(self.asked, unscaled, strict=True))
 
 
 def noised_sum(
@@ -259,19 +115,22 @@ def evaluate_privately(
     references: ImageSplits,
     config: Config,
     *,
+    before: Labelled,
     folder: Path,
     device: torch.device | str,
     progress: Say = lambda message: None,
 ) -> Evaluation:
     """`dp_accuracy_<classifier>` and `dp_fd_<extractor>` on the held-out images, and what has to be said.
 
-    `dp_fd_*` is the Frechet distance of clipped features in 16 directions: compare it with others of its
-    name only. Over Inception the Inception score is there too, which sees no real image.
+    `dp_fd_*` is the Frechet distance of clipped features in 16 directions: compare it with `dp_fd_*_before`
+    of the same run, which the same noised sum tells. Over Inception the Inception score is there too, which
+    sees no real image.
 
     Args:
         samples: generated images with their labels.
         references: the real images; only the split `evaluation.reference` is looked at.
         config: the job.
+        before: images of the model before fine-tuning.
         folder: the run's private `checkpoint/`.
         device: of the networks.
         progress: told what is being computed.
@@ -282,17 +141,25 @@ def evaluate_privately(
     evaluation = config.evaluation
     real = real_images(references, evaluation)
     generated = checked_samples("sampler.num_samples", samples, real, evaluation)
+    earlier = checked_samples("images before fine-tuning", before, real, evaluation)
     instruments = Instruments(evaluation, config.seed, torch.device(device), progress)
     sigma = accounting.noise_multiplier_for(
         evaluation.release_epsilon, _delta(config), 1.0, 1, Path(config.paths.cache).expanduser()
     )
+    asked: list[Query] = [
+        _ask_accuracy(name, generated, real, instruments) for name in evaluation.classifiers
+    ]
     scores: dict[str, float] = {}
-    questions = Questions(_asked(generated, real.reference, real.num_classes, instruments, scores))
-    inputs = _inputs(generated, real.reference, config, sigma)
+    for name in evaluation.extractors:
+        question, found = _ask_distance(name, generated, earlier, real.reference, instruments)
+        asked.append(question)
+        scores |= found
+    questions = Questions(asked)
+    inputs = _inputs(generated, earlier, real.reference, config, sigma)
     sums = noised_sum(questions.rows(), sigma, inputs, folder, config.privacy.insecure_seed)
     metadata = {
         "n_samples": len(generated.images),
-        "reference": {"split": evaluation.reference, "n": round(questions.count(sums))},
+        "reference": {"split": evaluation.reference, "n": max(0, round(questions.number(sums)))},
         "n_note": "the number of reference images is read from the noised sum",
         **described(instruments),
         "noise_deviation": questions.noise_deviations(sums, sigma, config.seed),
@@ -303,39 +170,37 @@ def evaluate_privately(
     return Evaluation({**questions.values(sums), **scores}, metadata)
 
 
-def _asked(
-    generated: Images,
-    held_out: RealPart,
-    num_classes: int,
-    instruments: Instruments,
-    scores: dict[str, float],
-) -> list[Asked]:
-    """The queries with their rows; an Inception score goes into `scores`."""
-    asked: list[Asked] = []
-    count = f"{len(generated.images)} generated images"
-    for name in instruments.config.classifiers:
-        classifier = instruments.classifier(name, count, generated, num_classes)
-        query = AccuracyQuery()
-        rows = query.rows(instruments.correct(classifier, held_out))
-        asked.append(Asked(f"dp_accuracy_{name}", query, rows))
-    for name, extractor in instruments.extractors.items():
-        features = instruments.features(name, count, generated.images)
-        logits = extractor.logits(features.to(instruments.device))
-        if logits is not None:
-            scores["inception_score"] = inception_score(logits, seed=instruments.seed)
-        distance = FrechetQuery(features)
-        rows = distance.rows(instruments.features(name, "held-out images", held_out.images))
-        asked.append(Asked(f"dp_fd_{name}", distance, rows))
-    return asked
+def _ask_accuracy(name: str, generated: Images, real: Real, instruments: Instruments) -> AccuracyQuery:
+    what = f"{len(generated.images)} generated images"
+    classifier = instruments.classifier(name, what, generated, real.num_classes)
+    return AccuracyQuery.of(f"dp_accuracy_{name}", instruments.correct(classifier, real.reference))
 
 
-def _inputs(generated: Images, held_out: RealPart, config: Config, sigma: float) -> str:
+def _ask_distance(
+    name: str, generated: Images, earlier: Images, held_out: RealPart, instruments: Instruments
+) -> tuple[FrechetQuery, dict[str, float]]:
+    """The query with its rows, and the Inception score over the network that has one."""
+    what = f"{len(generated.images)} generated images"
+    features = instruments.features(name, what, generated.images)
+    before = instruments.features(name, f"{len(earlier.images)} earlier images", earlier.images)
+    frame = FrechetFrame(torch.cat([features, before]))
+    metric = f"dp_fd_{name}"
+    sets = {metric: features, f"{metric}_before": before}
+    compared = {key: frame.moments(frame.rows(values).sum(dim=0)) for key, values in sets.items()}
+    rows = frame.rows(instruments.features(name, "held-out images", held_out.images))
+    logits = instruments.extractors[name].logits(features.to(instruments.device))
+    scores = {} if logits is None else {"inception_score": inception_score(logits, seed=instruments.seed)}
+    return FrechetQuery(frame, rows, compared), scores
+
+
+def _inputs(generated: Images, earlier: Images, held_out: RealPart, config: Config, sigma: float) -> str:
     """A hash of all that the sum depends on. Private: it tells whether a guess of the images is right."""
     evaluation = asdict(config.evaluation)
     for name in ("batch_size", "inception_weights"):
         del evaluation[name]
     what = {
         "generated": digest(*generated),
+        "before": digest(*earlier),
         "held_out": digest(held_out.images, held_out.labels),
         "evaluation": evaluation,
         "seed": config.seed,

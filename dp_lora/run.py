@@ -25,6 +25,7 @@ from dp_lora.signals import Preempted
 if TYPE_CHECKING:
     from dp_lora.evaluate import Evaluation
     from dp_lora.models import LatentDiffusion
+    from dp_lora.sample import Samples
     from dp_lora.tracking import Tracker
 
 
@@ -296,6 +297,13 @@ def _evaluate(job: Job, tracker: Tracker) -> None:
     )
 
 
+def _sample_before(job: Job) -> Samples:
+    """Images of the model before fine-tuning, as many as were drawn after it."""
+    from dp_lora import sample
+
+    return sample.generate(_model(job), job.config, "sample before fine-tuning")
+
+
 def _compared(job: Job) -> Evaluation:
     """The metrics with their baselines, without noise."""
     from dp_lora import sample
@@ -306,7 +314,7 @@ def _compared(job: Job) -> Evaluation:
         sample.load(job.directory),
         job.images,
         config.evaluation,
-        before=sample.generate(_model(job), config, "sample before fine-tuning"),
+        before=_sample_before(job),
         seed=config.seed,
         device=job.device,
         cache=Path(config.paths.cache).expanduser(),
@@ -322,7 +330,13 @@ def _released(job: Job, tracker: Tracker) -> Evaluation:
     folder = private_directory(job.directory / "checkpoint")
     samples = sample.load(job.directory)
     evaluation = evaluate_privately(
-        samples, job.images, job.config, folder=folder, device=job.device, progress=say
+        samples,
+        job.images,
+        job.config,
+        before=_sample_before(job),
+        folder=folder,
+        device=job.device,
+        progress=say,
     )
     training = read_json(job.directory / "privacy.json")
     record = release_record(training, job.config, folder)
