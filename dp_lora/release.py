@@ -12,8 +12,8 @@ Guarantees, for held-out images x and a fixed set of generated images (which eps
     * Nothing else depends on a held-out image: the classifiers, the directions and the clipping radius come
       from images of the model, fine-tuned and before, and the number of held-out images is itself read from
       the noised sum.
-    * The noised sum is written to `checkpoint/` before anything is shown. The same question asked again gets
-      the same answer; another one is one more mechanism, and all of them are counted.
+    * A release is written to `checkpoint/` before it is shown. The same question asked again gets the same
+      answer; another one is one more mechanism, and all of them are counted.
 """
 
 from __future__ import annotations
@@ -55,35 +55,39 @@ COVERS = (
 )
 
 
-def noised_sum(
-    rows: Tensor, noise_multiplier: float, inputs: str, folder: Path, insecure_seed: int | None
-) -> Tensor:
-    """The sum of `rows` [N, D], each of norm 1 at most, with Gaussian noise of std `noise_multiplier`.
+def noised_sum(rows: Tensor, noise_multiplier: float, randomness: Randomness) -> Tensor:
+    """The sum float64 [D] of private `rows` [N, D] with Gaussian noise of std `noise_multiplier`.
 
-    Sensitivity 1. The noise is drawn from a key of the operating system that nobody keeps, and the result is
-    written to `folder`/releases.json before it is returned: the same `inputs` get the same answer for ever.
+    Sensitivity 1: every row has norm at most 1. Rounded to float32 only after the noise was added; see
+    `Randomness.secure_normal`.
 
     Args:
         rows: private.
         noise_multiplier: sigma.
-        inputs: names everything that the sum depends on.
-        folder: the run's private `checkpoint/`.
-        insecure_seed: `privacy.insecure_seed`.
+        randomness: of this sum alone.
     """
-    kept = releases(folder)
-    for one in kept:
-        if one["inputs"] == inputs:
-            return torch.tensor(one["noised"], dtype=torch.float64)
-    if insecure_seed is None:
-        randomness = Randomness.from_system()
-    else:
-        randomness = Randomness.from_seed(insecure_seed).derive(f"release {inputs}")
+    assert float(rows.norm(dim=1).max()) <= 1 + 1e-9
     noise = noise_multiplier * randomness.secure_normal("release", 0, rows.shape[1])
-    # Rounded only after the noise was added; see `Randomness.secure_normal`.
-    noised = (rows.sum(dim=0).cpu() + noise).float().double()
-    entry = {"inputs": inputs, "noise_multiplier": noise_multiplier, "noised": noised.tolist()}
-    write_json(private_directory(folder) / "releases.json", [*kept, entry], mode=0o600)
-    return noised
+    return (rows.sum(dim=0).cpu() + noise).float().double()
+
+
+def _randomness(config: Config, inputs: str) -> Randomness:
+    """A key from the operating system that nobody keeps, or what the seed for tests makes of `inputs`."""
+    seed = config.privacy.insecure_seed
+    return Randomness.from_system() if seed is None else Randomness.from_seed(seed).derive(inputs)
+
+
+def keep(folder: Path, inputs: str, noise_multiplier: float, evaluation: Evaluation) -> None:
+    """Adds a release to `folder`/releases.json, which only the owner can read.
+
+    Args:
+        folder: the run's private `checkpoint/`.
+        inputs: names everything that the release depends on.
+        noise_multiplier: sigma.
+        evaluation: what is shown, from now on whenever the same is asked.
+    """
+    entry = {"inputs": inputs, "noise_multiplier": noise_multiplier, **evaluation._asdict()}
+    write_json(private_directory(folder) / "releases.json", [*releases(folder), entry], mode=0o600)
 
 
 def releases(folder: Path) -> list[dict[str, Any]]:
@@ -142,21 +146,16 @@ def evaluate_privately(
     real = real_images(references, evaluation)
     generated = checked_samples("sampler.num_samples", samples, real, evaluation)
     earlier = checked_samples("images before fine-tuning", before, real, evaluation)
-    instruments = Instruments(evaluation, config.seed, torch.device(device), progress)
     sigma = accounting.noise_multiplier_for(
         evaluation.release_epsilon, _delta(config), 1.0, 1, Path(config.paths.cache).expanduser()
     )
-    asked: list[Query] = [
-        _ask_accuracy(name, generated, real, instruments) for name in evaluation.classifiers
-    ]
-    scores: dict[str, float] = {}
-    for name in evaluation.extractors:
-        question, found = _ask_distance(name, generated, earlier, real.reference, instruments)
-        asked.append(question)
-        scores |= found
-    questions = Questions(asked)
     inputs = _inputs(generated, earlier, real.reference, config, sigma)
-    sums = noised_sum(questions.rows(), sigma, inputs, folder, config.privacy.insecure_seed)
+    for one in releases(folder):
+        if one["inputs"] == inputs:
+            return Evaluation(one["metrics"], one["metadata"])
+    instruments = Instruments(evaluation, config.seed, torch.device(device), progress)
+    questions, scores = _questions(generated, earlier, real, instruments)
+    sums = noised_sum(questions.rows(), sigma, _randomness(config, inputs))
     metadata = {
         "n_samples": len(generated.images),
         "reference": {"split": evaluation.reference, "n": max(0, round(questions.number(sums)))},
@@ -167,7 +166,22 @@ def evaluate_privately(
         "private_metrics": [],
         "private_metrics_note": "",
     }
-    return Evaluation({**questions.values(sums), **scores}, metadata)
+    released = Evaluation({**questions.values(sums), **scores}, metadata)
+    keep(folder, inputs, sigma, released)
+    return released
+
+
+def _questions(
+    generated: Images, earlier: Images, real: Real, instruments: Instruments
+) -> tuple[Questions, dict[str, float]]:
+    """All queries with their rows, and the Inception score where its network is among the extractors."""
+    config, scores = instruments.config, dict[str, float]()
+    asked: list[Query] = [_ask_accuracy(name, generated, real, instruments) for name in config.classifiers]
+    for name in config.extractors:
+        query, found = _ask_distance(name, generated, earlier, real.reference, instruments)
+        asked.append(query)
+        scores |= found
+    return Questions(asked), scores
 
 
 def _ask_accuracy(name: str, generated: Images, real: Real, instruments: Instruments) -> AccuracyQuery:

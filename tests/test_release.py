@@ -22,8 +22,9 @@ from dp_lora.evaluate import Evaluation
 from dp_lora.evaluation_images import Images
 from dp_lora.files import read_json
 from dp_lora.privacy.accounting import Mechanism, epsilon, noise_multiplier_for
+from dp_lora.privacy.randomness import Randomness
 from dp_lora.queries import AccuracyQuery, FrechetFrame, FrechetQuery, Query, Questions
-from dp_lora.release import evaluate_privately, noised_sum, release_record, releases
+from dp_lora.release import evaluate_privately, keep, noised_sum, release_record, releases
 
 
 def features(n: int, dimension: int, seed: int, shift: float = 0.0) -> Tensor:
@@ -149,32 +150,29 @@ def test_images_that_are_all_the_same_and_sums_of_noise_alone_have_values() -> N
 # The noise and what is kept
 
 
-def test_the_noise_has_its_deviation_and_is_drawn_anew(tmp_path: Path) -> None:
+def test_the_noise_has_its_deviation_and_is_drawn_anew() -> None:
     # 4,000 coordinates: the deviation of the estimate is 1.1 %, so 6 % is over 5 of them: a false failure has
     # probability below 1e-6. The twin, noise of half the size, lies at 50 %.
     rows = torch.zeros(10, 4000, dtype=torch.float64)
-    first, second = (noised_sum(rows, 3.0, name, tmp_path, None) for name in ("one", "two"))
+    first, second = (noised_sum(rows, 3.0, Randomness.from_system()) for _ in range(2))
     for noise in (first, second, (first - second) / 2**0.5):
         assert float(noise.std()) == pytest.approx(3.0, rel=0.06)
         assert float(noise.mean()) == pytest.approx(0, abs=0.25)
     assert float((first / 2).std()) != pytest.approx(3.0, rel=0.06)
 
 
-def test_the_same_question_gets_the_same_answer_and_every_other_is_counted(tmp_path: Path) -> None:
-    rows = torch.zeros(10, 5, dtype=torch.float64)
-    first = noised_sum(rows, 2.0, "one", tmp_path / "checkpoint", None)
-    assert torch.equal(noised_sum(rows + 9, 2.0, "one", tmp_path / "checkpoint", None), first)
-    assert not torch.equal(noised_sum(rows, 2.0, "two", tmp_path / "checkpoint", None), first)
-    assert len(releases(tmp_path / "checkpoint")) == 2
-    assert stat.S_IMODE((tmp_path / "checkpoint").stat().st_mode) == 0o700
-    assert stat.S_IMODE((tmp_path / "checkpoint" / "releases.json").stat().st_mode) == 0o600
+def test_a_row_beyond_the_bound_is_never_summed() -> None:
+    with pytest.raises(AssertionError):
+        noised_sum(torch.full((3, 2), 0.8), 3.0, Randomness.from_seed(0))
 
 
-def test_a_seed_repeats_the_noise_but_not_between_questions(tmp_path: Path) -> None:
-    rows = torch.zeros(10, 5, dtype=torch.float64)
-    same = [noised_sum(rows, 2.0, "one", tmp_path / str(i), 7) for i in range(2)]
-    assert torch.equal(*same)
-    assert not torch.equal(noised_sum(rows, 2.0, "two", tmp_path / "0", 7), same[0])
+def test_releases_are_kept_for_their_owner_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    for name in ("one", "two"):
+        keep(folder, name, 2.0, Evaluation({"dp_accuracy_cnn": 0.5}, {}))
+    assert [one["inputs"] for one in releases(folder)] == ["one", "two"]
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert stat.S_IMODE((folder / "releases.json").stat().st_mode) == 0o600
 
 
 # As a whole
@@ -228,20 +226,24 @@ def test_a_release_meets_its_budget_and_is_near_what_it_hides(config: Config, tm
     assert 0 < deviation < 0.05 and metrics["dp_accuracy_cnn"] > 0.9 - 5 * deviation
     assert abs(metadata["reference"]["n"] - 400) < 5 * 2**0.5 * 2 * sigma
     assert not any("400" in line for line in said) and "400" not in json.dumps(metadata["reference"]["split"])
-    assert run().metrics == metrics and len(releases(tmp_path)) == 1
+    said.clear()
+    assert run().metrics == metrics and len(releases(tmp_path)) == 1 and not said
+    # Another question draws anew, and both are counted.
+    config.seed += 1
+    assert run().metrics != metrics and len(releases(tmp_path)) == 2
 
 
 def test_the_record_composes_the_releases_with_the_training(config: Config, tmp_path: Path) -> None:
     sigma = noise_multiplier_for(1.0, 1e-4, 1.0, 1)
-    rows = torch.zeros(3, 5, dtype=torch.float64)
+    shown = Evaluation({}, {})
     training = {"noise_multiplier": 2.0, "sample_rate": 0.1, "steps": 50, "delta": 1e-5}
-    noised_sum(rows, sigma, "one", tmp_path, None)
+    keep(tmp_path, "one", sigma, shown)
     once = release_record(training, config, tmp_path)
     assert 0.99 < once["epsilon"] <= 1 == once["target_epsilon"] and once["delta"] == 1e-4
     alone = epsilon([Mechanism(2.0, 0.1, 50)], 1e-5).epsilon
     released = epsilon([Mechanism(sigma, 1.0, 1)], 1e-5).epsilon
     assert max(alone, released) < once["with_training"]["epsilon"] <= alone + released
-    noised_sum(rows, sigma, "two", tmp_path, None)
+    keep(tmp_path, "two", sigma, shown)
     twice = release_record(training, config, tmp_path)
     assert twice["releases"] == 2 and twice["epsilon"] > 1.3 * once["epsilon"]
     assert twice["with_training"]["epsilon"] > once["with_training"]["epsilon"]
