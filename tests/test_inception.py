@@ -91,7 +91,7 @@ def test_resizing_is_that_of_tensorflow_1() -> None:
 
 
 def test_a_run_over_inception_has_fid_and_its_company(accepted: Path) -> None:
-    real = splits(12)
+    real = splits(6)
     samples = real.validation
     config = EvaluationConfig(extractors=["inception"], classifiers=[], inception_weights=str(accepted))
     metrics, metadata = evaluate_all(samples, real, config, seed=0, device="cpu")
@@ -149,15 +149,13 @@ def test_without_a_file_the_published_one_is_fetched_and_verified(
 
 COMPARISON = """
 import sys
+import types
 import torch
 
-library = torch.library.Library("torchvision", "DEF")  # what the CPU build of torchvision lacks
-library.define("nms(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor")
-library.define(
-    "roi_align(Tensor input, Tensor rois, float spatial_scale, int pooled_height, int pooled_width, "
-    "int sampling_ratio, bool aligned) -> Tensor"
-)
-sys.path.insert(0, sys.argv[2])
+# Of the package only what the network needs: the rest imports torchvision, which a CPU build of torch breaks.
+package = types.ModuleType("torch_fidelity")
+package.__path__ = [sys.argv[2] + "/torch_fidelity"]
+sys.modules["torch_fidelity"] = package
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from dp_lora.inception import Inception2015
 
@@ -169,7 +167,7 @@ ours.load_state_dict(torch.load(sys.argv[1], weights_only=True))
 ours.eval()
 generator = torch.Generator().manual_seed(0)
 with torch.inference_mode():
-    for side in (32, 64, 320):
+    for side in (32, 320):
         images = torch.randint(0, 256, (2, 3, side, side), generator=generator, dtype=torch.uint8)
         features, logits = theirs(images)
         found = ours(images)
@@ -180,10 +178,10 @@ with torch.inference_mode():
 
 
 def test_features_and_logits_are_those_of_torch_fidelity(weights: Path, tmp_path: Path) -> None:
-    """In an environment of its own: torch-fidelity needs torchvision, which breaks imports of diffusers."""
+    """In an environment of its own, because the mere presence of torch-fidelity breaks torchmetrics here."""
     extra = tmp_path / "extra"
-    packages = ["torch-fidelity==0.4.0", "torchvision"]
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(extra), *packages]
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(extra)]
+    pip.append("torch-fidelity==0.4.0")
     installed = subprocess.run(pip, capture_output=True, text=True)
     if installed.returncode and not os.environ.get("CI"):
         pytest.skip(f"torch-fidelity cannot be installed: {installed.stderr.strip()[-200:]}")
@@ -191,5 +189,6 @@ def test_features_and_logits_are_those_of_torch_fidelity(weights: Path, tmp_path
     command = [sys.executable, "-c", COMPARISON, str(weights), str(extra)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    print(done.stdout)
     differences = [float(line) for line in done.stdout.split()]
-    assert len(differences) == 6 and max(differences) < 1e-3
+    assert len(differences) == 4 and max(differences) < 1e-3

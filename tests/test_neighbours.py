@@ -12,9 +12,8 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from dp_lora import sample
+from dp_lora import data, sample
 from dp_lora.config import Config
-from dp_lora.data import ImageSplits
 from dp_lora.files import read_json
 from dp_lora.neighbours import main, nearest, share_nearer
 
@@ -24,13 +23,14 @@ def points(n: int, seed: int) -> torch.Tensor:
 
 
 @pytest.fixture
-def run(tiny: Callable[..., Config], digits: ImageSplits, tmp_path: Path) -> Path:
-    """A run directory whose first generated images are training images."""
+def run(tiny: Callable[..., Config], tmp_path: Path) -> Path:
+    """A run directory whose last generated images are training images."""
     directory = tmp_path / "run"
     directory.mkdir()
-    config = OmegaConf.structured(tiny("model.pretrained=null"))
-    (directory / "config.yaml").write_text(OmegaConf.to_yaml(config))
-    copied = digits.train.images[[7, 300]]
+    config = tiny("data.train_size=80")
+    (directory / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    digits = data.load(config.data, config.paths)
+    copied = digits.train.images[[7, 30]]
     other = np.random.default_rng(0).integers(0, 256, (18, 1, 8, 8), dtype=np.uint8)
     images = np.concatenate([other, copied])
     sample.save(sample.Samples(images, np.arange(20) % 10, digits.train.classes), directory)
@@ -56,7 +56,7 @@ def test_memorised_images_are_nearer_to_the_training_set_and_others_are_not() ->
 
 
 def test_copies_come_first_and_only_the_owner_can_read_them(
-    run: Path, digits: ImageSplits, capsys: pytest.CaptureFixture[str]
+    run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main([str(run), "--images", "4", "--neighbours", "2"])
     folder = run / "checkpoint"
@@ -66,7 +66,7 @@ def test_copies_come_first_and_only_the_owner_can_read_them(
     assert {stat.S_IMODE((folder / name).stat().st_mode) for name in names} == {0o600}
     record = read_json(folder / "neighbours.json")
     assert {row["generated"] for row in record["rows"][:2]} == {18, 19}
-    assert {row["training"][0] for row in record["rows"][:2]} == {7, 300}
+    assert {row["training"][0] for row in record["rows"][:2]} == {7, 30}
     assert record["rows"][0]["distances"][0] == pytest.approx(0, abs=1e-2)
     assert record["rows"][2]["distances"][0] > 1
     with Image.open(folder / "neighbours.png") as picture:
