@@ -114,7 +114,8 @@ def _check_flags(words: Sequence[str]) -> None:
     Of the first argparse would print its whole usage, the second Hydra ignores.
     """
     launcher = next((word for word in words if word.startswith("hydra/launcher=")), None)
-    if launcher not in (None, "hydra/launcher=basic") and not {"-m", "--multirun"} & set(words):
+    is_sweep = {"-m", "--multirun"} & set(words) or any(word.startswith("sweep=") for word in words)
+    if launcher not in (None, "hydra/launcher=basic") and not is_sweep:
         raise UserError(f"{launcher}: launches the jobs of a sweep; expected -m with it")
     flags = get_args_parser()._option_string_actions
     for word in words:
@@ -150,6 +151,8 @@ def explain(error: Exception) -> str:
         return f"{found[1]!r}: expected option=value, in Hydra's syntax"
     if found := re.search(r"Error merging override (.*)", text):
         return f"{found[1]}: {_expected(str(causes[-1]))}"
+    if found := re.search(r"is not in struct\s+full_key: ([\w.@]+)", text):
+        return f"{found[1]}: a new name, expected a plus sign before it: +{found[1]}=<value>"
     if found := re.search(r"Could not override '([^']+)'", text):
         return f"{found[1]}: {_reason(text)}{_nearest_key(found[1])}"
     if found := re.search(r"Key '([^']+)' not in '(\w+)'\s+full_key: ([\w.@]+)", text):

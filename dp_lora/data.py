@@ -8,7 +8,7 @@ can move a test image into training.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,8 @@ class ImageSet:
     """Labelled images of one role. Neither `repr` nor a traceback shows pixels or labels.
 
     images: uint8 [N, C, H, W], 0 to 255. labels: int64 [N], index into `classes`. role: train,
-    validation or test. public: whether losses on the images may be shown.
+    validation or test. public: whether losses on the images may be shown. captions: str [N], as private as
+    the images, where `data.caption_column` asks for them.
     """
 
     images: np.ndarray
@@ -35,11 +36,13 @@ class ImageSet:
     name: str
     role: str
     public: bool
+    captions: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         assert self.images.dtype == np.uint8 and self.images.ndim == 4
         assert self.labels.dtype == np.int64 and self.labels.shape == self.images.shape[:1]
         assert self.role in ROLES
+        assert self.captions is None or self.captions.shape == self.labels.shape
 
     def __len__(self) -> int:
         return len(self.images)
@@ -52,8 +55,8 @@ class ImageSet:
 
     def subset(self, indices: np.ndarray) -> ImageSet:
         """The images at `indices`, in that order."""
-        images, labels = self.images[indices], self.labels[indices]
-        return ImageSet(images, labels, self.classes, self.name, self.role, self.public)
+        captions = None if self.captions is None else self.captions[indices]
+        return replace(self, images=self.images[indices], labels=self.labels[indices], captions=captions)
 
 
 class ImageSplits(NamedTuple):
@@ -85,6 +88,11 @@ def load(data: DataConfig, paths: PathsConfig, field: str = "data") -> ImageSpli
     folders = (Path(paths.data).expanduser(), Path(paths.cache).expanduser())
     request = Request(data, field, *folders)
     source = _held_out(LOADERS[data.name](request))
+    if data.caption_column is not None and source.train.captions is None:
+        raise UserError(
+            f"{field}.caption_column={data.caption_column}: {data.name} was not read from a table; expected "
+            "parquet files or a data set of the hub, or null"
+        )
     source = _split(_keep_classes(source, request), request)
     if data.train_size is not None and data.train_size != len(source.train.labels):
         source = source._replace(train=_balanced(source, data.train_size, field))
@@ -211,4 +219,12 @@ def _image_set(part: Part | None, source: Source, role: str, data: DataConfig) -
     images = part.images
     if data.channels == 3 and images.shape[1] == 1:
         images = np.repeat(images, 3, axis=1)
-    return ImageSet(np.ascontiguousarray(images), part.labels, source.classes, data.name, role, data.public)
+    return ImageSet(
+        np.ascontiguousarray(images),
+        part.labels,
+        source.classes,
+        data.name,
+        role,
+        data.public,
+        part.captions,
+    )

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dp_lora import tuning
+from dp_lora import models, tuning
 from dp_lora.config import Config, TrainConfig
 from dp_lora.diffusion import per_example_loss
 from dp_lora.errors import UserError
@@ -48,6 +48,9 @@ from dp_lora.train import Checkpoint, learning_rate, resume, run_steps
 _ROUND = ("dp-lora", "torch", "diffusers", "peft", "numpy", "cryptography")
 """Packages whose version can change how a step rounds."""
 
+_BFLOAT16_TOLERANCE = 0.1
+"""Relative error of a gradient in bfloat16, whose numbers have eight bits."""
+
 
 class PrivateStep:
     """One step of DP-SGD (Abadi et al. 2016) with noise multiplicity, in the order of the paper's algorithm.
@@ -62,6 +65,7 @@ class PrivateStep:
         microbatch: examples per forward and backward, halved when memory runs out.
         executions: the write-ahead record.
         halved: called with the new microbatch after that.
+        learning_rate_factor: over `train.learning_rate`, of all parameters but the class embedding.
     """
 
     def __init__(
@@ -75,10 +79,12 @@ class PrivateStep:
         microbatch: int,
         executions: Executions,
         halved: Callable[[int], None] = lambda microbatch: None,
+        learning_rate_factor: float = 1.0,
     ) -> None:
         self.model, self.latents, self.labels, self.plan = model, latents, labels, plan
         self.randomness, self.train, self.microbatch = randomness, train, microbatch
         self.executions, self.lineage, self.halved = executions, ORIGIN, halved
+        self.learning_rate_factor = learning_rate_factor
         self.gradients = ClippedGradientSum(
             model, plan.noise_multiplicity, plan.max_grad_norm, plan.clipping, plan.loss_share
         )
@@ -177,7 +183,9 @@ class PrivateStep:
         return slice_of_batch(torch.arange(size), dist.get_rank(), dist.get_world_size())
 
     def _factor(self, name: str) -> float:
-        return self.train.embedder_learning_rate_factor if name.startswith("class_embedder") else 1.0
+        if name.startswith("class_embedder"):
+            return self.train.embedder_learning_rate_factor
+        return self.learning_rate_factor
 
     def _rate(self, step: int) -> float:
         train = self.train
@@ -232,6 +240,7 @@ def finetune(
     folder: Path,
     log: Callable[[int, dict[str, float]], None],
     started: Callable[[int], None],
+    captions: Sequence[str] | None = None,
 ) -> int:
     """Trains the chosen parameters of `model` in place and returns the number of executed steps.
 
@@ -243,6 +252,8 @@ def finetune(
         folder: the run's private `checkpoint/`; an earlier start of the run is continued from it.
         log: called with the number of finished steps and what may be logged.
         started: called with the number of finished steps before the first new one.
+        captions: of the private images, which then take the place of the labels as conditions of a model
+            with a text encoder. It knows its classes again when the training ends.
 
     Every execution begun counts towards the plan's steps: where redone steps could not be replayed, as many
     fewer follow, so epsilon never passes the plan's. On several processes of one job the first writes
@@ -257,7 +268,7 @@ def finetune(
     if dist.is_initialized():
         dist.barrier()
     randomness = run_key(config, folder)
-    inputs = digest(model, latents, labels, plan, randomness)
+    inputs = digest(model, latents, labels, plan, randomness, captions)
     check_engine(config, model, plan)
     microbatch = agreed(_microbatch(config, model, plan, folder))
     tuning.arrange(model, plan, config.train, microbatch)
@@ -269,7 +280,23 @@ def finetune(
             tuning.keep_microbatch(microbatch, device, folder)
 
     keep(microbatch)
-    step = PrivateStep(model, latents, labels, plan, randomness, config.train, microbatch, executions, keep)
+    # After everything that tries the engine on synthetic examples, which never meet a caption.
+    if captions is not None:
+        assert model.prompts is not None
+        model.prompts.use(captions)
+        labels = torch.arange(len(captions))
+    step = PrivateStep(
+        model,
+        latents,
+        labels,
+        plan,
+        randomness,
+        config.train,
+        microbatch,
+        executions,
+        keep,
+        config.trainable.learning_rate_factor,
+    )
     checkpoint = Checkpoint(folder, config.train.checkpoint_minutes, writes=first)
     finished = resume(step, checkpoint)
     total = steps_to_finish(plan, executions, finished, step.lineage)
@@ -280,6 +307,8 @@ def finetune(
     ) as progress:
         run_steps(step, total, checkpoint, progress, log if first else _silent)
     step.release()
+    if captions is not None and model.prompts is not None:
+        model.prompts.use_classes(model.classes)
     if first:
         forget_key(folder)
     return executions.count
@@ -360,14 +389,17 @@ def forget_key(folder: Path) -> None:
 
 
 def digest(
-    model: LatentDiffusion, latents: Latents, labels: Tensor, plan: PrivacyPlan, randomness: Randomness
+    model: LatentDiffusion,
+    latents: Latents,
+    labels: Tensor,
+    plan: PrivacyPlan,
+    randomness: Randomness,
+    captions: Sequence[str] | None = None,
 ) -> str:
     """A hash of all that a training begins from. Private: it tells whether a guess of the images is right."""
     hashed = hashlib.sha256(randomness.key)
-    hashed.update(json.dumps(plan.to_dict(), sort_keys=True).encode())
-    for name, value in model.state_dict().items():
-        hashed.update(name.encode())
-        hashed.update(value.detach().cpu().contiguous().numpy().data)
+    hashed.update(json.dumps([plan.to_dict(), captions], sort_keys=True).encode())
+    hashed.update(models.digest(model).encode())
     for tensor in (latents.mean, latents.std, labels):
         hashed.update(str(tuple(tensor.shape)).encode())
         hashed.update(tensor.contiguous().numpy().data)
@@ -396,10 +428,20 @@ def numerics(config: Config, device: torch.device, microbatch: int, inputs: str)
 
 
 def check_engine(config: Config, model: LatentDiffusion, plan: PrivacyPlan) -> None:
-    """Preflight on synthetic latents: stops the run unless the engine does here what the plan says."""
-    examples = 4
+    """Preflight on synthetic latents: stops the run unless the engine does here what the plan says.
+
+    In float32, where errors of the engine stand out from those of rounding, and in the run's own precision.
+    """
+    examples, device = 4, next(model.unet.parameters()).device
     losses = tuning.synthetic_losses(model, examples, plan.noise_multiplicity, config.seed)
     preflight(model, losses, plan, examples)
+    if config.train.precision == "bfloat16":
+
+        def in_bfloat16(chosen: slice) -> Tensor:
+            with torch.autocast(device.type, torch.bfloat16):
+                return losses(chosen)
+
+        preflight(model, in_bfloat16, plan, examples, tolerance=_BFLOAT16_TOLERANCE)
 
 
 def steps_of(config: Config, num_examples: int) -> int | None:

@@ -34,14 +34,19 @@ Content = Path | bytes | np.ndarray
 
 
 class Part(NamedTuple):
-    """Images uint8 [N, C, H, W] with labels int64 [N]; `positions` in the source decide every split."""
+    """Images uint8 [N, C, H, W] with labels int64 [N]; `positions` in the source decide every split.
+
+    `captions`, of type str [N], are there when the source was asked for them.
+    """
 
     images: np.ndarray
     labels: np.ndarray
     positions: np.ndarray
+    captions: np.ndarray | None = None
 
     def take(self, indices: np.ndarray) -> Part:
-        return Part(self.images[indices], self.labels[indices], self.positions[indices])
+        captions = None if self.captions is None else self.captions[indices]
+        return Part(self.images[indices], self.labels[indices], self.positions[indices], captions)
 
 
 def part_of(images: np.ndarray, labels: np.ndarray) -> Part:

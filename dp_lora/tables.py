@@ -153,13 +153,34 @@ def _source(tables: dict[str, Table], request: Request, preprocessing: Preproces
     labels = {role: found for role, found in labels.items() if role == "train" or (found != -1).any()}
     if "test" not in labels and "validation" in labels:
         labels["test"], tables["test"] = labels.pop("validation"), tables["validation"]
+    captions = _captions(tables, request)
     parts: dict[str, Part] = {}
     for role, found in labels.items():
         if not (found >= 0).all() or (found >= len(classes)).any():
             raise UserError(f"{request.field}.source: {role} labels beyond the {len(classes)} classes")
         unread = Unread(found, _reader(tables[role], image, role), f"{tables[role].identity} {image}")
-        parts[role] = unread.prepare(preprocessing, request)
+        parts[role] = unread.prepare(preprocessing, request)._replace(captions=captions.get(role))
     return Source(classes, parts["train"], parts.get("validation"), parts.get("test"))
+
+
+def _captions(tables: dict[str, Table], request: Request) -> dict[str, np.ndarray]:
+    """The captions str [N] of each role; none unless they are asked for."""
+    column, field = request.data.caption_column, request.field
+    if column is None:
+        return {}
+    found = {}
+    for role, table in tables.items():
+        if column not in table.columns:
+            raise UserError(
+                f"{field}.caption_column={column}: expected one of {', '.join(table.columns)}"
+                f"{did_you_mean(column, table.columns)}"
+            )
+        values = table.column(column)
+        # Which row it is, or what stands there, is not said: captions are private.
+        if not all(isinstance(value, str) for value in values):
+            raise UserError(f"{field}.caption_column={column}: expected one text for each image of {role}")
+        found[role] = np.array(values, dtype=object)
+    return found
 
 
 def _reader(table: Table, column: str, role: str) -> Any:

@@ -400,6 +400,30 @@ def test_parquet_labels_are_numbers_names_attributes_or_none(tmp_path: Path) -> 
     assert without.classes == ("image",) and len(without) == 4
 
 
+def test_captions_stay_with_their_images(tmp_path: Path) -> None:
+    texts = [f"text {i}" for i in range(8)]
+    write_parquet(tmp_path / "x.parquet", 8, label=[i % 2 for i in range(8)], text=texts)
+    found = load(
+        config(tmp_path / "x.parquet", caption_column="text", test_size=2, train_size=4), PathsConfig()
+    )
+    for part in (found.train, found.test):
+        pixels = part.images[:, 0, 4, 4].tolist()
+        assert part.captions is not None and part.captions.tolist() == [f"text {pixel}" for pixel in pixels]
+    assert found.train.subset(np.array([2])).captions == found.train.captions[2:3]
+    assert "text" not in repr(found.train)
+    assert load(config(tmp_path / "x.parquet"), PathsConfig()).train.captions is None
+
+
+def test_captions_that_are_not_there_are_named(tmp_path: Path, folder: Path) -> None:
+    write_parquet(tmp_path / "x.parquet", 2, label=[0, 1], text=["a", None])
+    said = refused(config(tmp_path / "x.parquet", caption_column="txt"))
+    assert "data.caption_column=txt: expected one of image, label, text; did you mean 'text'?" in said
+    said = refused(config(tmp_path / "x.parquet", caption_column="text"))
+    assert said == "data.caption_column=text: expected one text for each image of train"
+    said = refused(config(folder, caption_column="text"))
+    assert "data.caption_column=text: imagefolder was not read from a table" in said
+
+
 @pytest.mark.parametrize(
     ("columns", "values", "said"),
     [

@@ -12,10 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from architectures import stable_diffusion
 from conftest import words
 from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
+from test_data import write_parquet
 
+from dp_lora import sample
 from dp_lora.__main__ import main
 from dp_lora.files import read_json, read_lines
 
@@ -83,6 +86,65 @@ def test_the_records_have_their_fields(whole: Path) -> None:
     assert result["seconds"].keys() >= {"finetune", "sample"} and result["n_samples"] == 40
     for name in ("accuracy_cnn", "fd_lite0", "kid_lite0"):
         assert {name, f"{name}_before", f"{name}_real"} <= result["metrics"].keys()
+
+
+def test_images_from_before_are_drawn_once_for_all_jobs_that_share_them(
+    dp_lora: Callable[..., Path], whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[str] = []
+    generate = sample.generate
+
+    def counted(model: Any, config: Any, description: str = "sample") -> sample.Samples:
+        drawn.append(description)
+        return generate(model, config, description)
+
+    monkeypatch.setattr(sample, "generate", counted)
+    again = dp_lora(*WHOLE, "privacy.epsilon=5", name="shares")
+    assert drawn == ["sample"]
+    before = [
+        {
+            name: value
+            for name, value in read_json(run / "result.json")["metrics"].items()
+            if "_before" in name
+        }
+        for run in (whole, again)
+    ]
+    assert before[0] and before[0] == before[1]
+    dp_lora(*WHOLE, "seed=1", name="another_seed")
+    assert drawn == ["sample", "sample", "sample before fine-tuning"]
+
+
+def test_captions_train_a_text_to_image_model_and_stay_private(
+    dp_lora: Callable[..., Path], tmp_path: Path
+) -> None:
+    write_parquet(
+        tmp_path / "x.parquet",
+        40,
+        label=[i % 2 for i in range(40)],
+        text=[f"zebra {i} of the secret" for i in range(40)],
+    )
+    words = (
+        f"model.pretrained={stable_diffusion(tmp_path / 'sd')}",
+        "data=imagefolder",
+        "trainable=lora_alone",
+    )
+    table = (
+        f"data.source={tmp_path / 'x.parquet'}",
+        "data.image_size=8",
+        "data.channels=3",
+        "data.test_size=10",
+    )
+    small = ("train.expected_batch_size=10", "sampler.num_samples=4", "stages=[finetune,sample]")
+    captions = "data.caption_column=text"
+    directory = dp_lora(*words, *table, *small, captions, "lora.rank=2", name="captions")
+    assert read_json(directory / "privacy.json")["complete"] is True
+    assert np.load(directory / "samples.npz")["labels"].tolist() == [0, 1, 0, 1]
+    for path in directory.rglob("*"):
+        assert not path.is_file() or b"zebra" not in path.read_bytes(), path
+    without = dp_lora(*words, *table, *small, "lora.rank=2", name="prompts")
+    assert without.name != directory.name
+    with pytest.raises(SystemExit, match="2"):
+        dp_lora(*table[:3], "data=imagefolder", captions, name="no_encoder")
 
 
 def test_samples_are_labelled_images_of_every_class(whole: Path) -> None:

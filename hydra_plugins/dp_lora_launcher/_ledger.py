@@ -7,7 +7,7 @@
 | `cells/<identity>.failed` | the line with which the last start of the cell ended, if it ended with one |
 | `jobs.jsonl` | what was submitted, written before and after |
 | `logs/` | what jobs print, and submitit's files; readable by the owner only |
-| `report.md`, `report.csv` | the table, when the jobs have ended |
+| `report.html`, `table.*`, `figure.*`, `runs.*` | the report, when the jobs have ended |
 | `lock` | held by the one driver |
 
 A job is never submitted twice, wherever a driver dies: the name of each submission is written before it is
@@ -20,6 +20,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import secrets
 import shlex
 import socket
@@ -113,7 +114,7 @@ class Ledger:
             for cell in cells
         ]
         write_json(path, {"command": command, "code": code, "job": job, "cells": rows})
-        self._read()
+        self.read()
 
     def _check_same(
         self, before: Mapping[str, Any], cells: Sequence[Cell], code: str, *, any_code: bool
@@ -164,7 +165,8 @@ class Ledger:
 
     # What was submitted
 
-    def _read(self) -> None:
+    def read(self) -> None:
+        """Reads anew what was submitted."""
         self.submissions = {}
         for row in read_lines(self._jobs):
             name = row["name"]
@@ -217,13 +219,14 @@ class Ledger:
 
 
 def sweep_folder(cells: Sequence[Cell], name: str | None, task_words: Sequence[str]) -> Path:
-    """`<paths.outputs>/sweeps/<name>`; without a name, `<experiment>-<digest of the words>`."""
-    first = cells[0].config
+    """`<paths.outputs>/sweeps/<name>`; without a name, `<sweep>-<experiment>-<digest of the words>`."""
     if name is None:
         words = [word for word in task_words if not word.startswith(("paths.", "resources", "tracking"))]
         digest = hashlib.sha256(json.dumps(sorted(words)).encode()).hexdigest()[:8]
-        name = f"{first.experiment}-{digest}"
-    return Path(first.paths.outputs) / "sweeps" / name
+        presets = [word.partition("=")[2] for word in words if re.fullmatch(r"sweep=[\w-]+", word)]
+        experiments = sorted({cell.config.experiment for cell in cells})
+        name = "-".join([*presets, *(experiments if len(experiments) == 1 else []), digest])
+    return Path(cells[0].config.paths.outputs) / "sweeps" / name
 
 
 def thaw(record: Mapping[str, Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -20,9 +21,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from architectures import stable_diffusion
 from conftest import TINY, composed
 
-from dp_lora import adapters, data, finetune, latents, run, train
+from dp_lora import adapters, data, finetune, latents, run, train, tuning
 from dp_lora import job as jobs
 from dp_lora.config import Config
 from dp_lora.data import ImageSet, ImageSplits
@@ -34,6 +36,7 @@ from dp_lora.privacy import executions
 from dp_lora.privacy.executions import ORIGIN, Executions
 from dp_lora.privacy.gradients import ClippedGradientSum
 from dp_lora.privacy.plan import PrivacyPlan, make_plan
+from dp_lora.privacy.preflight import PreflightError
 from dp_lora.privacy.randomness import Randomness
 from dp_lora.tracking import RELEASED
 
@@ -140,6 +143,56 @@ def test_the_engine_is_checked_before_a_step_begins(
     with pytest.raises(Crash):
         job.run(tmp_path)
     assert not (tmp_path / "executions.jsonl").exists()
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_preflight_runs_in_the_precision_of_the_run(
+    pretrained: Path, digits: ImageSplits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    low: list[bool] = []
+    loss = tuning.per_example_loss
+
+    def seen(*args: Any) -> torch.Tensor:
+        low.append(torch.is_autocast_enabled("cpu"))
+        return loss(*args)
+
+    monkeypatch.setattr(tuning, "per_example_loss", seen)
+    monkeypatch.setattr(finetune, "check_engine", CHECK_ENGINE)
+    given(pretrained, digits, f"train.precision={precision}", "train.max_steps=1").run(tmp_path)
+    assert set(low) == ({False} if precision == "float32" else {False, True})
+    # The broken twin: an engine that clips in float32 only.
+    factors = ClippedGradientSum._factors
+
+    def careless(self: ClippedGradientSum, norms: torch.Tensor) -> torch.Tensor:
+        return torch.ones_like(norms) if low[-1] else factors(self, norms)
+
+    monkeypatch.setattr(ClippedGradientSum, "_factors", careless)
+    other = given(pretrained, digits, f"train.precision={precision}", "train.max_steps=1")
+    with contextlib.nullcontext() if precision == "float32" else pytest.raises(PreflightError):
+        other.run(tmp_path / "twin")
+
+
+def test_learning_rates_have_factors_by_component(
+    pretrained: Path, digits: ImageSplits, tmp_path: Path
+) -> None:
+    moved = []
+    for number, factor in enumerate((1.0, 0.5)):
+        job = given(
+            pretrained, digits, "train.max_steps=1", "train.schedule=constant",
+            f"trainable.learning_rate_factor={factor}", "train.embedder_learning_rate_factor=3",
+        )  # fmt: skip
+        model = job.model()
+        before = {n: p.detach().clone() for n, p in adapters.trainable_parameters(model).items()}
+        job.run(tmp_path / str(number), model)
+        moved.append({n: p.detach() - before[n] for n, p in adapters.trainable_parameters(model).items()})
+    for name, full in moved[0].items():
+        rate = 3.0 if name.startswith("class_embedder") else 0.5
+        # Adam's first step is the learning rate in every coordinate, whatever the gradient.
+        expected = full if name.startswith("class_embedder") else full * rate
+        assert torch.allclose(moved[1][name], expected, rtol=1e-3, atol=1e-7), name
+    rates = {name: float(change.abs().median()) for name, change in moved[0].items()}
+    embedder = rates.pop("class_embedder.weight")
+    assert embedder == pytest.approx(3 * max(rates.values()), rel=1e-2)
 
 
 # Resume
@@ -608,6 +661,88 @@ def test_removing_one_example_removes_its_contribution_and_nothing_else(
     # The broken twin: removing another one as well passes the bound or moves a step without it.
     third = _sums(job, tmp_path, 40)[0]
     assert max(float((a - b).norm()) for a, b in zip(with_it, third, strict=True)) > job.plan.max_grad_norm
+
+
+# Captions
+
+
+def _captioned(folder: Path, captions: list[str], pretrained: Path) -> tuple[torch.Tensor, LatentDiffusion]:
+    """The released parameters of a text-to-image model trained with `captions` under a fixed key."""
+    config = composed(
+        *TINY, *SHORT, SEEDED, "trainable=lora_alone", "train.checkpoint_minutes=0", "train.max_steps=3"
+    )
+    config.lora.target_modules = ["to_k", "to_v"]
+    model = load(pretrained, "a {}")
+    model.new_classes(["cat", "dog"], torch.Generator())
+    adapters.attach(model, config.trainable.components, config.lora, seed=0)
+    for name, parameter in adapters.trainable_parameters(model).items():
+        parameter.data += 0.05 * ("lora_B" in name)
+    generator = torch.Generator().manual_seed(1)
+    latents_ = Latents(
+        torch.randn(len(captions), 3, 4, 4, generator=generator), torch.zeros(len(captions), 3, 4, 4)
+    )
+    plan = make_plan(
+        num_examples=len(captions),
+        expected_batch_size=len(captions) / 2,
+        steps=3,
+        noise_multiplier=0.8,
+        target_epsilon=None,
+        delta=1e-4,
+        noise_multiplicity=2,
+        max_grad_norm=0.1,
+    )
+    labels = torch.zeros(len(captions), dtype=torch.int64)
+    log: dict[int, dict[str, float]] = {}
+    finetune.finetune(
+        config, model, latents_, labels, plan, folder, log.__setitem__, lambda done: None, captions=captions
+    )
+    return torch.cat([p.detach().flatten() for p in adapters.trainable_parameters(model).values()]), model
+
+
+@pytest.mark.parametrize("count", [20, 200])  # embeddings that are kept, and others
+def test_a_caption_is_trained_with_and_forgotten(count: int, tmp_path: Path) -> None:
+    folder = stable_diffusion(tmp_path / "sd")
+    letters = "abcdefghijklmnopqrstuvwxyz"  # the tokenizer knows these
+    captions = [letters[i % 26] + letters[i // 26] for i in range(count)]
+    released, model = _captioned(tmp_path / "a", captions, folder)
+    assert torch.equal(released, _captioned(tmp_path / "b", captions, folder)[0])
+    other = _captioned(tmp_path / "c", ["zz", *captions[1:]], folder)[0]
+    same = _captioned(tmp_path / "d", ["aa"] * count, folder)[0]
+    assert not torch.equal(released, other) and not torch.equal(released, same)
+    # What the model knows afterwards are its classes.
+    assert model.prompts is not None and len(model.prompts.ids) == 1 + len(model.classes)
+    assert torch.equal(model.prompts.ids[1:], _ids(model, ["a cat", "a dog"]))
+
+
+def _ids(model: LatentDiffusion, prompts: list[str]) -> torch.Tensor:
+    assert model.prompts is not None
+    words = {"padding": "max_length", "max_length": 8, "truncation": True, "return_tensors": "pt"}
+    ids: torch.Tensor = model.prompts.tokenizer(prompts, **words)["input_ids"]
+    return ids
+
+
+def test_the_engine_is_tried_without_captions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def look(config: Config, model: LatentDiffusion, plan: PrivacyPlan) -> None:
+        assert model.prompts is not None
+        seen.append(len(model.prompts.ids))
+
+    monkeypatch.setattr(finetune, "check_engine", look)
+    _captioned(tmp_path / "run", [f"secret {i}" for i in range(20)], stable_diffusion(tmp_path / "sd"))
+    assert seen == [3]  # the empty prompt and two classes
+
+
+def test_a_caption_that_changed_is_no_replay(tmp_path: Path) -> None:
+    model = load(stable_diffusion(tmp_path / "sd"))
+    latents_ = Latents(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4))
+    key, labels = Randomness.from_seed(0), torch.zeros(2)
+    plan = make_plan(
+        num_examples=2, expected_batch_size=1, steps=1, noise_multiplier=1.0, target_epsilon=None,
+        delta=1e-4, noise_multiplicity=1, max_grad_norm=0.1,
+    )  # fmt: skip
+    digests = {finetune.digest(model, latents_, labels, plan, key, c) for c in (None, ["a", "b"], ["a", "c"])}
+    assert len(digests) == 3
 
 
 _TIMES = re.compile(r'("(?:updated|start|end)": )[^,}\n]+')

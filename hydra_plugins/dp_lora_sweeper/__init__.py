@@ -1,0 +1,1 @@
+"""`hydra/sweeper=grid`: the jobs of a sweep as a product, or as cells; Hydra imports it at every start."""
