@@ -279,7 +279,17 @@ def _step(
     sizes = replace(plan, expected_batch_size=plan.sample_rate * len(latents))
     cache = Path(config.paths.cache).expanduser()
     microbatch = tuning.choose_microbatch(model, sizes, config.train, 1, folder, cache)
-    return finetune.PrivateStep(model, stored, labels, plan, randomness, config.train, microbatch, executions)
+    return finetune.PrivateStep(
+        model,
+        stored,
+        labels,
+        plan,
+        randomness,
+        config.train,
+        microbatch,
+        executions,
+        learning_rate_factor=config.trainable.learning_rate_factor,
+    )
 
 
 def _run(config: Config, step: Step, plan: PrivacyPlan, folder: Path) -> None:
