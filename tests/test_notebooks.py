@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from sweep_folder import grid, write_sweep
+
+from dp_lora import run
+from dp_lora.config import Config
+from sweeps.bill import bill
+from sweeps.collect import collect, write_frame
+from sweeps.folders import read
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
