@@ -17,6 +17,7 @@ from conftest import words
 from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 from test_data import write_parquet
+from test_notebooks import executed
 
 from dp_lora import sample
 from dp_lora.__main__ import main
@@ -161,6 +162,12 @@ def test_the_card_states_the_guarantee(whole: Path) -> None:
     for word in ("differential privacy", "epsilon", "delta", "accountant", "adjacency", "does not cover"):
         assert word in card
     assert "NO privacy guarantee" not in card
+
+
+def test_the_notebook_of_a_run_shows_it(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = executed("single_run", monkeypatch, DP_LORA_RUN=whole)
+    for expected in ("does not cover", "1 run, 4 steps on the same images", "accuracy_cnn", "image/png"):
+        assert expected in shown
 
 
 def _content(directory: Path) -> dict[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
@@ -12,8 +11,6 @@ import pytest
 from nbclient import NotebookClient
 from sweep_folder import grid, write_sweep
 
-from dp_lora import run
-from dp_lora.config import Config
 from sweeps.bill import bill
 from sweeps.collect import collect, write_frame
 from sweeps.folders import read
@@ -43,20 +40,6 @@ def executed(name: str, monkeypatch: pytest.MonkeyPatch, **parameters: Path) -> 
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert not [output for output in outputs if output.get("name") == "stderr"], "a warning is an error"
     return json.dumps(outputs)
-
-
-def test_the_notebook_of_a_single_run(tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
-    config = tiny("sampler.num_samples=40", "evaluation.classifier_epochs=1", "train.max_steps=2")
-    directory = Path(run.run(config)["directory"])
-    shown = executed("single_run", monkeypatch, DP_LORA_RUN=directory)
-    for expected in (
-        "does not cover",
-        "1 run, 2 steps on the same images",
-        "accuracy_cnn",
-        "image/png",
-        "0.05",
-    ):
-        assert expected in shown
 
 
 def test_the_notebook_of_an_ablation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
