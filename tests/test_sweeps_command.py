@@ -95,8 +95,9 @@ def test_watching_ends_with_the_last_cell(sweep: Path, capsys: Any) -> None:
 def test_collect_writes_one_table_of_all_sweeps(sweep: Path, tmp_path: Path, capsys: Any) -> None:
     write_sweep(tmp_path / "outputs", "more", grid(seed=[5]))
     assert main(["collect"]) == 0
-    said = capsys.readouterr().out
-    assert said == "2 of 5 runs are done: outputs/sweeps/runs.csv outputs/sweeps/runs.parquet\n"
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "2 of 5 runs are done: outputs/sweeps/runs.csv outputs/sweeps/runs.parquet"
+    assert said[1].startswith("mnist: ") and "on the same images" in said[1]
     assert main(["collect", "outputs/default", "--out", "all.csv"]) == 0
     assert len((tmp_path / "all.csv").read_text().splitlines()) == 1 + 4
 
