@@ -59,6 +59,7 @@ def prepare(config: Config, directory: Path) -> Job:
     device = device_of(config)
     _check_model(config, images)
     _check_stages(config, directory)
+    _check_evaluation(config, images)
     folder = pretrained_model(config)
     base_model = config.model.pretrained or folder.name
     return Job(config, directory, images, plan, folder, base_model, device, {})
@@ -199,6 +200,17 @@ def _check_stages(config: Config, directory: Path) -> None:
             raise UserError(
                 f"stages={config.stages}: {stage} needs {output}; expected {before} among the stages"
             )
+
+
+def _check_evaluation(config: Config, images: ImageSplits) -> None:
+    """Refuses what the last stage would refuse, before the first one runs."""
+    if "evaluate" not in config.stages:
+        return
+    from dp_lora import evaluate, release
+
+    evaluate.check(config.evaluation, images, config.sampler.num_samples)
+    if config.evaluation.release == "dp":
+        release.check(config, images)
 
 
 def pretrained_model(config: Config, *, again: bool = False) -> Path:

@@ -111,7 +111,8 @@ def table(sweeps: Sequence[Sweep], height: int) -> RenderableType:
     room = max(4, (height - 2) // len(sweeps) - 6)
     for sweep in sweeps:
         rows = look(sweep)
-        shown = Table(title=Text(f"{sweep.folder}  {counted(rows)}"), title_justify="left", expand=True)
+        title = Text(f"{counted(rows)}  {sweep.folder}", no_wrap=True, overflow="ellipsis")
+        shown = Table(title=title, title_justify="left", expand=True)
         for name in ("cell", "state", "progress", "epsilon", "last sign", "reason"):
             shown.add_column(name, overflow="fold", ratio=3 if name in ("cell", "reason") else None)
         for row in _shown(rows, room):

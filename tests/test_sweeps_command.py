@@ -217,24 +217,31 @@ def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> Call
 
 
 def test_a_plan_says_what_all_runs_spend(planned: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
-    answer, said = planned("sweep=epsilon", "seed=0,1")
+    answer, said = planned("sweep=epsilon", "epsilon=eps1,inf", "seed=0,1")
     assert answer == 0
     assert (
-        "privacy on mnist5k: 2 runs at epsilon 1, 2 runs at epsilon 5, 2 runs at epsilon 10, 2 runs without "
-        "any privacy; if all are released, at most epsilon 32 at delta 6e-05, and what the other 2 spend\n"
+        "privacy on mnist5k: 2 runs at epsilon 1, 2 runs without any privacy; if all are released, at most "
+        "epsilon 2 at delta 2e-05, and what the other 2 spend\n"
     ) in said
-    assert said.splitlines()[-1] == "8 cells, 8 to run; no finished run to go by; nothing was submitted"
+    assert said.splitlines()[-1] == "4 cells, 4 to run; no finished run to go by; nothing was submitted"
     assert not (tmp_path / "outputs" / "sweeps").exists()
-    answer, said = planned("sweep=noise_multiplier", "seed=0")
-    assert "5 runs with a given noise, whose epsilon their privacy.json will say" in said
     answer, said = planned("sweep=rnk")
     assert answer == 2 and "did you mean 'rank'?" in said
 
 
+def test_what_a_given_noise_spends_is_not_known_before() -> None:
+    config = Config()
+    config.privacy.epsilon, config.privacy.noise_multiplier = None, 1.0
+    (line,) = plan.spending([config])
+    assert "1 runs with a given noise, whose epsilon their privacy.json will say" in line
+
+
 def test_a_plan_says_how_many_public_models_are_made_first(tmp_path: Path) -> None:
-    without = [composed("model=tiny8", f"seed={n}", f"paths.cache={tmp_path}") for n in (0, 0, 1)]
+    without = [configured(tmp_path, {"model.pretrained": None, "seed": n}) for n in (0, 0, 1)]
+    for config in without:
+        config.paths.cache = str(tmp_path)
     assert plan.pretrainings(without)[0].startswith("pre-trains 2 public models first")
-    assert plan.pretrainings([composed("model=ldm32")]) == []
+    assert plan.pretrainings([configured(tmp_path, {})]) == []
 
 
 def test_hours_come_from_runs_of_the_same_kind(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_the_page_opens_offline_and_fits(browser: Chrome, page: Path, tmp_path: 
     )
     assert [name for name in loaded if not name.startswith(("data:", "blob:"))] == []
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
-    plots = browser.find_elements(By.CSS_SELECTOR, ".plot svg")
+    plots = browser.find_elements(By.CSS_SELECTOR, ".plot svg.marks")
     names = [figure.get_attribute("id") for figure in browser.find_elements(By.CSS_SELECTOR, ".plot")]
     assert names == ["metric-accuracy_cnn", "metric-fd_lite0", "metric-kid_lite0", "steps-epsilon",
                      "steps-private_loss", "steps-signal_to_noise"]  # fmt: skip

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import wandb
 from PIL import Image
 from test_dashboard import run as make_run
 from test_tracking import RUN_ID, job, open_tracker, row
 from wandb_file import read_run
 from wandb_server import ENTITY, KEY, Backend, serving
 
-import wandb
 from dp_lora.config import Config
 from dp_lora.files import read_lines
 from sweeps.dashboard import dashboard
