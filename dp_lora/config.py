@@ -37,6 +37,9 @@ WANDB_MODES = ("auto", "online", "offline", "disabled")
 AUTOENCODERS = ("kl", "vq")
 CONDITIONINGS = ("class", "none")
 TARGET_GROUPS = ("qkv", "proj", "self", "cross", "conv")
+CLASSIFIERS = ("cnn", "wrn", "resnet", "resnext")
+FEWEST_RESAMPLES = 40
+"""Below that, an interval of 95 % would lie beyond the smallest and the largest resample."""
 
 
 @dataclass
@@ -227,6 +230,8 @@ class PrivacyConfig:
     """Which sets are neighbours: add_or_remove one image, or zero_out one; both have the same epsilon."""
     insecure_seed: int | None = None
     """Derives all private randomness from a number, for tests; no privacy against whoever knows it."""
+    budget_epsilon: float | None = None
+    """What all runs on the private set may spend together, at `delta`; one that would pass it is refused."""
 
 
 @dataclass
@@ -280,11 +285,30 @@ class EvaluationConfig:
     """What is measured on the generated images."""
 
     extractors: list[str] = field(default_factory=lambda: ["lite0"])
-    """Feature extractors for the Frechet distance and KID."""
+    """Whose features the images are compared by: lite0, inception (FID and Inception score), dinov2."""
+    inception_weights: str | None = None
+    """File pt_inception-2015-12-05-6726825d.pth; null takes the one in torch's hub folder, or fetches it."""
+    dinov2: str = "facebook/dinov2-large"
+    """A DINOv2 model by its name on the hub, or a folder."""
     reference: str = "test"
     """Which real images the distances compare with: train, validation or test."""
+    classifiers: list[str] = field(default_factory=lambda: ["cnn"])
+    """What is trained on the generated images and tested on real ones: cnn; wrn, resnet and resnext take a
+    GPU."""
     classifier_epochs: int = 10
     """Passes of the CNN over the generated images."""
+    deep_classifier_epochs: int = 50
+    """Passes of wrn, resnet and resnext."""
+    bootstrap: int = 0
+    """Resamples behind the intervals of the metrics; 0: no intervals."""
+    fid_infinity: bool = False
+    """Also the Frechet distances extrapolated to infinitely many images."""
+    release: str = "none"
+    """none: metrics carry no noise and are not covered by epsilon; dp: only what is covered by a budget of
+    its own, `release_epsilon` at `release_delta`."""
+    release_epsilon: float = 1.0
+    release_delta: float | None = None
+    """null: privacy.delta."""
     batch_size: int = 250
 
 
@@ -340,11 +364,13 @@ class ResourcesConfig:
 
 @dataclass
 class PathsConfig:
-    """The three folders that a job writes or reads."""
+    """The three folders that a job writes or reads, and the ledger of its private set."""
 
     outputs: str = "outputs"
     cache: str = "~/.cache/dp_lora"
     data: str = "~/.cache/dp_lora/data"
+    ledger: str | None = None
+    """File of the ledger of what was spent; null takes the one beside the data (README, The privacy bill)."""
 
 
 @dataclass
@@ -400,6 +426,7 @@ def check(config: Config) -> None:
     _check_privacy(config.privacy)
     _check_train(config.train, config.privacy)
     _check_counts(config)
+    _check_evaluation(config.evaluation)
     _check_model(config.model)
     for name in ("data", "public_data"):
         data: DataConfig = getattr(config, name)
@@ -439,6 +466,7 @@ def _check_choices(config: Config) -> None:
         ("model.pretrain.reconstruction", [config.model.pretrain.reconstruction], ("mse", "l1")),
         ("sampler.name", [config.sampler.name], SAMPLERS),
         ("evaluation.reference", [config.evaluation.reference], ("train", "validation", "test")),
+        ("evaluation.release", [config.evaluation.release], ("none", "dp")),
         ("tracking.wandb", [config.tracking.wandb], WANDB_MODES),
         ("tracking.progress", [config.tracking.progress], ("auto", "bar", "lines", "off")),
         ("resources.device", [config.resources.device], DEVICES),
@@ -450,6 +478,32 @@ def _check_choices(config: Config) -> None:
             if value not in options:
                 hint = did_you_mean(value, options)
                 raise UserError(f"{name}={value!r}: expected one of {', '.join(options)}{hint}")
+
+
+def _check_evaluation(evaluation: EvaluationConfig) -> None:
+    for name in evaluation.classifiers:
+        if name not in CLASSIFIERS:
+            hint = did_you_mean(name, CLASSIFIERS)
+            raise UserError(
+                f"evaluation.classifiers={name!r}: expected one of {', '.join(CLASSIFIERS)}{hint}"
+            )
+    if not evaluation.extractors and not evaluation.classifiers:
+        raise UserError("evaluation.extractors=[] with evaluation.classifiers=[]: expected one of them")
+    if evaluation.bootstrap and evaluation.bootstrap < FEWEST_RESAMPLES:
+        raise UserError(
+            f"evaluation.bootstrap={evaluation.bootstrap}: expected 0 (no intervals) or at least "
+            f"{FEWEST_RESAMPLES} resamples"
+        )
+    epsilon, delta = evaluation.release_epsilon, evaluation.release_delta
+    if not 0 < epsilon < math.inf:
+        raise UserError(f"evaluation.release_epsilon={epsilon}: expected a finite number above 0")
+    if delta is not None and not 0 < delta < 1:
+        raise UserError(f"evaluation.release_delta={delta}: expected a number between 0 and 1, or null")
+    if evaluation.release == "dp" and evaluation.reference == "train":
+        raise UserError(
+            "evaluation.release=dp with evaluation.reference=train: expected test or validation, images that "
+            "took no part in the training"
+        )
 
 
 def _check_model(model: ModelConfig) -> None:
@@ -488,6 +542,9 @@ def _check_privacy(privacy: PrivacyConfig) -> None:
             f"privacy.epsilon=inf with privacy.noise_multiplier={sigma}: the non-private baseline has no "
             "noise; use epsilon=none to report what a fixed noise multiplier spends"
         )
+    budget = privacy.budget_epsilon
+    if budget is not None and not 0 < budget < math.inf:
+        raise UserError(f"privacy.budget_epsilon={budget}: expected a finite number above 0, or null")
     if privacy.noise_multiplicity < 1:
         raise UserError(f"privacy.noise_multiplicity={privacy.noise_multiplicity}: expected at least 1")
     if not 0 < privacy.max_grad_norm < math.inf:
@@ -529,6 +586,7 @@ def _check_counts(config: Config) -> None:
         "sampler.num_samples": config.sampler.num_samples,
         "sampler.batch_size": config.sampler.batch_size,
         "evaluation.classifier_epochs": config.evaluation.classifier_epochs,
+        "evaluation.deep_classifier_epochs": config.evaluation.deep_classifier_epochs,
         "evaluation.batch_size": config.evaluation.batch_size,
         "tracking.log_every": config.tracking.log_every,
         "resources.threads": config.resources.threads,
@@ -611,7 +669,10 @@ def fingerprint(config: Config) -> str:
     values["private_loss"] = config.tracking.private_loss
     for name in _NOR_CAN:
         del values["train"][name]
+    del values["privacy"]["budget_epsilon"]
     del values["model"]["pretrain"]["samples_every"]
+    # Where the published file lies: what is in it is fixed.
+    del values["evaluation"]["inception_weights"]
     return _digest(values)
 
 
@@ -640,7 +701,11 @@ def run_directory(config: Config, overrides: Sequence[str]) -> Path:
     said_otherwise = sorted(folder.glob(f"*-{identity}"))
     if said_otherwise:
         return said_otherwise[0]
-    without_effect = (*_CANNOT_CHANGE_THE_RESULT, "cluster", "sweep", *(f"train.{name}" for name in _NOR_CAN))
+    without_effect = (
+        *(*_CANNOT_CHANGE_THE_RESULT, "cluster", "sweep"),
+        *("privacy.budget_epsilon", "evaluation.inception_weights"),
+        *(f"train.{name}" for name in _NOR_CAN),
+    )
     words = [word.replace("'", "") for word in overrides]
     said = [word.lstrip("+~") for word in words if not word.lstrip("+~").startswith(without_effect)]
     readable = re.sub(r"[^\w.=,+-]+", "_", ",".join(sorted(said))).strip("_")[:120] or "defaults"

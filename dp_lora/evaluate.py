@@ -1,48 +1,52 @@
-"""How good generated images are: distances to real ones, and the accuracy of a CNN trained on them alone.
+"""How good generated images are: distances to real ones, and what classifiers learn from them alone.
 
 Every number stands beside two others made the same way: `<metric>_before` on images of the model before
 fine-tuning, and `<metric>_real` on as many real images. Distances lie between the images and the reference
-split. The CNN is tested on real test images, or, when the reference is the validation split, on those:
+split. Classifiers are tested on real test images, or, when the reference is the validation split, on those:
 then nothing here has seen the test set, and choices may be made by these numbers.
 
 No choice is made in here: the number of epochs is fixed, and the last weights are the ones tested.
 
 Metrics are functions of the real images and carry no noise: releasing them is not covered by epsilon
-whenever the real images are private. The metadata says so.
+whenever the real images are private. The metadata says of each metric whether it is so. The Inception score
+alone never sees a real image. `dp_lora.release` computes what a budget of its own covers.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-import numpy as np
-import safetensors
-import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dp_lora.classifier import CLASSIFIER, accuracy, train_classifier
+from dp_lora.classifier import DEEP, RECIPES, correct, train_classifier
 from dp_lora.config import EvaluationConfig
-from dp_lora.data import ImageSet, ImageSplits
-from dp_lora.errors import UserError
-from dp_lora.features import (
-    EXTRACTORS,
-    distances,
-    extract_features,
-    load_extractors,
+from dp_lora.data import ImageSplits
+from dp_lora.evaluation_cache import cached, digest
+from dp_lora.evaluation_images import (
+    Images,
+    Labelled,
+    Real,
+    RealPart,
+    check_number,
+    checked_samples,
+    real_images,
 )
-from dp_lora.files import private_directory, write_atomic
+from dp_lora.features import check_extractors, extract_features, load_extractors
+from dp_lora.metrics import LEVEL, Interval, Measured, Options, Reference, interval, measure
+from dp_lora.pairs import DENSITY_NEIGHBOURS, MANIFOLD_NEIGHBOURS
 
 PRIVATE_METRICS_NOTE = "computed on private data; releasing it is not covered by epsilon"
 
-_REVISION = 1
+_REVISION = 2
 """Part of every cache key: to be raised when the code behind a cached value changes."""
+
+_NO_REAL_IMAGES = frozenset({"inception_score", "inception_score_before"})
+"""Metrics of generated images alone: epsilon of the adapter covers them."""
 
 Say = Callable[[str], None]
 
@@ -51,147 +55,150 @@ class Evaluation(NamedTuple):
     """What result.json shows."""
 
     metrics: dict[str, float]
-    """Flat: `accuracy_cnn` in [0, 1], `fd_<extractor>`, `kid_<extractor>`, with `_before` and `_real`."""
+    """Flat: `accuracy_<classifier>` in [0, 1] and those of `dp_lora.metrics`, with `_before` and `_real`."""
     metadata: dict[str, Any]
-    """What was compared with what, by what, and which metrics are not covered by epsilon."""
+    """What was compared with what, by what, the intervals, and which metrics are not covered by epsilon."""
 
 
-class Labelled(Protocol):
-    """Generated images uint8 [N, C, H, W] in [0, 255] with the labels int64 [N] they were generated for."""
+class Instruments:
+    """The networks of an evaluation: features of images, and what classifiers trained on them get right."""
 
-    @property
-    def images(self) -> Tensor | np.ndarray:
-        """The pixels."""
+    def __init__(self, config: EvaluationConfig, seed: int, device: torch.device, say: Say) -> None:
+        self.config, self.seed, self.device, self.say = config, seed, device, say
+        self.extractors = load_extractors(config, device)
 
-    @property
-    def labels(self) -> Tensor | np.ndarray:
-        """The classes asked for."""
+    def features(self, name: str, what: str, images: Tensor) -> Tensor:
+        """Features float32 [N, F], on the CPU, of images uint8 [N, C, H, W]."""
+        self.say(f"{name} features of {what}")
+        network = self.extractors[name].network
+        return extract_features(network, images, batch_size=self.config.batch_size, device=self.device)
 
+    def classifier(self, name: str, what: str, given: Images, num_classes: int) -> nn.Module:
+        """The classifier `name` trained on `given`."""
+        self.say(f"{name} trained on {what}")
+        return train_classifier(
+            given.images,
+            given.labels,
+            num_classes=num_classes,
+            epochs=self.epochs(name),
+            seed=self.seed,
+            device=self.device,
+            name=name,
+        )
 
-class _Images(NamedTuple):
-    images: Tensor
-    labels: Tensor
+    def correct(self, classifier: nn.Module, test: RealPart) -> Tensor:
+        """bool [N]: which images of `test` it gets right."""
+        return correct(classifier, test.images, test.labels, batch_size=self.config.batch_size)
 
-
-class _Part(NamedTuple):
-    """A split of the real images."""
-
-    images: Tensor
-    labels: Tensor
-    role: str
-
-    def described(self, at_most: int | None = None) -> dict[str, Any]:
-        n = len(self.images)
-        return {"split": self.role, "n": n if at_most is None else min(n, at_most)}
-
-    def draw(self, n: int, seed: int) -> _Images:
-        """`n` images without replacement, the same ones for the same seed; all when there are no more."""
-        order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(seed))
-        chosen = order[:n].sort().values
-        return _Images(self.images[chosen], self.labels[chosen])
-
-
-class _Real(NamedTuple):
-    """The real images of an evaluation, by what they are used for."""
-
-    train: _Part
-    reference: _Part
-    test: _Part
-    """What the CNN is tested on."""
-    opposite: _Part
-    """The real images whose distance to the reference is the baseline."""
-    num_classes: int
-    public: bool
+    def epochs(self, name: str) -> int:
+        """Passes over its images."""
+        return self.config.deep_classifier_epochs if name in DEEP else self.config.classifier_epochs
 
 
 class _Measure:
     """Measures sets of images against the same real ones, with the same networks."""
 
-    def __init__(
-        self,
-        real: _Real,
-        config: EvaluationConfig,
-        seed: int,
-        device: torch.device,
-        cache: Path | None,
-        say: Say,
-    ) -> None:
-        self.real, self.config, self.seed, self.device, self.say = real, config, seed, device, say
-        self.cache = cache
-        self.networks = load_extractors(config.extractors, device)
-        self.reference = {name: self._reference_features(name) for name in self.networks}
+    def __init__(self, real: Real, instruments: Instruments, cache: Path | None) -> None:
+        self.real, self.instruments, self.cache = real, instruments, cache
+        self.config, self.seed, self.device = instruments.config, instruments.seed, instruments.device
+        self.options = Options(self.config.bootstrap, self.config.fid_infinity, self.seed)
+        self.reference = {name: self._reference(name) for name in instruments.extractors}
 
-    def __call__(self, what: str, given: _Images) -> dict[str, float]:
-        metrics = {"accuracy_cnn": self._accuracy(what, given)}
-        for name in self.networks:
-            metrics |= self._distances(name, what, given.images)
-        return metrics
+    def __call__(self, what: str, given: Images) -> Measured:
+        described = f"{len(given.images)} {what} images"
+        parts = [self._accuracy(name, described, given) for name in self.config.classifiers]
+        parts += [self._distances(name, described, given.images) for name in self.instruments.extractors]
+        return _with_mean_accuracy(_joined(parts))
 
-    def real_baseline(self, n: int) -> dict[str, float]:
+    def real_baseline(self, n: int) -> Measured:
         """The metrics of `n` real images, or of all when they are fewer; from the cache if there."""
         train, opposite = (part.draw(n, self.seed) for part in (self.real.train, self.real.opposite))
+        parts = [self._cached_accuracy(name, train) for name in self.config.classifiers]
+        for name in self.instruments.extractors:
+            key = {"metric": "distances", "images": digest(opposite.images), **self._reference_key(name)}
+            described = f"{len(opposite.images)} real images"
+            compute = partial(self._distances, name, described, opposite.images)
+            parts.append(self._cached_measured({**key, "options": asdict(self.options)}, compute))
+        return _with_mean_accuracy(_joined(parts))
+
+    def _accuracy(self, name: str, what: str, given: Images) -> Measured:
+        classifier = self.instruments.classifier(name, what, given, self.real.num_classes)
+        right = self.instruments.correct(classifier, self.real.test).double()
+        metric, value = f"accuracy_{name}", float(right.mean())
+        return Measured({metric: value}, self._accuracy_interval(metric, value, right))
+
+    def _accuracy_interval(self, metric: str, value: float, right: Tensor) -> dict[str, Interval]:
+        """Over resamples of the test images: those of n draws have binomially many right ones."""
+        if not self.options.bootstrap:
+            return {}
+        generator = torch.Generator().manual_seed(self.seed)
+        counts = torch.full((self.options.bootstrap,), float(len(right)), dtype=torch.float64)
+        drawn = torch.binomial(counts, torch.full_like(counts, value), generator=generator)
+        return {metric: interval(value, drawn / len(right))}
+
+    def _cached_accuracy(self, name: str, train: Images) -> Measured:
         test = self.real.test
         key = {
-            "metric": "accuracy_cnn",
-            "train": _digest(train.images, train.labels),
-            "test": _digest(test.images, test.labels),
-            "classifier": asdict(CLASSIFIER),
+            "metric": f"accuracy_{name}",
+            "train": digest(train.images, train.labels),
+            "test": digest(test.images, test.labels),
+            "classifier": asdict(RECIPES[name]),
             "classes": self.real.num_classes,
-            "epochs": self.config.classifier_epochs,
+            "epochs": self.instruments.epochs(name),
             "seed": self.seed,
+            "bootstrap": self.options.bootstrap,
         }
-        metrics = self._cached_metrics(key, lambda: {"accuracy_cnn": self._accuracy("real", train)})
-        for name in self.networks:
-            key = {"metric": "distances", "images": _digest(opposite.images), **self._reference_key(name)}
-            compute = partial(self._distances, name, "real", opposite.images)
-            metrics |= self._cached_metrics(key, compute)
-        return metrics
+        described = f"{len(train.images)} real images"
+        return self._cached_measured(key, lambda: self._accuracy(name, described, train))
 
-    def _accuracy(self, what: str, given: _Images) -> float:
-        self.say(f"CNN on {len(given.images)} {what} images")
-        classifier = train_classifier(
-            given.images,
-            given.labels,
-            num_classes=self.real.num_classes,
-            epochs=self.config.classifier_epochs,
-            seed=self.seed,
-            device=self.device,
-        )
-        test = self.real.test
-        return accuracy(classifier, test.images, test.labels, batch_size=self.config.batch_size)
+    def _distances(self, name: str, what: str, images: Tensor) -> Measured:
+        features = self.instruments.features(name, what, images).to(self.device)
+        logits = self.instruments.extractors[name].logits(features)
+        return measure(name, features, self.reference[name], self.options, logits)
 
-    def _distances(self, name: str, what: str, images: Tensor) -> dict[str, float]:
-        features = self._features(name, what, images)
-        return distances(name, features.to(self.device), self.reference[name].to(self.device))
-
-    def _features(self, name: str, what: str, images: Tensor) -> Tensor:
-        self.say(f"{name} features of {len(images)} {what} images")
-        network, batch_size = self.networks[name], self.config.batch_size
-        return extract_features(network, images, batch_size=batch_size, device=self.device)
-
-    def _reference_features(self, name: str) -> Tensor:
+    def _reference(self, name: str) -> Reference:
         images = self.real.reference.images
-        key = {"metric": "features", **self._reference_key(name)}
-        return self._cached(key, lambda: {"features": self._features(name, "reference", images)})["features"]
+        described = f"{len(images)} reference images"
+        key = {"metric": "reference", **self._reference_key(name)}
+
+        def compute() -> dict[str, Tensor]:
+            features = self.instruments.features(name, described, images)
+            return Reference.of(features.to(self.device)).tensors()
+
+        return Reference.from_tensors(self._cached(key, compute), self.device)
 
     def _reference_key(self, name: str) -> dict[str, Any]:
-        return {
-            "reference": _digest(self.real.reference.images),
-            "extractor": EXTRACTORS[name].version(),
-            "preprocessing": EXTRACTORS[name].preprocessing,
-        }
+        extractor = self.instruments.extractors[name].described()
+        return {"reference": digest(self.real.reference.images), "name": name, "extractor": extractor}
 
     def _cached(self, key: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         environment = {"revision": _REVISION, "torch": torch.__version__, "device": self.device.type}
         return cached(self.cache, {**key, **environment}, compute)
 
-    def _cached_metrics(
-        self, key: Mapping[str, Any], compute: Callable[[], dict[str, float]]
-    ) -> dict[str, float]:
-        tensors = self._cached(
-            key, lambda: {name: torch.tensor(value, dtype=torch.float64) for name, value in compute().items()}
-        )
-        return {name: float(value) for name, value in tensors.items()}
+    def _cached_measured(self, key: Mapping[str, Any], compute: Callable[[], Measured]) -> Measured:
+        """As `_cached`: each metric as its value, with the bounds of its interval where it has one."""
+
+        def rows() -> dict[str, Tensor]:
+            metrics, intervals = compute()
+            return {
+                name: torch.tensor([value, *intervals.get(name, ())], dtype=torch.float64)
+                for name, value in metrics.items()
+            }
+
+        found = {name: row.tolist() for name, row in self._cached(key, rows).items()}
+        metrics = {name: row[0] for name, row in found.items()}
+        return Measured(metrics, {name: Interval(*row[1:]) for name, row in found.items() if len(row) == 3})
+
+
+def check(config: EvaluationConfig, references: ImageSplits, num_samples: int) -> None:
+    """Raises UserError for what `evaluate_all` would refuse later, of `num_samples` images, in no time.
+
+    An extractor that is unknown, not installed, or without its weights; a split that is too small; too few
+    samples for a metric.
+    """
+    check_extractors(config)
+    real_images(references, config)
+    check_number("sampler.num_samples", num_samples, len(references.train.classes), config)
 
 
 def evaluate(
@@ -204,14 +211,11 @@ def evaluate(
     cache: Path | None = None,
     progress: Say | None = None,
 ) -> dict[str, float]:
-    """The metrics of `samples` alone: `accuracy_cnn`, `fd_<extractor>`, `kid_<extractor>`.
-
-    Arguments and errors as in `evaluate_all`.
-    """
-    real = _real_parts(references, config)
-    generated = _checked("sampler.num_samples", samples, real)
-    measure = _Measure(real, config, seed, torch.device(device), cache, progress or _silent)
-    return measure("generated", generated)
+    """The metrics of `samples` alone, without baselines. Arguments and errors as in `evaluate_all`."""
+    real = real_images(references, config)
+    generated = checked_samples("sampler.num_samples", samples, real, config)
+    instruments = Instruments(config, seed, torch.device(device), progress or _silent)
+    return _Measure(real, instruments, cache)("generated", generated).metrics
 
 
 def evaluate_all(
@@ -231,34 +235,41 @@ def evaluate_all(
         samples: generated images uint8 [N, C, H, W] in [0, 255] with the labels int64 [N] they were
             generated for.
         references: the real images: train, validation and test split.
+        config: what is measured, against which split.
         before: images of the model before fine-tuning; give as many as `samples`, for the distances fall
             with n.
-        seed: of the CNN (initial weights, order, dropout) and of the choice of real images. The same seed
-            on the same device kind and number of threads gives the same numbers.
-        cache: where reference features and the real baseline are kept for other jobs, under `evaluation/`,
-            readable by the owner only; null keeps nothing.
+        seed: of the classifiers (initial weights, order, dropout), of the choice of real images, and of
+            resamples. The same seed on the same device kind and number of threads gives the same numbers.
+        device: of the networks and of the products of features.
+        cache: where everything about the reference and the real baseline are kept for other jobs, under
+            `evaluation/`, readable by the owner only; null keeps nothing.
         progress: told what is being computed, in words without any private value.
 
-    Raises UserError: a split that is needed is empty; images of another size, dtype or range than the
+    Raises UserError: a split that is needed is too small; images of another size, dtype or range than the
     real ones; labels outside the classes; fewer images than a metric needs; an extractor that is
-    unknown or not installed; a damaged file in the cache.
+    unknown or not installed, or without its weights; a damaged file in the cache.
     """
-    real = _real_parts(references, config)
-    generated = _checked("sampler.num_samples", samples, real)
-    earlier = None if before is None else _checked("images before fine-tuning", before, real)
-    measure = _Measure(real, config, seed, torch.device(device), cache, progress or _silent)
-    metrics = measure("generated", generated)
-    baselines = {"real": measure.real_baseline(len(generated.images))}
+    real = real_images(references, config)
+    generated = checked_samples("sampler.num_samples", samples, real, config)
+    earlier = None if before is None else checked_samples("images before fine-tuning", before, real, config)
+    instruments = Instruments(config, seed, torch.device(device), progress or _silent)
+    run = _Measure(real, instruments, cache)
+    sets = {"": run("generated", generated)}
     if earlier is not None:
-        baselines["before"] = measure("earlier", earlier)
-    for suffix, values in sorted(baselines.items()):
-        metrics |= {f"{name}_{suffix}": value for name, value in values.items()}
+        sets["_before"] = run("earlier", earlier)
+    sets["_real"] = run.real_baseline(len(generated.images))
+    metrics = {f"{name}{end}": value for end, found in sets.items() for name, value in found.metrics.items()}
+    intervals = {f"{name}{end}": x for end, found in sets.items() for name, x in found.intervals.items()}
+    private = [] if real.public else [name for name in metrics if name not in _NO_REAL_IMAGES]
     metadata = {
         "n_samples": len(generated.images),
         "n_before": None if earlier is None else len(earlier.images),
-        **_metadata(len(generated.images), real, config),
-        "private_metrics": [] if real.public else list(metrics),
-        "private_metrics_note": "" if real.public else PRIVATE_METRICS_NOTE,
+        **_compared(len(generated.images), real),
+        **described(instruments),
+        "intervals": intervals,
+        "intervals_note": _intervals_note(config),
+        "private_metrics": private,
+        "private_metrics_note": PRIVATE_METRICS_NOTE if private else "",
     }
     return Evaluation(metrics, metadata)
 
@@ -267,136 +278,51 @@ def _silent(message: str) -> None:
     pass
 
 
-def _real_parts(references: ImageSplits, config: EvaluationConfig) -> _Real:
-    reference = _split(references, config.reference, f"evaluation.reference={config.reference}")
-    train = _split(references, "train", "evaluation")
-    if config.reference == "validation":
-        test = reference
-    else:
-        test = _split(references, "test", f"evaluation.reference={config.reference}: accuracy_cnn")
-    opposite = test if config.reference == "train" else train
-    used = {part.role for part in (train, reference, test)}
-    public = all(getattr(references, role).public for role in used)
-    return _Real(train, reference, test, opposite, len(references.train.classes), public)
+def _joined(parts: list[Measured]) -> Measured:
+    metrics = {name: value for part in parts for name, value in part.metrics.items()}
+    return Measured(metrics, {name: x for part in parts for name, x in part.intervals.items()})
 
 
-def _split(references: ImageSplits, role: str, field: str) -> _Part:
-    part: ImageSet = getattr(references, role)
-    n = len(part.images)
-    if n < 2:
-        raise UserError(
-            f"{field}: the {role} split has {n} images, expected at least 2; set data.{role}_size"
-        )
-    return _Part(_tensor(part.images), _tensor(part.labels), role)
+def _with_mean_accuracy(found: Measured) -> Measured:
+    """With `accuracy_mean` too, of the three networks of DPImageBench, where all were trained."""
+    names = [f"accuracy_{name}" for name in DEEP]
+    if not set(names) <= found.metrics.keys():
+        return found
+    mean = sum(found.metrics[name] for name in names) / len(names)
+    return Measured({**found.metrics, "accuracy_mean": mean}, found.intervals)
 
 
-def _tensor(values: Tensor | np.ndarray) -> Tensor:
-    # torch warns of arrays that it may not write to, such as memory-mapped ones.
-    return values if isinstance(values, Tensor) else torch.from_numpy(np.require(values, requirements="W"))
-
-
-def _checked(field: str, samples: Labelled, real: _Real) -> _Images:
-    given = _Images(_tensor(samples.images), _tensor(samples.labels))
-    _check_images(field, given.images, real)
-    _check_labels(field, given, real.num_classes)
-    return given
-
-
-def _check_images(field: str, images: Tensor, real: _Real) -> None:
-    reference, role, classes = real.reference.images, real.reference.role, real.num_classes
-    if images.dtype != torch.uint8 or images.dim() != 4:
-        raise UserError(
-            f"{field}: {images.dtype} {list(images.shape)}, expected torch.uint8 [N, C, H, W] in [0, 255]"
-        )
-    if images.shape[1:] != reference.shape[1:]:
-        raise UserError(
-            f"{field}: images of {_size(images)}, expected {_size(reference)} as the {role} split"
-        )
-    if len(images) < max(2, classes):
-        raise UserError(
-            f"{field}={len(images)}: Frechet distance and KID need at least 2 images, "
-            f"accuracy_cnn at least {classes}, one a class"
-        )
-    if int(images.max()) == 1 < int(reference.max()):
-        raise UserError(f"{field}: values in [0, 1], expected [0, 255] as the {role} split")
-
-
-def _check_labels(field: str, given: _Images, classes: int) -> None:
-    images, labels = given
-    if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-        raise UserError(
-            f"{field}: labels {labels.dtype} {list(labels.shape)}, expected int64 [{len(images)}]"
-        )
-    if int(labels.min()) < 0 or int(labels.max()) >= classes:
-        found = f"[{int(labels.min())}, {int(labels.max())}]"
-        raise UserError(f"{field}: labels in {found}, expected [0, {classes - 1}], the {classes} classes")
-
-
-def _size(images: Tensor) -> str:
-    channels, height, width = images.shape[1:]
-    return f"{channels} x {height} x {width}"
-
-
-def _metadata(n: int, real: _Real, config: EvaluationConfig) -> dict[str, Any]:
+def _compared(n: int, real: Real) -> dict[str, Any]:
     return {
         "reference": real.reference.described(),
+        "tested_on": real.test.described(),
         "real_baseline": {
             "distances": real.opposite.described(at_most=n),
-            "accuracy_cnn": real.train.described(at_most=n),
+            "accuracy": real.train.described(at_most=n),
         },
-        "classifier": {
-            **asdict(CLASSIFIER),
-            "epochs": config.classifier_epochs,
-            "tested_on": real.test.described(),
+    }
+
+
+def described(instruments: Instruments) -> dict[str, Any]:
+    """What result.json says of the networks and of the definitions of the metrics."""
+    config = instruments.config
+    return {
+        "classifiers": {
+            name: {**asdict(RECIPES[name]), "epochs": instruments.epochs(name)} for name in config.classifiers
         },
-        "extractors": {
-            name: {"version": EXTRACTORS[name].version(), "preprocessing": EXTRACTORS[name].preprocessing}
-            for name in config.extractors
+        "extractors": {name: loaded.described() for name, loaded in instruments.extractors.items()},
+        "neighbours": {
+            "precision, recall": MANIFOLD_NEIGHBOURS,
+            "density, coverage": DENSITY_NEIGHBOURS,
         },
         "values": "uint8 in [0, 255]",
     }
 
 
-def cached(
-    cache: Path | None, key: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]
-) -> dict[str, Tensor]:
-    """What `compute` returns, computed once for each `key` and then read from `cache`/evaluation.
-
-    The folder has mode 0700 and its files 0600, for they are functions of private images. A file appears
-    whole or not at all, and is read only if it holds this key and its content has the recorded sha256.
-    Two jobs that compute the same thing at once write the same thing.
-
-    Raises UserError when a file is damaged. `cache` null computes always.
-    """
-    if cache is None:
-        return compute()
-    text = json.dumps(key, sort_keys=True)
-    name = hashlib.sha256(text.encode()).hexdigest()[:32]
-    path = private_directory(cache.expanduser() / "evaluation") / f"{name}.safetensors"
-    if path.exists():
-        return _read(path, text)
-    tensors = {name: value.contiguous() for name, value in compute().items()}
-    record = {"key": text, "sha256": _digest(*(tensors[name] for name in sorted(tensors)))}
-    write_atomic(path, safetensors.torch.save(tensors, metadata=record), mode=0o600)
-    return tensors
-
-
-def _read(path: Path, key: str) -> dict[str, Tensor]:
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            record = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
-    except safetensors.SafetensorError as error:
-        raise UserError(f"paths.cache: {path} is damaged ({error}); delete it") from error
-    if record.get("key") != key or record.get("sha256") != _digest(*tensors.values()):
-        raise UserError(f"paths.cache: {path} is damaged (its checksum differs); delete it")
-    return tensors
-
-
-def _digest(*tensors: Tensor) -> str:
-    """sha256 of the dtypes, shapes and values of `tensors`."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype} {list(tensor.shape)} ".encode())
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+def _intervals_note(config: EvaluationConfig) -> str:
+    if not config.bootstrap:
+        return ""
+    return (
+        f"{LEVEL:.0%} over {config.bootstrap} resamples of the generated images (recall and coverage: of the "
+        "reference; accuracies: of the test images); neither the bias of few images nor another training"
+    )

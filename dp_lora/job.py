@@ -55,9 +55,11 @@ def prepare(config: Config, directory: Path) -> Job:
     _check_directory(config, directory)
     images = data.load(config.data, config.paths)
     plan = plan_of(config, len(images.train))
+    _check_budget(config, plan, directory)
     device = device_of(config)
     _check_model(config, images)
     _check_stages(config, directory)
+    _check_evaluation(config, images)
     folder = pretrained_model(config)
     base_model = config.model.pretrained or folder.name
     return Job(config, directory, images, plan, folder, base_model, device, {})
@@ -106,6 +108,17 @@ def plan_of(config: Config, num_examples: int) -> PrivacyPlan:
         loss_share=LOSS_SHARE if config.tracking.private_loss else 0.0,
         cache=Path(config.paths.cache).expanduser(),
     )
+
+
+def _check_budget(config: Config, plan: PrivacyPlan, directory: Path) -> None:
+    """Refuses a training that the budget or the ledger of the private set does not allow."""
+    from dp_lora import spending
+
+    # The first process speaks for all: what it charges later must not count against the others.
+    asked = "finetune" in config.stages and rank() == 0
+    reason = agreed(spending.refusal(config, plan, directory) if asked else None)
+    if reason is not None:
+        raise UserError(reason)
 
 
 def device_of(config: Config) -> torch.device:
@@ -187,6 +200,17 @@ def _check_stages(config: Config, directory: Path) -> None:
             raise UserError(
                 f"stages={config.stages}: {stage} needs {output}; expected {before} among the stages"
             )
+
+
+def _check_evaluation(config: Config, images: ImageSplits) -> None:
+    """Refuses what the last stage would refuse, before the first one runs."""
+    if "evaluate" not in config.stages:
+        return
+    from dp_lora import evaluate, release
+
+    evaluate.check(config.evaluation, images, config.sampler.num_samples)
+    if config.evaluation.release == "dp":
+        release.check(config, images)
 
 
 def pretrained_model(config: Config, *, again: bool = False) -> Path:

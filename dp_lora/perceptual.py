@@ -109,9 +109,9 @@ def load_distance(network: str) -> FeatureDistance:
     Raises UserError for a file that is absent or holds something else; no pickled code is executed.
     """
     if network == "lite0":
-        from dp_lora.features import EXTRACTORS
+        from dp_lora.features import load_lite0
 
-        return FeatureDistance(Lite0Stages(EXTRACTORS["lite0"].load().network))  # type: ignore[arg-type]
+        return FeatureDistance(Lite0Stages(load_lite0().network))
     field, path = f"model.pretrain.perceptual_network={network}", Path(network).expanduser()
     stages = Vgg16Stages()
     expected = stages.state_dict()

@@ -22,8 +22,10 @@ from dp_lora.files import file_lock, private_directory, read_json, write_atomic,
 from dp_lora.job import OUTPUTS, Job, check_writable, device_of, prepare, pretrained_model, say
 from dp_lora.processes import Team, joined
 from dp_lora.signals import Preempted
+from dp_lora.spending import charged, line_of_all_runs
 
 if TYPE_CHECKING:
+    from dp_lora.evaluate import Evaluation
     from dp_lora.models import LatentDiffusion
     from dp_lora.sample import Samples
     from dp_lora.tracking import Tracker
@@ -179,7 +181,7 @@ def _finetune(job: Job, tracker: Tracker, team: Team) -> None:
             tracker.log(step, values, "finetune")
         tracker.privacy(privacy_record(job, epsilon=values["epsilon"], steps=step, complete=False))
 
-    with _timed(job, "finetune"):
+    with charged(config, job.plan, job.directory / "checkpoint"), _timed(job, "finetune"):
         model, executed = _train(job, log, lambda finished: tracker.rewind("finetune", finished + 1), team)
     record = privacy_record(job, epsilon=job.plan.epsilon, steps=executed, complete=True)
     tracker.privacy(record)
@@ -281,7 +283,7 @@ def _before(job: Job) -> Samples:
     import torch
 
     from dp_lora import sample
-    from dp_lora.evaluate import cached
+    from dp_lora.evaluation_cache import cached
     from dp_lora.models import digest
     from dp_lora.provenance import versions
 
@@ -306,23 +308,11 @@ def _before(job: Job) -> Samples:
 
 
 def _evaluate(job: Job, tracker: Tracker) -> None:
-    from dp_lora import adapters, sample
-    from dp_lora.evaluate import evaluate_all
+    from dp_lora import adapters
 
     config = job.config
     with _timed(job, "evaluate"):
-        samples = sample.load(job.directory)
-        before = _before(job)
-        evaluation = evaluate_all(
-            samples,
-            job.images,
-            config.evaluation,
-            before=before,
-            seed=config.seed,
-            device=job.device,
-            cache=Path(config.paths.cache).expanduser(),
-            progress=say,
-        )
+        evaluation = _released(job, tracker) if config.evaluation.release == "dp" else _compared(job)
     model = _model(job)
     adapters.attach(model, config.trainable.components, config.lora, seed=config.seed)
     tracker.result(
@@ -338,15 +328,68 @@ def _evaluate(job: Job, tracker: Tracker) -> None:
     )
 
 
+def _compared(job: Job) -> Evaluation:
+    """The metrics with their baselines, without noise."""
+    from dp_lora import sample
+    from dp_lora.evaluate import evaluate_all
+
+    config = job.config
+    return evaluate_all(
+        sample.load(job.directory),
+        job.images,
+        config.evaluation,
+        before=_before(job),
+        seed=config.seed,
+        device=job.device,
+        cache=Path(config.paths.cache).expanduser(),
+        progress=say,
+    )
+
+
+def _released(job: Job, tracker: Tracker) -> Evaluation:
+    """The metrics that a budget of their own covers, which privacy.json then states."""
+    from dp_lora import sample
+    from dp_lora.release import evaluate_privately, release_record
+
+    folder = private_directory(job.directory / "checkpoint")
+    samples = sample.load(job.directory)
+    evaluation = evaluate_privately(
+        samples,
+        job.images,
+        job.config,
+        before=_before(job),
+        folder=folder,
+        device=job.device,
+        progress=say,
+    )
+    training = read_json(job.directory / "privacy.json")
+    record = release_record(training, job.config, folder)
+    tracker.privacy({**training, "release": record})
+    spent = {name: record[name] for name in ("epsilon", "delta", "accountant")}
+    release = {**evaluation.metadata["release"], **spent}
+    return evaluation._replace(metadata={**evaluation.metadata, "release": release})
+
+
 def _summary(job: Job, result: Mapping[str, Any]) -> str:
     """The table that a job ends with: what was spent, what came of it, where it lies."""
     from dp_lora.tracking import baseline_table
 
     lines = [*_guarantee(job), f"noise multiplicity {job.plan.noise_multiplicity}"]
+    together = line_of_all_runs(job.config, job.plan.delta)
+    if together is not None:
+        lines.append(f"all runs           {together}")
     metrics = result.get("metrics", {})
     if metrics:
         columns, rows = baseline_table(metrics)
-        lines += ["", _row(columns), *(_row([row[0], *map(_number, row[1:])]) for row in rows)]
+        private = result.get("private_metrics", [])
+        names = [f"{row[0]} *" if row[0] in private else row[0] for row in rows]
+        lines += ["", _row(columns)]
+        lines += [_row([name, *map(_number, row[1:])]) for name, row in zip(names, rows, strict=True)]
+        if private:
+            lines.append(f"* {result['private_metrics_note']}")
+        if release := result.get("release"):
+            spent = f"epsilon {release['epsilon']:.4g} ({release['accountant']}), delta {release['delta']:g}"
+            lines.append(f"dp_*: {spent}, for one image of the {result['reference']['split']} split")
     lines += ["", f"run directory      {job.directory}"]
     return "\n".join(lines)
 
@@ -368,7 +411,7 @@ def _guarantee(job: Job) -> list[str]:
 
 
 def _row(cells: Sequence[str]) -> str:
-    return f"{cells[0]:<18} " + " ".join(f"{cell:>10}" for cell in cells[1:])
+    return f"{cells[0]:<20} " + " ".join(f"{cell:>10}" for cell in cells[1:])
 
 
 def _number(value: float | None) -> str:

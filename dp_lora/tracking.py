@@ -153,13 +153,23 @@ class Tracker:
         self._mirror.summarise({"privacy": _plain(record)})
 
     def result(self, record: Mapping[str, Any]) -> None:
-        """Writes `record` to result.json; W&B's summary gets its metrics by name and a table of baselines."""
+        """Writes `record` to result.json; W&B's summary gets its metrics by name and a table of baselines.
+
+        Which metrics no epsilon covers is said in all three.
+        """
         write_json(self._directory / "result.json", record)
         metrics: dict[str, Any] = dict(record.get("metrics", {}))
         rest = {key: value for key, value in record.items() if key != "metrics"}
-        self._mirror.summarise({**_plain(metrics), "result": _plain(rest)})
+        private = record.get("private_metrics", [])
+        shown = {**_plain(rest), "private_metrics": ", ".join(private)}
+        self._mirror.summarise({**_plain(metrics), "result": shown})
         if metrics:
-            self._mirror.table("baselines", *baseline_table(metrics), line=self._rows)
+            columns, rows = baseline_table(metrics)
+            if private:
+                columns = [*columns, "note"]
+                note = record["private_metrics_note"]
+                rows = [[*row, note if row[0] in private else ""] for row in rows]
+            self._mirror.table("baselines", columns, rows, line=self._rows)
 
     def images(self, name: str, path_to_png: Path) -> None:
         """Shows an image file of generated images in W&B.
@@ -304,6 +314,7 @@ _PRIVATE_CONFIG = {
     "public_data": ("source",),
     "model": ("pretrained",),
     "privacy": ("insecure_seed",),
+    "evaluation": ("inception_weights", "dinov2"),
 }
 
 
@@ -329,6 +340,8 @@ class _Mirror:
         self._do(lambda run: self._define_axes(run, config))
 
     def _start(self, directory: Path, config: Config, run_id: str, name: str) -> None:
+        # Its error reports and timings hold tracebacks, which name folders, and follow the size of batches.
+        os.environ["WANDB_ERROR_REPORTING"] = "false"
         # Local import: it takes longer than a whole short job's own set-up.
         try:
             import wandb

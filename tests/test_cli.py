@@ -93,6 +93,25 @@ BAD = {
     "group as value": (["lora=3"], ["lora=3"]),
     "stage": (["stages=[evaluate]"], ["stages=['evaluate']", "expected sample among the stages"]),
     "device": (["resources.device=tpu"], ["resources.device='tpu'"]),
+    "few samples": (["sampler.num_samples=9"], ["sampler.num_samples=9: too few images", "at least 10"]),
+    "extractor": (["evaluation.extractors=[lite]"], ["evaluation.extractors='lite'", "'lite0'"]),
+    "weights": (
+        ["evaluation.extractors=[inception]", f"evaluation.inception_weights={__file__}"],
+        [f"evaluation.inception_weights={__file__}", "has sha256", "expected 6726825d0af5"],
+    ),
+    "no weights": (
+        ["evaluation.extractors=[inception]", "evaluation.inception_weights=/nowhere"],
+        ["its weights are missing: /nowhere"],
+    ),
+    "no dinov2": (
+        ["evaluation.extractors=[dinov2]", "evaluation.dinov2=/nowhere"],
+        ["evaluation.dinov2='/nowhere': cannot be had"],
+    ),
+    "reference": (["evaluation.reference=validation"], ["the validation split has 0 images"]),
+    "release delta": (
+        ["evaluation=release", "evaluation.release_delta=0.01"],
+        ["evaluation.release_delta=0.01", "1/N"],
+    ),
 }
 
 

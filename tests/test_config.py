@@ -77,6 +77,8 @@ def test_every_preset_is_overridden_by_value() -> None:
         "train.precision=bfloat16",
         "sampler.steps=3",
         "evaluation.reference=train",
+        "evaluation.bootstrap=50",
+        "evaluation=release",
     ],
 )
 def test_the_fingerprint_changes_with_what_can_change_the_result(override: str, default: Config) -> None:
@@ -97,6 +99,7 @@ def test_the_fingerprint_changes_with_what_can_change_the_result(override: str, 
         "train.compile=true",
         "train.channels_last=true",
         "train.checkpoint_minutes=9",
+        "evaluation.inception_weights=/elsewhere",
     ],
 )
 def test_the_fingerprint_ignores_what_cannot(override: str, default: Config) -> None:
@@ -184,6 +187,21 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "levels": ({"model.unet.attention": [True]}, "model.unet.attention"),
     "experiment": ({"experiment": "../up"}, "experiment='../up'"),
     "seed": ({"seed": -1}, "seed=-1"),
+    "classifier": ({"evaluation.classifiers": ["resnext", "wnr"]}, "did you mean 'wrn'?"),
+    "nothing measured": (
+        {"evaluation.extractors": [], "evaluation.classifiers": []},
+        "evaluation.extractors=[] with evaluation.classifiers=[]",
+    ),
+    "few resamples": ({"evaluation.bootstrap": 5}, "evaluation.bootstrap=5"),
+    "negative resamples": ({"evaluation.bootstrap": -50}, "evaluation.bootstrap=-50"),
+    "release": ({"evaluation.release": "pd"}, "evaluation.release='pd'"),
+    "release epsilon NaN": ({"evaluation.release_epsilon": float("nan")}, "evaluation.release_epsilon=nan"),
+    "release epsilon infinite": ({"evaluation.release_epsilon": float("inf")}, "release_epsilon=inf"),
+    "release delta": ({"evaluation.release_delta": 1.0}, "evaluation.release_delta=1"),
+    "release on trained images": (
+        {"evaluation.release": "dp", "evaluation.reference": "train"},
+        "evaluation.release=dp with evaluation.reference=train",
+    ),
 }
 
 

