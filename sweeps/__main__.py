@@ -1,4 +1,4 @@
-"""The command `python -m sweeps`: plan, status, collect, report, cancel."""
+"""The command `python -m sweeps`: plan, status, collect, report, dashboard, cancel."""
 
 from __future__ import annotations
 
@@ -48,7 +48,12 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="a page, tables and figures of each sweep")
     report.add_argument("--together", action="store_true", help="one report of all folders")
     cancel = commands.add_parser("cancel", help="end the jobs of sweeps; their command continues them")
-    for command, function in ((status, _status), (collect, _collect), (report, _report), (cancel, _cancel)):
+    dashboard = commands.add_parser("dashboard", help="a W&B workspace of each sweep, or its JSON offline")
+    dashboard.add_argument("--entity", help="user or team in W&B; default: that of the API key")
+    functions = {
+        status: _status, collect: _collect, report: _report, dashboard: _dashboard, cancel: _cancel
+    }  # fmt: skip
+    for command, function in functions.items():
         required = "+" if command is cancel else "*"
         command.add_argument("folders", nargs=required, type=Path, metavar="FOLDER",
                              help="of a sweep, of sweeps or of runs; default: outputs/sweeps")  # fmt: skip
@@ -84,6 +89,7 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _collect(arguments: argparse.Namespace) -> int:
+    from sweeps.bill import bill
     from sweeps.collect import collect, write_frame
     from sweeps.folders import DEFAULT, find
 
@@ -94,7 +100,10 @@ def _collect(arguments: argparse.Namespace) -> int:
     if path.suffix != ".csv" or not path.parent.is_dir():
         raise UserError(f"--out {path}: expected a file that ends in .csv, in a folder that exists")
     done = sum(row["state"] == "done" for row in rows)
+    # Before anything is written: it refuses what `collect` has no eye for.
+    spent = bill([cell.directory for sweep in sweeps for cell in sweep.cells]).lines()
     print(f"{done} of {len(rows)} runs are done: {' '.join(map(str, write_frame(rows, path)))}")
+    print("\n".join(spent))
     return 0
 
 
@@ -114,6 +123,15 @@ def _report(arguments: argparse.Namespace) -> int:
         out = arguments.out or part[0].folder
         print(build(part, out, mixed=arguments.mixed))
         print(f"{out / 'report.html'}")
+    return 0
+
+
+def _dashboard(arguments: argparse.Namespace) -> int:
+    from sweeps.dashboard import dashboard
+    from sweeps.folders import find
+
+    for sweep in find(arguments.folders):
+        print(dashboard(sweep.folder, [cell.directory for cell in sweep.cells], arguments.entity))
     return 0
 
 
