@@ -6,6 +6,7 @@ metric from the sum of all rows after noise was added to it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ DIRECTIONS = 8
 CLIPPED_SHARE = 0.05
 """Share of the images of the model that lie beyond the clipping radius."""
 
-_MEAN_WEIGHT, _SQUARE_WEIGHT, _COUNT_WEIGHT = 0.5, 0.8, 0.11**0.5
+_MEAN_WEIGHT, _SQUARE_WEIGHT, _COUNT_WEIGHT = 0.5, 0.8, math.sqrt(0.11)
 """Lengths of the parts of a row for the Frechet distance: their squares add up to 1."""
 
 _SIMULATIONS = 200
@@ -76,7 +77,7 @@ class FrechetFrame:
         trace_of_root = torch.linalg.eigvalsh(root @ covariance @ root).clamp(min=0).sqrt().sum()
         traces = covariance.trace() + own.covariance.trace()
         distance = float((mean - own.mean).square().sum() + traces - 2 * trace_of_root)
-        return max(0.0, distance) * self.radius * self.radius
+        return max(0.0, distance) * self.radius**2
 
     def number(self, sums: Tensor) -> float:
         """The number of images that sums [size] tell."""
