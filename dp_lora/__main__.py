@@ -151,6 +151,8 @@ def explain(error: Exception) -> str:
         return f"{found[1]!r}: expected option=value, in Hydra's syntax"
     if found := re.search(r"Error merging override (.*)", text):
         return f"{found[1]}: {_expected(str(causes[-1]))}"
+    if found := re.search(r"is not in struct\s+full_key: ([\w.@]+)", text):
+        return f"{found[1]}: a new name, expected a plus sign before it: +{found[1]}=<value>"
     if found := re.search(r"Could not override '([^']+)'", text):
         return f"{found[1]}: {_reason(text)}{_nearest_key(found[1])}"
     if found := re.search(r"Key '([^']+)' not in '(\w+)'\s+full_key: ([\w.@]+)", text):

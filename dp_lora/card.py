@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
-from decimal import ROUND_CEILING, Decimal
+from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from typing import Any
 
 COVERS = (
@@ -168,13 +169,70 @@ def _nearest(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _at_most(value: Any) -> str:
+def _at_most(value: Any, rounding: str = ROUND_CEILING) -> str:
     """Four significant digits rounded up, so that the card never claims more privacy than there is."""
     exact = Decimal(str(value))
     if not exact.is_finite() or exact == 0:
         return str(value)
     place = Decimal(1).scaleb(exact.adjusted() - 3)
-    return f"{float(exact.quantize(place, rounding=ROUND_CEILING)):.4g}"
+    return f"{float(exact.quantize(place, rounding=rounding)):.4g}"
+
+
+def _at_least(value: Any) -> str:
+    """Four significant digits rounded down, for a lower bound."""
+    return _at_most(value, ROUND_FLOOR)
+
+
+def bounds(audit: Mapping[str, Any]) -> list[str]:
+    """What is proven and what was measured, a line each, from the key `audit` of result.json.
+
+    >>> lines = bounds({"epsilon": 10.0, "delta": 1e-5, "confidence": 0.95, "epsilon_lower_bound": 2.875,
+    ...     "canaries": 1000, "kind": "gradient", "epsilon_lower_bound_if_gaussian": 8.6})
+    >>> lines[0]
+    'Proven: epsilon <= 10 at delta 1e-05.'
+    >>> lines[1].split(" with ")[0]
+    'Measured: epsilon >= 2.875'
+    """
+    lines = [
+        f"Proven: epsilon <= {_at_most(audit['epsilon'])} at delta {_at_most(audit['delta'])}.",
+        f"Measured: epsilon >= {_at_least(audit['epsilon_lower_bound'])} with "
+        f"{100 * audit['confidence']:g} % confidence, from {audit['canaries']:,} {audit['kind']} canaries in "
+        "one training (Steinke et al. 2023).",
+    ]
+    gaussian = audit.get("epsilon_lower_bound_if_gaussian")
+    if gaussian is not None:
+        lines.append(
+            f"Measured: epsilon >= {_at_least(gaussian)} from the same canaries, if the mechanism is a "
+            "Poisson-subsampled Gaussian one of unknown noise (Nasr et al. 2023)."
+        )
+    return lines
+
+
+CONTRADICTED = (
+    "**The audit contradicts the guarantee: more was measured than is claimed. Do not rely on it.**"
+)
+
+_AUDIT = re.compile(r"## Audit\n.*?(?=^## )", re.DOTALL | re.MULTILINE)
+
+
+def with_audit(card: str, audit: Mapping[str, Any]) -> str:
+    """The card with a section on the audit, in place of an earlier one.
+
+    Args:
+        card: from `model_card`.
+        audit: as in `bounds`, with `contradicted`: whether a lower bound lies above epsilon.
+    """
+    lines = [
+        *([CONTRADICTED] if audit["contradicted"] else []),
+        _bullets(bounds(audit)),
+        "The canaries were trained with this model and these settings, without the private images. A "
+        "measured bound below the proven one does not say that less was spent: it is what this attack could "
+        "show.",
+    ]
+    section = "\n\n".join(["## Audit", *lines]) + "\n\n"
+    before, loading, after = _AUDIT.sub("", card).partition("## Loading")
+    assert loading, "every card has a section on loading"
+    return before + section + loading + after
 
 
 def _loading_section(base_model: str, *, lora: bool) -> str:

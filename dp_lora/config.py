@@ -230,6 +230,8 @@ class PrivacyConfig:
     """Which sets are neighbours: add_or_remove one image, or zero_out one; both have the same epsilon."""
     insecure_seed: int | None = None
     """Derives all private randomness from a number, for tests; no privacy against whoever knows it."""
+    budget_epsilon: float | None = None
+    """What all runs on the private set may spend together, at `delta`; one that would pass it is refused."""
 
 
 @dataclass
@@ -362,11 +364,13 @@ class ResourcesConfig:
 
 @dataclass
 class PathsConfig:
-    """The three folders that a job writes or reads."""
+    """The three folders that a job writes or reads, and the ledger of its private set."""
 
     outputs: str = "outputs"
     cache: str = "~/.cache/dp_lora"
     data: str = "~/.cache/dp_lora/data"
+    ledger: str | None = None
+    """File of the ledger of what was spent; null takes the one beside the data (README, The privacy bill)."""
 
 
 @dataclass
@@ -538,6 +542,9 @@ def _check_privacy(privacy: PrivacyConfig) -> None:
             f"privacy.epsilon=inf with privacy.noise_multiplier={sigma}: the non-private baseline has no "
             "noise; use epsilon=none to report what a fixed noise multiplier spends"
         )
+    budget = privacy.budget_epsilon
+    if budget is not None and not 0 < budget < math.inf:
+        raise UserError(f"privacy.budget_epsilon={budget}: expected a finite number above 0, or null")
     if privacy.noise_multiplicity < 1:
         raise UserError(f"privacy.noise_multiplicity={privacy.noise_multiplicity}: expected at least 1")
     if not 0 < privacy.max_grad_norm < math.inf:
@@ -662,6 +669,7 @@ def fingerprint(config: Config) -> str:
     values["private_loss"] = config.tracking.private_loss
     for name in _NOR_CAN:
         del values["train"][name]
+    del values["privacy"]["budget_epsilon"]
     del values["model"]["pretrain"]["samples_every"]
     # Where the published file lies: what is in it is fixed.
     del values["evaluation"]["inception_weights"]
@@ -693,9 +701,11 @@ def run_directory(config: Config, overrides: Sequence[str]) -> Path:
     said_otherwise = sorted(folder.glob(f"*-{identity}"))
     if said_otherwise:
         return said_otherwise[0]
-    train = (f"train.{name}" for name in _NOR_CAN)
-    others = ("cluster", "sweep", "evaluation.inception_weights")
-    without_effect = (*_CANNOT_CHANGE_THE_RESULT, *others, *train)
+    without_effect = (
+        *(*_CANNOT_CHANGE_THE_RESULT, "cluster", "sweep"),
+        *("privacy.budget_epsilon", "evaluation.inception_weights"),
+        *(f"train.{name}" for name in _NOR_CAN),
+    )
     words = [word.replace("'", "") for word in overrides]
     said = [word.lstrip("+~") for word in words if not word.lstrip("+~").startswith(without_effect)]
     readable = re.sub(r"[^\w.=,+-]+", "_", ",".join(sorted(said))).strip("_")[:120] or "defaults"

@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake raises, and the search for what was meant."""
+"""The exceptions of a user's mistake and of failed jobs, and the search for what was meant."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ class UserError(Exception):
     Its message is one line that names the field, the value and what was expected; the entry point
     prints it without a traceback and exits with status 2.
     """
+
+
+class Busy(UserError):
+    """Another process does this already; what is to be done will be there when it ends."""
 
 
 class SweepFailed(Exception):

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dp_lora import tuning
+from dp_lora import models, tuning
 from dp_lora.config import Config, TrainConfig
 from dp_lora.diffusion import per_example_loss
 from dp_lora.errors import UserError
@@ -399,9 +399,7 @@ def digest(
     """A hash of all that a training begins from. Private: it tells whether a guess of the images is right."""
     hashed = hashlib.sha256(randomness.key)
     hashed.update(json.dumps([plan.to_dict(), captions], sort_keys=True).encode())
-    for name, value in model.state_dict().items():
-        hashed.update(name.encode())
-        hashed.update(value.detach().cpu().contiguous().numpy().data)
+    hashed.update(models.digest(model).encode())
     for tensor in (latents.mean, latents.std, labels):
         hashed.update(str(tuple(tensor.shape)).encode())
         hashed.update(tensor.contiguous().numpy().data)

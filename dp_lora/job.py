@@ -55,6 +55,7 @@ def prepare(config: Config, directory: Path) -> Job:
     _check_directory(config, directory)
     images = data.load(config.data, config.paths)
     plan = plan_of(config, len(images.train))
+    _check_budget(config, plan, directory)
     device = device_of(config)
     _check_model(config, images)
     _check_stages(config, directory)
@@ -107,6 +108,17 @@ def plan_of(config: Config, num_examples: int) -> PrivacyPlan:
         loss_share=LOSS_SHARE if config.tracking.private_loss else 0.0,
         cache=Path(config.paths.cache).expanduser(),
     )
+
+
+def _check_budget(config: Config, plan: PrivacyPlan, directory: Path) -> None:
+    """Refuses a training that the budget or the ledger of the private set does not allow."""
+    from dp_lora import spending
+
+    # The first process speaks for all: what it charges later must not count against the others.
+    asked = "finetune" in config.stages and rank() == 0
+    reason = agreed(spending.refusal(config, plan, directory) if asked else None)
+    if reason is not None:
+        raise UserError(reason)
 
 
 def device_of(config: Config) -> torch.device:

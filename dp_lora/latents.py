@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dp_lora import arrays
+from dp_lora import arrays, models
 from dp_lora.data import ImageSet
 from dp_lora.models import LatentDiffusion
 
@@ -92,8 +92,7 @@ def _content(model: LatentDiffusion, images: ImageSet) -> str:
     digest = hashlib.sha256(str((images.images.shape, model.latent_shape)).encode())
     for first in range(0, len(images), 4096):
         digest.update(np.ascontiguousarray(images.images[first : first + 4096]).data)
-    for name, value in model.autoencoder.state_dict().items():
-        digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+    digest.update(models.digest(model.autoencoder).encode())
     config = {key: str(value) for key, value in model.autoencoder.config.items() if key[0] != "_"}
     digest.update(type(model.autoencoder).__name__.encode() + json.dumps(config, sort_keys=True).encode())
     return digest.hexdigest()[:32]

@@ -104,6 +104,15 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(folder.rglob("*.safetensors"))
 
 
+def digest(model: nn.Module) -> str:
+    """Hexadecimal sha256 of the names and values of all parameters and persistent buffers."""
+    hashed = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        hashed.update(name.encode())
+        hashed.update(value.detach().cpu().contiguous().numpy().data)
+    return hashed.hexdigest()
+
+
 def sha256(path: Path) -> str:
     """Hexadecimal sha256 of a file."""
     with path.open("rb") as file:

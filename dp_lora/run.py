@@ -12,15 +12,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dp_lora.config import Config, fingerprint, run_directory
-from dp_lora.errors import UserError
+from dp_lora.errors import Busy, UserError
 from dp_lora.files import file_lock, private_directory, read_json, write_atomic, write_json
 from dp_lora.job import OUTPUTS, Job, check_writable, device_of, prepare, pretrained_model, say
 from dp_lora.processes import Team, joined
 from dp_lora.signals import Preempted
+from dp_lora.spending import charged, line_of_all_runs
 
 if TYPE_CHECKING:
     from dp_lora.evaluate import Evaluation
@@ -105,7 +107,7 @@ def _own(job: Job) -> Iterator[None]:
     """The run directory, made and held by this process alone."""
 
     def refuse() -> None:
-        raise UserError(f"{job.directory}: another process is running this job; wait for it or stop it")
+        raise Busy(f"{job.directory}: another process is running this job; wait for it or stop it")
 
     private_directory(job.directory / "checkpoint")
     with file_lock(job.directory / "checkpoint" / "lock", waiting=refuse):
@@ -179,7 +181,7 @@ def _finetune(job: Job, tracker: Tracker, team: Team) -> None:
             tracker.log(step, values, "finetune")
         tracker.privacy(privacy_record(job, epsilon=values["epsilon"], steps=step, complete=False))
 
-    with _timed(job, "finetune"):
+    with charged(config, job.plan, job.directory / "checkpoint"), _timed(job, "finetune"):
         model, executed = _train(job, log, lambda finished: tracker.rewind("finetune", finished + 1), team)
     record = privacy_record(job, epsilon=job.plan.epsilon, steps=executed, complete=True)
     tracker.privacy(record)
@@ -276,6 +278,35 @@ def finetuned_model(job: Job) -> LatentDiffusion:
     return model.to(job.device)
 
 
+def _before(job: Job) -> Samples:
+    """Images of the model before fine-tuning, drawn once for all jobs that would draw the same ones."""
+    import torch
+
+    from dp_lora import sample
+    from dp_lora.evaluation_cache import cached
+    from dp_lora.models import digest
+    from dp_lora.provenance import versions
+
+    model, config = _model(job), job.config
+    packages = versions()
+    key = {
+        "before": digest(model),
+        "classes": list(model.classes),
+        "prompt": config.model.prompt,
+        "sampler": asdict(config.sampler),
+        "seed": config.seed,
+        "device": job.device.type,
+        "versions": {name: packages[name] for name in ("dp-lora", "torch", "diffusers")},
+    }
+
+    def draw() -> dict[str, torch.Tensor]:
+        samples = sample.generate(model, config, "sample before fine-tuning")
+        return {"images": torch.from_numpy(samples.images), "labels": torch.from_numpy(samples.labels)}
+
+    drawn = cached(Path(config.paths.cache), key, draw)
+    return sample.Samples(drawn["images"].numpy(), drawn["labels"].numpy(), model.classes)
+
+
 def _evaluate(job: Job, tracker: Tracker) -> None:
     from dp_lora import adapters
 
@@ -297,13 +328,6 @@ def _evaluate(job: Job, tracker: Tracker) -> None:
     )
 
 
-def _sample_before(job: Job) -> Samples:
-    """Images of the model before fine-tuning, as many as were drawn after it."""
-    from dp_lora import sample
-
-    return sample.generate(_model(job), job.config, "sample before fine-tuning")
-
-
 def _compared(job: Job) -> Evaluation:
     """The metrics with their baselines, without noise."""
     from dp_lora import sample
@@ -314,7 +338,7 @@ def _compared(job: Job) -> Evaluation:
         sample.load(job.directory),
         job.images,
         config.evaluation,
-        before=_sample_before(job),
+        before=_before(job),
         seed=config.seed,
         device=job.device,
         cache=Path(config.paths.cache).expanduser(),
@@ -333,7 +357,7 @@ def _released(job: Job, tracker: Tracker) -> Evaluation:
         samples,
         job.images,
         job.config,
-        before=_sample_before(job),
+        before=_before(job),
         folder=folder,
         device=job.device,
         progress=say,
@@ -351,6 +375,9 @@ def _summary(job: Job, result: Mapping[str, Any]) -> str:
     from dp_lora.tracking import baseline_table
 
     lines = [*_guarantee(job), f"noise multiplicity {job.plan.noise_multiplicity}"]
+    together = line_of_all_runs(job.config, job.plan.delta)
+    if together is not None:
+        lines.append(f"all runs           {together}")
     metrics = result.get("metrics", {})
     if metrics:
         columns, rows = baseline_table(metrics)

@@ -340,6 +340,8 @@ class _Mirror:
         self._do(lambda run: self._define_axes(run, config))
 
     def _start(self, directory: Path, config: Config, run_id: str, name: str) -> None:
+        # Its error reports and timings hold tracebacks, which name folders, and follow the size of batches.
+        os.environ["WANDB_ERROR_REPORTING"] = "false"
         # Local import: it takes longer than a whole short job's own set-up.
         try:
             import wandb

@@ -1,1 +1,14 @@
-"""Ablations: reads the run directories that jobs leave, and turns them into tables."""
+"""Ablations: from the words of a sweep to its tables, plots and page. Reads what jobs leave, runs none.
+
+| module | what |
+|---|---|
+| `folders` | which sweeps and runs lie in a folder |
+| `collect` | their runs as tidy rows; what cannot be compared |
+| `summary` | runs over seeds as settings: means, deviations, what the settings differ in |
+| `published` | figures of papers to stand beside, from `published.csv` |
+| `tables`, `curves`, `figures`, `page` | tables; values over steps; plots; the page |
+| `report` | all of these as files |
+| `plan`, `status`, `cancel` | what a sweep will take and spend; what it does; its end |
+
+`python -m sweeps` is the command; imports point from the bottom of this list to its top.
+"""

@@ -1,15 +1,112 @@
-"""What a sweep will take, from the time that finished runs took."""
+"""What a sweep will take and spend, before anything runs."""
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dp_lora.config import Config
-from dp_lora.files import read_json
-from sweeps.collect import configuration, runs
+from dp_lora.config import Config, ResourcesConfig, pretrained_fingerprint
+from sweeps.collect import configuration
+from sweeps.folders import read_record, runs
+
+if TYPE_CHECKING:
+    from hydra_plugins.dp_lora_launcher._cells import Cell
+
+
+def lines(cells: Sequence[Cell], describe: Callable[[ResourcesConfig], str]) -> list[str]:
+    """Every cell with what it asks for and how long it will take, then the privacy of all, and the sum.
+
+    Args:
+        cells: of the sweep.
+        describe: a request for resources in the words of the cluster.
+    """
+    outputs = Path(cells[0].config.paths.outputs)
+    experiments = sorted({cell.config.experiment for cell in cells})
+    measured = [rate for name in experiments for rate in rates(outputs / name)]
+    common = set.intersection(*(set(cell.words) for cell in cells)) if len(cells) > 1 else set()
+    said, total, unknown = [], 0.0, 0
+    for cell in cells:
+        resources = cell.config.resources
+        processors = max(1, resources.gpus * resources.nodes)
+        expected = hours(cell.config, measured)
+        if cell.is_done():
+            state = "done"
+        elif expected is None:
+            state, unknown = "to run", unknown + 1
+        else:
+            state, total = f"to run, {expected * processors:.2f} h", total + expected * processors
+        words = " ".join(word for word in cell.words if word not in common) or "defaults"
+        said.append(f"{cell.number:>4}  {state:<16} {words}  [{describe(resources)}]")
+    kind = "GPU-hours" if any(cell.config.resources.gpus for cell in cells) else "hours"
+    known = f"{total:.2f} {kind} by {len(measured)} finished runs" if measured else "no finished run to go by"
+    left = f"; {unknown} cells without an estimate" if measured and unknown else ""
+    waiting = sum(not cell.is_done() for cell in cells)
+    configs = [cell.config for cell in cells]
+    return [
+        *said, *pretrainings(configs), *spending(configs),
+        f"{len(cells)} cells, {waiting} to run; {known}{left}; nothing was submitted",
+    ]  # fmt: skip
+
+
+def pretrainings(configs: Sequence[Config]) -> list[str]:
+    """A line on the public models that the sweep makes first; none when all are there."""
+    missing = {
+        f"{config.model.name}-{pretrained_fingerprint(config)}"
+        for config in configs
+        if config.model.pretrained is None
+        and not (_models(config) / f"{config.model.name}-{pretrained_fingerprint(config)}").exists()
+    }
+    if not missing:
+        return []
+    return [
+        f"pre-trains {len(missing)} public models first, one a seed and public set; model.pretrained=FOLDER "
+        "takes one for all"
+    ]
+
+
+def _models(config: Config) -> Path:
+    return Path(config.paths.cache).expanduser() / "models"
+
+
+def spending(configs: Sequence[Config]) -> list[str]:
+    """What the runs spend, each and all together, a line a private set.
+
+    Together is by basic composition: if all runs are released, epsilons and deltas add up at most. That needs
+    neither the data nor the noise, which are not known yet; `report` composes the recorded mechanisms, which
+    gives less.
+
+    >>> from dp_lora.config import Config, DataConfig
+    >>> spending([Config(data=DataConfig(name="mnist5k"))] * 3)
+    ['privacy on mnist5k: 3 runs at epsilon 10; if all are released, at most epsilon 30 at delta 3e-05']
+    """
+    sets: dict[str, list[Config]] = {}
+    for config in configs:
+        if not config.data.public:
+            sets.setdefault(config.data.name, []).append(config)
+    return [f"privacy on {name}: {_spent(mine)}" for name, mine in sets.items()]
+
+
+def _spent(configs: Sequence[Config]) -> str:
+    counts = Counter(config.privacy.epsilon for config in configs)
+    parts = [f"{n} runs {_target(epsilon)}" for epsilon, n in counts.items()]
+    finite = [
+        c.privacy for c in configs if c.privacy.epsilon is not None and math.isfinite(c.privacy.epsilon)
+    ]
+    epsilon, delta = sum(p.epsilon or 0.0 for p in finite), sum(p.delta for p in finite)
+    others = len(configs) - len(finite)
+    rest = f", and what the other {others} spend" if others and finite else ""
+    bound = f"at most epsilon {epsilon:g} at delta {delta:.3g}{rest}" if finite else "what these spend"
+    return f"{', '.join(parts)}; if all are released, {bound}"
+
+
+def _target(epsilon: float | None) -> str:
+    if epsilon is None:
+        return "with a given noise, whose epsilon their privacy.json will say"
+    return "without any privacy" if math.isinf(epsilon) else f"at epsilon {epsilon:g}"
 
 
 def hours(config: Config, measured: Sequence[dict[str, Any]]) -> float | None:
@@ -49,7 +146,7 @@ def rates(experiment: Path) -> list[dict[str, Any]]:
         )
         if not (result.exists() and privacy.exists() and values):
             continue
-        seconds, spent = read_json(result).get("seconds", {}), read_json(privacy)
+        seconds, spent = read_record(result).get("seconds", {}), read_record(privacy)
         size = spent["steps"] * spent["expected_batch_size"] * spent["noise_multiplicity"]
         if not size or "finetune" not in seconds:
             continue

@@ -1,73 +1,82 @@
-"""The table of a sweep, in Markdown and CSV."""
+"""The report of a sweep: tables, figures and a page, written whole or not at all."""
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from dp_lora.files import read_json, write_atomic
-from sweeps.collect import PRIVACY, collect
+from dp_lora.files import write_atomic
+from sweeps import figures, tables
+from sweeps.collect import Row, collect, mixtures, write_frame
+from sweeps.curves import curves
+from sweeps.folders import Sweep, read, seen_from_here
+from sweeps.page import page
+from sweeps.summary import Summary, summarise
 
-_NOT_METRICS = {
-    "cell", "state", "error", "directory", "n_samples", "seed", "reference", "device", "seconds", *PRIVACY,
-}  # fmt: skip
+FILES = ("report.html", "table.md", "table.tex", "table.csv", "figure.pdf", "figure.png", "runs.csv",
+         "runs.parquet")  # fmt: skip
+"""What a report consists of; the figure where a run is done, parquet where pyarrow is."""
 
 
 def write(folder: Path) -> str:
-    """Writes report.md and report.csv of a sweep whose jobs have ended; returns the Markdown."""
-    rows = collect(folder, ended=True)
-    text = markdown(rows, read_json(folder / "sweep.json")["command"])
-    write_atomic(folder / "report.md", text)
-    write_atomic(folder / "report.csv", as_csv(rows))
+    """Writes the report of a sweep whose jobs have ended into its folder; returns table.md.
+
+    What cannot be compared is taken together here, and the report says so: the runs are over.
+    """
+    return build([read(folder)], folder, ended=True, mixed=True)
+
+
+def build(sweeps: Sequence[Sweep], out: Path, *, ended: bool = False, mixed: bool = False) -> str:
+    """Writes `FILES` of these sweeps together into `out`; returns the content of table.md.
+
+    Args:
+        sweeps: of `folders.find`.
+        out: a folder, made when absent.
+        ended, mixed: as of `collect`.
+
+    Raises UserError as `collect` does, before anything is written.
+    """
+    rows = collect(sweeps, ended=ended, mixed=mixed)
+    summary = summarise(rows)
+    title = ", ".join(sweep.folder.resolve().name for sweep in sweeps)
+    rebuild = _rebuild(sweeps, mixed=bool(mixtures(rows)))
+    charts = figures.charts(summary, curves(summary.groups))
+    table = tables.main_table(summary, " && ".join(rebuild.splitlines()))
+    text = _markdown(title, summary, table)
+    content: dict[str, str | bytes] = {
+        "table.md": text,
+        "table.tex": f"% {'; '.join(rebuild.splitlines())}\n{table.latex()}",
+        "table.csv": tables.as_csv(summary),
+        "report.html": page(title, summary, charts, (), rebuild),
+    }
+    drawing = figures.printed(charts)
+    if drawing is not None:
+        content["figure.pdf"], content["figure.png"] = figures.render(drawing)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, value in content.items():
+        write_atomic(out / name, value)
+    write_frame(rows, out / "runs.csv")
     return text
 
 
-def markdown(rows: Sequence[Mapping[str, Any]], command: str) -> str:
-    """A table with a line a cell, and under it what its numbers mean and the command that rebuilds it."""
-    metrics = metric_names(rows)
-    columns = [
-        "cell",
-        "state",
-        "epsilon",
-        "delta",
-        "noise_multiplier",
-        *metrics,
-        "n_samples",
-        "seed",
-        "seconds",
-    ]
-    lines = [_line(columns), _line(["---"] * len(columns))]
-    lines += [_line([_shown(row.get(name)) for name in columns]) for row in rows]
-    bases = {(row["accountant"], row["adjacency"]) for row in rows if row.get("accountant")}
-    lines += ["", *(f"epsilon by {accountant}, {adjacency}" for accountant, adjacency in sorted(bases))]
-    lines += [f"{row['cell']}: {row['error']}" for row in rows if row.get("error")]
-    return "\n".join([*lines, f"rebuilt by: {command}", ""])
+def _rebuild(sweeps: Sequence[Sweep], *, mixed: bool) -> str:
+    """The commands that lead here from nothing, one a line."""
+    words = ["python", "-m", "sweeps", "report", *(str(seen_from_here(sweep.folder)) for sweep in sweeps)]
+    commands = [sweep.command for sweep in sweeps if sweep.command is not None]
+    return "\n".join([*commands, shlex.join([*words, *(["--mixed"] if mixed else [])])])
 
 
-def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """All values of all rows, with a first line of names."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+def _markdown(title: str, summary: Summary, table: tables.Table) -> str:
+    further, published = tables.other_metrics(summary), tables.published_table(summary)
+    parts = [f"## {title}: {summary.counted} runs", table.markdown()]
+    if further is not None:
+        parts += ["### Further metrics", further.markdown()]
+    if published is not None:
+        parts += ["### Published figures", published.markdown()]
+    odd = [f"- {_said(row)}" for row in summary.rows if row["state"] != "done"]
+    return "\n\n".join([*parts, *(["### Runs that are not done", "\n".join(odd)] if odd else [])]) + "\n"
 
 
-def metric_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The metrics of all rows without those that are another one's baseline."""
-    names = list(dict.fromkeys(name for row in rows for name in row if name not in _NOT_METRICS))
-    return [name for name in names if not any(name.startswith(f"{other}_") for other in names)]
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")
+def _said(row: Row) -> str:
+    return f"{row['cell']}: {row['state']}" + (f", {row['error']}" if row["error"] else "")

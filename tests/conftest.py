@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
+import tempfile
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 os.environ["WANDB_MODE"] = "disabled"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# No test writes to the ledger beside the user's data.
+os.environ["DP_LORA_LEDGER"] = tempfile.mkdtemp(prefix="dp_lora_ledger") + "/privacy_ledger.jsonl"
 
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +56,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+def pytest_unconfigure() -> None:
+    """Removes the ledger of the jobs that named none of their own."""
+    shutil.rmtree(Path(os.environ["DP_LORA_LEDGER"]).parent)
+
+
 def composed(*overrides: str) -> Config:
     """The checked configuration of a command line."""
     with initialize_config_dir(str(config_directory()), version_base="1.3"):
@@ -80,7 +89,8 @@ def tiny(cache: Path, tmp_path: Path) -> Callable[..., Config]:
 
 def words(cache: Path, outputs: Path) -> list[str]:
     """The command line of a tiny job."""
-    return [*TINY, f"paths.cache={cache}", f"paths.outputs={outputs}"]
+    ledger = outputs.with_name(f"{outputs.name}.privacy_ledger.jsonl")
+    return [*TINY, f"paths.cache={cache}", f"paths.outputs={outputs}", f"paths.ledger={ledger}"]
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 from test_data import write_parquet
 
+from dp_lora import sample
 from dp_lora.__main__ import main
 from dp_lora.files import read_json, read_lines
 
@@ -85,6 +86,32 @@ def test_the_records_have_their_fields(whole: Path) -> None:
     assert result["seconds"].keys() >= {"finetune", "sample"} and result["n_samples"] == 40
     for name in ("accuracy_cnn", "fd_lite0", "kid_lite0"):
         assert {name, f"{name}_before", f"{name}_real"} <= result["metrics"].keys()
+
+
+def test_images_from_before_are_drawn_once_for_all_jobs_that_share_them(
+    dp_lora: Callable[..., Path], whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[str] = []
+    generate = sample.generate
+
+    def counted(model: Any, config: Any, description: str = "sample") -> sample.Samples:
+        drawn.append(description)
+        return generate(model, config, description)
+
+    monkeypatch.setattr(sample, "generate", counted)
+    again = dp_lora(*WHOLE, "privacy.epsilon=5", name="shares")
+    assert drawn == ["sample"]
+    before = [
+        {
+            name: value
+            for name, value in read_json(run / "result.json")["metrics"].items()
+            if "_before" in name
+        }
+        for run in (whole, again)
+    ]
+    assert before[0] and before[0] == before[1]
+    dp_lora(*WHOLE, "seed=1", name="another_seed")
+    assert drawn == ["sample", "sample", "sample before fine-tuning"]
 
 
 def test_captions_train_a_text_to_image_model_and_stay_private(

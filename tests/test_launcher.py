@@ -21,11 +21,11 @@ from omegaconf import OmegaConf, open_dict
 from slurm.jobs import counted, starts
 
 from dp_lora.__main__ import main
-from dp_lora.config import ResourcesConfig, config_directory, run_directory
-from dp_lora.errors import UserError
+from dp_lora.config import ResourcesConfig, config_directory, fingerprint, run_directory
+from dp_lora.errors import Busy, UserError
 from dp_lora.files import read_json, write_json
-from hydra_plugins.dp_lora_launcher import _slurm
-from hydra_plugins.dp_lora_launcher._cells import Cell, Composer
+from hydra_plugins.dp_lora_launcher import _node, _slurm
+from hydra_plugins.dp_lora_launcher._cells import Cell, Composer, code_version
 from hydra_plugins.dp_lora_launcher._ledger import Ledger
 
 TESTS = Path(__file__).resolve().parent
@@ -184,6 +184,7 @@ def test_a_dry_run_shows_cells_resources_and_hours_and_does_nothing(
     assert "3 cells, 2 to run; 8.80 GPU-hours by 1 finished runs; nothing was submitted" in said
     status, _, said = dp_lora(*given[:-1], "train.max_steps=100")
     assert "3 cells, 3 to run; 25.20 GPU-hours" in said
+    assert {path.name for path in (tmp_path / "outputs").iterdir()} == {"default"}  # the run made above
     assert not (tmp_path / "outputs" / "sweeps").exists()
 
 
@@ -207,6 +208,7 @@ def test_without_slurm_the_launcher_says_so_in_one_line(
         (["resources.memory_gb=0"], "resources.memory_gb=0"),
         (["resources.gpus=-1"], "resources.gpus=-1"),
         (["resources.cpus=0"], "resources.cpus=0"),
+        (["resources.sbatch={hold: ''}"], "expected a plus sign before it: +resources.sbatch.hold=<value>"),
         (["hydra.launcher.polls=3"], "polls"),
         (["hydra/launcher=slrum"], "expected one of basic, local, slurm; did you mean 'slurm'?"),
     ],
@@ -246,6 +248,30 @@ def test_a_submission_is_known_by_name_before_it_is_made(tmp_path: Path) -> None
     assert again.jobs() == {"00000000": "17_0"}
     assert [submission.name for submission in again.open_submissions()] == [lost.name]
     assert (tmp_path / "sweep" / "logs").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_job_waits_for_another_sweeps_job_of_the_same_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    config = composed(*TINY)
+    one, tried = Cell(0, ("seed=0",), config, tmp_path / f"run-{fingerprint(config)}"), []
+    ledger = Ledger(tmp_path / "sweep")
+
+    def busy_at_first(config: Any, given: list[str]) -> None:
+        tried.append(given)
+        if len(tried) < 3:
+            raise Busy("run: another process is running this job")
+
+    monkeypatch.setattr("slurm.jobs.counting", busy_at_first)
+    monkeypatch.setattr(_node, "BUSY_S", 0.0)
+    with ledger.held():
+        ledger.begin([one], "dp-lora", code_version(), "slurm.jobs:counting", any_code=False)
+        ledger.freeze(one)
+    _node._run(ledger.folder, one.identity, alone=True)
+    assert len(tried) == 3 and capsys.readouterr().err.count("waiting for it") == 1
+    tried.clear()
+    with pytest.raises(Busy):  # its other processes could not wait with it
+        _node._run(ledger.folder, one.identity, alone=False)
 
 
 # The pool of this machine

@@ -9,9 +9,15 @@ from typing import Any
 
 import pytest
 from conftest import composed
+from hydra import initialize_config_dir
+from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import HydraContext, RunMode
+from hydra.utils import instantiate
+from omegaconf import DictConfig
 
-from dp_lora.__main__ import main
+from dp_lora.__main__ import hydra_words, main
 from dp_lora.config import config_directory, fingerprint, run_directory
 from dp_lora.errors import UserError
 from hydra_plugins.dp_lora_sweeper.grid import jobs
@@ -38,7 +44,7 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> Plan:
             GlobalHydra.instance().clear()
         said = capfd.readouterr().err
         rows = [line for line in said.splitlines() if "  [time=" in line]
-        return status, [row[22:].partition("  [")[0] for row in rows], said
+        return status, [row[23:].partition("  [")[0] for row in rows], said
 
     return call
 
@@ -49,39 +55,64 @@ SIZES = {
 }  # fmt: skip
 
 
+def expanded(name: str, *words: str) -> tuple[DictConfig, list[list[str]]]:
+    """The configuration of `dp-lora sweep=NAME WORDS`, and the words of its jobs."""
+    with initialize_config_dir(str(config_directory()), version_base="1.3"):
+        hydra = GlobalHydra.instance().hydra
+        assert hydra is not None
+        loader = hydra.config_loader
+        config = loader.load_configuration("config", [f"sweep={name}"], run_mode=RunMode.MULTIRUN)
+        # Hydra imports its plugins anew, so that this is a GridSweeper of another import.
+        sweeper: Any = instantiate(config.hydra.sweeper)
+        sweeper.hydra_context = HydraContext(config_loader=loader, callbacks=Callbacks())
+        parsed = OverridesParser.create(config_loader=loader).parse_overrides(
+            [*sweeper._parse_config(), *hydra_words(words)]
+        )
+        (batch,) = sweeper.split_arguments(parsed, None)
+    return config, batch
+
+
 @pytest.mark.parametrize("name", SWEEPS)
-def test_every_sweep_has_its_cells_three_times(name: str, plan: Plan) -> None:
-    status, cells, said = plan(f"sweep={name}")
-    assert status == 0, said
-    assert len(set(cells)) == len(cells) == 3 * SIZES[name], said
+def test_every_sweep_has_its_cells_three_times(name: str) -> None:
+    config, cells = expanded(name)
+    assert len({tuple(cell) for cell in cells}) == len(cells) == 3 * SIZES[name]
     for seed in range(3):
         assert sum(f"seed={seed}" in cell for cell in cells) == SIZES[name]
-    group = name if name == "headline" else f"{name}-default"
-    assert f"/outputs/sweeps/{group}-" in said.splitlines()[0]
+    assert config.hydra.mode == RunMode.MULTIRUN and config.hydra.launcher.where == "local"
+    for cell in (cells[0], cells[-1]):
+        job = composed(f"sweep={name}", *cell)
+        assert job.tracking.group == (name if name == "headline" else f"{name}-default")
 
 
-@pytest.mark.parametrize("experiment", ["celeba64", "mnist"])
-def test_a_sweep_keeps_the_experiment(experiment: str, plan: Plan) -> None:
-    status, cells, said = plan("-m", "sweep=rank", f"experiment={experiment}", "seed=0")
-    assert status == 0 and len(cells) == 7 and f"sweeps/rank-{experiment}-" in said
-    config = composed("sweep=rank", f"experiment={experiment}", "lora_rank=r2")
-    plain = composed(f"experiment={experiment}", "lora_rank=r2")
-    assert config.lora.rank == 2 and config.tracking.group == f"rank-{experiment}"
+def test_a_sweep_keeps_the_experiment(plan: Plan) -> None:
+    words = ("experiment=celeba64", "seed=0", "lora_rank=r4,r8")
+    status, cells, said = plan("-m", "sweep=rank", *words)
+    assert status == 0 and cells == ["lora_rank=r4", "lora_rank=r8"]
+    assert "/outputs/sweeps/rank-celeba64-" in said
+    config = composed("sweep=rank", "experiment=celeba64", "lora_rank=r2")
+    plain = composed("experiment=celeba64", "lora_rank=r2")
+    assert config.lora.rank == 2 and config.tracking.group == "rank-celeba64"
     assert fingerprint(config) == fingerprint(plain)
 
 
-def test_the_command_line_narrows_a_sweep(plan: Plan) -> None:
-    assert plan("-m", "sweep=rank", "lora_rank=r4,r8", "seed=0")[1] == ["lora_rank=r4", "lora_rank=r8"]
-    assert plan("sweep=epsilon", "epsilon=inf", "seed=1,2")[1] == ["seed=1", "seed=2"]
-    assert plan("sweep=rank", "lora_rank=r4", "seed=0")[1] == ["defaults"]
+def test_the_command_line_narrows_a_sweep() -> None:
+    assert expanded("rank", "lora_rank=r4,r8", "seed=0")[1] == [
+        ["lora_rank=r4", "seed=0"], ["lora_rank=r8", "seed=0"]
+    ]  # fmt: skip
+    assert expanded("epsilon", "epsilon=inf", "seed=2")[1] == [["epsilon='inf'", "seed=2"]]
+    assert expanded("headline", "experiment=mnist", "epsilon=eps1", "seed=range(2)")[1] == [
+        ["experiment=mnist", "epsilon=eps1", "seed=0"], ["experiment=mnist", "epsilon=eps1", "seed=1"]
+    ]  # fmt: skip
 
 
 def test_the_command_line_narrows_cells(plan: Plan) -> None:
-    _, cells, _ = plan("sweep=baselines", "seed=0", "epsilon=eps1")
-    assert cells[0] == "trainable=lora epsilon=eps1" and cells[-1] == "trainable=lora epsilon='inf'"
-    assert len(cells) == 6
-    _, cells, _ = plan("sweep=baselines", "seed=0", "trainable=lora,bias")
-    assert cells == ["trainable=lora", "trainable=bias", "trainable=lora epsilon='inf'"]
+    one = expanded("baselines", "seed=0", "epsilon=eps1")[1]
+    assert one[0] == ["trainable=lora", "seed=0", "epsilon=eps1"] and len(one) == 6
+    assert one[-1] == ["trainable=lora", "epsilon='inf'", "seed=0"]
+    assert [cell[0] for cell in expanded("baselines", "seed=0", "trainable=lora,bias")[1]] == [
+        "trainable=lora", "trainable=bias", "trainable=lora"
+    ]  # fmt: skip
+    assert len(expanded("baselines", "seed=0", "epsilon=inf")[1]) == 5, "one run is not made twice"
     status, cells, said = plan("sweep=baselines", "trainable=norm")
     assert (status, cells) == (2, [])
     assert said == (

@@ -7,7 +7,8 @@
 #   slurm_box.sh down      end exactly the processes that `up` started
 # Every daemon listens on 127.0.0.1 only and runs as the user who calls. Each command may be given again.
 # Settings: SLURM_BOX (folder, default /var/tmp/slurm-box-<user>), SLURM_BOX_CPUS and SLURM_BOX_GPUS (advertised,
-# not there), SLURM_BOX_MEMORY_MB (of the node), SLURM_BOX_PORT (first of three).
+# not there), SLURM_BOX_MEMORY_MB (of the node), SLURM_BOX_PORT (first of three), SLURM_BOX_MAX_ARRAY (one more
+# than the jobs of the largest array).
 set -euo pipefail
 
 BOX=${SLURM_BOX:-/var/tmp/slurm-box-$(id -un)}
@@ -15,6 +16,7 @@ CPUS=${SLURM_BOX_CPUS:-8}
 GPUS=${SLURM_BOX_GPUS:-4}
 MEMORY=${SLURM_BOX_MEMORY_MB:-64000}
 PORT=${SLURM_BOX_PORT:-36817}
+MAX_ARRAY=${SLURM_BOX_MAX_ARRAY:-1001}
 HOST=$(hostname -s)
 ME=$(id -un)
 PACKAGES=(munge slurmctld slurmd slurm-client slurmdbd mariadb-server-core mariadb-client-core)
@@ -128,6 +130,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 JobRequeue=1
+MaxArraySize=$MAX_ARRAY
 KillWait=3
 MinJobAge=300
 SlurmctldTimeout=30

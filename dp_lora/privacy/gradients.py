@@ -146,6 +146,11 @@ class ClippedGradientSum:
         """How many examples since the last `reset` had a gradient that is not finite. Private."""
         return int(self._nonfinite)
 
+    @property
+    def num_layers(self) -> int:
+        """L, the number of layers that `per_layer` clips each by itself."""
+        return len(set(self._layer_of))
+
     def write_gradients(self, flat: Tensor) -> None:
         """Puts `flat` [P] into the `.grad` of each parameter, in the order of `parameters`."""
         if flat.shape != (self.num_parameters,):

@@ -7,7 +7,7 @@
 | `cells/<identity>.failed` | the line with which the last start of the cell ended, if it ended with one |
 | `jobs.jsonl` | what was submitted, written before and after |
 | `logs/` | what jobs print, and submitit's files; readable by the owner only |
-| `report.md`, `report.csv` | the table, when the jobs have ended |
+| `report.html`, `table.*`, `figure.*`, `runs.*` | the report, when the jobs have ended |
 | `lock` | held by the one driver |
 
 A job is never submitted twice, wherever a driver dies: the name of each submission is written before it is
@@ -114,7 +114,7 @@ class Ledger:
             for cell in cells
         ]
         write_json(path, {"command": command, "code": code, "job": job, "cells": rows})
-        self._read()
+        self.read()
 
     def _check_same(
         self, before: Mapping[str, Any], cells: Sequence[Cell], code: str, *, any_code: bool
@@ -165,7 +165,8 @@ class Ledger:
 
     # What was submitted
 
-    def _read(self) -> None:
+    def read(self) -> None:
+        """Reads anew what was submitted."""
         self.submissions = {}
         for row in read_lines(self._jobs):
             name = row["name"]

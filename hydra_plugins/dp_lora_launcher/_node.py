@@ -17,12 +17,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from dp_lora.errors import UserError
+from dp_lora.errors import Busy, UserError
 from dp_lora.files import read_json, write_atomic
 from dp_lora.signals import Interrupted, Preempted, expect_preemption
 
 if TYPE_CHECKING:
     from submitit import JobEnvironment
+
+BUSY_S = 15.0
+"""How often a job looks whether another one has finished the same cell."""
 
 
 def run_cell(folder: str, identity: str) -> None:
@@ -42,7 +45,7 @@ def run_cell(folder: str, identity: str) -> None:
     try:
         if first:
             failure.unlink(missing_ok=True)
-        _run(Path(folder), identity)
+        _run(Path(folder), identity, alone=environment.num_tasks == 1)
     except Preempted as notice:
         print(f"dp-lora: {notice}; queued again", file=sys.stderr, flush=True)
         _queue_again(environment)
@@ -66,7 +69,8 @@ def _stop(number: int, frame: object) -> NoReturn:
     raise Interrupted("between two trainings")
 
 
-def _run(folder: Path, identity: str) -> None:
+def _run(folder: Path, identity: str, *, alone: bool) -> None:
+    """Runs the cell; where a job of another sweep runs the same one, a job of one process waits for it."""
     from hydra_plugins.dp_lora_launcher._cells import code_version
     from hydra_plugins.dp_lora_launcher._ledger import thaw
 
@@ -79,7 +83,18 @@ def _run(folder: Path, identity: str) -> None:
     record = read_json(folder / "cells" / f"{identity}.json")
     module, _, name = str(sweep["job"]).partition(":")
     job: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    job(thaw(record), record["words"])
+    waits = False
+    while True:
+        try:
+            job(thaw(record), record["words"])
+            return
+        except Busy as busy:
+            if not alone:
+                raise
+            if not waits:
+                print(f"dp-lora: {busy}; waiting for it", file=sys.stderr, flush=True)
+            waits = True
+            time.sleep(BUSY_S)
 
 
 def _queue_again(environment: JobEnvironment) -> NoReturn:
@@ -99,7 +114,11 @@ def _queue_again(environment: JobEnvironment) -> NoReturn:
 
 
 def write_report(folder: str) -> None:
-    """Writes the sweep's table when its jobs have ended: the last job of a sweep on a cluster."""
+    """Writes the sweep's report when its jobs have ended: the last job of a sweep on a cluster."""
     from sweeps.report import write
 
-    write(Path(folder))
+    try:
+        write(Path(folder))
+    except UserError as error:
+        print(f"dp-lora: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)

@@ -62,7 +62,7 @@ class Slurm:
     @staticmethod
     def check(cells: Sequence[Cell]) -> None:
         """Raises UserError when this is no SLURM machine, or SLURM would refuse one of the requests."""
-        _use_box()
+        use_box()
         if shutil.which("sbatch") is None:
             raise UserError(
                 "hydra/launcher=slurm: this machine has no sbatch; expected a login node of a SLURM cluster "
@@ -263,7 +263,7 @@ class Slurm:
         return 1000
 
 
-def _use_box() -> None:
+def use_box() -> None:
     """Makes SLURM's commands talk to the one that `make slurm-up` started, where there is no other."""
     user = pwd.getpwuid(os.getuid()).pw_name
     settings = Path(os.environ.get("SLURM_BOX", f"/var/tmp/slurm-box-{user}")) / "slurm.conf"

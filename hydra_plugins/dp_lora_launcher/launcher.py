@@ -142,7 +142,7 @@ class Drive:
             self.cluster.settle()
             self._submit()
             if self.settings["detach"]:
-                _say("detached: the same command watches again; report.md will be written at the end")
+                _say("detached: the same command watches again; report.html will be written at the end")
                 return
             self._watch()
         except KeyboardInterrupt:
@@ -236,7 +236,11 @@ class Drive:
     def _report(self) -> None:
         from sweeps.report import write
 
-        print(write(self.ledger.folder), flush=True)
+        try:
+            print(write(self.ledger.folder), flush=True)
+        except UserError as error:
+            # The runs are over, whatever somebody did to their files.
+            _say(f"no report: {error}")
         if self.failed:
             for cell, how in self.failed.items():
                 _say(self._failure(self.cells[cell], how))
@@ -244,7 +248,7 @@ class Drive:
                 f"{len(self.failed)} of {len(self.cells)} cells failed; the same command submits them again, "
                 "and nothing else"
             )
-        _say(f"all {len(self.cells)} cells are done; {self.ledger.folder / 'report.md'}")
+        _say(f"all {len(self.cells)} cells are done; {self.ledger.folder / 'report.html'}")
 
     def _failure(self, cell: Cell, how: str) -> str:
         """What is known of a failed cell: SLURM's word, its last lines, the command that tries again."""
@@ -265,30 +269,11 @@ class Drive:
 
 
 def plan(cells: Sequence[Cell], folder: Path) -> str:
-    """What submitting would do: every cell, what it asks for, and the time that finished runs tell."""
+    """What submitting would do, take and spend."""
     from hydra_plugins.dp_lora_launcher._slurm import describe
-    from sweeps.plan import hours, rates
+    from sweeps.plan import lines
 
-    measured = rates(Path(cells[0].config.paths.outputs) / cells[0].config.experiment)
-    common = set.intersection(*(set(cell.words) for cell in cells)) if len(cells) > 1 else set()
-    lines, total, unknown = [f"sweep {folder}"], 0.0, 0
-    for cell in cells:
-        resources = cell.config.resources
-        processors = max(1, resources.gpus * resources.nodes)
-        expected = hours(cell.config, measured)
-        if cell.is_done():
-            state = "done"
-        elif expected is None:
-            state, unknown = "to run", unknown + 1
-        else:
-            state, total = f"to run, {expected * processors:.2f} h", total + expected * processors
-        words = " ".join(word for word in cell.words if word not in common) or "defaults"
-        lines.append(f"{cell.number:>4}  {state:<16} {words}  [{describe(resources)}]")
-    kind = "GPU-hours" if any(cell.config.resources.gpus for cell in cells) else "hours"
-    known = f"{total:.2f} {kind} by {len(measured)} finished runs" if measured else "no finished run to go by"
-    left = f"; {unknown} cells without an estimate" if measured and unknown else ""
-    waiting = sum(not cell.is_done() for cell in cells)
-    return "\n".join([*lines, f"{len(cells)} cells, {waiting} to run; {known}{left}; nothing was submitted"])
+    return "\n".join([f"sweep {folder}", *lines(cells, describe)])
 
 
 def _completed(words: Sequence[str]) -> JobReturn:

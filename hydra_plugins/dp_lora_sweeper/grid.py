@@ -1,10 +1,12 @@
 """The sweeper: Hydra's own, which makes products, with cells for what is no product."""
 
+import copy
 import itertools
 import shlex
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Any, Optional
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
@@ -35,6 +37,18 @@ class GridSweeper(BasicSweeper):
     ) -> None:
         super().__init__(max_batch_size, params)
         self.cells = cells
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Hydra's, without the multirun.yaml that it leaves beside the runs: a sweep has its own folder."""
+        assert self.config is not None
+        given = self.config
+        with tempfile.TemporaryDirectory() as folder:
+            self.config = copy.deepcopy(given)
+            self.config.hydra.sweep.dir = folder
+            try:
+                return super().sweep(arguments)
+            finally:
+                self.config = given
 
     def split_arguments(  # type: ignore[override]  # there it is static, and called on the instance
         self, overrides: list[Override], max_batch_size: int | None

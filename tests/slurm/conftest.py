@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BOX = ROOT / "tools" / "slurm_box.sh"
+LARGEST_ARRAY = 5
 
 
 def free_ports() -> int:
@@ -47,7 +48,8 @@ def box(folder: Path) -> Iterator[dict[str, str]]:
     """A SLURM whose files are in `folder`; the environment of its users."""
     environment = {
         "SLURM_BOX": str(folder), "SLURM_BOX_PORT": str(free_ports()), "SLURM_BOX_CPUS": "16",
-        "SLURM_BOX_GPUS": "4", "SLURM_BOX_MEMORY_MB": "200000", "SLURM_CONF": str(folder / "slurm.conf"),
+        "SLURM_BOX_MAX_ARRAY": str(LARGEST_ARRAY + 1), "SLURM_BOX_GPUS": "4",
+        "SLURM_BOX_MEMORY_MB": "200000", "SLURM_CONF": str(folder / "slurm.conf"),
         "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin", "PYTHONPATH": str(ROOT / "tests"),
     }  # fmt: skip
 
@@ -93,7 +95,7 @@ class Sweep:
     def ledger(self) -> Ledger:
         (folder,) = (self.outputs / "sweeps").iterdir()
         ledger = Ledger(folder)
-        ledger._read()
+        ledger.read()
         return ledger
 
     def cells(self) -> dict[int, Path]:

@@ -62,6 +62,7 @@ def counting(config: Config, words: Sequence[str]) -> None:
             if step == 3 and fate:
                 _meet(fate)
     (directory / "adapter").mkdir(exist_ok=True)
+    write_json(directory / "privacy.json", {"epsilon": 1.0, "delta": 1e-5, "steps": step})
     write_json(directory / "result.json", {"metrics": {"steps": step}, "seed": config.seed, "state": state})
     write_json(directory / "status.json", {"state": "done"})
 

@@ -15,6 +15,7 @@ from dp_lora.files import read_json
 from slurm.conftest import Start, Sweep, run, until
 from slurm.jobs import starts
 from slurm.test_sweep import is_right, now
+from sweeps.__main__ import main as sweeps
 
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("slurm")]
 
@@ -82,6 +83,22 @@ def test_a_driver_killed_around_its_submission_submits_nothing_twice(
     assert [len(starts(directory)) for directory in second.cells().values()] == [1, 1]
 
 
+def test_cancel_takes_a_sweep_and_its_report_off_the_cluster(start: Start) -> None:
+    words = ("seed=0,1", "train.max_steps=40")
+    first = start(*words)
+    cells = first.begun()
+    until(lambda: min(map(now, cells.values())) >= 1, first)
+    assert sweeps(["cancel", str(first.ledger.folder)]) == 0
+    assert first.wait() == 130, first.said()
+    names = {*first.ledger.submissions, f"{first.ledger.folder.name}-report"}
+    until(lambda: not names & set(run("squeue", "-h", "-o", "%j").split()), first)
+    assert max(map(now, cells.values())) < 40
+    again = start(*words, outputs=first.outputs)
+    assert again.wait() == 0, again.said()
+    assert all(is_right(directory, 40) for directory in cells.values())
+    assert [len(starts(directory)) for directory in cells.values()] == [2, 2]
+
+
 def test_edits_after_the_submission_change_nothing(start: Start, tmp_path: Path) -> None:
     conf = tmp_path / "conf"
     (conf / "train").mkdir(parents=True)
@@ -104,9 +121,9 @@ def test_edits_after_the_submission_change_nothing(start: Start, tmp_path: Path)
     until(lambda: all(is_right(directory, 10) for directory in cells.values()), first)
     assert [row["max_steps"] for directory in cells.values() for row in starts(directory)] == [10, 10]
     # Nobody waited: the table comes from the job that SLURM started after the others.
-    report = first.ledger.folder / "report.md"
+    report = first.ledger.folder / "runs.csv"
     until(report.exists, first, timeout=60)
-    assert report.read_text().count("| done |") == 2
+    assert report.read_text().count(",done,") == 2
 
 
 def test_another_version_of_the_code_is_refused_and_can_be_accepted(start: Start) -> None:

@@ -47,8 +47,8 @@ def test_a_sweep_through_havoc_ends_like_a_quiet_one(havoc: Future[Havoc]) -> No
         )
         restarts += read_json(directory / "provenance.json")["restarts"]
     assert restarts >= 5, "some were hit while they trained"
-    report = (ended.sweep.ledger.folder / "report.md").read_text()
-    assert report.count("| done |") == 24
+    report = (ended.sweep.ledger.folder / "runs.csv").read_text()
+    assert report.count(",done,") == 24
 
 
 def test_two_processes_of_one_job_end_where_one_does(start: Start, cache: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dp_lora.files import read_json
-from slurm.conftest import Start, Sweep, how_it_ended, run, until
+from slurm.conftest import LARGEST_ARRAY, Start, Sweep, how_it_ended, run, until
 from slurm.jobs import counted, starts
 
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("slurm")]
@@ -63,6 +63,13 @@ def test_the_others_finish_when_some_fail(treated: Sweep) -> None:
     assert treated.process.returncode == 1
 
 
+def test_more_cells_than_an_array_takes_are_several_arrays(treated: Sweep) -> None:
+    submissions = treated.ledger.submissions.values()
+    assert [len(submission.cells) for submission in submissions] == [LARGEST_ARRAY, 9 - LARGEST_ARRAY]
+    arrays = [{job.partition("_")[0] for job in submission.jobs or []} for submission in submissions]
+    assert [len(numbers) for numbers in arrays] == [1, 1] and arrays[0] != arrays[1]
+
+
 def test_slurm_calls_a_failed_job_failed(treated: Sweep) -> None:
     assert how_it_ended(treated.job(RAISES)) == "FAILED"
     assert how_it_ended(treated.job(KILLS)) == "FAILED"
@@ -80,9 +87,10 @@ def test_every_failure_is_reported_with_its_log_and_the_command_that_retries_it(
         assert f"seed={number}" in next(line for line in block.splitlines() if "retry  dp-lora -m" in line)
     assert "| dp-lora: RuntimeError: no such luck" in said
     assert "CANCELLED" in said
-    report = (treated.ledger.folder / "report.md").read_text()
+    report = (treated.ledger.folder / "table.md").read_text()
     assert report in said
-    assert len([line for line in report.splitlines() if line.startswith("| seed=")]) == 9
+    assert len([line for line in report.splitlines() if line.startswith("- seed=")]) == 4
+    assert len((treated.ledger.folder / "runs.csv").read_text().splitlines()) == 1 + 9
     assert "no such luck" not in report, "what an unexpected error says stays in its private log"
 
 

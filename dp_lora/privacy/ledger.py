@@ -1,0 +1,201 @@
+"""What was spent on a private set over time: a file beside it that is only ever added to.
+
+Each line is a JSON object and holds what a run costs the set: its mechanism with the steps that it began, or
+may still begin. A run is entered before its first step with all the steps of its plan, and again at its end
+with those that it began; its last line counts, so that a run that is resumed is charged once. Nothing is in
+it but numbers that privacy.json has too, the set's public name, and a random number for each run.
+
+Guarantees:
+    * Two processes that write at once both succeed, one after the other (flock), and what is written is on
+      the disk before a step begins (fsync).
+    * A process that dies while it writes leaves half a line at the end, which every reader leaves out and
+      the next writer removes; the run of that line has not begun a step.
+    * Each line holds a digest of itself and of the line before. A line that was changed, removed or put in
+      between is noticed. Lines missing at the end are noticed by the runs that they belong to, which keep
+      the digest of theirs.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from dp_lora.errors import UserError
+from dp_lora.files import append_line, read_lines
+from dp_lora.privacy import accounting
+from dp_lora.privacy.accounting import Mechanism, Spent
+
+PATIENCE_S = 300.0
+"""How long to wait for a ledger that others write to, each of them for less than a second."""
+
+
+@dataclass(frozen=True)
+class Charge:
+    """What one run costs a private set."""
+
+    run: str
+    """A random number of the run's own; it outlives restarts, not the removal of the run directory."""
+    private_set: str
+    mechanism: Mechanism
+    """With the steps that were begun, or may still be."""
+    delta: float
+    private: bool = True
+    """False without noise, and with noise that a seed in the configuration gives away."""
+
+
+def spent(charges: Sequence[Charge], delta: float) -> Spent:
+    """Epsilon of all `charges` together for `delta`; infinite if one of them has no privacy.
+
+    The composition is that of mechanisms that were chosen without a look at private results of the others.
+    """
+    if any(not charge.private and charge.mechanism.steps for charge in charges):
+        return Spent(math.inf, "none")
+    return accounting.composed([charge.mechanism for charge in charges], delta)
+
+
+class Ledger:
+    """The ledger in the file `path`, which is made with its folder by the first charge.
+
+    All methods raise UserError when the file was edited, or cannot be read, locked or written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def charges(self) -> list[Charge]:
+        """The charge in force of each run, in the order in which the runs began."""
+        return _in_force(self._entries())
+
+    def digests(self) -> set[str]:
+        """Of all lines."""
+        return {entry["digest"] for entry in self._entries()}
+
+    def enter(
+        self,
+        charge: Charge,
+        admit: Callable[[Sequence[Charge]], None] = lambda others: None,
+        known: str | None = None,
+    ) -> str:
+        """Makes `charge` the one in force of its run, on disk before this returns.
+
+        Args:
+            charge: of a run that is about to begin or go on, or that has ended.
+            admit: called with the charges of all other runs on the set while nobody else can write; what it
+                raises is raised, and nothing is written.
+            known: digest of an earlier line of the run, which must still be there.
+
+        Returns the digest of the run's last line.
+        """
+        with self._locked():
+            entries = self._entries()
+            if known is not None and not any(entry["digest"] == known for entry in entries):
+                raise UserError(
+                    f"{self.path}: the line with which this run was charged is not there: the ledger was "
+                    "edited or replaced; expected the file as it was written"
+                )
+            charges = _in_force(entries)
+            admit([c for c in charges if c.private_set == charge.private_set and c.run != charge.run])
+            if charge in charges:
+                return str(next(e["digest"] for e in reversed(entries) if e["run"] == charge.run))
+            return self._append(charge, entries[-1]["digest"] if entries else "")
+
+    def _append(self, charge: Charge, previous: str) -> str:
+        record = {
+            # No finer: how long a training took tells how large its batches were.
+            "time": datetime.now(UTC).isoformat(timespec="minutes"),
+            "run": charge.run,
+            "set": charge.private_set,
+            "noise_multiplier": charge.mechanism.noise_multiplier,
+            "sample_rate": charge.mechanism.sample_rate,
+            "steps": charge.mechanism.steps,
+            "delta": charge.delta,
+            "private": charge.private,
+            "previous": previous,
+        }
+        digest = _digest(record)
+        append_line(self.path, {**record, "digest": digest})
+        for path in (self.path, self.path.parent):
+            _sync(path)
+        return digest
+
+    def _entries(self) -> list[dict[str, Any]]:
+        """All whole lines, in order, each checked against the one before."""
+        try:
+            entries = read_lines(self.path)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.path}: the ledger cannot be read ({error})") from error
+        previous = ""
+        for number, entry in enumerate(entries, start=1):
+            content = {name: value for name, value in entry.items() if name != "digest"}
+            if content.get("previous") != previous or entry.get("digest") != _digest(content):
+                raise UserError(
+                    f"{self.path}, line {number}: the ledger was edited, since this line does not follow "
+                    "from the one before; expected the file as it was written"
+                )
+            previous = entry["digest"]
+        return entries
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """The file, made when absent, with nobody else writing."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise self._unusable(error) from error
+        try:
+            self._wait_for(descriptor)
+            yield
+        except OSError as error:
+            raise self._unusable(error) from error
+        finally:
+            os.close(descriptor)
+
+    def _wait_for(self, descriptor: int) -> None:
+        end = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise UserError(
+                        f"{self.path}: the ledger cannot be locked: another process has held it for "
+                        f"{PATIENCE_S:g} s; expected one that lets go"
+                    ) from None
+            time.sleep(0.02)
+
+    def _unusable(self, error: OSError) -> UserError:
+        return UserError(
+            f"{self.path}: the ledger cannot be locked and written ({error.strerror}); expected a place that "
+            "can be written, on a file system with flock; paths.ledger names another file"
+        )
+
+
+def _in_force(entries: Sequence[Mapping[str, Any]]) -> list[Charge]:
+    latest: dict[str, Charge] = {}
+    for entry in entries:
+        mechanism = Mechanism(entry["noise_multiplier"], entry["sample_rate"], entry["steps"])
+        latest[entry["run"]] = Charge(entry["run"], entry["set"], mechanism, entry["delta"], entry["private"])
+    return list(latest.values())
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

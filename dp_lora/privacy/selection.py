@@ -1,0 +1,155 @@
+"""What it costs to release only the best of many private runs (Papernot and Steinke 2022, arXiv 2110.03620).
+
+The theorems speak of one algorithm: draw a number of runs K, make K independent runs of one mechanism, each
+of which also yields a score, and release the one of the best score and nothing of the others. Their bounds
+need that
+
+    * K is random, with the distribution named here, and is not released itself;
+    * every run is the same mechanism: here, draw a cell of the grid uniformly and run it;
+    * the score is computed from what the run releases, or has been paid for: a score on private images that
+      no noise protects is outside of all of this.
+
+A sweep that runs every cell of its grid once and shows the table is no such algorithm: it pays for the
+composition of all its runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from dp_lora.privacy.accounting import (
+    ORDERS,
+    Mechanism,
+    delta_of_divergences,
+    epsilon_of_divergences,
+    renyi_divergences,
+)
+
+Divergences = npt.NDArray[np.float64]
+"""At the orders of `accounting.ORDERS`."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """An upper bound on epsilon of releasing the best of K runs, and the distribution of K that has it."""
+
+    epsilon: float
+    distribution: str
+    """logarithmic, geometric or Poisson."""
+    expected_runs: float
+
+
+def best_of(
+    cells: Sequence[Sequence[Mechanism]], delta: float, expected_runs: float | None = None
+) -> Selection:
+    """The smallest bound of the three distributions of K with mean `expected_runs`.
+
+    The choice looks at the mechanisms only, which are public.
+
+    Args:
+        cells: all that a run of each cell releases; a run draws one of them uniformly. Where they differ the
+            bound is that of the drawing and the run together, which is exact.
+        delta: in (0, 1).
+        expected_runs: mean of K, 1 or more; None: as many as there are cells.
+
+    >>> run = Mechanism(noise_multiplier=2.0, sample_rate=0.05, steps=200)
+    >>> alone = epsilon_of_divergences(renyi_divergences([run]), 1e-5)
+    >>> together = epsilon_of_divergences(renyi_divergences([run] * 12), 1e-5)
+    >>> alone < best_of([[run]] * 12, 1e-5).epsilon < together
+    True
+    """
+    runs = float(len(cells) if expected_runs is None else expected_runs)
+    if not cells or not 1 <= runs < math.inf:
+        raise ValueError(f"expected_runs={runs:g} of {len(cells)} cells: expected at least 1 of each")
+    one = uniform_mixture([renyi_divergences(cell) for cell in cells])
+    bounds = {name: epsilon_of_divergences(bound(one, runs), delta) for name, bound in BOUNDS.items()}
+    name = min(bounds, key=lambda name: bounds[name])
+    return Selection(bounds[name], name, runs)
+
+
+def uniform_mixture(divergences: Sequence[Divergences]) -> Divergences:
+    """Divergences of a run that draws one of several mechanisms uniformly and tells which.
+
+    The draw does not depend on the data, so exp((order - 1) divergence) is the mean of the mechanisms'.
+    """
+    rates = np.asarray(ORDERS) - 1
+    exponents = rates * np.stack(divergences)
+    largest = exponents.max(axis=0)
+    with np.errstate(invalid="ignore"):
+        mean = np.log(np.mean(np.exp(exponents - largest), axis=0)) + largest
+    return np.where(np.isfinite(largest), mean / rates, np.inf)
+
+
+def best_of_truncated_negative_binomial(one: Divergences, expected_runs: float, eta: float) -> Divergences:
+    """Theorem 2: divergences of the best of K runs, K from the truncated negative binomial of shape eta.
+
+    Args:
+        one: of a single run.
+        expected_runs: mean of K, at least 1.
+        eta: 0 is the logarithmic distribution, 1 the geometric one; any number above -1 has the theorem, 0
+            and more are taken here.
+    """
+    if expected_runs == 1:
+        return one  # K is 1, always
+    orders, log_inverse_gamma = np.asarray(ORDERS), -math.log(gamma_of(expected_runs, eta))
+    # The theorem's second order is free.
+    extra = (1 + eta) * float(np.min((1 - 1 / orders) * one + log_inverse_gamma / orders))
+    bound = one + extra + math.log(expected_runs) / (orders - 1)
+    # A divergence grows with its order, so that each bounds the ones below it.
+    return np.minimum.accumulate(bound[::-1])[::-1]
+
+
+def best_of_poisson(one: Divergences, expected_runs: float) -> Divergences:
+    """Theorem 6: divergences of the best of K runs, K from the Poisson distribution; nothing when K is 0.
+
+    The (epsilon, delta) of a single run that the theorem asks for at each order are those of `one`.
+    """
+    orders = np.asarray(ORDERS)
+    deltas = [delta_of_divergences(one, math.log1p(1 / (order - 1))) for order in ORDERS]
+    bound = one + expected_runs * np.asarray(deltas) + math.log(expected_runs) / (orders - 1)
+    return np.minimum.accumulate(bound[::-1])[::-1]
+
+
+BOUNDS: dict[str, Callable[[Divergences, float], Divergences]] = {
+    "logarithmic": functools.partial(best_of_truncated_negative_binomial, eta=0.0),
+    "geometric": functools.partial(best_of_truncated_negative_binomial, eta=1.0),
+    "Poisson": best_of_poisson,
+}
+
+
+def expected_runs_of(gamma: float, eta: float) -> float:
+    """Mean of K of the truncated negative binomial (definition 1), for gamma in (0, 1).
+
+    >>> expected_runs_of(0.25, eta=1.0)
+    4.0
+    """
+    if eta == 0:
+        return (1 / gamma - 1) / math.log(1 / gamma)
+    return eta * (1 - gamma) / (gamma * (1 - gamma**eta))
+
+
+def gamma_of(expected_runs: float, eta: float) -> float:
+    """The gamma whose K has this mean, at most: a smaller gamma costs more. 1 for a mean of 1.
+
+    >>> round(expected_runs_of(gamma_of(10.0, eta=0.0), eta=0.0), 6)
+    10.0
+    """
+    if expected_runs == 1:
+        return 1.0
+    # In log(1 / gamma), in which the mean grows from 1 without end.
+    low, high = 0.0, 1.0
+    while expected_runs_of(math.exp(-high), eta) < expected_runs:
+        low, high = high, 2 * high
+    for _ in range(100):
+        middle = (low + high) / 2
+        if middle > 0 and expected_runs_of(math.exp(-middle), eta) >= expected_runs:
+            high = middle
+        else:
+            low = middle
+    return math.exp(-high)

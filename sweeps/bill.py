@@ -1,0 +1,315 @@
+"""The privacy bill: what all runs on a private set spend together, failed and partial ones included.
+
+Every run looks at the same people's images, so their mechanisms compose: a table of twelve runs of epsilon 10
+does not cost epsilon 10. The bill counts the steps that each run began, by its write-ahead record; a run
+without privacy makes it infinite. Beside it stands what it would cost to release only the best of so many
+runs (`dp_lora.privacy.selection`), and what the ledger beside the data counts over all time.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dp_lora.errors import UserError
+from dp_lora.files import json_ready, read_json
+from dp_lora.privacy.accounting import (
+    ADJACENCIES,
+    MANY,
+    Mechanism,
+    composed,
+    epsilon_of_divergences,
+    renyi_divergences,
+)
+from dp_lora.privacy.ledger import Charge, Ledger, spent
+from dp_lora.privacy.selection import best_of
+from dp_lora.spending import begun, ledger_beside, private_set, read_receipt
+
+
+@dataclass(frozen=True)
+class SetBill:
+    """What was spent on one private set. Epsilons are upper bounds for `delta`; inf: no guarantee."""
+
+    private_set: str
+    runs: int
+    """That began at least one step."""
+    runs_without_privacy: int
+    """Of them, those without noise or with noise from a seed."""
+    steps: int
+    epsilon: float
+    """Of all runs together."""
+    private_epsilon: float
+    """Of the runs with privacy together."""
+    largest_epsilon: float
+    """Of a single run with privacy."""
+    delta: float
+    """The smallest of the runs' own."""
+    accountant: str
+    adjacency: str
+    best_of_epsilon: float | None
+    """Of releasing only the best run, if the number of runs were random; None without a run with privacy."""
+    best_of_distribution: str | None
+    ledger: str | None = None
+    """Its file name."""
+    ledger_runs: int | None = None
+    ledger_epsilon: float | None = None
+    """Of all runs that the ledger counts for this set."""
+
+    def lines(self) -> list[str]:
+        """The bill in words, each number with what it needs to be read."""
+        private = self.runs - self.runs_without_privacy
+        lines = [f"{_count(self.runs, 'run')}, {_count(self.steps, 'step')} on the same images"]
+        if self.runs_without_privacy:
+            lines.append(
+                f"{self.runs_without_privacy} without privacy (no noise, or noise from a seed): all together "
+                "have no guarantee, epsilon inf"
+            )
+        if private:
+            them = "all" if private == self.runs else f"the other {private}"
+            lines += [
+                f"{them} together: epsilon {self.private_epsilon:.4g} {self._reading()}",
+                f"the largest of one run alone: epsilon {self.largest_epsilon:.4g} at delta {self.delta:g}",
+            ]
+        if self.best_of_epsilon is not None:
+            lines.append(
+                f"if only the best of K runs were released: epsilon {self.best_of_epsilon:.4g} at delta "
+                f"{self.delta:g} (rdp; Papernot and Steinke 2022), for K random with mean {private} "
+                f"({self.best_of_distribution}), each run of a cell drawn at random, and a score that is "
+                "private itself; these runs were not made that way"
+            )
+        if self.ledger_runs is not None and self.ledger_epsilon is not None:
+            lines.append(
+                f"{self.ledger} counts {_count(self.ledger_runs, 'run')} over all time: epsilon "
+                f"{self.ledger_epsilon:.4g} at delta {self.delta:g}"
+            )
+        return [f"{self.private_set}: {line}" for line in lines]
+
+    def _reading(self) -> str:
+        return f"at delta {self.delta:g} ({self.accountant}; {self.adjacency})"
+
+
+@dataclass(frozen=True)
+class Bill:
+    """What was spent on each private set."""
+
+    sets: tuple[SetBill, ...]
+
+    def lines(self) -> list[str]:
+        """The bill in words."""
+        lines = [line for one in self.sets for line in one.lines()]
+        return lines or ["no run has taken a step on private data"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The bill for JSON; infinite numbers as the string inf."""
+        record: dict[str, Any] = json_ready({"sets": [asdict(one) for one in self.sets]})
+        return record
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run that began at least one step on private data."""
+
+    owner: str
+    """Tells the private sets apart: the name, or for a folder of one's own its ledger."""
+    charge: Charge
+    releases: tuple[Mechanism, ...] = ()
+    """On held-out images, each of which may be of somebody who is in the training too."""
+    ledger: Path | None = None
+    digest: str | None = None
+
+    @property
+    def mechanisms(self) -> tuple[Mechanism, ...]:
+        """All that the run released."""
+        return (self.charge.mechanism, *self.releases)
+
+
+def bill(directories: Sequence[Path]) -> Bill:
+    """The bill of these run directories; one that does not exist, or has begun no step, costs nothing.
+
+    Raises UserError for a directory that holds a trained adapter and does not say what was spent on it, for
+    files that cannot be read, and for a ledger that was edited.
+    """
+    found = [run for directory in dict.fromkeys(directories) if (run := _read(directory)) is not None]
+    # A copy of a run directory is no second run.
+    return _bill(list({run.charge.run: run for run in found}.values()))
+
+
+def planned(charges: Iterable[Charge]) -> Bill:
+    """The bill of runs that are still to be made: `dp_lora.spending.charge_of` their configurations."""
+    return _bill([_Run(charge.private_set, charge) for charge in charges])
+
+
+def of_rows(rows: Iterable[Mapping[str, Any]]) -> Bill:
+    """The bill of the rows of a frame that `collect` wrote, where the run directories are not at hand.
+
+    A row does not say whether its data is public, so that all are counted; one that has begun no step costs
+    nothing. A run that is not done may have begun a step more than its row
+    says.
+    """
+    charges = []
+    for number, row in enumerate(rows):
+        if not row["steps"] or row["sample_rate"] is None:
+            continue
+        steps = int(row["steps"])
+        if row["state"] != "done":
+            steps = min(steps + 1, int(row["planned_steps"]))
+        mechanism = Mechanism(float(row["noise_multiplier"]), float(row["sample_rate"]), steps)
+        private = mechanism.noise_multiplier > 0 and not row["reproducible_noise"]
+        charges.append(Charge(f"{number}", private_set(row["data"]), mechanism, float(row["delta"]), private))
+    return planned(charges)
+
+
+def _bill(runs: Sequence[_Run]) -> Bill:
+    owners: dict[str, list[_Run]] = {}
+    for run in runs:
+        owners.setdefault(run.owner, []).append(run)
+    names = [of_one[0].charge.private_set for of_one in owners.values()]
+    bills = []
+    for number, of_one in enumerate(owners.values()):
+        name = names[number]
+        # Two folders of one's own are told apart without saying where they are.
+        shown = name if names.count(name) == 1 else f"{name} {names[: number + 1].count(name)}"
+        bills.append(_bill_of_set(shown, of_one))
+    return Bill(tuple(bills))
+
+
+def _bill_of_set(name: str, runs: Sequence[_Run]) -> SetBill:
+    private = [run for run in runs if run.charge.private]
+    delta = min(run.charge.delta for run in private or runs)
+    of_private = composed([part for run in private for part in run.mechanisms], delta)
+    selection = best_of([run.mechanisms for run in private], delta) if private else None
+    return SetBill(
+        private_set=name,
+        runs=len(runs),
+        runs_without_privacy=len(runs) - len(private),
+        steps=sum(run.charge.mechanism.steps for run in runs),
+        epsilon=of_private.epsilon if len(private) == len(runs) else math.inf,
+        private_epsilon=of_private.epsilon,
+        largest_epsilon=_largest(private, delta),
+        delta=delta,
+        accountant=of_private.accountant if private else "none",
+        adjacency=ADJACENCIES["add_or_remove"],
+        best_of_epsilon=selection.epsilon if selection else None,
+        best_of_distribution=selection.distribution if selection else None,
+        **_ledgers(runs, delta),
+    )
+
+
+def _largest(runs: Sequence[_Run], delta: float) -> float:
+    """Epsilon of the run that spent most; rdp alone where there are many different ones."""
+    distinct = {run.mechanisms for run in runs}
+    if len(distinct) > MANY:
+        return max(epsilon_of_divergences(renyi_divergences(one), delta) for one in distinct)
+    return max((composed(one, delta).epsilon for one in distinct), default=0.0)
+
+
+def _ledgers(runs: Sequence[_Run], delta: float) -> dict[str, Any]:
+    """What the ledgers of these runs say about their set; nothing where there is none to be seen."""
+    name, counted = runs[0].charge.private_set, dict[str, Charge]()
+    paths = sorted({run.ledger for run in runs if run.ledger is not None and run.ledger.exists()})
+    for path in paths:
+        ledger = Ledger(path)
+        expected = {run.digest for run in runs if run.ledger == path and run.digest is not None}
+        if not expected <= ledger.digests():
+            raise UserError(
+                f"{path}: lines of runs that were charged here are not there: the ledger was edited or "
+                "replaced; expected the file as it was written"
+            )
+        counted.update((c.run, c) for c in ledger.charges() if c.private_set == name and c.mechanism.steps)
+    if not counted:
+        return {}
+    return {
+        "ledger": ", ".join(dict.fromkeys(path.name for path in paths)),
+        "ledger_runs": len(counted),
+        "ledger_epsilon": spent(list(counted.values()), delta).epsilon,
+    }
+
+
+def _read(directory: Path) -> _Run | None:
+    """The run in this directory; None when it has begun no step, or its data is public."""
+    try:
+        return _read_files(directory)
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise UserError(
+            f"{directory}: what this run spent cannot be read ({type(error).__name__}: "
+            f"{' '.join(str(error).split())}); expected the privacy.json and config.yaml of a run"
+        ) from error
+
+
+def _read_files(directory: Path) -> _Run | None:
+    checkpoint, privacy = directory / "checkpoint", _optional(directory / "privacy.json")
+    visible = os.access(checkpoint, os.R_OK | os.X_OK)
+    plan = privacy or (_optional(checkpoint / "plan.json") if visible else {})
+    steps = _steps(checkpoint, privacy, visible=visible)
+    if not plan or not steps:
+        if (directory / "adapter").exists():
+            raise UserError(
+                f"{directory}: holds an adapter and no privacy.json; expected the record of what was spent"
+            )
+        return None
+    receipt = read_receipt(checkpoint) if visible else None
+    config = _configuration(directory) if receipt is None or not privacy else {}
+    if receipt is None and config["data"]["public"]:
+        return None
+    name = private_set(config["data"]["name"]) if receipt is None else receipt.private_set
+    ledger = Path(receipt.ledger) if receipt is not None and receipt.ledger is not None else None
+    seeded = privacy["reproducible_noise"] if privacy else config["privacy"]["insecure_seed"] is not None
+    mechanism = Mechanism(float(plan["noise_multiplier"]), float(plan["sample_rate"]), steps)
+    return _Run(
+        owner=name if name != "imagefolder" else str(ledger or ledger_beside(config["data"]["source"])),
+        charge=Charge(
+            receipt.run if receipt is not None else str(directory.resolve()),
+            name,
+            mechanism,
+            float(plan["delta"]),
+            private=mechanism.noise_multiplier > 0 and not seeded,
+        ),
+        releases=_releases(privacy),
+        ledger=ledger,
+        digest=receipt.digest if receipt is not None else None,
+    )
+
+
+def _steps(checkpoint: Path, privacy: Mapping[str, Any], *, visible: bool) -> int:
+    """Number of steps that a run began.
+
+    Without its write-ahead record, which is its owner's, a run that was cut off may have begun one step
+    more than privacy.json says.
+    """
+    if privacy.get("complete", False):
+        return int(privacy["steps"])
+    if visible and (checkpoint / "executions.jsonl").exists():
+        return begun(checkpoint)
+    return min(privacy["steps"] + 1, privacy["planned_steps"]) if privacy else 0
+
+
+def _releases(privacy: Mapping[str, Any]) -> tuple[Mechanism, ...]:
+    """Metrics on held-out images within a budget of their own (`evaluation.release=dp`)."""
+    release = privacy.get("release")
+    if release is None:
+        return ()
+    return (Mechanism(float(release["noise_multiplier"]), 1.0, int(release["releases"])),)
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    record = read_json(path) if path.exists() else {}
+    if not isinstance(record, dict):
+        raise TypeError(f"{path.name}: expected an object, found {type(record).__name__}")
+    return record
+
+
+def _configuration(directory: Path) -> dict[str, Any]:
+    # OmegaConf takes ten times as long, and a sweep has hundreds of these.
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    values: dict[str, Any] = yaml.load((directory / "config.yaml").read_text(encoding="utf-8"), loader)
+    return values
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}{'s' * (number != 1)}"

@@ -1,0 +1,206 @@
+"""The W&B dashboard of a sweep as code: what its runs spent, what came of it, on what it depends.
+
+It needs the package wandb-workspaces (`pip install 'dp-lora[dashboard]'`). With an API key the workspace is
+saved in the runs' project; without one it becomes `dashboard.json` in the sweep's folder, the same
+specification as W&B keeps it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from dp_lora.errors import UserError
+from dp_lora.files import read_json, write_json
+from dp_lora.tracking import GENERATED_IMAGES, baseline_table, wandb_mode
+from sweeps.bill import Bill, bill
+
+if TYPE_CHECKING:
+    from wandb_workspaces.workspaces import Section, Workspace
+
+SETTINGS = {
+    "LoRA rank": "config:lora.rank",
+    "noise multiplicity k": "config:privacy.noise_multiplicity",
+    "noise multiplier sigma": "summary:privacy.noise_multiplier",
+    "clipping norm C": "config:privacy.max_grad_norm",
+    "expected batch size": "config:train.expected_batch_size",
+}
+"""What a metric is shown against, and where W&B keeps it."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What the runs of a sweep have to show."""
+
+    project: str
+    groups: tuple[str, ...]
+    metrics: tuple[str, ...]
+    """Without those that are another one's baseline, in the order of the runs' own."""
+    private_metrics: tuple[str, ...] = ()
+    """Of `metrics`, those that were computed on private or held-out images."""
+    private_loss: bool = False
+
+
+def dashboard(folder: Path, directories: Sequence[Path], entity: str | None = None) -> str:
+    """Builds the dashboard of these runs, saves it and says where.
+
+    Args:
+        folder: of the sweep; offline the dashboard is written there.
+        directories: of its runs.
+        entity: user or team in W&B; None takes the default one of the API key.
+
+    Raises UserError when wandb-workspaces is not installed, or no run has begun.
+    """
+    shown, online = look(directories), wandb_mode("auto") == "online"
+    if online and entity is None:
+        import wandb
+
+        entity = wandb.Api().default_entity
+    workspace = build(shown, folder.name, bill(directories), entity or "")
+    if online:
+        workspace.save()
+        return str(workspace.url)
+    path = folder / "dashboard.json"
+    write_json(path, specification(workspace))
+    return str(path)
+
+
+def look(directories: Sequence[Path]) -> Shown:
+    """What these runs have to show. Raises UserError when none has begun, or they differ in project."""
+    projects, groups, metrics, private = dict[str, None](), dict[str, None](), dict[str, None](), set[str]()
+    private_loss = False
+    for directory in directories:
+        tracking = _configuration(directory).get("tracking")
+        if tracking is None:
+            continue
+        projects[tracking["project"]] = None
+        groups[tracking["group"] or directory.parent.name] = None
+        private_loss |= bool(tracking["private_loss"])
+        result = directory / "result.json"
+        if result.exists():
+            record = read_json(result)
+            metrics.update((row[0], None) for row in baseline_table(record["metrics"])[1])
+            private.update(record.get("private_metrics", ()))
+    if not projects:
+        raise UserError("no run of this sweep has begun: expected at least one with its config.yaml")
+    if len(projects) > 1:
+        raise UserError(f"tracking.project: the runs are in {', '.join(projects)}; expected one project")
+    (project,) = projects
+    names = tuple(metrics)
+    return Shown(
+        project, tuple(groups), names, tuple(name for name in names if name in private), private_loss
+    )
+
+
+def build(shown: Shown, name: str, spent: Bill, entity: str = "") -> Workspace:
+    """The workspace, not yet saved. Raises UserError when wandb-workspaces is not installed."""
+    if importlib.util.find_spec("wandb_workspaces") is None:
+        raise UserError(
+            "dashboard: the package wandb-workspaces is not installed; expected: pip install "
+            "'dp-lora[dashboard]'"
+        )
+    import wandb_workspaces.workspaces as ws
+    from wandb_workspaces import expr
+
+    columns = ["summary:privacy.epsilon", *(f"summary:{metric}" for metric in shown.metrics)]
+    group = expr.Metric("Group")
+    return ws.Workspace(
+        entity=entity,
+        project=shown.project,
+        name=f"{name}: privacy and utility",
+        sections=[
+            _privacy_section(shown, spent),
+            *_setting_sections(shown),
+            _step_section(shown),
+            _samples(),
+        ],
+        runset_settings=ws.RunsetSettings(
+            filters=[group.isin(list(shown.groups))], pinned_columns=["run:displayName", *columns]
+        ),
+    )
+
+
+def specification(workspace: Workspace) -> dict[str, Any]:
+    """What W&B keeps of the workspace, as JSON."""
+    # The library has no public way to it; `save` does the same and sends it off.
+    view = workspace._to_model()
+    spec = json.loads(view.spec.model_dump_json(by_alias=True, exclude_none=True))
+    return {"project": view.project, "displayName": view.display_name, "type": "project-view", "spec": spec}
+
+
+def _privacy_section(shown: Shown, spent: Bill) -> Section:
+    """Each metric against the epsilon of its run, and what all runs cost together."""
+    import wandb_workspaces.reports.v2 as wr
+    import wandb_workspaces.workspaces as ws
+
+    epsilon = wr.SummaryMetric("privacy.epsilon")
+    panels: list[Any] = [
+        wr.ScatterPlot(title=f"{_title(shown, metric)} against epsilon", x=epsilon, y=metric, log_x=True)
+        for metric in shown.metrics
+    ]
+    bill_panel = wr.MarkdownPanel(
+        markdown="\n".join(["### The privacy bill", *(f"- {x}" for x in spent.lines())])
+    )
+    return ws.Section(name="Privacy and utility", panels=[*panels, bill_panel], is_open=True)
+
+
+def _setting_sections(shown: Shown) -> list[Section]:
+    """A section for each metric: how it follows rank, k, sigma and the rest."""
+    import wandb_workspaces.reports.v2 as wr
+    import wandb_workspaces.workspaces as ws
+
+    def axis(place: str) -> Any:
+        where, _, name = place.partition(":")
+        return wr.Config(name) if where == "config" else wr.SummaryMetric(name)
+
+    return [
+        ws.Section(
+            name=_title(shown, metric),
+            panels=[
+                wr.ScatterPlot(title=f"{metric} by {setting}", x=axis(place), y=metric)
+                for setting, place in SETTINGS.items()
+            ],
+        )
+        for metric in shown.metrics
+    ]
+
+
+def _step_section(shown: Shown) -> Section:
+    """What a run shows while it trains, all of it released values."""
+    import wandb_workspaces.reports.v2 as wr
+    import wandb_workspaces.workspaces as ws
+
+    panels = [
+        wr.LinePlot(title="epsilon spent", x="step", y=["epsilon"], title_y="epsilon"),
+        wr.LinePlot(title="signal-to-noise of the update", x="epsilon", y=["signal_to_noise"]),
+        wr.LinePlot(title="norm of the noised update", x="epsilon", y=["update_norm"]),
+    ]
+    if shown.private_loss:
+        panels.append(wr.LinePlot(title="loss, from the noised sum", x="step", y=["private_loss"]))
+    return ws.Section(name="Training", panels=panels, is_open=True)
+
+
+def _samples() -> Section:
+    import wandb_workspaces.reports.v2 as wr
+    import wandb_workspaces.workspaces as ws
+
+    browser = wr.MediaBrowser(title="generated images", media_keys=[GENERATED_IMAGES], num_columns=3)
+    return ws.Section(name="Samples", panels=[browser], is_open=True)
+
+
+def _title(shown: Shown, metric: str) -> str:
+    """The metric's name, with a word where epsilon does not cover it."""
+    return f"{metric} (on private images)" if metric in shown.private_metrics else metric
+
+
+def _configuration(directory: Path) -> dict[str, Any]:
+    path = directory / "config.yaml"
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    values: dict[str, Any] = yaml.load(path.read_text(encoding="utf-8"), loader) if path.exists() else {}
+    return values

@@ -1,0 +1,37 @@
+"""The notebooks run from top to bottom on files of runs, hold no output, and define nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_committed_without_output_and_imports_what_it_uses(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        assert not re.search(r"^\s*(def|class) |lambda", cell.source, re.MULTILINE)
+        if cell.cell_type == "code":
+            assert cell.outputs == [] and cell.execution_count is None
+        assert cell.metadata == {}
+    assert notebook.metadata.keys() == {"kernelspec", "language_info"}
+
+
+def executed(name: str, monkeypatch: pytest.MonkeyPatch, **parameters: Path) -> str:
+    """All output of a notebook that was run, as text; raises when a cell fails."""
+    for variable, path in parameters.items():
+        monkeypatch.setenv(variable, str(path))
+    notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(FOLDER)}}).execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert not [output for output in outputs if output.get("name") == "stderr"], "a warning is an error"
+    return json.dumps(outputs)
