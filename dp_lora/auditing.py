@@ -53,6 +53,8 @@ def audit(directory: Path, options: Options) -> dict[str, Any]:
     """
     config, claim = _finished_run(directory)
     config.resources.device = options.device
+    # None of them runs: what a stage would be refused for is nothing to the audit.
+    config.stages = []
 
     def refuse() -> None:
         raise UserError(f"{directory}: another process is at work on this run; wait for it or stop it")
@@ -289,7 +291,7 @@ def _write(job: Job, record: dict[str, Any]) -> dict[str, Any]:
         result = read_json(path)
         before = result.get("audit", {}).get("membership_inference")
         if before is not None:
-            record = {"membership_inference": before} | record
+            record = {**record, "membership_inference": record.get("membership_inference", before)}
         if "membership_inference" in record and not job.config.data.public:
             names = result.get("private_metrics", [])
             result["private_metrics"] = [*names, *({"audit.membership_inference"} - set(names))]

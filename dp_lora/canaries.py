@@ -275,9 +275,21 @@ def _step(
     stored = Latents(latents, torch.zeros_like(latents))
     # Nothing private takes part, so that a step that is taken again may be the same one.
     executions = Executions(folder / "executions.jsonl", {"audit": True})
-    asked, fits = config.train.microbatch, tuning.ROWS_ON_CPU // plan.noise_multiplicity
-    microbatch = asked if isinstance(asked, int) else max(1, fits)
-    return finetune.PrivateStep(model, stored, labels, plan, randomness, config.train, microbatch, executions)
+    # The divisor of the sum stays the run's; the batches are smaller.
+    sizes = replace(plan, expected_batch_size=plan.sample_rate * len(latents))
+    cache = Path(config.paths.cache).expanduser()
+    microbatch = tuning.choose_microbatch(model, sizes, config.train, 1, folder, cache)
+    return finetune.PrivateStep(
+        model,
+        stored,
+        labels,
+        plan,
+        randomness,
+        config.train,
+        microbatch,
+        executions,
+        learning_rate_factor=config.trainable.learning_rate_factor,
+    )
 
 
 def _run(config: Config, step: Step, plan: PrivacyPlan, folder: Path) -> None:

@@ -163,7 +163,7 @@ def evaluate_privately(
         "reference": {"split": evaluation.reference, "n": max(0, round(questions.number(sums)))},
         "n_note": "the number of reference images is read from the noised sum",
         **described(instruments),
-        "noise_deviation": questions.noise_deviations(sums, sigma, config.seed),
+        "noise": questions.noise_effects(sums, sigma, config.seed),
         "release": {"directions": DIRECTIONS, "clipped_share": CLIPPED_SHARE, "noise_multiplier": sigma},
         "private_metrics": [],
         "private_metrics_note": "",

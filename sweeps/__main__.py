@@ -100,8 +100,10 @@ def _collect(arguments: argparse.Namespace) -> int:
     if path.suffix != ".csv" or not path.parent.is_dir():
         raise UserError(f"--out {path}: expected a file that ends in .csv, in a folder that exists")
     done = sum(row["state"] == "done" for row in rows)
+    # Before anything is written: it refuses what `collect` has no eye for.
+    spent = bill(directories(sweeps)).lines()
     print(f"{done} of {len(rows)} runs are done: {' '.join(map(str, write_frame(rows, path)))}")
-    print("\n".join(bill(directories(sweeps)).lines()))
+    print("\n".join(spent))
     return 0
 
 

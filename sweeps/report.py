@@ -42,9 +42,9 @@ def build(sweeps: Sequence[Sweep], out: Path, *, ended: bool = False, mixed: boo
     summary = summarise(rows)
     title = ", ".join(sweep.folder.resolve().name for sweep in sweeps)
     rebuild = _rebuild(sweeps, mixed=bool(mixtures(rows)))
+    spent = bill(directories(sweeps)).lines()
     charts = figures.charts(summary, curves(summary.groups))
     table = tables.main_table(summary, " && ".join(rebuild.splitlines()))
-    spent = bill(directories(sweeps)).lines()
     text = _markdown(title, summary, table, spent)
     content: dict[str, str | bytes] = {
         "table.md": text,
@@ -71,7 +71,8 @@ def _rebuild(sweeps: Sequence[Sweep], *, mixed: bool) -> str:
 
 def _markdown(title: str, summary: Summary, table: tables.Table, spent: Sequence[str]) -> str:
     further, published = tables.other_metrics(summary), tables.published_table(summary)
-    parts = [f"## {title}: {summary.counted} runs", table.markdown()]
+    bill_lines = "\n".join(f"- {line}" for line in spent)
+    parts = [f"## {title}: {summary.counted} runs", table.markdown(), "### Privacy bill", bill_lines]
     if further is not None:
         parts += ["### Further metrics", further.markdown()]
     if published is not None:

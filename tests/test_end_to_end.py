@@ -184,6 +184,7 @@ def test_a_second_call_does_nothing(whole: Path, dp_lora: Callable[..., Path], c
     assert _content(whole) == before
     said = capsys.readouterr()
     assert said.err.count("done already") == 3 and "epsilon" in said.out and str(whole) in said.out
+    assert "accuracy_cnn *" in said.out and "* computed on private data; releasing it is not" in said.out
     # The same run in other words.
     assert dp_lora(*WHOLE, "privacy.epsilon=10.0", "resources.threads=1", name="whole") == whole
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -62,7 +63,14 @@ def counting(config: Config, words: Sequence[str]) -> None:
             if step == 3 and fate:
                 _meet(fate)
     (directory / "adapter").mkdir(exist_ok=True)
-    write_json(directory / "privacy.json", {"epsilon": 1.0, "delta": 1e-5, "steps": step})
+    privacy = {
+        "epsilon": 1.0, "target_epsilon": config.privacy.epsilon, "delta": config.privacy.delta,
+        "steps": step, "planned_steps": step, "complete": True, "noise_multiplier": 1.0, "sample_rate": 0.04,
+        "expected_batch_size": 60, "noise_multiplicity": config.privacy.noise_multiplicity,
+        "reproducible_noise": False,
+    }  # fmt: skip
+    write_json(directory / "privacy.json", privacy)
+    write_json(directory / "config.yaml", dataclasses.asdict(config))  # JSON is YAML
     write_json(directory / "result.json", {"metrics": {"steps": step}, "seed": config.seed, "state": state})
     write_json(directory / "status.json", {"state": "done"})
 
