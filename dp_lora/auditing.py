@@ -30,6 +30,7 @@ from dp_lora.files import file_lock, json_ready, private_directory, read_json, w
 from dp_lora.job import Job, prepare
 from dp_lora.membership import ATTACKS, draw, losses_of
 from dp_lora.privacy.audit import (
+    FALSE_POSITIVES,
     Membership,
     Outcome,
     gaussian_family,
@@ -37,6 +38,7 @@ from dp_lora.privacy.audit import (
     most,
     one_run,
     refutes,
+    thresholds,
 )
 from dp_lora.privacy.plan import PrivacyPlan
 from dp_lora.privacy.randomness import Randomness
@@ -118,7 +120,7 @@ def _check_power(plan: PrivacyPlan, options: Options) -> None:
         half = canaries // 2
         best = Outcome(half, half, 0, canaries - half)
         if _apart(options):
-            return refutes(best, plan.mechanism, plan.delta, _each(options))
+            return refutes([best] * (1 + len(FALSE_POSITIVES)), plan.mechanism, plan.delta, _each(options))
         return most(canaries, plan.delta, _each(options)) > 0
 
     if shows_something(options.canaries):
@@ -174,9 +176,10 @@ def _bounds(job: Job, options: Options) -> dict[str, Any]:
         **asdict(outcome),
     }
     if _apart(options):
-        bound = gaussian_family(outcome, plan.mechanism, plan.delta, each)
+        outcomes = [Outcome.of(trained.scores, trained.included, at) for at in thresholds(plan.mechanism)]
+        bound = gaussian_family(outcomes, plan.mechanism, plan.delta, each)
         record["epsilon_lower_bound_if_gaussian"] = bound
-        record["contradicted"] |= refutes(outcome, plan.mechanism, plan.delta, each)
+        record["contradicted"] |= refutes(outcomes, plan.mechanism, plan.delta, each)
     return record
 
 

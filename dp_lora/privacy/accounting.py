@@ -176,7 +176,8 @@ def privacy_profile(
     """
     _check_delta(delta)
     composed = _composed([mechanism], delta, coarser=_COARSER)
-    return np.asarray(composed.get_delta_for_epsilon(epsilons), dtype=np.float64)
+    deltas: npt.NDArray[np.float64] = np.asarray(composed.get_delta_for_epsilon(epsilons), dtype=np.float64)
+    return deltas
 
 
 def noise_multiplier_for(

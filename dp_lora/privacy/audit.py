@@ -30,6 +30,9 @@ Bools = npt.NDArray[np.bool_]
 GUESSED_SHARES = (1.0, 0.5, 0.2, 0.1, 0.05)
 """Shares of the canaries that `one_run` guesses: each is tried, and the confidence pays for all of them."""
 
+FALSE_POSITIVES = (0.1, 0.02, 0.005)
+"""How often canaries that were left out pass the `thresholds` above 0."""
+
 _SPAN = 16.0
 """How many times less or more noise than claimed `gaussian_family` looks for."""
 
@@ -181,9 +184,9 @@ class Outcome:
     negatives: int
 
     @classmethod
-    def of(cls, scores: Floats, included: Bools) -> Outcome:
-        """The outcome of guessing "in" where the score is above 0."""
-        said = scores > 0
+    def of(cls, scores: Floats, included: Bools, threshold: float = 0.0) -> Outcome:
+        """The outcome of guessing "in" where the score is above `threshold`."""
+        said = scores > threshold
         true, false = int((said & included).sum()), int((said & ~included).sum())
         return cls(true, int(included.sum()), false, int((~included).sum()))
 
@@ -203,35 +206,60 @@ def clopper_pearson(successes: int, trials: int, confidence: float = 0.95) -> tu
     return float(interval.low), float(interval.high)
 
 
-def refutes(outcome: Outcome, mechanism: Mechanism, delta: float, confidence: float = 0.95) -> bool:
-    """Whether the outcome contradicts `mechanism` with `confidence`.
+def thresholds(claimed: Mechanism) -> tuple[float, ...]:
+    """Scores above which to guess "in": 0, and those that a canary left out seldom passes.
 
-    True when the Clopper-Pearson bounds of the two rates, each at half of 1 - `confidence`, lie above the
-    mechanism's trade-off curve, which is TPR <= e^epsilon FPR + delta(epsilon) and TNR <= e^epsilon FNR +
-    delta(epsilon) for every epsilon of its privacy profile. Independent trials are assumed.
+    Found by a simulation of `claimed`, so they are fixed before any score is seen. With a small sample rate
+    most canaries that are in are in no batch; a high threshold then finds the others among few false ones.
+    """
+    random, sigma = np.random.default_rng(0), claimed.noise_multiplier
+    count = int(min(20_000, max(2_000, 4e7 / claimed.steps)))
+    total = np.zeros(count)
+    for _ in range(claimed.steps):
+        total += evidence(sigma * random.standard_normal(count), sigma, claimed.sample_rate)
+    return (0.0, *np.quantile(total, 1 - np.array(FALSE_POSITIVES)).tolist())
+
+
+def refutes(
+    outcomes: Sequence[Outcome], mechanism: Mechanism, delta: float, confidence: float = 0.95
+) -> bool:
+    """Whether one of the outcomes contradicts `mechanism`, with `confidence` for all of them together.
+
+    One does when the Clopper-Pearson bounds of its two rates lie above the mechanism's trade-off curve, which
+    is TPR <= e^epsilon FPR + delta(epsilon) and TNR <= e^epsilon FNR + delta(epsilon) for every epsilon of
+    its privacy profile. Every bound gets an equal share of 1 - `confidence`.
 
     Args:
-        outcome: of independent trials.
+        outcomes: each of independent trials, at thresholds that were fixed before.
         mechanism: with noise.
         delta: where the profile is computed finely.
-        confidence: of the two bounds together.
+        confidence: of all bounds together.
     """
-    low, _ = clopper_pearson(outcome.true_positives, outcome.positives, confidence)
-    _, high = clopper_pearson(outcome.false_positives, outcome.negatives, confidence)
-    if low <= high:
+    each = 1 - (1 - confidence) / len(outcomes)
+    rates = []
+    for outcome in outcomes:
+        low, _ = clopper_pearson(outcome.true_positives, outcome.positives, each)
+        _, high = clopper_pearson(outcome.false_positives, outcome.negatives, each)
+        if low > high:
+            rates.append((low, high))
+    if not rates:
         return False
-    reach = math.log(1 / min(high, 1 - low))
+    reach = max(math.log(1 / min(high, 1 - low)) for low, high in rates)
     epsilons = np.linspace(0, reach, 257)
     deltas = accounting.privacy_profile(mechanism, epsilons, delta)
-    most_positives = float(np.min(np.exp(epsilons) * high + deltas))
-    most_negatives = float(np.min(np.exp(epsilons) * (1 - low) + deltas))
-    return low > most_positives or 1 - high > most_negatives
+
+    def most_of(rate: float) -> float:
+        return float(np.min(np.exp(epsilons) * rate + deltas))
+
+    return any(low > most_of(high) or 1 - high > most_of(1 - low) for low, high in rates)
 
 
-def gaussian_family(outcome: Outcome, claimed: Mechanism, delta: float, confidence: float = 0.95) -> float:
+def gaussian_family(
+    outcomes: Sequence[Outcome], claimed: Mechanism, delta: float, confidence: float = 0.95
+) -> float:
     """A lower bound on epsilon if the mechanism is `claimed` with another noise multiplier.
 
-    Every noise multiplier above some sigma contradicts the outcome (`refutes`), so the true one is at most
+    Every noise multiplier above some sigma contradicts the outcomes (`refutes`), so the true one is at most
     that sigma, and epsilon at least that of sigma: by the accountants of the claim, so the claim itself is
     passed exactly when it is refuted. Noise between a 16th and 16 times of the claimed one is looked at.
     """
@@ -240,7 +268,7 @@ def gaussian_family(outcome: Outcome, claimed: Mechanism, delta: float, confiden
         return Mechanism(claimed.noise_multiplier * factor, claimed.sample_rate, claimed.steps)
 
     def refuted(log_factor: float) -> bool:
-        return refutes(outcome, with_noise(math.exp(log_factor)), delta, confidence)
+        return refutes(outcomes, with_noise(math.exp(log_factor)), delta, confidence)
 
     low, high = -math.log(_SPAN), math.log(_SPAN)
     if not refuted(high):

@@ -121,19 +121,34 @@ def test_the_gaussian_family_is_not_accused_and_close(steps: int) -> None:
     delta, runs, mu = 1e-5, 40, 1.5
     mechanism = Mechanism(math.sqrt(steps) / mu, 1.0, steps)
     outcomes = [Outcome.of(*_gaussian(mu, 1000, seed)) for seed in range(runs)]
-    assert sum(audit.refutes(outcome, mechanism, delta) for outcome in outcomes) <= 6
-    bound = audit.gaussian_family(outcomes[0], mechanism, delta)
+    assert sum(audit.refutes([outcome], mechanism, delta) for outcome in outcomes) <= 6
+    bound = audit.gaussian_family(outcomes[:1], mechanism, delta)
     assert 0.66 < bound / _epsilon_of_gaussian(mu, delta) < 1
 
 
 def test_the_gaussian_family_finds_less_noise_than_claimed() -> None:
     claimed, real = Mechanism(2.0, 1.0, 1), 1.5
     outcome = Outcome.of(*_gaussian(real, 1000, 3))
-    bound = audit.gaussian_family(outcome, claimed, 1e-5)
-    assert audit.refutes(outcome, claimed, 1e-5)
+    bound = audit.gaussian_family([outcome], claimed, 1e-5)
+    assert audit.refutes([outcome], claimed, 1e-5)
     assert _epsilon_of_gaussian(1 / 2.0, 1e-5) < bound < _epsilon_of_gaussian(real, 1e-5)
     nothing = Outcome(250, 500, 250, 500)
-    assert audit.gaussian_family(nothing, claimed, 1e-5) == 0.0
+    assert audit.gaussian_family([nothing], claimed, 1e-5) == 0.0
+
+
+def test_a_high_threshold_helps_where_most_canaries_are_in_no_batch() -> None:
+    """The noise of the released scores is that of the claim, so the thresholds hold what they promise."""
+    claimed, random, count = Mechanism(0.4, 0.025, 10), np.random.default_rng(1), 20_000
+    included = np.arange(count) % 2 == 0
+    scores = np.zeros(count)
+    for _ in range(claimed.steps):
+        values = included * (random.random(count) < claimed.sample_rate) + 0.4 * random.standard_normal(count)
+        scores += audit.evidence(values, 0.4, 0.025)
+    outcomes = [Outcome.of(scores, included, at) for at in audit.thresholds(claimed)]
+    for outcome, rate in zip(outcomes[1:], audit.FALSE_POSITIVES, strict=True):
+        assert outcome.false_positives / outcome.negatives == pytest.approx(rate, rel=0.5)
+    bounds = [audit.gaussian_family(kept, claimed, 1e-5) for kept in (outcomes[:1], outcomes)]
+    assert 2 * bounds[0] < bounds[1] and not audit.refutes(outcomes, claimed, 1e-5)
 
 
 def test_the_evidence_is_the_ratio_of_the_densities() -> None:
@@ -345,12 +360,14 @@ class Audited:
 
     def __init__(self, trained: Trained, plan: PrivacyPlan) -> None:
         self.claimed = plan.epsilon
-        outcome = Outcome.of(trained.scores, trained.included)
+        outcomes = [
+            Outcome.of(trained.scores, trained.included, at) for at in audit.thresholds(plan.mechanism)
+        ]
         self.one_run = audit.one_run(trained.scores, trained.included, plan.delta, 0.975).epsilon
         self.refuted = self.one_run > plan.epsilon or audit.refutes(
-            outcome, plan.mechanism, plan.delta, 0.975
+            outcomes, plan.mechanism, plan.delta, 0.975
         )
-        self.family = lambda: audit.gaussian_family(outcome, plan.mechanism, plan.delta, 0.975)
+        self.family = lambda: audit.gaussian_family(outcomes, plan.mechanism, plan.delta, 0.975)
 
 
 @pytest.fixture
