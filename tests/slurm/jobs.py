@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -14,6 +13,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from omegaconf import OmegaConf
 
 from dp_lora.config import Config, run_directory
 from dp_lora.files import append_line, read_json, write_atomic, write_json
@@ -70,7 +71,7 @@ def counting(config: Config, words: Sequence[str]) -> None:
         "reproducible_noise": False,
     }  # fmt: skip
     write_json(directory / "privacy.json", privacy)
-    write_json(directory / "config.yaml", dataclasses.asdict(config))  # JSON is YAML
+    write_atomic(directory / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
     write_json(directory / "result.json", {"metrics": {"steps": step}, "seed": config.seed, "state": state})
     write_json(directory / "status.json", {"state": "done"})
 
