@@ -7,6 +7,8 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 # Words for `run` and `pretrain-mnist` (overrides), `test` (pytest), `data` (sets): make run ARGS="epsilon=eps1"
 ARGS ?=
+# Each process of the tests takes whole files and a core; PARALLEL= runs them in one, for a debugger.
+PARALLEL ?= -n 2 --dist loadfile
 # The letters of `pretrain-mnist`: rendered ones, or emnist_letters where its archive is.
 PUBLIC ?= letters
 
@@ -20,13 +22,13 @@ run: .venv/installed  ## run the default job: fine-tune, sample, evaluate
 	$(BIN)/dp-lora $(ARGS)
 
 test: .venv/installed-dev  ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 check: .venv/installed-dev  ## formatter, linter, types and tests: what has to pass before a commit
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 format: .venv/installed-dev  ## write the code the way `check` wants it
 	$(BIN)/ruff check --fix .

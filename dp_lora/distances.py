@@ -94,7 +94,7 @@ class WeightedFrechet:
         centred = (rows - counts @ rows / total) * counts.sqrt()[:, None]
         wide = len(centred) < centred.shape[1]
         product = centred @ centred.T if wide else centred.T @ centred
-        eigenvalues = torch.linalg.eigvalsh(product / (total - 1))
+        eigenvalues: Tensor = torch.linalg.eigvalsh(product / (total - 1))
         return eigenvalues.clamp(min=0).sqrt().sum()
 
 

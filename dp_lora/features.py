@@ -219,8 +219,10 @@ def _find_dinov2(config: EvaluationConfig, loader: str) -> Any:
         raise UserError(
             f"{field}: {error.name} is not installed; get it by `pip install transformers`"
         ) from error
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # it warns of what is said below in one line
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it warns of what is said below in one line
     try:
         return getattr(transformers, loader).from_pretrained(config.dinov2)
     except (OSError, ValueError, RuntimeError) as error:
@@ -231,7 +233,7 @@ def _find_dinov2(config: EvaluationConfig, loader: str) -> Any:
             raise
         raise _no_dinov2(field, error) from error
     finally:
-        transformers.logging.set_verbosity(verbosity)
+        logging.set_verbosity(verbosity)
 
 
 def _no_dinov2(field: str, error: Exception) -> UserError:

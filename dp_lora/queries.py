@@ -6,6 +6,7 @@ metric from the sum of all rows after noise was added to it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ DIRECTIONS = 8
 CLIPPED_SHARE = 0.05
 """Share of the images of the model that lie beyond the clipping radius."""
 
-_MEAN_WEIGHT, _SQUARE_WEIGHT, _COUNT_WEIGHT = 0.5, 0.8, 0.11**0.5
+_MEAN_WEIGHT, _SQUARE_WEIGHT, _COUNT_WEIGHT = 0.5, 0.8, math.sqrt(0.11)
 """Lengths of the parts of a row for the Frechet distance: their squares add up to 1."""
 
 _SIMULATIONS = 200
@@ -54,7 +55,7 @@ class FrechetFrame:
         self.directions = torch.linalg.svd(values - self.mean, full_matrices=False).Vh[:DIRECTIONS]
         norms = ((values - self.mean) @ self.directions.T).norm(dim=1)
         # The floor is for images that are all the same.
-        self.radius = max(float(norms.quantile(1 - CLIPPED_SHARE)), 1e-6)
+        self.radius: float = max(float(norms.quantile(1 - CLIPPED_SHARE)), 1e-6)
         self.upper = torch.triu_indices(len(self.directions), len(self.directions))
         self.multiplicity = (2.0 - (self.upper[0] == self.upper[1]).double()).sqrt()
         self.size = len(self.directions) + self.upper.shape[1] + 1
@@ -75,8 +76,8 @@ class FrechetFrame:
         root = _root(own.covariance)
         trace_of_root = torch.linalg.eigvalsh(root @ covariance @ root).clamp(min=0).sqrt().sum()
         traces = covariance.trace() + own.covariance.trace()
-        distance = (mean - own.mean).square().sum() + traces - 2 * trace_of_root
-        return max(0.0, float(distance)) * self.radius**2
+        distance = float((mean - own.mean).square().sum() + traces - 2 * trace_of_root)
+        return max(0.0, distance) * self.radius**2
 
     def number(self, sums: Tensor) -> float:
         """The number of images that sums [size] tell."""
@@ -103,12 +104,14 @@ def _non_negative(values: Tensor) -> Tensor:
     descending = values.sort(descending=True).values
     excess = (descending.cumsum(dim=0) - total) / torch.arange(1, len(values) + 1)
     kept = int((descending > excess).sum())
-    return (values - excess[max(kept, 1) - 1]).clamp(min=0)
+    lowered: Tensor = values - excess[max(kept, 1) - 1]
+    return lowered.clamp(min=0)
 
 
 def _root(matrix: Tensor) -> Tensor:
     eigenvalues, vectors = torch.linalg.eigh(matrix)
-    return (vectors * eigenvalues.clamp(min=0).sqrt()) @ vectors.T
+    root: Tensor = (vectors * eigenvalues.clamp(min=0).sqrt()) @ vectors.T
+    return root
 
 
 class AccuracyQuery(NamedTuple):
@@ -187,12 +190,19 @@ class Questions:
         one, part = self._parts(sums)[-1]
         return one.number(part)
 
-    def noise_deviations(self, sums: Tensor, noise_multiplier: float, seed: int) -> dict[str, float]:
-        """Standard deviation of each metric under the noise, simulated from the released sums alone."""
+    def noise_effects(self, sums: Tensor, noise_multiplier: float, seed: int) -> dict[str, dict[str, float]]:
+        """What the noise does to each metric, simulated from the released sums alone.
+
+        `deviation` is its standard deviation, `bias` what noise once more adds to the released value.
+        """
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(_SIMULATIONS, len(sums), generator=generator, dtype=torch.float64)
         drawn = [self.values(sums + noise_multiplier * row) for row in noise]
-        return {name: float(torch.tensor([values[name] for values in drawn]).std()) for name in drawn[0]}
+        effects = {}
+        for name, value in self.values(sums).items():
+            found = torch.tensor([values[name] for values in drawn], dtype=torch.float64)
+            effects[name] = {"deviation": float(found.std()), "bias": float(found.mean()) - value}
+        return effects
 
     def _parts(self, sums: Tensor) -> list[tuple[Query, Tensor]]:
         parts = torch.split(sums, [one.rows.shape[1] for one in self.asked])

@@ -48,6 +48,7 @@ from dp_lora.queries import (
     Query,
     Questions,
 )
+from dp_lora.spending import charge_release
 
 COVERS = (
     "The metrics that begin with dp_ in result.json: (epsilon, delta)-differentially private with respect to "
@@ -153,6 +154,7 @@ def evaluate_privately(
     for one in releases(folder):
         if one["inputs"] == inputs:
             return Evaluation(one["metrics"], one["metadata"])
+    charge_release(config, Mechanism(sigma, 1.0, 1), _delta(config), folder, len(releases(folder)))
     instruments = Instruments(evaluation, config.seed, torch.device(device), progress)
     questions, scores = _questions(generated, earlier, real, instruments)
     sums = noised_sum(questions.rows(), sigma, _randomness(config, inputs))
@@ -161,7 +163,7 @@ def evaluate_privately(
         "reference": {"split": evaluation.reference, "n": max(0, round(questions.number(sums)))},
         "n_note": "the number of reference images is read from the noised sum",
         **described(instruments),
-        "noise_deviation": questions.noise_deviations(sums, sigma, config.seed),
+        "noise": questions.noise_effects(sums, sigma, config.seed),
         "release": {"directions": DIRECTIONS, "clipped_share": CLIPPED_SHARE, "noise_multiplier": sigma},
         "private_metrics": [],
         "private_metrics_note": "",

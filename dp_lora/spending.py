@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from dp_lora.config import Config
 from dp_lora.errors import UserError
-from dp_lora.files import read_json, write_json
+from dp_lora.files import private_directory, read_json, write_json
 from dp_lora.job import OUTPUTS, check_writable
 from dp_lora.signals import Preempted
 
@@ -167,7 +167,7 @@ def charge_release(config: Config, mechanism: Mechanism, delta: float, folder: P
 
     if config.data.public:
         return
-    receipt, ledger = _receipt(config, folder), Ledger(ledger_path(config))
+    receipt, ledger = _receipt(config, private_directory(folder)), Ledger(ledger_path(config))
     _keep(folder, receipt)
     private = mechanism.noise_multiplier > 0 and config.privacy.insecure_seed is None
     mine = Charge(f"{receipt.run}-release-{number}", receipt.private_set, mechanism, delta, private)

@@ -7,7 +7,8 @@
 | `summary` | runs over seeds as settings: means, deviations, what the settings differ in |
 | `published` | figures of papers to stand beside, from `published.csv` |
 | `tables`, `curves`, `figures`, `page` | tables; values over steps; plots; the page |
-| `report` | all of these as files |
+| `bill` | what all runs on a private set spend together |
+| `report`, `dashboard` | all of these as files; a W&B workspace |
 | `plan`, `status`, `cancel` | what a sweep will take and spend; what it does; its end |
 
 `python -m sweeps` is the command; imports point from the bottom of this list to its top.

@@ -1,4 +1,4 @@
-"""The command `python -m sweeps`: plan, status, collect, report, cancel."""
+"""The command `python -m sweeps`: plan, status, collect, report, bill, dashboard, cancel."""
 
 from __future__ import annotations
 
@@ -47,8 +47,13 @@ def _parser() -> argparse.ArgumentParser:
     collect = commands.add_parser("collect", help="all runs as one tidy table, CSV and parquet")
     report = commands.add_parser("report", help="a page, tables and figures of each sweep")
     report.add_argument("--together", action="store_true", help="one report of all folders")
+    bill = commands.add_parser("bill", help="what all runs together spend on their private images")
+    dashboard = commands.add_parser("dashboard", help="a W&B workspace of each sweep; offline dashboard.json")
+    dashboard.add_argument("--entity", help="user or team in W&B; default: that of the API key")
     cancel = commands.add_parser("cancel", help="end the jobs of sweeps; their command continues them")
-    for command, function in ((status, _status), (collect, _collect), (report, _report), (cancel, _cancel)):
+    functions = ((status, _status), (collect, _collect), (report, _report), (bill, _bill),
+                 (dashboard, _dashboard), (cancel, _cancel))  # fmt: skip
+    for command, function in functions:
         required = "+" if command is cancel else "*"
         command.add_argument("folders", nargs=required, type=Path, metavar="FOLDER",
                              help="of a sweep, of sweeps or of runs; default: outputs/sweeps")  # fmt: skip
@@ -84,8 +89,9 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _collect(arguments: argparse.Namespace) -> int:
+    from sweeps.bill import bill
     from sweeps.collect import collect, write_frame
-    from sweeps.folders import DEFAULT, find
+    from sweeps.folders import DEFAULT, directories, find
 
     sweeps = find(arguments.folders)
     rows = collect(sweeps, mixed=arguments.mixed)
@@ -94,7 +100,10 @@ def _collect(arguments: argparse.Namespace) -> int:
     if path.suffix != ".csv" or not path.parent.is_dir():
         raise UserError(f"--out {path}: expected a file that ends in .csv, in a folder that exists")
     done = sum(row["state"] == "done" for row in rows)
+    # Before anything is written: it refuses what `collect` has no eye for.
+    spent = bill(directories(sweeps)).lines()
     print(f"{done} of {len(rows)} runs are done: {' '.join(map(str, write_frame(rows, path)))}")
+    print("\n".join(spent))
     return 0
 
 
@@ -114,6 +123,23 @@ def _report(arguments: argparse.Namespace) -> int:
         out = arguments.out or part[0].folder
         print(build(part, out, mixed=arguments.mixed))
         print(f"{out / 'report.html'}")
+    return 0
+
+
+def _bill(arguments: argparse.Namespace) -> int:
+    from sweeps.bill import bill
+    from sweeps.folders import directories, find
+
+    print("\n".join(bill(directories(find(arguments.folders))).lines()))
+    return 0
+
+
+def _dashboard(arguments: argparse.Namespace) -> int:
+    from sweeps.dashboard import dashboard
+    from sweeps.folders import directories, find
+
+    for sweep in find(arguments.folders):
+        print(dashboard(sweep.folder, directories([sweep]), arguments.entity))
     return 0
 
 

@@ -153,6 +153,11 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
+def directories(sweeps: Iterable[Sweep]) -> list[Path]:
+    """The run directories of these sweeps, each once."""
+    return list(dict.fromkeys(cell.directory for sweep in sweeps for cell in sweep.cells))
+
+
 def runs(folders: Iterable[Path]) -> list[Path]:
     """The run directories in these folders of experiments."""
     return sorted(path.parent for folder in folders for path in folder.glob("*/status.json"))

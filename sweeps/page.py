@@ -18,7 +18,7 @@ from sweeps.summary import Summary
 MOST_IMAGES = 24
 IMAGE_SIDE = 420
 """Of a shown grid of samples, in pixels, at most."""
-IMAGE_BYTES = 1_200_000
+IMAGE_BYTES = 800_000
 """Of all grids together; the page stays below 3 MB."""
 
 

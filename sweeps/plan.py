@@ -81,12 +81,14 @@ def spending(configs: Sequence[Config]) -> list[str]:
 
     >>> from dp_lora.config import Config, DataConfig
     >>> spending([Config(data=DataConfig(name="mnist5k"))] * 3)
-    ['privacy on mnist5k: 3 runs at epsilon 10; if all are released, at most epsilon 30 at delta 3e-05']
+    ['privacy on mnist: 3 runs at epsilon 10; if all are released, at most epsilon 30 at delta 3e-05']
     """
+    from dp_lora.spending import private_set
+
     sets: dict[str, list[Config]] = {}
     for config in configs:
         if not config.data.public:
-            sets.setdefault(config.data.name, []).append(config)
+            sets.setdefault(private_set(config.data.name), []).append(config)
     return [f"privacy on {name}: {_spent(mine)}" for name, mine in sets.items()]
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from dp_lora.files import write_atomic
 from sweeps import figures, tables
+from sweeps.bill import bill
 from sweeps.collect import Row, collect, mixtures, write_frame
 from sweeps.curves import curves
-from sweeps.folders import Sweep, read, seen_from_here
+from sweeps.folders import Sweep, directories, read, seen_from_here
 from sweeps.page import page
 from sweeps.summary import Summary, summarise
 
@@ -41,14 +42,15 @@ def build(sweeps: Sequence[Sweep], out: Path, *, ended: bool = False, mixed: boo
     summary = summarise(rows)
     title = ", ".join(sweep.folder.resolve().name for sweep in sweeps)
     rebuild = _rebuild(sweeps, mixed=bool(mixtures(rows)))
+    spent = bill(directories(sweeps)).lines()
     charts = figures.charts(summary, curves(summary.groups))
     table = tables.main_table(summary, " && ".join(rebuild.splitlines()))
-    text = _markdown(title, summary, table)
+    text = _markdown(title, summary, table, spent)
     content: dict[str, str | bytes] = {
         "table.md": text,
         "table.tex": f"% {'; '.join(rebuild.splitlines())}\n{table.latex()}",
         "table.csv": tables.as_csv(summary),
-        "report.html": page(title, summary, charts, (), rebuild),
+        "report.html": page(title, summary, charts, spent, rebuild),
     }
     drawing = figures.printed(charts)
     if drawing is not None:
@@ -67,13 +69,15 @@ def _rebuild(sweeps: Sequence[Sweep], *, mixed: bool) -> str:
     return "\n".join([*commands, shlex.join([*words, *(["--mixed"] if mixed else [])])])
 
 
-def _markdown(title: str, summary: Summary, table: tables.Table) -> str:
+def _markdown(title: str, summary: Summary, table: tables.Table, spent: Sequence[str]) -> str:
     further, published = tables.other_metrics(summary), tables.published_table(summary)
-    parts = [f"## {title}: {summary.counted} runs", table.markdown()]
+    bill_lines = "\n".join(f"- {line}" for line in spent)
+    parts = [f"## {title}: {summary.counted} runs", table.markdown(), "### Privacy bill", bill_lines]
     if further is not None:
         parts += ["### Further metrics", further.markdown()]
     if published is not None:
         parts += ["### Published figures", published.markdown()]
+    parts += ["### Privacy bill", "\n".join(f"- {line}" for line in spent)]
     odd = [f"- {_said(row)}" for row in summary.rows if row["state"] != "done"]
     return "\n\n".join([*parts, *(["### Runs that are not done", "\n".join(odd)] if odd else [])]) + "\n"
 

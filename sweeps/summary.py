@@ -52,7 +52,7 @@ class Stat:
         if self.std is None or not math.isfinite(self.mean):
             return number(self.mean)
         digits = decimals(self.mean)
-        return f"{self.mean:.{digits}f} ± {self.std:.{digits}f}"
+        return f"{self.mean:,.{digits}f} ± {self.std:,.{digits}f}"
 
 
 def number(value: float | None) -> str:

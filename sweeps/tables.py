@@ -182,8 +182,10 @@ def notes(summary: Summary, used: set[Figure], command: str | None) -> tuple[str
     if any(row["reproducible_noise"] for row in done):
         lines.append("none: no guarantee, the noise of these runs came from a seed")
     seeds = sorted({row["seed"] for row in done if row["seed"] is not None})
-    if seeds:
+    if len(seeds) > 1:
         lines.append(f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}")
+    elif seeds:
+        lines.append(f"one run a setting, seed {seeds[0]}")
     lines += _measured(done)
     if any(row["private_metrics"] for row in done):
         lines.append(PRIVATE_MEANS)

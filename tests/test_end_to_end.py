@@ -17,6 +17,7 @@ from conftest import words
 from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 from test_data import write_parquet
+from test_notebooks import executed
 
 from dp_lora import sample
 from dp_lora.__main__ import main
@@ -163,6 +164,12 @@ def test_the_card_states_the_guarantee(whole: Path) -> None:
     assert "NO privacy guarantee" not in card
 
 
+def test_the_notebook_of_a_run_shows_it(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = executed("single_run", monkeypatch, DP_LORA_RUN=whole)
+    for expected in ("does not cover", "1 run, 4 steps on the same images", "accuracy_cnn", "image/png"):
+        assert expected in shown
+
+
 def _content(directory: Path) -> dict[str, str]:
     return {
         str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -177,6 +184,7 @@ def test_a_second_call_does_nothing(whole: Path, dp_lora: Callable[..., Path], c
     assert _content(whole) == before
     said = capsys.readouterr()
     assert said.err.count("done already") == 3 and "epsilon" in said.out and str(whole) in said.out
+    assert "accuracy_cnn *" in said.out and "* computed on private data; releasing it is not" in said.out
     # The same run in other words.
     assert dp_lora(*WHOLE, "privacy.epsilon=10.0", "resources.threads=1", name="whole") == whole
 

@@ -9,6 +9,11 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from sweep_folder import grid, write_sweep
+
+from sweeps.bill import bill
+from sweeps.collect import collect, write_frame
+from sweeps.folders import read
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -35,3 +40,15 @@ def executed(name: str, monkeypatch: pytest.MonkeyPatch, **parameters: Path) -> 
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert not [output for output in outputs if output.get("name") == "stderr"], "a warning is an error"
     return json.dumps(outputs)
+
+
+def test_the_notebook_of_an_ablation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_sweep(tmp_path, "rank", grid(lora__rank=[4, 8], seed=[0, 1, 2]), ["done"] * 5 + ["failed"])
+    rows = collect([read(folder)])
+    write_frame(rows, tmp_path / "runs.csv")
+    shown = executed("ablation", monkeypatch, DP_LORA_FRAME=tmp_path / "runs.csv")
+    for expected in ("lora.rank", "image/png", "on the same images", "accuracy_cnn", "failed"):
+        assert expected in shown
+    # Without the directories the bill is the one that they give.
+    private = bill([cell.directory for cell in read(folder).cells])
+    assert json.dumps(private.sets[0].lines()[1])[1:-1] in shown

@@ -102,9 +102,9 @@ def test_without_noise_the_sums_tell_accuracy_and_number() -> None:
 
 def test_without_noise_and_clipping_the_distance_is_frechet_s(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(queries, "CLIPPED_SHARE", 0.0)
-    generated, held_out = features(300, 12, seed=0), features(200, 12, seed=1) * 0.5 + 0.1
+    generated, held_out = features(300, 6, seed=0), features(200, 6, seed=1) * 0.5 + 0.1
     frame = FrechetFrame(torch.cat([generated, held_out]))
-    assert len(frame.directions) == 12
+    assert len(frame.directions) == 6
 
     def moments(values: Tensor) -> tuple[Tensor, Tensor]:
         # The covariances of sums divide by n in place of n - 1.
@@ -202,14 +202,14 @@ def config(tiny: Callable[..., Config]) -> Config:
 def test_a_release_meets_its_budget_and_is_near_what_it_hides(config: Config, tmp_path: Path) -> None:
     real = splits(300)
     said: list[str] = []
-    inverted = Images(255 - real.validation.images, real.validation.labels)
+    dark = Images(real.validation.images // 16, real.validation.labels)
 
     def run() -> Evaluation:
         return evaluate_privately(
             real.validation,
             real,
             config,
-            before=inverted,
+            before=dark,
             folder=tmp_path,
             device="cpu",
             progress=said.append,
@@ -223,7 +223,7 @@ def test_a_release_meets_its_budget_and_is_near_what_it_hides(config: Config, tm
     spent, more = (epsilon([Mechanism(factor * sigma, 1.0, 1)], 1e-4).epsilon for factor in (1, 0.98))
     assert spent <= 10 < more
     # Five deviations of the noise: a false failure has probability below 1e-6 for each.
-    deviation = metadata["noise_deviation"]["dp_accuracy_cnn"]
+    deviation = metadata["noise"]["dp_accuracy_cnn"]["deviation"]
     assert 0 < deviation < 0.05 and metrics["dp_accuracy_cnn"] > 0.9 - 5 * deviation
     assert abs(metadata["reference"]["n"] - 300) < 5 * sigma / (0.5 * 0.11) ** 0.5
     assert not any("300" in line for line in said)

@@ -95,8 +95,9 @@ def test_watching_ends_with_the_last_cell(sweep: Path, capsys: Any) -> None:
 def test_collect_writes_one_table_of_all_sweeps(sweep: Path, tmp_path: Path, capsys: Any) -> None:
     write_sweep(tmp_path / "outputs", "more", grid(seed=[5]))
     assert main(["collect"]) == 0
-    said = capsys.readouterr().out
-    assert said == "2 of 5 runs are done: outputs/sweeps/runs.csv outputs/sweeps/runs.parquet\n"
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "2 of 5 runs are done: outputs/sweeps/runs.csv outputs/sweeps/runs.parquet"
+    assert said[1] == "mnist: 4 runs, 242 steps on the same images"
     assert main(["collect", "outputs/default", "--out", "all.csv"]) == 0
     assert len((tmp_path / "all.csv").read_text().splitlines()) == 1 + 4
 
@@ -219,7 +220,7 @@ def test_a_plan_says_what_all_runs_spend(planned: Callable[..., tuple[int, str]]
     answer, said = planned("sweep=epsilon", "epsilon=eps1,inf", "seed=0,1")
     assert answer == 0
     assert (
-        "privacy on mnist5k: 2 runs at epsilon 1, 2 runs without any privacy; if all are released, at most "
+        "privacy on mnist: 2 runs at epsilon 1, 2 runs without any privacy; if all are released, at most "
         "epsilon 2 at delta 2e-05, and what the other 2 spend\n"
     ) in said
     assert said.splitlines()[-1] == "4 cells, 4 to run; no finished run to go by; nothing was submitted"

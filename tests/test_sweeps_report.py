@@ -234,6 +234,7 @@ def test_curves_are_thinned_and_keep_their_end(tmp_path: Path) -> None:
 def test_a_report_is_all_its_files(sweep: Path) -> None:
     text = write(sweep)
     assert set(FILES) < {path.name for path in sweep.iterdir()}
+    assert "### Privacy bill\n\n- mnist: 5 runs, 361 steps on the same images\n" in text
     assert (sweep / "table.md").read_text() == text and text.startswith("## rank: 4 of 6 runs\n")
     assert "- lora.rank=8 seed=1: failed, OutOfMemoryError\n- lora.rank=8 seed=2: missing\n" in text
     assert (sweep / "figure.pdf").read_bytes().startswith(b"%PDF-")

@@ -206,7 +206,8 @@ def two_starts(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tracker.privacy({"epsilon": 9.99, "delta": 1e-5, "target_epsilon": math.inf, "covers": ["weights"]})
         tracker.images("samples", directory / "samples.png")
         metrics = {"accuracy_cnn": 0.8, "accuracy_cnn_before": 0.1, "accuracy_cnn_real": 0.95}
-        tracker.result({"metrics": metrics, "n_samples": 100, "seconds": {"finetune": 3.0}})
+        marks = {"private_metrics": ["accuracy_cnn"], "private_metrics_note": "not covered"}
+        tracker.result({"metrics": metrics, "n_samples": 100, "seconds": {"finetune": 3.0}, **marks})
         tracker.adapter(directory / "adapter", also_offline=True)
         print("text of the console")
     return directory
@@ -242,10 +243,13 @@ def test_wandbs_summary_has_the_privacy_and_the_metrics(two_starts: Path) -> Non
     assert run.summary["privacy"] == {"epsilon": 9.99, "delta": 1e-5, "target_epsilon": "inf"}
     assert run.summary["accuracy_cnn"] == 0.8
     assert run.summary["result"]["seconds"] == {"finetune": 3.0}
+    assert run.summary["result"]["private_metrics"] == "accuracy_cnn"
+    assert run.summary["result"]["private_metrics_note"] == "not covered"
     assert f"adapter-{RUN_ID}" in run.artifacts
     media = next(item for item in run.history if "stage" not in item)
     assert media["samples._type"] == "image-file"
-    assert (media["baselines.ncols"], media["baselines.nrows"]) == (4, 1)
+    # metric, value, two baselines, and the note on what no epsilon covers
+    assert (media["baselines.ncols"], media["baselines.nrows"]) == (5, 1)
     assert any(path.startswith("media/images/samples") for path in run.files)
 
 

@@ -141,6 +141,7 @@ def test_offline_starts_are_synced_into_one_run(backend: Backend, tmp_path: Path
         capture_output=True,
         text=True,
         timeout=120,
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     run = backend.runs["dp-lora", RUN_ID]

@@ -144,7 +144,7 @@ def renyi_divergences(mechanisms: Sequence[Mechanism]) -> npt.NDArray[np.float64
     merged = _merged(mechanisms)
     if any(m.noise_multiplier == 0 for m in merged):
         return np.full(len(ORDERS), math.inf)
-    return np.sum([np.zeros(len(ORDERS)), *map(_rdp_of, merged)], axis=0)
+    return np.asarray(np.sum([np.zeros(len(ORDERS)), *map(_rdp_of, merged)], axis=0))
 
 
 def epsilon_of_divergences(divergences: npt.NDArray[np.float64], delta: float) -> float:

@@ -131,7 +131,7 @@ def expected_runs_of(gamma: float, eta: float) -> float:
     """
     if eta == 0:
         return (1 / gamma - 1) / math.log(1 / gamma)
-    return eta * (1 - gamma) / (gamma * (1 - gamma**eta))
+    return eta * (1 - gamma) / (gamma * (1 - math.pow(gamma, eta)))
 
 
 def gamma_of(expected_runs: float, eta: float) -> float:

@@ -238,8 +238,10 @@ class Drive:
 
         try:
             print(write(self.ledger.folder), flush=True)
+            where = str(self.ledger.folder / "report.html")
         except UserError as error:
             # The runs are over, whatever somebody did to their files.
+            where = "without a report"
             _say(f"no report: {error}")
         if self.failed:
             for cell, how in self.failed.items():
@@ -248,7 +250,7 @@ class Drive:
                 f"{len(self.failed)} of {len(self.cells)} cells failed; the same command submits them again, "
                 "and nothing else"
             )
-        _say(f"all {len(self.cells)} cells are done; {self.ledger.folder / 'report.html'}")
+        _say(f"all {len(self.cells)} cells are done; {where}")
 
     def _failure(self, cell: Cell, how: str) -> str:
         """What is known of a failed cell: SLURM's word, its last lines, the command that tries again."""

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from dp_lora.config import Config, run_directory
 from dp_lora.files import append_line, read_json, write_atomic, write_json
 from dp_lora.signals import listening
@@ -62,7 +64,14 @@ def counting(config: Config, words: Sequence[str]) -> None:
             if step == 3 and fate:
                 _meet(fate)
     (directory / "adapter").mkdir(exist_ok=True)
-    write_json(directory / "privacy.json", {"epsilon": 1.0, "delta": 1e-5, "steps": step})
+    privacy = {
+        "epsilon": 1.0, "target_epsilon": config.privacy.epsilon, "delta": config.privacy.delta,
+        "steps": step, "planned_steps": step, "complete": True, "noise_multiplier": 1.0, "sample_rate": 0.04,
+        "expected_batch_size": 60, "noise_multiplicity": config.privacy.noise_multiplicity,
+        "reproducible_noise": False,
+    }  # fmt: skip
+    write_json(directory / "privacy.json", privacy)
+    write_atomic(directory / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
     write_json(directory / "result.json", {"metrics": {"steps": step}, "seed": config.seed, "state": state})
     write_json(directory / "status.json", {"state": "done"})
 
