@@ -21,7 +21,13 @@ from omegaconf import OmegaConf, open_dict
 from slurm.jobs import counted, starts
 
 from dp_lora.__main__ import main
-from dp_lora.config import ResourcesConfig, config_directory, fingerprint, run_directory
+from dp_lora.config import (
+    ResourcesConfig,
+    config_directory,
+    fingerprint,
+    from_omegaconf,
+    run_directory,
+)
 from dp_lora.errors import Busy, UserError
 from dp_lora.files import read_json, write_json
 from hydra_plugins.dp_lora_launcher import _node, _slurm
@@ -92,14 +98,49 @@ def test_composing_in_parts_is_composing(given: list[str], loaders: tuple[Any, A
         assert OmegaConf.to_container(part, resolve=True) == OmegaConf.to_container(whole, resolve=True)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["epsilon=eps1", "lora_rank=r4", "seed=3"],
+        ["lora.rank=12", "privacy.epsilon=3", "train.learning_rate=1", "train.microbatch=16"],
+        ["train=long", "train.max_steps=null", "train.epochs=2.5", "trainable.components=[lora]"],
+        ["sweep=rank", "tracking.group=mine", "paths.outputs=here", "tracking.tags=[a,b]"],
+        ["data=imagefolder", "data.source=images"],
+        ['model.prompt="a {} in ${experiment}"', "experiment=mnist"],
+        [],
+    ],
+)
+def test_converting_in_parts_is_converting(given: list[str], loaders: tuple[Any, Any]) -> None:
+    loader, master = loaders
+    composer = Composer(loader)
+    for _ in range(2):
+        whole = loader.load_sweep_config(master, given)
+        with open_dict(whole):
+            del whole["hydra"]
+        assert composer.config(master, given) == from_omegaconf(whole)
+
+
+def test_what_is_converted_in_parts_is_checked_and_its_own(loaders: tuple[Any, Any]) -> None:
+    loader, master = loaders
+    composer = Composer(loader)
+    composer.config(master, ["trainable.components=[lora]"]).trainable.components.append("bias")
+    assert composer.config(master, ["trainable.components=[lora]"]).trainable.components == ["lora"]
+    with pytest.raises(UserError, match=r"lora\.rank=0"):
+        composer.config(master, ["lora.rank=0"])
+    with pytest.raises(UserError, match="did you mean 'lora'"):
+        composer.config(master, ["trainable.components=[lorra]"])
+
+
 @pytest.mark.parametrize("given", [["seed=x"], ["lora.rnk=3"], ["epsilon=eps11"], ["lora.rank=[1]"]])
 def test_composing_in_parts_refuses_what_hydra_refuses(given: list[str], loaders: tuple[Any, Any]) -> None:
     loader, master = loaders
     with pytest.raises(Exception) as whole:  # noqa: PT011 - whichever Hydra raises
         loader.load_sweep_config(master, given)
-    with pytest.raises(type(whole.value)) as part:
-        Composer(loader).load_sweep_config(master, given)
-    assert str(part.value) == str(whole.value)
+    composer = Composer(loader)
+    for call in (composer.load_sweep_config, composer.config):
+        with pytest.raises(type(whole.value)) as part:
+            call(master, given)
+        assert str(part.value) == str(whole.value)
 
 
 # Requests

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import pickle
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +15,10 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from dp_lora.config import Config, from_omegaconf, run_directory
+from dp_lora.config import Config, check, from_omegaconf, run_directory
 from dp_lora.errors import UserError
 from dp_lora.files import read_json
 from dp_lora.job import OUTPUTS
@@ -61,6 +63,9 @@ class Composer:
         self._loader = loader
         self._parser = OverridesParser.create(config_loader=loader)
         self._composed: dict[tuple[str, ...], DictConfig] = {}
+        self._converted: dict[tuple[str, ...], bytes | None] = {}
+        self._references: dict[tuple[str, ...], set[str]] = {}
+        self._typed: dict[tuple[str, str], Any] = {}
         self._parsed: dict[str, Override] = {}
         self._groups: dict[str, bool] = {}
 
@@ -70,12 +75,7 @@ class Composer:
     def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
         """What Hydra's own loader gives, without its node `hydra`."""
         presets, values = self._split(sweep_overrides)
-        key = tuple(presets)
-        if key not in self._composed:
-            self._composed[key] = self._loader.load_sweep_config(master_config, presets)
-            with open_dict(self._composed[key]):
-                del self._composed[key]["hydra"]
-        config = copy.deepcopy(self._composed[key])
+        config = copy.deepcopy(self._of_presets(master_config, tuple(presets)))
         try:
             for name, value in values:
                 OmegaConf.update(config, name, value, merge=True)
@@ -84,6 +84,62 @@ class Composer:
             self._loader.load_sweep_config(master_config, sweep_overrides)
             raise
         return config
+
+    def config(self, master_config: DictConfig, words: Sequence[str]) -> Config:
+        """`from_omegaconf` of what `load_sweep_config` gives, and as checked.
+
+        Each choice of presets is converted once, and single values are set on copies of that.
+        """
+        presets, values = self._split(words)
+        key = tuple(presets)
+        base = self._base(master_config, key)
+        if base is None or not all(self._stands_alone(key, name, value) for name, value in values):
+            return from_omegaconf(self.load_sweep_config(master_config, list(words)))
+        config: Config = pickle.loads(base)
+        for name, value in values:
+            *path, field = name.split(".")
+            owner: Any = config
+            for part in path:
+                owner = getattr(owner, part)
+            setattr(owner, field, copy.copy(self._typed[name, repr(value)]))
+        check(config)
+        return config
+
+    def _of_presets(self, master: DictConfig, presets: tuple[str, ...]) -> DictConfig:
+        if presets not in self._composed:
+            composed = self._loader.load_sweep_config(master, list(presets))
+            with open_dict(composed):
+                del composed["hydra"]
+            self._composed[presets] = composed
+        return self._composed[presets]
+
+    def _base(self, master: DictConfig, presets: tuple[str, ...]) -> bytes | None:
+        """The converted configuration, pickled; None where it is none without further values."""
+        if presets not in self._converted:
+            composed = self._of_presets(master, presets)
+            try:
+                self._converted[presets] = pickle.dumps(from_omegaconf(composed))
+            except UserError:
+                self._converted[presets] = None
+            self._references[presets] = set(re.findall(r"\$\{([\w.]+)", OmegaConf.to_yaml(composed)))
+        return self._converted[presets]
+
+    def _stands_alone(self, presets: tuple[str, ...], name: str, value: Any) -> bool:
+        """Whether the value is of its field's type and no other field is made from it."""
+        near = (ref for ref in self._references[presets] if f"{ref}.".startswith(f"{name}."))
+        if any(near) or isinstance(value, dict) or "${" in repr(value):
+            return False
+        if (name, repr(value)) not in self._typed:
+            scratch = OmegaConf.structured(Config)
+            try:
+                OmegaConf.update(scratch, name, value, merge=True)
+                typed = OmegaConf.select(scratch, name)
+            except OmegaConfBaseException:
+                return False
+            self._typed[name, repr(value)] = (
+                OmegaConf.to_container(typed) if isinstance(typed, ListConfig) else typed
+            )
+        return not isinstance(self._typed[name, repr(value)], DictConfig)
 
     def _split(self, words: Sequence[str]) -> tuple[list[str], list[tuple[str, Any]]]:
         """The words that choose presets or only Hydra can apply, and the names and values of the rest."""
@@ -118,7 +174,7 @@ def compose_cells(
     """
     cells: dict[Path, Cell] = {}
     for number, words in enumerate(job_words, start=first):
-        config = from_omegaconf(loader.load_sweep_config(master, list(words)))
+        config = loader.config(master, words)
         if config.stages == ["pretrain"]:
             raise UserError("stages=['pretrain']: a sweep makes its models by itself; expected other stages")
         for name in ("outputs", "cache", "data"):

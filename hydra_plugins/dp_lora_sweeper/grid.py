@@ -50,6 +50,13 @@ class GridSweeper(BasicSweeper):
             finally:
                 self.config = given
 
+    def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
+        """Composes all jobs, unless the launcher does so itself before any of them starts."""
+        from hydra_plugins.dp_lora_launcher.launcher import SweepLauncher
+
+        if not isinstance(self.launcher, SweepLauncher):
+            super().validate_batch_is_legal(batch)
+
     def split_arguments(  # type: ignore[override]  # there it is static, and called on the instance
         self, overrides: list[Override], max_batch_size: int | None
     ) -> list[list[list[str]]]:
