@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from dp_lora.files import write_atomic
+from dp_lora.files import read_json, write_atomic, write_json
 from sweeps import figures, tables
 from sweeps.bill import bill
 from sweeps.collect import Row, collect, mixtures, write_frame
@@ -16,7 +18,7 @@ from sweeps.page import page
 from sweeps.summary import Summary, summarise
 
 FILES = ("report.html", "table.md", "table.tex", "table.csv", "figure.pdf", "figure.png", "runs.csv",
-         "runs.parquet")  # fmt: skip
+         "runs.parquet", "provenance.json")  # fmt: skip
 """What a report consists of; the figure where a run is done, parquet where pyarrow is."""
 
 
@@ -58,8 +60,31 @@ def build(sweeps: Sequence[Sweep], out: Path, *, ended: bool = False, mixed: boo
     out.mkdir(parents=True, exist_ok=True)
     for name, value in content.items():
         write_atomic(out / name, value)
+    write_json(out / "provenance.json", provenance(sweeps, rebuild))
     write_frame(rows, out / "runs.csv")
     return text
+
+
+def provenance(sweeps: Sequence[Sweep], rebuild: str) -> dict[str, Any]:
+    """Where the numbers come from: commands, and each code version, package, machine and time of the runs."""
+    paths = [directory / "provenance.json" for directory in directories(sweeps)]
+    records = [read_json(path) for path in paths if path.exists()]
+
+    def different(name: str) -> list[Any]:
+        found = (record.get(name) for record in records)
+        return [
+            json.loads(text) for text in dict.fromkeys(json.dumps(value, sort_keys=True) for value in found)
+        ]
+
+    return {
+        "commands": rebuild.splitlines(),
+        "runs": len(records),
+        "git": different("git"),
+        "versions": different("versions"),
+        "hardware": different("hardware"),
+        "start": min((record["start"] for record in records if record.get("start")), default=None),
+        "end": max((record["end"] for record in records if record.get("end")), default=None),
+    }
 
 
 def _rebuild(sweeps: Sequence[Sweep], *, mixed: bool) -> str:
@@ -77,7 +102,6 @@ def _markdown(title: str, summary: Summary, table: tables.Table, spent: Sequence
         parts += ["### Further metrics", further.markdown()]
     if published is not None:
         parts += ["### Published figures", published.markdown()]
-    parts += ["### Privacy bill", "\n".join(f"- {line}" for line in spent)]
     odd = [f"- {_said(row)}" for row in summary.rows if row["state"] != "done"]
     return "\n\n".join([*parts, *(["### Runs that are not done", "\n".join(odd)] if odd else [])]) + "\n"
 

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from sweep_folder import grid, write_sweep
+from sweep_folder import SHA, grid, write_sweep
 
 from dp_lora.errors import UserError
+from dp_lora.files import read_json
 from sweeps import figures, published, tables
 from sweeps.collect import collect
 from sweeps.curves import MOST_POINTS, curves
@@ -243,6 +244,9 @@ def test_a_report_is_all_its_files(sweep: Path) -> None:
     page = (sweep / "report.html").read_text()
     assert len(page) < 3_000_000 and "A partial report: 4 of 6 runs are done, 1 failed, 1 missing." in page
     assert "\\toprule" in (sweep / "table.tex").read_text()
+    origin = read_json(sweep / "provenance.json")
+    assert origin["commands"][-1].startswith("python -m sweeps report") and origin["runs"] >= 1
+    assert [record["sha"] for record in origin["git"]] == [SHA]
 
 
 def test_what_a_page_shows_is_text_and_never_markup(tmp_path: Path) -> None:
