@@ -171,7 +171,7 @@ def privacy_profile(
         delta: the order of magnitude at which the bounds are to be tight.
 
     >>> bounds = privacy_profile(Mechanism(1.4899, 4096 / 50000, 1000), np.array([0.0, 9.98]), 1e-5)
-    >>> 0.9 < bounds[0] < 1, 0.9e-5 < bounds[1] < 1.1e-5
+    >>> bool(0.5 < bounds[0] < 0.9), bool(0.9e-5 < bounds[1] < 1.1e-5)
     (True, True)
     """
     _check_delta(delta)
