@@ -43,7 +43,7 @@ from dp_lora.privacy.audit import (
 from dp_lora.privacy.plan import PrivacyPlan
 from dp_lora.privacy.randomness import Randomness
 from dp_lora.progress import Progress
-from dp_lora.run import _model, finetuned_model
+from dp_lora.run import finetuned_model, model_before
 
 
 def audit(directory: Path, options: Options) -> dict[str, Any]:
@@ -210,7 +210,7 @@ def _train(job: Job, options: Options, folder: Path) -> Trained:
     config, key = job.config, folder / "key"
     if not key.exists():
         write_atomic(key, Randomness.from_system().key, mode=0o600)
-    model = _model(job)
+    model = model_before(job)
     adapters.attach(model, config.trainable.components, config.lora, seed=config.seed)
     return train_with_canaries(
         config,
@@ -237,7 +237,7 @@ def _membership(job: Job, options: Options) -> dict[str, Any]:
     """How well the adapter tells private training images from others. Private."""
     config = job.config
     parts = [draw(images, options.images, config.seed) for images in (job.images.train, job.images.test)]
-    models = _model(job), finetuned_model(job)
+    models = model_before(job), finetuned_model(job)
     total = 2 * sum(len(images) for images in parts)
     with Progress(total, "membership", mode=config.tracking.progress, unit="image") as progress:
         members, others = (

@@ -161,7 +161,7 @@ def _timed(job: Job, stage: str) -> Iterator[None]:
         job.seconds[stage] = float(f"{taken:.2g}")
 
 
-def _model(job: Job) -> LatentDiffusion:
+def model_before(job: Job) -> LatentDiffusion:
     """The pre-trained model on the job's device, conditioned on the classes of the private data."""
     import torch
 
@@ -199,7 +199,7 @@ def _train(
     from dp_lora.finetune import finetune
 
     config, train = job.config, job.images.train
-    model = _model(job)
+    model = model_before(job)
     adapters.attach(model, config.trainable.components, config.lora, seed=config.seed)
     if team.first:
         spends = "; ".join(" ".join(line.split()) for line in _guarantee(job))
@@ -287,7 +287,7 @@ def _before(job: Job) -> Samples:
     from dp_lora.models import digest
     from dp_lora.provenance import versions
 
-    model, config = _model(job), job.config
+    model, config = model_before(job), job.config
     packages = versions()
     key = {
         "before": digest(model),
@@ -313,7 +313,7 @@ def _evaluate(job: Job, tracker: Tracker) -> None:
     config = job.config
     with _timed(job, "evaluate"):
         evaluation = _released(job, tracker) if config.evaluation.release == "dp" else _compared(job)
-    model = _model(job)
+    model = model_before(job)
     adapters.attach(model, config.trainable.components, config.lora, seed=config.seed)
     tracker.result(
         {
