@@ -240,7 +240,8 @@ def test_the_record_composes_the_releases_with_the_training(config: Config, tmp_
     training = {"noise_multiplier": 2.0, "sample_rate": 0.1, "steps": 50, "delta": 1e-5}
     keep(tmp_path, "one", sigma, shown)
     once = release_record(training, config, tmp_path)
-    assert 0.99 < once["epsilon"] <= 1 == once["target_epsilon"] and once["delta"] == 1e-4
+    assert 0.99 < once["epsilon"] <= 1 and once["delta"] == 1e-4
+    assert once["target_epsilon"] == config.evaluation.release_epsilon
     alone = epsilon([Mechanism(2.0, 0.1, 50)], 1e-5).epsilon
     released = epsilon([Mechanism(sigma, 1.0, 1)], 1e-5).epsilon
     assert max(alone, released) < once["with_training"]["epsilon"] <= alone + released

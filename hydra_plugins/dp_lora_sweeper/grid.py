@@ -93,13 +93,14 @@ def jobs(cells: Sequence[Mapping[str, str]], choices: Mapping[str, Sequence[str]
             raise UserError(
                 f"{name}={','.join(values)}: no cell of this sweep has it; expected some of {', '.join(said)}"
             )
-    found: dict[tuple[str, ...], None] = {}
+    found: dict[frozenset[str], list[str]] = {}
     for cell in kept:
         open_names = [name for name in choices if name not in cell]
         for values in itertools.product(*(choices[name] for name in open_names)):
-            words = {**cell, **dict(zip(open_names, values, strict=True))}
-            found[tuple(f"{name}={value}" for name, value in words.items())] = None
-    return [list(words) for words in found]
+            chosen = {**cell, **dict(zip(open_names, values, strict=True))}
+            words = [f"{name}={value}" for name, value in chosen.items()]
+            found.setdefault(frozenset(words), words)
+    return list(found.values())
 
 
 def _choices(overrides: Sequence[Override]) -> dict[str, list[str]]:
