@@ -365,6 +365,8 @@ class _Mirror:
                 return
             _log.warning("W&B cannot be reached (%s); its record stays in this run's wandb/", _brief(error))
             self.mode = "offline"
+            # Its service still holds the run that could not begin, and would refuse the same one offline.
+            _end_service()
             self._start(directory, config, run_id, name)
 
     @staticmethod

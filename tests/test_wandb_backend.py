@@ -182,7 +182,9 @@ def test_a_backend_that_is_away_leaves_an_offline_run(tmp_path: Path) -> None:
     with serving() as gone:
         pass
     root = Path(__file__).parent.parent
-    environment = {"WANDB_BASE_URL": gone.url, "WANDB_API_KEY": KEY, "PYTHONPATH": str(root)}
+    environment = {
+        "WANDB_BASE_URL": gone.url, "WANDB_API_KEY": KEY, "WANDB_MODE": "online", "PYTHONPATH": str(root)
+    }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", AWAY, str(tmp_path), str(root / "tests")], capture_output=True, text=True,
         timeout=120, env={**os.environ, **environment},
