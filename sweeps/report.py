@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dp_lora.files import read_json, write_atomic, write_json
+from dp_lora.files import write_atomic, write_json
 from sweeps import figures, tables
 from sweeps.bill import bill
 from sweeps.collect import Row, collect, mixtures, write_frame
 from sweeps.curves import curves
-from sweeps.folders import Sweep, directories, read, seen_from_here
+from sweeps.folders import Sweep, directories, read, read_record, seen_from_here
 from sweeps.page import page
 from sweeps.summary import Summary, summarise
 
@@ -68,7 +68,7 @@ def build(sweeps: Sequence[Sweep], out: Path, *, ended: bool = False, mixed: boo
 def provenance(sweeps: Sequence[Sweep], rebuild: str) -> dict[str, Any]:
     """Where the numbers come from: commands, and each code version, package, machine and time of the runs."""
     paths = [directory / "provenance.json" for directory in directories(sweeps)]
-    records = [read_json(path) for path in paths if path.exists()]
+    records = [read_record(path) for path in paths if path.exists()]
 
     def different(name: str) -> list[Any]:
         found = (record.get(name) for record in records)
@@ -88,10 +88,15 @@ def provenance(sweeps: Sequence[Sweep], rebuild: str) -> dict[str, Any]:
 
 
 def _rebuild(sweeps: Sequence[Sweep], *, mixed: bool) -> str:
-    """The commands that lead here from nothing, one a line."""
+    """The commands that lead here from nothing, one a line, without where files lay on one machine."""
     words = ["python", "-m", "sweeps", "report", *(str(seen_from_here(sweep.folder)) for sweep in sweeps)]
-    commands = [sweep.command for sweep in sweeps if sweep.command is not None]
+    commands = [_without_places(sweep.command) for sweep in sweeps if sweep.command is not None]
     return "\n".join([*commands, shlex.join([*words, *(["--mixed"] if mixed else [])])])
+
+
+def _without_places(command: str) -> str:
+    """A `dp-lora` command without the words that say where files lie, which no result depends on."""
+    return shlex.join(word for word in shlex.split(command) if not word.startswith("paths."))
 
 
 def _markdown(title: str, summary: Summary, table: tables.Table, spent: Sequence[str]) -> str:

@@ -74,6 +74,20 @@ def test_the_table_has_a_line_a_setting_and_the_baselines(sweep: Path) -> None:
         assert note in notes
 
 
+def test_no_place_of_one_machine_is_in_the_commands(sweep: Path) -> None:
+    record = read_json(sweep / "sweep.json")
+    command = (
+        "dp-lora -m paths.outputs=/home/dr_who/runs sweep=rank 'tracking.tags=[a b]' paths.cache=/home/x"
+    )
+    (sweep / "sweep.json").write_text(json.dumps({**record, "command": command}))
+    build([read(sweep)], sweep)
+    for name in ("table.md", "table.tex", "report.html", "provenance.json"):
+        text = (sweep / name).read_text()
+        assert "dr_who" not in text and "/home" not in text, name
+    kept = "dp-lora -m sweep=rank 'tracking.tags=[a b]'"
+    assert read_json(sweep / "provenance.json")["commands"][0] == kept
+
+
 def test_the_numbers_of_the_csv_are_not_rounded(sweep: Path) -> None:
     found = summary(sweep)
     records = list(csv.DictReader(io.StringIO(tables.as_csv(found))))
