@@ -28,6 +28,13 @@ def main(words: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"sweeps: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        place = error.filename or "a file"
+        print(
+            f"sweeps: {place}: {error.strerror}; expected a place that can be read and written",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         return 130
 

@@ -15,8 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dp_lora.errors import UserError
 from dp_lora.files import json_ready, read_json
 from dp_lora.privacy.accounting import (
@@ -30,6 +28,7 @@ from dp_lora.privacy.accounting import (
 from dp_lora.privacy.ledger import Charge, Ledger, spent
 from dp_lora.privacy.selection import best_of
 from dp_lora.spending import begun, ledger_beside, private_set, read_receipt
+from sweeps.folders import read_settings
 
 
 @dataclass(frozen=True)
@@ -149,8 +148,7 @@ def of_rows(rows: Iterable[Mapping[str, Any]]) -> Bill:
     """The bill of the rows of a frame that `collect` wrote, where the run directories are not at hand.
 
     A row does not say whether its data is public, so that all are counted; one that has begun no step costs
-    nothing. A run that is not done may have begun a step more than its row
-    says.
+    nothing. A run that is not done may have begun a step more than its row says.
     """
     charges = []
     for number, row in enumerate(rows):
@@ -235,7 +233,7 @@ def _read(directory: Path) -> _Run | None:
     """The run in this directory; None when it has begun no step, or its data is public."""
     try:
         return _read_files(directory)
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{directory}: what this run spent cannot be read ({type(error).__name__}: "
             f"{' '.join(str(error).split())}); expected the privacy.json and config.yaml of a run"
@@ -254,7 +252,7 @@ def _read_files(directory: Path) -> _Run | None:
             )
         return None
     receipt = read_receipt(checkpoint) if visible else None
-    config = _configuration(directory) if receipt is None or not privacy else {}
+    config = _settings(directory) if receipt is None or not privacy else {}
     if receipt is None and config["data"]["public"]:
         return None
     name = private_set(config["data"]["name"]) if receipt is None else receipt.private_set
@@ -274,6 +272,13 @@ def _read_files(directory: Path) -> _Run | None:
         ledger=ledger,
         digest=receipt.digest if receipt is not None else None,
     )
+
+
+def _settings(directory: Path) -> dict[str, Any]:
+    try:
+        return read_settings(directory)
+    except UserError as error:
+        raise ValueError(str(error)) from error
 
 
 def _steps(checkpoint: Path, privacy: Mapping[str, Any], *, visible: bool) -> int:
@@ -302,13 +307,6 @@ def _optional(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise TypeError(f"{path.name}: expected an object, found {type(record).__name__}")
     return record
-
-
-def _configuration(directory: Path) -> dict[str, Any]:
-    # OmegaConf takes ten times as long, and a sweep has hundreds of these.
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    values: dict[str, Any] = yaml.load((directory / "config.yaml").read_text(encoding="utf-8"), loader)
-    return values
 
 
 def _count(number: int, word: str) -> str:

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from dp_lora.errors import UserError
 from dp_lora.files import read_json, write_json
 from dp_lora.tracking import GENERATED_IMAGES, baseline_table, wandb_mode
 from sweeps.bill import Bill, bill
+from sweeps.folders import read_settings
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Section, Workspace
@@ -76,7 +75,7 @@ def look(directories: Sequence[Path]) -> Shown:
     projects, groups, metrics, private = dict[str, None](), dict[str, None](), dict[str, None](), set[str]()
     private_loss = False
     for directory in directories:
-        tracking = _configuration(directory).get("tracking")
+        tracking = read_settings(directory).get("tracking")
         if tracking is None:
             continue
         projects[tracking["project"]] = None
@@ -197,10 +196,3 @@ def _samples() -> Section:
 def _title(shown: Shown, metric: str) -> str:
     """The metric's name, with a word where epsilon does not cover it."""
     return f"{metric} (on private images)" if metric in shown.private_metrics else metric
-
-
-def _configuration(directory: Path) -> dict[str, Any]:
-    path = directory / "config.yaml"
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    values: dict[str, Any] = yaml.load(path.read_text(encoding="utf-8"), loader) if path.exists() else {}
-    return values

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from dp_lora.errors import UserError
 
 DEFAULT = Path("outputs") / "sweeps"
@@ -151,6 +153,24 @@ def read_record(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(record).__name__}")
     return record
+
+
+def read_settings(directory: Path) -> dict[str, Any]:
+    """The config.yaml of a run as plain values; empty when there is none yet. UserError for a damaged one."""
+    path = directory / "config.yaml"
+    if not path.exists():
+        return {}
+    # Not OmegaConf, which takes ten times as long, and a sweep has hundreds of these.
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), loader)
+    except yaml.YAMLError as error:
+        raise UserError(
+            f"{path}: no YAML ({' '.join(str(error).split())}); expected a run's settings"
+        ) from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a run's settings by name, found {type(values).__name__}")
+    return values
 
 
 def directories(sweeps: Iterable[Sweep]) -> list[Path]:
