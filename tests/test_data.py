@@ -331,7 +331,6 @@ def test_unlabelled_test_images_give_way_to_those_for_validation(monkeypatch: py
 
 
 def test_the_real_client_reads_a_local_set(parquet_folder: Path) -> None:
-    pytest.importorskip("datasets")
     script = (
         "import sys; from dp_lora import tables; from dp_lora.config import DataConfig\n"
         "from dp_lora.images import Preprocessing, Request; from pathlib import Path\n"
