@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from dp_lora import adapters
 from dp_lora.audit_command import Options
@@ -88,7 +89,7 @@ def _finished_run(directory: Path) -> tuple[Config, dict[str, Any]]:
         config = from_omegaconf(OmegaConf.load(directory / "config.yaml"))  # type: ignore[arg-type]
         reproducible = bool(claim["reproducible_noise"])
         nothing = no_guarantee(claim, reproducible_noise=reproducible)
-    except (ValueError, KeyError, TypeError, OmegaConfBaseException) as error:
+    except (ValueError, KeyError, TypeError, YAMLError, OmegaConfBaseException) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{directory}: its records cannot be read ({reason}); expected those of dp-lora"

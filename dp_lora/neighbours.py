@@ -112,12 +112,17 @@ def inspect(directory: Path, folder: Path, *, extractor: str, images: int, count
 
 def _config(directory: Path) -> Config:
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     path = directory / "config.yaml"
     if not path.is_file() or not (directory / "samples.npz").is_file():
         raise UserError(f"{directory}: expected a run directory with config.yaml and samples.npz")
-    loaded = OmegaConf.load(path)
-    return from_omegaconf(loaded)  # type: ignore[arg-type]
+    try:
+        return from_omegaconf(OmegaConf.load(path))  # type: ignore[arg-type]
+    except (OmegaConfBaseException, YAMLError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: cannot be read ({reason}); expected the settings of a run") from error
 
 
 def _check_place(directory: Path, folder: Path) -> None:
@@ -205,6 +210,9 @@ def main(words: Sequence[str] | None = None) -> None:
     except UserError as error:
         print(f"dp-lora-neighbours: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("dp-lora-neighbours: interrupted; nothing was written", file=sys.stderr)
+        sys.exit(130)
     print(f"{path}\n{WARNING}")
 
 

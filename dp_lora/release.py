@@ -127,9 +127,9 @@ def evaluate_privately(
 ) -> Evaluation:
     """`dp_accuracy_<classifier>` and `dp_fd_<extractor>` on the held-out images, and what has to be said.
 
-    `dp_fd_*` is the Frechet distance of clipped features in 16 directions: compare it with `dp_fd_*_before`
-    of the same run, which the same noised sum tells. Over Inception the Inception score is there too, which
-    sees no real image.
+    `dp_fd_*` is the Frechet distance of clipped features in the directions of `FrechetFrame`: compare it with
+    `dp_fd_*_before` of the same run, which the same noised sum tells. Over Inception the Inception score is
+    there too, which sees no real image.
 
     Args:
         samples: generated images with their labels.

@@ -101,6 +101,15 @@ def test_another_place_may_be_named_but_not_among_the_released_files(
     assert {path.name for path in run.iterdir()} == {"config.yaml", "samples.npz", "samples.png"}
 
 
+def test_damaged_settings_are_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "config.yaml").write_text("a: [")
+    with pytest.raises(SystemExit) as stopped:
+        main([str(run)])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.count("\n") == 1
+    assert "config.yaml: cannot be read" in said and "expected the settings of a run" in said
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

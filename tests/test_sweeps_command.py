@@ -263,3 +263,13 @@ def test_public_runs_spend_nothing() -> None:
     config = Config()
     config.data.public = True
     assert plan.spending([config]) == []
+
+
+def test_a_place_that_cannot_be_written_is_one_line(
+    sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["report", "--out", "file"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.startswith("sweeps: file: ") and "expected a place" in said
+    assert (tmp_path / "file").read_text() == ""
