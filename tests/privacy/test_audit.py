@@ -439,7 +439,8 @@ def test_an_image_canary_that_was_learnt_is_told_from_one_that_was_not(
     )
     inside, outside = trained.scores[trained.included], trained.scores[~trained.included]
     assert np.isfinite(trained.scores).all() and len(inside) + len(outside) == 60
-    assert audit.membership(inside, outside).auc > 0.5
+    # Scores that say nothing pass this in 2.5 of 100 cases.
+    assert audit.membership(inside, outside).auc_low > 0.5
 
 
 def test_an_interrupted_audit_ends_like_a_quiet_one(
