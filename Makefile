@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraint
 # Words for `run` and `pretrain-mnist` (overrides), `test` (pytest), `data` (sets): make run ARGS="epsilon=eps1"
 ARGS ?=
 # Each process of the tests takes whole files and a core; PARALLEL= runs them in one, for a debugger.
-PARALLEL ?= -n 2 --dist loadfile
+PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
 # The letters of `pretrain-mnist`: rendered ones, or emnist_letters where its archive is.
 PUBLIC ?= letters
 

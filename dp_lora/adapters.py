@@ -78,6 +78,19 @@ def count(model: LatentDiffusion) -> int:
     return sum(p.numel() for p in trainable_parameters(model).values())
 
 
+def count_by_component(model: LatentDiffusion, components: Sequence[str]) -> dict[str, int]:
+    """Number of trained parameters of each component; one that two ask for counts for the first of them."""
+    trained = trainable_parameters(model)
+    counts = {}
+    for component in components:
+        if component == "lora":
+            names = [name for name in trained if ".lora_" in name]
+        else:
+            names = [name for name, _ in _chosen(model, {component}) if name in trained]
+        counts[component] = sum(trained.pop(name).numel() for name in names)
+    return counts
+
+
 @dataclass(frozen=True)
 class _Layer:
     """What can be said of a layer before it has an adapter."""

@@ -203,7 +203,8 @@ def _train(
     adapters.attach(model, config.trainable.components, config.lora, seed=config.seed)
     if team.first:
         spends = "; ".join(" ".join(line.split()) for line in _guarantee(job))
-        trained = ", ".join(config.trainable.components)
+        by_component = adapters.count_by_component(model, config.trainable.components)
+        trained = ", ".join(f"{component} {number:,}" for component, number in by_component.items())
         say(f"finetune: {adapters.count(model):,} trained parameters ({trained}); {spends}")
     encoded = latents.cached(model, train, Path(config.paths.cache).expanduser())
     team.tell("latents")
@@ -321,6 +322,9 @@ def _evaluate(job: Job, tracker: Tracker) -> None:
             **evaluation.metadata,
             "seed": config.seed,
             "trainable_parameters": adapters.count(model),
+            "trainable_parameters_by_component": adapters.count_by_component(
+                model, config.trainable.components
+            ),
             "seconds": job.seconds,
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "device": str(job.device),

@@ -49,7 +49,8 @@ TINY = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips the tests that need a GPU where torch can use none."""
+    """The tests on SLURM first, the longest; skips those that need a GPU where torch can use none."""
+    items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -120,6 +120,17 @@ def test_the_components_are_what_their_names_say(pretrained: Path) -> None:
         assert chosen[component] < chosen["full"]
 
 
+@pytest.mark.parametrize("components", COMBINATIONS, ids="+".join)
+def test_the_counts_of_the_components_are_the_whole(pretrained: Path, components: list[str]) -> None:
+    model = load(pretrained)
+    adapters.attach(model, components, LORA, seed=0)
+    counts = adapters.count_by_component(model, components)
+    assert list(counts) == components and sum(counts.values()) == adapters.count(model)
+    alone = load(pretrained)
+    adapters.attach(alone, components[:1], LORA, seed=0)
+    assert counts[components[0]] == adapters.count(alone) > 0, "the first has all that it would have alone"
+
+
 def test_a_target_that_matches_nothing_lists_what_could_be_meant(model: LatentDiffusion) -> None:
     with pytest.raises(UserError) as caught:
         adapters.attach(model, ["lora"], LoraConfig(target_modules=["to_q", "to_vv"]), seed=0)

@@ -167,11 +167,12 @@ sys.path.insert(0, sys.argv[2])
 import test_tracking as t
 import dp_lora.tracking as tracking
 patient = tracking._settings
-def impatient():
+def impatient_once():
     settings = patient()
     settings.init_timeout = 2
+    tracking._settings = patient
     return settings
-tracking._settings = impatient
+tracking._settings = impatient_once
 with t.open_tracker(Path(sys.argv[1]), t.job("auto")) as tracker:
     tracker.log(1, t.row(1), "finetune")
 """

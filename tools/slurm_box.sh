@@ -8,7 +8,7 @@
 # Every daemon listens on 127.0.0.1 only and runs as the user who calls. Each command may be given again.
 # Settings: SLURM_BOX (folder, default /var/tmp/slurm-box-<user>), SLURM_BOX_CPUS and SLURM_BOX_GPUS (advertised,
 # not there), SLURM_BOX_MEMORY_MB (of the node), SLURM_BOX_PORT (first of three), SLURM_BOX_MAX_ARRAY (one more
-# than the jobs of the largest array).
+# than the jobs of the largest array), SLURM_BOX_PROLOG (what a node runs before each job; default nothing).
 set -euo pipefail
 
 BOX=${SLURM_BOX:-/var/tmp/slurm-box-$(id -un)}
@@ -120,7 +120,7 @@ JobAcctGatherFrequency=task=1
 JobAcctGatherParams=OverMemoryKill
 SwitchType=switch/none
 MpiDefault=none
-ReturnToService=2
+ReturnToService=1
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 SchedulerType=sched/backfill
@@ -137,6 +137,7 @@ SlurmctldTimeout=30
 SlurmdTimeout=30
 BatchStartTimeout=30
 SlurmdParameters=config_overrides
+${SLURM_BOX_PROLOG:+Prolog=$SLURM_BOX_PROLOG}
 GresTypes=gpu
 AccountingStorageType=accounting_storage/slurmdbd
 AccountingStorageHost=127.0.0.1
@@ -222,6 +223,8 @@ cmd_up() {
     alive $name || start_$name
   done
   only_loopback || { cmd_down; die "a daemon listened on another address than 127.0.0.1; all are ended"; }
+  # It may be down or drained since an earlier life, which only somebody's word ends.
+  wait_for 5 node_is_up || scontrol update "nodename=$HOST" state=resume 2>/dev/null || true
   wait_for 30 node_is_up || die "the node does not come up"
   cmd_env
 }

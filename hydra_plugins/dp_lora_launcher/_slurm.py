@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
@@ -34,6 +35,9 @@ SIGNAL = "USR2"
 
 IN_FLIGHT_S = 15.0
 """How long an `sbatch` may still be on its way when its driver is dead."""
+
+LAUNCH_FAILED = "PENDING (launch failed requeued held)"
+"""A job that a node could not start, for no fault of its own; SLURM holds it until somebody releases it."""
 
 LIVE = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "STAGE_OUT", "RESIZING", "SIGNALING")
 """States of a job that has not ended."""
@@ -55,6 +59,7 @@ class Slurm:
     ) -> None:
         self.ledger, self.max_parallel = ledger, max_parallel
         self.notice_s, self.max_kills = notice_s, max_kills
+        self._released: Counter[str] = Counter()
         # Until the job listens to it, the signal would end the process.
         ignoring = shlex.join(["sh", "-c", f'trap \'\' {SIGNAL}; exec "$0" "$@"'])
         self.python = f"{ignoring} {python or shlex.quote(sys.executable)}"
@@ -210,6 +215,19 @@ class Slurm:
             job, state, reason = line.split("|", 2)
             found[job] = f"{state} ({reason})" if state == "PENDING" and reason != "None" else state
         return found
+
+    def release(self, live: Mapping[str, str]) -> list[str]:
+        """Releases the sweep's jobs that are held because a node failed to start them, and names them.
+
+        As often as a killed job is queued again; after that a job stays held, for somebody to look into.
+        """
+        held = [job for job in self.ledger.jobs().values() if live.get(job) == LAUNCH_FAILED]
+        released = []
+        for job in held:
+            if self._released[job] < self.max_kills and not _run(["scontrol", "release", job]).returncode:
+                self._released[job] += 1
+                released.append(job)
+        return released
 
     def ended(self, jobs: Sequence[str]) -> dict[str, str]:
         """How each of these jobs ended, in SLURM's words; a job that it still calls live is left out."""

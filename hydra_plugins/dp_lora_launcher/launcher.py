@@ -43,6 +43,8 @@ class Cluster(Protocol):
 
     def live(self) -> dict[str, str] | None: ...
 
+    def release(self, live: Mapping[str, str]) -> list[str]: ...
+
     def ended(self, jobs: Sequence[str]) -> dict[str, str]: ...
 
     def log(self, job: str) -> Path: ...
@@ -197,6 +199,8 @@ class Drive:
                 _say("SLURM does not answer; the jobs go on")
             else:
                 self._settle_ended(live)
+                for job in self.cluster.release(live):
+                    _say(f"released {job}, which SLURM held because its launch had failed")
                 self._fill()
                 if (line := self._progress(live)) != shown:
                     _say(shown := line)

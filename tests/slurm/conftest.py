@@ -7,23 +7,17 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from conftest import TINY
 
 from dp_lora.files import read_json
 from hydra_plugins.dp_lora_launcher._ledger import Ledger
-
-if TYPE_CHECKING:
-    from slurm.havoc import Havoc
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BOX = ROOT / "tools" / "slurm_box.sh"
@@ -43,43 +37,38 @@ def free_ports() -> int:
     raise AssertionError("no free port")
 
 
-@contextmanager
-def box(folder: Path) -> Iterator[dict[str, str]]:
-    """A SLURM whose files are in `folder`; the environment of its users."""
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A SLURM of this session's own; SLURM_CONF names it."""
+    folder = tmp_path_factory.mktemp("slurm")
+    prolog = folder / "prolog"
+    prolog.write_text(f"#!/bin/sh\ntest ! -e {folder}/broken\n")
+    prolog.chmod(0o755)
     environment = {
         "SLURM_BOX": str(folder), "SLURM_BOX_PORT": str(free_ports()), "SLURM_BOX_CPUS": "16",
         "SLURM_BOX_MAX_ARRAY": str(LARGEST_ARRAY + 1), "SLURM_BOX_GPUS": "4",
-        "SLURM_BOX_MEMORY_MB": "200000", "SLURM_CONF": str(folder / "slurm.conf"),
+        "SLURM_BOX_MEMORY_MB": "200000", "SLURM_BOX_PROLOG": str(prolog), "SLURM_CONF": str(folder / "slurm.conf"),
         "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin", "PYTHONPATH": str(ROOT / "tests"),
     }  # fmt: skip
 
     def call(command: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            ["bash", str(BOX), command], capture_output=True, text=True, timeout=300,
-            env={**os.environ, **environment},
-        )  # fmt: skip
+        return subprocess.run(["bash", str(BOX), command], capture_output=True, text=True, timeout=300)
 
-    installed = call("install")
-    if installed.returncode:
-        reason = " ".join(installed.stderr.split())[-300:]
-        if os.environ.get("CI"):
-            pytest.fail(f"the tests need SLURM, which could not be installed: {reason}")
-        pytest.skip(f"no SLURM here: {reason}")
-    try:
-        started = call("up")
-        assert started.returncode == 0, started.stderr
-        yield environment
-    finally:
-        call("down")
-
-
-@pytest.fixture(scope="session")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A SLURM of this session's own; SLURM_CONF names it."""
-    with pytest.MonkeyPatch.context() as patched, box(tmp_path_factory.mktemp("slurm")) as environment:
+    with pytest.MonkeyPatch.context() as patched:
         for name, value in environment.items():
             patched.setenv(name, value)
-        yield
+        installed = call("install")
+        if installed.returncode:
+            reason = " ".join(installed.stderr.split())[-300:]
+            if os.environ.get("CI"):
+                pytest.fail(f"the tests need SLURM, which could not be installed: {reason}")
+            pytest.skip(f"no SLURM here: {reason}")
+        try:
+            started = call("up")
+            assert started.returncode == 0, started.stderr
+            yield
+        finally:
+            call("down")
 
 
 @dataclass
@@ -89,7 +78,6 @@ class Sweep:
     process: subprocess.Popen[str]
     output: Path
     outputs: Path
-    environment: dict[str, str]
 
     @property
     def ledger(self) -> Ledger:
@@ -123,14 +111,7 @@ class Sweep:
         try:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"the driver still runs:\n{self.said()}\n{self.queue()}") from None
-
-    def run(self, *words: str) -> str:
-        """What a command of the sweep's SLURM prints."""
-        return run(*words, **self.environment)
-
-    def queue(self) -> str:
-        return self.run("squeue", "-r")
+            raise AssertionError(f"the driver still runs:\n{self.said()}\n{run('squeue', '-r')}") from None
 
 
 Start = Callable[..., Sweep]
@@ -169,31 +150,13 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
                 env={**os.environ, **env}, start_new_session=True,
             )  # fmt: skip
         running.append(process)
-        return Sweep(process, output, outputs, env)
+        return Sweep(process, output, outputs)
 
     yield begin
     for process in running:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def havoc(
-    request: pytest.FixtureRequest, cache: Path, start: Start, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Future[Havoc] | None]:
-    """The longest test, begun before all others and running beside them, on a SLURM of its own."""
-    if not any("havoc" in item.name for item in request.session.items):
-        yield None
-        return
-    from slurm.havoc import wreak
-
-    over = threading.Event()
-    with box(tmp_path_factory.mktemp("havoc")) as environment, ThreadPoolExecutor(1) as thread:
-        try:
-            yield thread.submit(wreak, start, cache, environment, over)
-        finally:
-            over.set()
 
 
 def until(condition: Callable[[], Any], sweep: Sweep | None = None, timeout: float = 60) -> Any:
@@ -203,15 +166,13 @@ def until(condition: Callable[[], Any], sweep: Sweep | None = None, timeout: flo
         if value := condition():
             return value
         time.sleep(0.1)
-    said = f"{sweep.said()}\n{sweep.queue()}" if sweep else ""
+    said = f"{sweep.said()}\n{run('squeue', '-r')}" if sweep else ""
     raise AssertionError(f"it did not happen in {timeout} s\n{said}")
 
 
-def run(*words: str, **environment: str) -> str:
+def run(*words: str) -> str:
     """What a command of SLURM prints."""
-    return subprocess.run(
-        words, check=True, capture_output=True, text=True, timeout=60, env={**os.environ, **environment}
-    ).stdout
+    return subprocess.run(words, check=True, capture_output=True, text=True, timeout=60).stdout
 
 
 def how_it_ended(job: str) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,42 +11,11 @@ from wandb_file import read_run
 
 from dp_lora.files import read_json, read_lines
 from slurm.conftest import Start, run, until
-from slurm.havoc import KILLS, PAIR, REAL, Havoc, Quiet
+from slurm.quiet import REAL, Quiet, twin
 
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("slurm")]
 
-
-def released(directory: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """The bytes of the weights and the content of privacy.json."""
-    weights = {path.name: path.read_bytes() for path in (directory / "adapter").glob("*.safetensors")}
-    return weights, read_json(directory / "privacy.json")
-
-
-def twin(directory: Path, quiet: Path) -> Path:
-    """The quiet run of the same configuration."""
-    (found,) = quiet.glob(f"default/*-{directory.name.rpartition('-')[2]}")
-    return found
-
-
-def test_a_sweep_through_havoc_ends_like_a_quiet_one(havoc: Future[Havoc]) -> None:
-    ended = havoc.result()
-    assert ended.sweep.process.returncode == 0, ended.sweep.said()
-    assert len(ended.done) >= KILLS, ended.done
-    outputs = ended.quiet()
-    cells = ended.sweep.cells()
-    assert len(cells) == 24
-    restarts = 0
-    for directory in cells.values():
-        assert released(directory) == released(twin(directory, outputs)), directory
-        rows = read_lines(directory / "metrics.jsonl")
-        assert [row["step"] for row in rows] == list(range(1, 7))
-        assert len(read_lines(directory / "checkpoint" / "executions.jsonl")) == 6, (
-            "no step was paid for twice"
-        )
-        restarts += read_json(directory / "provenance.json")["restarts"]
-    assert restarts >= 5, "some were hit while they trained"
-    report = (ended.sweep.ledger.folder / "runs.csv").read_text()
-    assert report.count(",done,") == 24
+PAIR = ("train.max_steps=4", "train.microbatch=7", "privacy.insecure_seed=8")
 
 
 def test_two_processes_of_one_job_end_where_one_does(start: Start, cache: Path, tmp_path: Path) -> None:

@@ -1,0 +1,149 @@
+"""A sweep of real jobs in a cluster where everything goes wrong."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dp_lora.files import read_json, read_lines
+from slurm.conftest import Start, Sweep, run, until
+from slurm.quiet import REAL, Quiet, released, twin
+
+pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("slurm")]
+
+STEPS = 12
+GRID = ("seed=0,1,2,3", "epsilon=eps1,eps10", "lora_rank=r2,r4,r8")
+KILLS = 20
+
+
+def processes(job: str | None = None) -> list[int]:
+    """The processes on the node that train: all, or those of one job."""
+    wanted = {f"SLURM_CONF={os.environ['SLURM_CONF']}".encode()}
+    if job is not None:
+        array, _, task = job.partition("_")
+        wanted |= {f"SLURM_ARRAY_JOB_ID={array}".encode(), f"SLURM_ARRAY_TASK_ID={task}".encode()}
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            environment = set((folder / "environ").read_bytes().split(b"\0"))
+        except OSError:  # it has ended
+            continue
+        if b"submitit.core._submit" in words and b"python" in words[0] and wanted <= environment:
+            found.append(int(folder.name))
+    return found
+
+
+def _trains(directory: Path) -> bool:
+    return (directory / "checkpoint" / "state.pt").exists() and not (directory / "adapter").exists()
+
+
+class Havoc:
+    """Kills and disturbs the jobs of a sweep, and its driver."""
+
+    def __init__(self, sweep: Sweep, again: Callable[[], Sweep]) -> None:
+        self.sweep, self.again = sweep, again
+        self.random = random.Random(0)
+        self.done: list[str] = []
+
+    def job(self, training: bool) -> str | None:
+        """A running job; if so asked one that has begun to train and has not ended."""
+        running = run("squeue", "-h", "-r", "-t", "RUNNING", "-o", "%F_%K|%j").splitlines()
+        ours = [line.split("|")[0] for line in running if line.split("|")[1] in self.sweep.ledger.submissions]
+        cells = {job: cell for cell, job in self.sweep.ledger.jobs().items()}
+        directories = {row["identity"]: Path(row["directory"]) for row in self._cells()}
+        if training:
+            ours = [job for job in ours if _trains(directories[cells[job]])]
+        return self.random.choice(ours) if ours else None
+
+    @staticmethod
+    def _fails(*words: str) -> bool:
+        """Whether SLURM refuses: the job may have ended in between."""
+        said = subprocess.run(words, capture_output=True, text=True)
+        return bool(said.returncode or said.stderr)
+
+    def _cells(self) -> list[dict[str, Any]]:
+        cells: list[dict[str, Any]] = read_json(self.sweep.ledger.folder / "sweep.json")["cells"]
+        return cells
+
+    def strike(self, how: str, *, training: bool) -> None:
+        job = until(lambda: self.job(training), self.sweep, timeout=120)
+        if how == "kill -9":
+            if not (found := processes(job)):
+                return
+            for process in found:
+                os.kill(process, signal.SIGKILL)
+        elif how == "USR2":
+            if self._fails("scancel", "--signal=USR2", job):
+                return
+        elif how == "requeue":
+            if self._fails("scontrol", "requeue", job):
+                return
+        elif how == "urgent":
+            run("sbatch", "-p", "urgent", "-c", "16", "--mem=1G", "-o", "/dev/null", "--wrap", "sleep 1")
+            until(
+                lambda: job not in run("squeue", "-h", "-r", "-t", "RUNNING", "-o", "%F_%K").split(),
+                self.sweep,
+            )
+        elif how == "node down":
+            node = run("sinfo", "-h", "-o", "%n").strip()
+            run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+            # A node that is back before its jobs have died is sent them again, refuses, and is drained.
+            until(lambda: not processes(), self.sweep)
+            run("scontrol", "update", f"nodename={node}", "state=resume")
+            until(
+                lambda: run("sinfo", "-h", "-o", "%T").strip() in ("idle", "mixed", "allocated"), self.sweep
+            )
+        elif how == "driver":
+            os.killpg(self.sweep.process.pid, signal.SIGKILL)
+            self.sweep.wait()
+            self.sweep = self.again()
+        self.done.append(how)
+
+
+def wreak(sweep: Sweep, again: Callable[[], Sweep]) -> Havoc:
+    """At least `KILLS` blows to the sweep, until its driver ends."""
+    havoc = Havoc(sweep, again)
+    blows = ["kill -9", "USR2", "requeue"]
+    strikes = [(how, training) for training in (True, False, False) for how in [*blows, *blows, "kill -9"]]
+    strikes += [("urgent", True), ("node down", True), ("driver", False)]
+    havoc.random.shuffle(strikes)
+    for how, training in strikes:
+        time.sleep(havoc.random.uniform(0, 2))
+        assert havoc.sweep.process.poll() is None, havoc.sweep.said()
+        havoc.strike(how, training=training)
+    havoc.sweep.wait(600)
+    return havoc
+
+
+def test_a_sweep_through_havoc_ends_like_a_quiet_one(start: Start, cache: Path, tmp_path: Path) -> None:
+    given = (*REAL, *GRID, f"train.max_steps={STEPS}", f"paths.cache={cache}", "hydra.launcher.max_parallel=4",
+             "hydra.launcher.max_kills=100", "resources.memory_gb=1.5")  # fmt: skip
+    sweep = start(*given, counting=False)
+    sweep.begun()
+    ended = wreak(sweep, lambda: start(*given, outputs=sweep.outputs, counting=False))
+    assert ended.sweep.process.returncode == 0, ended.sweep.said()
+    assert len(ended.done) >= KILLS, ended.done
+    outputs = Quiet(cache, tmp_path, [*GRID, f"train.max_steps={STEPS}"])()
+    cells = ended.sweep.cells()
+    assert len(cells) == 24
+    restarts = 0
+    for directory in cells.values():
+        assert released(directory) == released(twin(directory, outputs)), directory
+        rows = read_lines(directory / "metrics.jsonl")
+        assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+        assert len(read_lines(directory / "checkpoint" / "executions.jsonl")) == STEPS, (
+            "no step was paid for twice"
+        )
+        restarts += read_json(directory / "provenance.json")["restarts"]
+    assert restarts >= 5, "some were hit while they trained"
+    report = (ended.sweep.ledger.folder / "runs.csv").read_text()
+    assert report.count(",done,") == 24
