@@ -19,13 +19,13 @@ from slurm.quiet import REAL, Quiet, released, twin
 
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("slurm")]
 
-STEPS = 12
-GRID = ("seed=0,1,2,3", "epsilon=eps1,eps10", "lora_rank=r2,r4,r8")
+STEPS = 8
+GRID = ("noise_multiplicity=k1,k2", "epsilon=eps1,eps3,eps5,eps10", "lora_rank=r2,r4,r8")
 KILLS = 20
 
 
 def processes(job: str | None = None) -> list[int]:
-    """The processes on the node that train: all, or those of one job."""
+    """Processes of jobs on the node: those of one job that train, or all, with the daemons that watch them."""
     wanted = {f"SLURM_CONF={os.environ['SLURM_CONF']}".encode()}
     if job is not None:
         array, _, task = job.partition("_")
@@ -37,7 +37,9 @@ def processes(job: str | None = None) -> list[int]:
             environment = set((folder / "environ").read_bytes().split(b"\0"))
         except OSError:  # it has ended
             continue
-        if b"submitit.core._submit" in words and b"python" in words[0] and wanted <= environment:
+        trains = b"submitit.core._submit" in words and b"python" in words[0]
+        watches = job is None and words[0].startswith(b"slurmstepd")
+        if (trains or watches) and wanted <= environment:
             found.append(int(folder.name))
     return found
 
@@ -144,6 +146,6 @@ def test_a_sweep_through_havoc_ends_like_a_quiet_one(start: Start, cache: Path, 
             "no step was paid for twice"
         )
         restarts += read_json(directory / "provenance.json")["restarts"]
-    assert restarts >= 5, "some were hit while they trained"
+    assert restarts >= 3, "some were hit while they trained"
     report = (ended.sweep.ledger.folder / "runs.csv").read_text()
     assert report.count(",done,") == 24
