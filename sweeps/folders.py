@@ -156,10 +156,20 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
-    """The config.yaml of a run as plain values; empty when there is none yet. UserError for a damaged one."""
+    """The config.yaml of a run as plain values, to be read only; empty when there is none yet.
+
+    Raises UserError for a damaged one.
+    """
     path = directory / "config.yaml"
     if not path.exists():
         return {}
+    state = path.stat()
+    return _parsed(path, state.st_mtime_ns, state.st_size)
+
+
+@functools.lru_cache(maxsize=10_000)
+def _parsed(path: Path, changed: int, size: int) -> dict[str, Any]:
+    """The settings of a file of this state: a command reads each several times."""
     # Not OmegaConf, which takes ten times as long, and a sweep has hundreds of these.
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:

@@ -16,6 +16,9 @@ from sweeps.folders import read_record, runs
 if TYPE_CHECKING:
     from hydra_plugins.dp_lora_launcher._cells import Cell
 
+RATED = 100
+"""Finished runs of an experiment by which hours are estimated, the newest."""
+
 
 def lines(cells: Sequence[Cell], describe: Callable[[ResourcesConfig], str]) -> list[str]:
     """Every cell with what it asks for and how long it will take, then the privacy of all, and the sum.
@@ -135,18 +138,17 @@ def draws(config: Config) -> float | None:
 
 
 def rates(experiment: Path) -> list[dict[str, Any]]:
-    """What the finished runs of an experiment took.
+    """What the newest `RATED` finished runs of an experiment took.
 
     `kind` is what makes runs comparable, `seconds_per_draw` is of the training, `rest_s` of all other stages.
     """
+    finished = [directory / "result.json" for directory in runs([experiment])]
+    newest = sorted((path for path in finished if path.exists()), key=lambda path: path.stat().st_mtime)
     found = []
-    for directory in runs([experiment]):
-        result, privacy, values = (
-            directory / "result.json",
-            directory / "privacy.json",
-            configuration(directory),
-        )
-        if not (result.exists() and privacy.exists() and values):
+    for result in newest[-RATED:]:
+        directory = result.parent
+        privacy, values = directory / "privacy.json", configuration(directory)
+        if not (privacy.exists() and values):
             continue
         seconds, spent = read_record(result).get("seconds", {}), read_record(privacy)
         size = spent["steps"] * spent["expected_batch_size"] * spent["noise_multiplicity"]

@@ -14,9 +14,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
+import importlib.util
 import json
 import math
 import os
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -314,10 +317,27 @@ def _check_delta(delta: float) -> None:
 def _rdp_of_one_step(
     noise_multiplier: float, sample_rate: float, orders: tuple[float, ...]
 ) -> npt.NDArray[np.float64]:
-    """Renyi divergences at `orders`."""
-    from opacus.accountants.analysis.rdp import compute_rdp
+    """Renyi divergences at `orders`, by Opacus."""
+    divergences = _opacus_rdp().compute_rdp(
+        q=sample_rate, noise_multiplier=noise_multiplier, steps=1, orders=orders
+    )
+    return np.asarray(divergences)
 
-    return np.asarray(compute_rdp(q=sample_rate, noise_multiplier=noise_multiplier, steps=1, orders=orders))
+
+@functools.cache
+def _opacus_rdp() -> Any:
+    """`opacus.accountants.analysis.rdp`, which needs numpy alone, without the two seconds of the rest."""
+    name = "opacus.accountants.analysis.rdp"
+    package = importlib.util.find_spec("opacus")
+    assert package is not None and package.origin is not None
+    path = Path(package.origin).parent / "accountants" / "analysis" / "rdp.py"
+    if name in sys.modules or not path.exists():
+        return importlib.import_module(name)
+    spec = importlib.util.spec_from_file_location(f"_{name.replace('.', '_')}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _rdp_of(mechanism: Mechanism, orders: tuple[float, ...] = ORDERS) -> npt.NDArray[np.float64]:

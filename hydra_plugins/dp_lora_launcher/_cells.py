@@ -68,6 +68,7 @@ class Composer:
         self._typed: dict[tuple[str, str], Any] = {}
         self._parsed: dict[str, Override] = {}
         self._groups: dict[str, bool] = {}
+        self._scratch: DictConfig | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
@@ -121,7 +122,8 @@ class Composer:
                 self._converted[presets] = pickle.dumps(from_omegaconf(composed))
             except UserError:
                 self._converted[presets] = None
-            self._references[presets] = set(re.findall(r"\$\{([\w.]+)", OmegaConf.to_yaml(composed)))
+            written = repr(OmegaConf.to_container(composed))
+            self._references[presets] = set(re.findall(r"\$\{([\w.]+)", written))
         return self._converted[presets]
 
     def _stands_alone(self, presets: tuple[str, ...], name: str, value: Any) -> bool:
@@ -130,10 +132,11 @@ class Composer:
         if any(near) or isinstance(value, dict) or "${" in repr(value):
             return False
         if (name, repr(value)) not in self._typed:
-            scratch = OmegaConf.structured(Config)
+            # One for all values: a field is read right after it is set.
+            self._scratch = self._scratch or OmegaConf.structured(Config)
             try:
-                OmegaConf.update(scratch, name, value, merge=True)
-                typed = OmegaConf.select(scratch, name)
+                OmegaConf.update(self._scratch, name, value, merge=True)
+                typed = OmegaConf.select(self._scratch, name)
             except OmegaConfBaseException:
                 return False
             self._typed[name, repr(value)] = (

@@ -21,7 +21,7 @@ from hydra_plugins.dp_lora_launcher._ledger import Ledger
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BOX = ROOT / "tools" / "slurm_box.sh"
-LARGEST_ARRAY = 5
+LARGEST_ARRAY = 8
 
 
 def free_ports() -> int:
@@ -47,7 +47,8 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     environment = {
         "SLURM_BOX": str(folder), "SLURM_BOX_PORT": str(free_ports()), "SLURM_BOX_CPUS": "16",
         "SLURM_BOX_MAX_ARRAY": str(LARGEST_ARRAY + 1), "SLURM_BOX_GPUS": "4",
-        "SLURM_BOX_MEMORY_MB": "200000", "SLURM_BOX_PROLOG": str(prolog), "SLURM_CONF": str(folder / "slurm.conf"),
+        "SLURM_BOX_MEMORY_MB": "200000", "SLURM_BOX_PROLOG": str(prolog),
+        "SLURM_CONF": str(folder / "slurm.conf"),
         "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin", "PYTHONPATH": str(ROOT / "tests"),
     }  # fmt: skip
 

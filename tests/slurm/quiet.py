@@ -12,8 +12,9 @@ from conftest import words
 
 from dp_lora.files import read_json
 
-REAL = ("stages=[finetune]", "train.max_steps=6", "train.expected_batch_size=60", "privacy.insecure_seed=7",
-        "noise_multiplicity=k2", "train.checkpoint_minutes=0.01")  # fmt: skip
+STEPS = 6
+REAL = ("stages=[finetune]", f"train.max_steps={STEPS}", "train.expected_batch_size=60",
+        "privacy.insecure_seed=7", "noise_multiplicity=k2", "train.checkpoint_minutes=0.01")  # fmt: skip
 
 
 class Quiet:

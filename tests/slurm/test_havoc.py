@@ -15,17 +15,16 @@ import pytest
 
 from dp_lora.files import read_json, read_lines
 from slurm.conftest import Start, Sweep, run, until
-from slurm.quiet import REAL, Quiet, released, twin
+from slurm.quiet import REAL, STEPS, Quiet, released, twin
 
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("slurm")]
 
-STEPS = 8
 GRID = ("noise_multiplicity=k1,k2", "epsilon=eps1,eps3,eps5,eps10", "lora_rank=r2,r4,r8")
 KILLS = 20
 
 
 def processes(job: str | None = None) -> list[int]:
-    """Processes of jobs on the node: those of one job that train, or all, with the daemons that watch them."""
+    """Processes on the node that train: of one job; or of all, with the daemons that watch them."""
     wanted = {f"SLURM_CONF={os.environ['SLURM_CONF']}".encode()}
     if job is not None:
         array, _, task = job.partition("_")
@@ -127,14 +126,14 @@ def wreak(sweep: Sweep, again: Callable[[], Sweep]) -> Havoc:
 
 
 def test_a_sweep_through_havoc_ends_like_a_quiet_one(start: Start, cache: Path, tmp_path: Path) -> None:
-    given = (*REAL, *GRID, f"train.max_steps={STEPS}", f"paths.cache={cache}", "hydra.launcher.max_parallel=4",
+    given = (*REAL, *GRID, f"paths.cache={cache}", "hydra.launcher.max_parallel=3",
              "hydra.launcher.max_kills=100", "resources.memory_gb=1.5")  # fmt: skip
     sweep = start(*given, counting=False)
     sweep.begun()
     ended = wreak(sweep, lambda: start(*given, outputs=sweep.outputs, counting=False))
     assert ended.sweep.process.returncode == 0, ended.sweep.said()
     assert len(ended.done) >= KILLS, ended.done
-    outputs = Quiet(cache, tmp_path, [*GRID, f"train.max_steps={STEPS}"])()
+    outputs = Quiet(cache, tmp_path, GRID)()
     cells = ended.sweep.cells()
     assert len(cells) == 24
     restarts = 0
