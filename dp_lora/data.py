@@ -102,6 +102,33 @@ def load(data: DataConfig, paths: PathsConfig, field: str = "data") -> ImageSpli
     )
 
 
+TRAIN_SIZES = {
+    "mnist5k": 4_000,
+    "digits": 1_500,
+    "mnist": 60_000,
+    "fashion_mnist": 60_000,
+    "cifar10": 50_000,
+    "celeba": 162_770,
+    "celebahq": 24_000,
+    "emnist_letters": 124_800,
+    "imagenet": 1_281_167,
+}
+"""Training images of the sets as they are published, which is what their loaders find."""
+
+
+def expected_train_size(data: DataConfig) -> int | None:
+    """Number of training images by the configuration alone, without looking at files; None where it is open.
+
+    >>> expected_train_size(DataConfig(name="mnist5k", validation_size=500))
+    3500
+    """
+    if data.train_size is not None:
+        return data.train_size
+    if data.source is not None or data.classes is not None or data.test_size or data.name not in TRAIN_SIZES:
+        return None
+    return TRAIN_SIZES[data.name] - data.validation_size
+
+
 def provenance(data: DataConfig, paths: PathsConfig) -> dict[str, Any]:
     """What, besides `data`, determines the images: for letters the fonts, [(file name, sha256)]."""
     if data.name != "letters":

@@ -442,12 +442,3 @@ def check_engine(config: Config, model: LatentDiffusion, plan: PrivacyPlan) -> N
                 return losses(chosen)
 
         preflight(model, in_bfloat16, plan, examples, tolerance=_BFLOAT16_TOLERANCE)
-
-
-def steps_of(config: Config, num_examples: int) -> int | None:
-    """Number of noisy steps that `train.max_steps` and `train.epochs` ask for; null when left open."""
-    train = config.train
-    asked = [train.max_steps] if train.max_steps is not None else []
-    if train.epochs is not None:
-        asked.append(max(1, round(train.epochs * num_examples / train.expected_batch_size)))
-    return min(asked) if asked else None

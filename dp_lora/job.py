@@ -90,7 +90,6 @@ def check_writable(folder: Path, field: str) -> None:
 
 def plan_of(config: Config, num_examples: int) -> PrivacyPlan:
     """The plan of the private fine-tuning on `num_examples` images. Raises UserError as `make_plan` says."""
-    from dp_lora.finetune import steps_of
     from dp_lora.privacy.plan import make_plan
 
     privacy = config.privacy
@@ -108,6 +107,15 @@ def plan_of(config: Config, num_examples: int) -> PrivacyPlan:
         loss_share=LOSS_SHARE if config.tracking.private_loss else 0.0,
         cache=Path(config.paths.cache).expanduser(),
     )
+
+
+def steps_of(config: Config, num_examples: int) -> int | None:
+    """Number of noisy steps that `train.max_steps` and `train.epochs` ask for; null when left open."""
+    train = config.train
+    asked = [train.max_steps] if train.max_steps is not None else []
+    if train.epochs is not None:
+        asked.append(max(1, round(train.epochs * num_examples / train.expected_batch_size)))
+    return min(asked) if asked else None
 
 
 def _check_budget(config: Config, plan: PrivacyPlan, directory: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections import Counter
@@ -10,10 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dp_lora.config import Config, ResourcesConfig, pretrained_fingerprint
+from dp_lora.data import expected_train_size
+from dp_lora.errors import UserError
+from dp_lora.job import steps_of
 from sweeps.collect import configuration
 from sweeps.folders import read_record, runs
 
 if TYPE_CHECKING:
+    from dp_lora.privacy.accounting import Mechanism
+    from dp_lora.privacy.ledger import Charge
     from hydra_plugins.dp_lora_launcher._cells import Cell
 
 RATED = 100
@@ -78,13 +84,13 @@ def _models(config: Config) -> Path:
 def spending(configs: Sequence[Config]) -> list[str]:
     """What the runs spend, each and all together, a line a private set.
 
-    Together is by basic composition: if all runs are released, epsilons and deltas add up at most. That needs
-    neither the data nor the noise, which are not known yet; `report` composes the recorded mechanisms, which
-    gives less.
+    Where the settings tell the number of images, the noise is calibrated as the runs will do it and their
+    mechanisms are composed. Else, and where a mechanism cannot be, together is by basic composition: epsilons
+    and deltas add up at most.
 
     >>> from dp_lora.config import Config, DataConfig
-    >>> spending([Config(data=DataConfig(name="mnist5k"))] * 3)
-    ['privacy on mnist: 3 runs at epsilon 10; if all are released, at most epsilon 30 at delta 3e-05']
+    >>> spending([Config(data=DataConfig(name="imagefolder"))] * 3)
+    ['privacy on imagefolder: 3 runs at epsilon 10; if all are released, at most epsilon 30 at delta 3e-05']
     """
     from dp_lora.spending import private_set
 
@@ -98,14 +104,76 @@ def spending(configs: Sequence[Config]) -> list[str]:
 def _spent(configs: Sequence[Config]) -> str:
     counts = Counter(config.privacy.epsilon for config in configs)
     parts = [f"{n} runs {_target(epsilon)}" for epsilon, n in counts.items()]
-    finite = [
-        c.privacy for c in configs if c.privacy.epsilon is not None and math.isfinite(c.privacy.epsilon)
+    bounded = [
+        c
+        for c in configs
+        if c.privacy.insecure_seed is None and (c.privacy.epsilon is None or math.isfinite(c.privacy.epsilon))
     ]
-    epsilon, delta = sum(p.epsilon or 0.0 for p in finite), sum(p.delta for p in finite)
-    others = len(configs) - len(finite)
-    rest = f", and what the other {others} spend" if others and finite else ""
-    bound = f"at most epsilon {epsilon:g} at delta {delta:.3g}{rest}" if finite else "what these spend"
-    return f"{', '.join(parts)}; if all are released, {bound}"
+    others = len(configs) - len(bounded)
+    rest = f", and what the other {others} spend" if others and bounded else ""
+    return f"{', '.join(parts)}; if all are released, {_together(bounded) or 'what these spend'}{rest}"
+
+
+def _together(configs: Sequence[Config]) -> str | None:
+    """A bound on what these spend together, in words; None where a given noise stands on unknown images."""
+    from sweeps.bill import planned
+
+    charges = [_charge(config, f"{number}") for number, config in enumerate(configs)]
+    if charges and None not in charges:
+        (bill,) = planned([charge for charge in charges if charge is not None]).sets
+        return f"epsilon {bill.private_epsilon:.4g} at delta {bill.delta:g} ({bill.accountant})"
+    known = [c.privacy for c in configs if c.privacy.epsilon is not None]
+    if not known or len(known) < len(configs):
+        return None
+    epsilon, delta = sum(p.epsilon or 0.0 for p in known), sum(p.delta for p in known)
+    return f"at most epsilon {epsilon:g} at delta {delta:.3g}"
+
+
+def _charge(config: Config, run: str) -> Charge | None:
+    """What a run will be charged; None where only the data would tell, or it will be refused."""
+    from dp_lora.privacy.ledger import Charge
+    from dp_lora.spending import private_set
+
+    size = expected_train_size(config.data)
+    if size is None:
+        return None
+    privacy, cache = config.privacy, Path(config.paths.cache).expanduser()
+    try:
+        mechanism = _mechanism(
+            size,
+            config.train.expected_batch_size,
+            steps_of(config, size),
+            privacy.noise_multiplier,
+            privacy.epsilon,
+            privacy.delta,
+            cache if cache.is_dir() else None,
+        )
+    except UserError:
+        return None
+    return Charge(run, private_set(config.data.name), mechanism, privacy.delta, private=True)
+
+
+@functools.cache
+def _mechanism(
+    size: int,
+    batch: float,
+    steps: int | None,
+    noise: float | None,
+    epsilon: float | None,
+    delta: float,
+    cache: Path | None,
+) -> Mechanism:
+    from dp_lora.privacy.plan import mechanism_of
+
+    return mechanism_of(
+        num_examples=size,
+        expected_batch_size=batch,
+        steps=steps,
+        noise_multiplier=noise,
+        target_epsilon=epsilon,
+        delta=delta,
+        cache=cache,
+    )
 
 
 def _target(epsilon: float | None) -> str:

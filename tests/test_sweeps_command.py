@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,8 +20,10 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from sweep_folder import configured, grid, write_run, write_sweep
 
-from dp_lora.config import Config
+from dp_lora.config import Config, DataConfig, PathsConfig
+from dp_lora.data import expected_train_size, load
 from dp_lora.files import append_line, file_lock
+from dp_lora.privacy.accounting import Mechanism, epsilon, noise_multiplier_for
 from sweeps import plan, status
 from sweeps.__main__ import main
 from sweeps.folders import find, read
@@ -219,21 +222,46 @@ def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> Call
 def test_a_plan_says_what_all_runs_spend(planned: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
     answer, said = planned("sweep=epsilon", "epsilon=eps1,inf", "seed=0,1")
     assert answer == 0
-    assert (
-        "privacy on mnist: 2 runs at epsilon 1, 2 runs without any privacy; if all are released, at most "
-        "epsilon 2 at delta 2e-05, and what the other 2 spend\n"
-    ) in said
+    (line,) = (line for line in said.splitlines() if line.startswith("privacy on "))
+    told = re.fullmatch(
+        r"privacy on mnist: 2 runs at epsilon 1, 2 runs without any privacy; if all are released, epsilon "
+        r"([\d.]+) at delta 1e-05 \(pld\), and what the other 2 spend",
+        line,
+    )
+    # Two runs of one mechanism are one run of twice the steps.
+    sigma = noise_multiplier_for(1.0, 1e-5, 0.25, 80)
+    assert told and float(told[1]) == pytest.approx(
+        epsilon([Mechanism(sigma, 0.25, 160)], 1e-5).epsilon, rel=5e-3
+    )
     assert said.splitlines()[-1] == "4 cells, 4 to run; no finished run to go by; nothing was submitted"
     assert not (tmp_path / "outputs" / "sweeps").exists()
     answer, said = planned("sweep=rnk")
     assert answer == 2 and "did you mean 'rank'?" in said
 
 
-def test_what_a_given_noise_spends_is_not_known_before() -> None:
-    config = Config()
+def test_what_a_given_noise_spends_is_known_where_the_number_of_images_is() -> None:
+    config = Config(data=DataConfig(name="mnist5k"))
     config.privacy.epsilon, config.privacy.noise_multiplier = None, 1.0
     (line,) = plan.spending([config])
     assert "1 runs with a given noise, whose epsilon their privacy.json will say" in line
+    spent = epsilon([Mechanism(1.0, 0.25, 80)], 1e-5).epsilon
+    assert float(line.split("released, epsilon ")[1].split()[0]) == pytest.approx(spent, rel=5e-3)
+    config.data.name = "imagefolder"
+    (line,) = plan.spending([config])
+    assert line.endswith("if all are released, what these spend")
+
+
+def test_without_the_number_of_images_epsilons_add_up() -> None:
+    own = [Config(data=DataConfig(name="imagefolder", source="/images")) for _ in range(3)]
+    own[0].privacy.epsilon = 1.0
+    (line,) = plan.spending(own)
+    assert line.endswith("if all are released, at most epsilon 21 at delta 3e-05")
+
+
+@pytest.mark.parametrize("name", ["mnist5k", "digits"])
+def test_the_number_of_images_is_what_the_loader_finds(name: str) -> None:
+    config = DataConfig(name=name, image_size={"mnist5k": 32, "digits": 8}[name], validation_size=100)
+    assert expected_train_size(config) == len(load(config, PathsConfig()).train.labels)
 
 
 def test_a_plan_says_how_many_public_models_are_made_first(tmp_path: Path) -> None:

@@ -111,29 +111,28 @@ def make_plan(
     """
     _check(num_examples, expected_batch_size, steps, noise_multiplier, target_epsilon)
     _check_mechanism(num_examples, delta, noise_multiplicity, max_grad_norm, clipping)
-    rate = expected_batch_size / num_examples
     private = target_epsilon != math.inf
     if not private:
-        assert steps is not None
-        noise_multiplier, max_grad_norm = 0.0, math.inf
-    elif steps is None:
-        assert noise_multiplier is not None and target_epsilon is not None
-        steps = accounting.steps_for(target_epsilon, delta, rate, noise_multiplier)
-    elif noise_multiplier is None:
-        assert target_epsilon is not None
-        noise_multiplier = accounting.noise_multiplier_for(target_epsilon, delta, rate, steps, cache)
-    assert noise_multiplier is not None
-    mechanism = Mechanism(noise_multiplier, rate, steps)
+        max_grad_norm = math.inf
+    mechanism = mechanism_of(
+        num_examples=num_examples,
+        expected_batch_size=expected_batch_size,
+        steps=steps,
+        noise_multiplier=noise_multiplier,
+        target_epsilon=target_epsilon,
+        delta=delta,
+        cache=cache,
+    )
     bounds = accounting.epsilon_by_accountant([mechanism], delta)
     spent = accounting.smallest(bounds)
     if target_epsilon is not None and private:
         _check_agreement(target_epsilon, spent.epsilon, mechanism)
     return PrivacyPlan(
         num_examples=num_examples,
-        sample_rate=rate,
+        sample_rate=mechanism.sample_rate,
         expected_batch_size=expected_batch_size,
-        steps=steps,
-        noise_multiplier=noise_multiplier,
+        steps=mechanism.steps,
+        noise_multiplier=mechanism.noise_multiplier,
         noise_multiplicity=noise_multiplicity,
         max_grad_norm=max_grad_norm,
         clipping=clipping,
@@ -145,6 +144,34 @@ def make_plan(
         adjacency=ADJACENCIES[adjacency],
         loss_share=loss_share,
     )
+
+
+def mechanism_of(
+    *,
+    num_examples: int,
+    expected_batch_size: float,
+    steps: int | None,
+    noise_multiplier: float | None,
+    target_epsilon: float | None,
+    delta: float,
+    cache: Path | None = None,
+) -> Mechanism:
+    """The noisy steps of the plan that `make_plan` makes of these, without the bounds on what they spend.
+
+    Args, Raises: as of `make_plan`.
+    """
+    _check(num_examples, expected_batch_size, steps, noise_multiplier, target_epsilon)
+    rate = expected_batch_size / num_examples
+    if target_epsilon == math.inf:
+        noise_multiplier = 0.0
+    elif steps is None:
+        assert noise_multiplier is not None and target_epsilon is not None
+        steps = accounting.steps_for(target_epsilon, delta, rate, noise_multiplier)
+    elif noise_multiplier is None:
+        assert target_epsilon is not None
+        noise_multiplier = accounting.noise_multiplier_for(target_epsilon, delta, rate, steps, cache)
+    assert noise_multiplier is not None and steps is not None
+    return Mechanism(noise_multiplier, rate, steps)
 
 
 def _check(

@@ -14,7 +14,7 @@ from slurm.jobs import counted, starts
 
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("slurm")]
 
-STEPS = 40
+STEPS = 100
 QUIET, RAISES, KILLS, MEMORY, USR2, REQUEUED, CANCELLED, KILLED_ONCE, TERMINATED = range(9)
 
 
