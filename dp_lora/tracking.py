@@ -342,6 +342,8 @@ class _Mirror:
     def _start(self, directory: Path, config: Config, run_id: str, name: str) -> None:
         # Its error reports and timings hold tracebacks, which name folders, and follow the size of batches.
         os.environ["WANDB_ERROR_REPORTING"] = "false"
+        # The service of a parent process would not end with this run, and would keep its id in use.
+        os.environ.pop("WANDB_SERVICE", None)
         # Local import: it takes longer than a whole short job's own set-up.
         try:
             import wandb

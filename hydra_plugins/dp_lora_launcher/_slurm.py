@@ -182,13 +182,16 @@ class Slurm:
 
     def _teardown(self) -> list[str]:
         """Queues the job again when its process was killed (status 137), unless the job itself is over."""
-        kills = shlex.quote(str(self.ledger.logs)) + '/"$SLURM_JOB_ID".kills'
+        kills = shlex.quote(str(self.ledger.logs)) + '/"$job".kills'
         return [
             "code=$?",
-            'if [ "$code" = 137 ] && scontrol show job "$SLURM_JOB_ID" | grep -q JobState=RUNNING; then',
+            # The plain number of an array's last job means the whole array.
+            "job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}",
+            "job=${job:-$SLURM_JOB_ID}",
+            'if [ "$code" = 137 ] && scontrol show job "$job" | grep -q JobState=RUNNING; then',
             f"  echo killed >> {kills}",
             f'  if [ "$(wc -l < {kills})" -le {self.max_kills} ]; then',
-            '    scontrol requeue "$SLURM_JOB_ID" && sleep 60',
+            '    scontrol requeue "$job" && sleep 60',
             "  fi",
             "fi",
             'exit "$code"',

@@ -109,6 +109,13 @@ def test_without_a_signal_a_job_goes_on_from_its_last_checkpoint(treated: Sweep)
         assert second["from"] >= 2 and (number == REQUEUED or second["from"] % 2 == 0)
 
 
+def test_a_job_that_is_queued_again_leaves_the_others_of_its_array_alone(treated: Sweep) -> None:
+    # The last job of an array has the array's own number.
+    assert treated.job(KILLED_ONCE).endswith(f"_{LARGEST_ARRAY - 1}")
+    for number in (QUIET, RAISES, CANCELLED, TERMINATED):
+        assert len(starts(treated.cells()[number])) == 1, number
+
+
 def test_a_job_that_is_told_to_end_saves_and_goes_on_until_it_is_ended(treated: Sweep) -> None:
     assert len(starts(treated.cells()[TERMINATED])) == 1
 
