@@ -6,13 +6,15 @@
 #   slurm_box.sh status    which of them run
 #   slurm_box.sh down      end exactly the processes that `up` started
 # Every daemon listens on 127.0.0.1 only and runs as the user who calls. Each command may be given again.
-# Settings: SLURM_BOX (folder, default /var/tmp/slurm-box-<user>), SLURM_BOX_CPUS and SLURM_BOX_GPUS (advertised,
-# not there), SLURM_BOX_MEMORY_MB (of the node), SLURM_BOX_PORT (first of three), SLURM_BOX_MAX_ARRAY (one more
-# than the jobs of the largest array), SLURM_BOX_PROLOG (what a node runs before each job; default nothing).
+# Settings: SLURM_BOX (folder, default /var/tmp/slurm-box-<user>), SLURM_BOX_CPUS (default this machine's, and at
+# least 2), SLURM_BOX_GPUS (default 4) and SLURM_BOX_MEMORY_MB, which the node advertises whether they are there
+# or not, SLURM_BOX_PORT (first of three), SLURM_BOX_MAX_ARRAY (one more than the jobs of the largest array),
+# SLURM_BOX_PROLOG (what the node runs before each job; default nothing).
 set -euo pipefail
 
 BOX=${SLURM_BOX:-/var/tmp/slurm-box-$(id -un)}
-CPUS=${SLURM_BOX_CPUS:-8}
+ONLINE=$(getconf _NPROCESSORS_ONLN)
+CPUS=${SLURM_BOX_CPUS:-$((ONLINE > 2 ? ONLINE : 2))}
 GPUS=${SLURM_BOX_GPUS:-4}
 MEMORY=${SLURM_BOX_MEMORY_MB:-64000}
 PORT=${SLURM_BOX_PORT:-36817}
@@ -264,7 +266,7 @@ cmd_down() {
 case "${1:-}" in
   install | up | env | status | down) "cmd_$1" ;;
   *)
-    sed -n 2,11p "$0"
+    sed -n 2,12p "$0"
     exit 2
     ;;
 esac
