@@ -19,7 +19,6 @@ from sweeps.folders import read_record, runs
 
 if TYPE_CHECKING:
     from dp_lora.privacy.accounting import Mechanism
-    from dp_lora.privacy.ledger import Charge
     from hydra_plugins.dp_lora_launcher._cells import Cell
 
 RATED = 100
@@ -116,12 +115,13 @@ def _spent(configs: Sequence[Config]) -> str:
 
 def _together(configs: Sequence[Config]) -> str | None:
     """A bound on what these spend together, in words; None where a given noise stands on unknown images."""
-    from sweeps.bill import planned
+    from dp_lora.privacy.accounting import composed
 
-    charges = [_charge(config, f"{number}") for number, config in enumerate(configs)]
-    if charges and None not in charges:
-        (bill,) = planned([charge for charge in charges if charge is not None]).sets
-        return f"epsilon {bill.private_epsilon:.4g} at delta {bill.delta:g} ({bill.accountant})"
+    mechanisms = [_mechanism_of(config) for config in configs]
+    if mechanisms and None not in mechanisms:
+        delta = min(config.privacy.delta for config in configs)
+        spent = composed([m for m in mechanisms if m is not None], delta)
+        return f"epsilon {spent.epsilon:.4g} at delta {delta:g} ({spent.accountant})"
     known = [c.privacy for c in configs if c.privacy.epsilon is not None]
     if not known or len(known) < len(configs):
         return None
@@ -129,17 +129,14 @@ def _together(configs: Sequence[Config]) -> str | None:
     return f"at most epsilon {epsilon:g} at delta {delta:.3g}"
 
 
-def _charge(config: Config, run: str) -> Charge | None:
-    """What a run will be charged; None where only the data would tell, or it will be refused."""
-    from dp_lora.privacy.ledger import Charge
-    from dp_lora.spending import private_set
-
+def _mechanism_of(config: Config) -> Mechanism | None:
+    """What a run will release; None where only the data would tell, or it will be refused."""
     size = expected_train_size(config.data)
     if size is None:
         return None
     privacy, cache = config.privacy, Path(config.paths.cache).expanduser()
     try:
-        mechanism = _mechanism(
+        return _mechanism(
             size,
             config.train.expected_batch_size,
             steps_of(config, size),
@@ -150,7 +147,6 @@ def _charge(config: Config, run: str) -> Charge | None:
         )
     except UserError:
         return None
-    return Charge(run, private_set(config.data.name), mechanism, privacy.delta, private=True)
 
 
 @functools.cache
