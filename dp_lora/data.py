@@ -109,11 +109,10 @@ TRAIN_SIZES = {
     "fashion_mnist": 60_000,
     "cifar10": 50_000,
     "celeba": 162_770,
-    "celebahq": 24_000,
     "emnist_letters": 124_800,
     "imagenet": 1_281_167,
 }
-"""Training images of the sets as they are published, which is what their loaders find."""
+"""Training images of the sets as they are published; CelebA-HQ is published with several splits."""
 
 
 def expected_train_size(data: DataConfig) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import statistics
 from collections import Counter
@@ -131,45 +130,24 @@ def _together(configs: Sequence[Config]) -> str | None:
 
 def _mechanism_of(config: Config) -> Mechanism | None:
     """What a run will release; None where only the data would tell, or it will be refused."""
+    from dp_lora.privacy.plan import mechanism_of
+
     size = expected_train_size(config.data)
     if size is None:
         return None
     privacy, cache = config.privacy, Path(config.paths.cache).expanduser()
     try:
-        return _mechanism(
-            size,
-            config.train.expected_batch_size,
-            steps_of(config, size),
-            privacy.noise_multiplier,
-            privacy.epsilon,
-            privacy.delta,
-            cache if cache.is_dir() else None,
+        return mechanism_of(
+            num_examples=size,
+            expected_batch_size=config.train.expected_batch_size,
+            steps=steps_of(config, size),
+            noise_multiplier=privacy.noise_multiplier,
+            target_epsilon=privacy.epsilon,
+            delta=privacy.delta,
+            cache=cache if cache.is_dir() else None,
         )
     except UserError:
         return None
-
-
-@functools.cache
-def _mechanism(
-    size: int,
-    batch: float,
-    steps: int | None,
-    noise: float | None,
-    epsilon: float | None,
-    delta: float,
-    cache: Path | None,
-) -> Mechanism:
-    from dp_lora.privacy.plan import mechanism_of
-
-    return mechanism_of(
-        num_examples=size,
-        expected_batch_size=batch,
-        steps=steps,
-        noise_multiplier=noise,
-        target_epsilon=epsilon,
-        delta=delta,
-        cache=cache,
-    )
 
 
 def _target(epsilon: float | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -146,6 +147,7 @@ def make_plan(
     )
 
 
+@functools.lru_cache(maxsize=256)
 def mechanism_of(
     *,
     num_examples: int,
