@@ -890,7 +890,7 @@ def test_the_baseline_without_privacy_trains(pretrained: Path, digits: ImageSpli
 
 def test_steps_of() -> None:
     def steps(*overrides: str) -> int | None:
-        return finetune.steps_of(composed(*TINY, "train.expected_batch_size=100", *overrides), 1050)
+        return jobs.steps_of(composed(*TINY, "train.expected_batch_size=100", *overrides), 1050)
 
     assert steps("train.max_steps=7") == 7
     assert steps("train.max_steps=null", "train.epochs=2") == 21

@@ -165,6 +165,7 @@ torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method="file://" + {store!r}, rank=1, world_size=2,
                         timeout=datetime.timedelta(seconds=60))
 torch.save(test_mechanism.three_steps(1, 2, dist.group.WORLD), {out!r})
+dist.destroy_process_group()  # gloo's threads may abort a process that ends without it
 """
 
 
