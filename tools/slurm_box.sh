@@ -32,6 +32,10 @@ die() {
   exit 1
 }
 
+launch() { # launch NAME ARGUMENTS...: a daemon that returns once it is in the background
+  "$@" 2>>"$BOX/log/$1.err" || die "$1 does not start: $(tail -n 1 "$BOX/log/$1.err")"
+}
+
 alive() { # alive NAME: the recorded process runs and is that program of this box
   local pid
   pid=$(cat "$BOX/run/$1.pid" 2>/dev/null) || return 1
@@ -81,7 +85,7 @@ cmd_install() {
 }
 
 write_settings() {
-  mkdir -p "$BOX"/{run,log,state,spool,munge,dev}
+  mkdir -p "$BOX"/{run,log,state,spool,munge,dev,tmp}
   chmod 700 "$BOX" "$BOX/munge"
   local i
   for ((i = 0; i < GPUS; i++)); do # slurmd only looks whether they are there
@@ -174,17 +178,21 @@ start_munged() {
     (umask 077 && head -c 1024 /dev/urandom >"$BOX/munge/munge.key")
   fi
   rm -f "$BOX/run/munge.socket"*
-  munged --force --key-file="$BOX/munge/munge.key" --socket="$BOX/run/munge.socket" --num-threads=2 \
-    --pid-file="$BOX/run/munged.pid" --log-file="$BOX/log/munged.log" --seed-file="$BOX/munge/munge.seed" \
-    2>>"$BOX/log/munged.err"
+  launch munged --force --key-file="$BOX/munge/munge.key" --socket="$BOX/run/munge.socket" --num-threads=2 \
+    --pid-file="$BOX/run/munged.pid" --log-file="$BOX/log/munged.log" --seed-file="$BOX/munge/munge.seed"
   wait_for 10 test -S "$BOX/run/munge.socket" || die "munged does not answer"
 }
 
 start_mariadbd() {
+  # A MariaDB that starts removes every temporary table of its folder: in /tmp, those of any other one too.
+  local -x TMPDIR=$BOX/tmp
   if [ ! -d "$BOX/mysql/mysql" ]; then
-    mkdir -p "$BOX/mysql"
-    mariadb-install-db --no-defaults --user="$ME" --datadir="$BOX/mysql" --skip-test-db --skip-name-resolve \
-      --auth-root-authentication-method=normal >"$BOX/log/mariadb-install.log" 2>&1
+    rm -rf "$BOX/mysql" "$BOX/mysql.new"
+    mkdir "$BOX/mysql.new"
+    mariadb-install-db --no-defaults --user="$ME" --datadir="$BOX/mysql.new" --skip-test-db --skip-name-resolve \
+      --auth-root-authentication-method=normal >"$BOX/log/mariadb-install.log" 2>&1 ||
+      die "mariadb-install-db failed: $(grep -m 2 ERROR "$BOX/log/mariadb-install.log" | tr '\n' ' ')"
+    mv "$BOX/mysql.new" "$BOX/mysql"
   fi
   setsid mariadbd --no-defaults --user="$ME" --datadir="$BOX/mysql" --socket="$BOX/run/mysql.sock" \
     --skip-networking --pid-file="$BOX/run/mariadbd.pid" --innodb-buffer-pool-size=64M \
@@ -197,7 +205,7 @@ start_mariadbd() {
 start_slurmdbd() {
   rm -f "$BOX/run/slurmdbd.pid"
   # slurmdbd.conf has no setting for the socket of the database.
-  SLURM_CONF=$BOX/slurmdbd.conf MYSQL_UNIX_PORT="$BOX/run/mysql.sock" slurmdbd 2>>"$BOX/log/slurmdbd.err"
+  SLURM_CONF=$BOX/slurmdbd.conf MYSQL_UNIX_PORT="$BOX/run/mysql.sock" launch slurmdbd
   wait_for 30 sacctmgr -n show cluster || die "slurmdbd does not answer"
   sacctmgr -n show cluster box format=cluster | grep -q box && return 0
   { sacctmgr -i add cluster box && sacctmgr -i add account lab cluster=box &&
@@ -206,13 +214,13 @@ start_slurmdbd() {
 
 start_slurmctld() {
   rm -f "$BOX/run/slurmctld.pid"
-  slurmctld -f "$SLURM_CONF" 2>>"$BOX/log/slurmctld.err"
+  launch slurmctld -f "$SLURM_CONF"
   wait_for 20 scontrol ping || die "slurmctld does not answer"
 }
 
 start_slurmd() {
   rm -f "$BOX/run/slurmd.pid"
-  slurmd -f "$SLURM_CONF" 2>>"$BOX/log/slurmd.err"
+  launch slurmd -f "$SLURM_CONF"
 }
 
 cmd_up() {
