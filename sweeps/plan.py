@@ -61,22 +61,20 @@ def lines(cells: Sequence[Cell], describe: Callable[[ResourcesConfig], str]) -> 
 
 def pretrainings(configs: Sequence[Config]) -> list[str]:
     """A line on the public models that the sweep makes first; none when all are there."""
-    missing = {
-        f"{config.model.name}-{pretrained_fingerprint(config)}"
+    needed = {
+        Path(config.paths.cache).expanduser()
+        / "models"
+        / f"{config.model.name}-{pretrained_fingerprint(config)}"
         for config in configs
         if config.model.pretrained is None
-        and not (_models(config) / f"{config.model.name}-{pretrained_fingerprint(config)}").exists()
     }
+    missing = [folder for folder in needed if not folder.exists()]
     if not missing:
         return []
     return [
         f"pre-trains {len(missing)} public models first, one a seed and public set; model.pretrained=FOLDER "
         "takes one for all"
     ]
-
-
-def _models(config: Config) -> Path:
-    return Path(config.paths.cache).expanduser() / "models"
 
 
 def spending(configs: Sequence[Config]) -> list[str]:
@@ -119,7 +117,7 @@ def _together(configs: Sequence[Config]) -> str | None:
     mechanisms = [_mechanism_of(config) for config in configs]
     if mechanisms and None not in mechanisms:
         delta = min(config.privacy.delta for config in configs)
-        spent = composed([m for m in mechanisms if m is not None], delta)
+        spent = composed([m for m in mechanisms if m is not None], delta, _cache(configs[0]))
         return f"epsilon {spent.epsilon:.4g} at delta {delta:g} ({spent.accountant})"
     known = [c.privacy for c in configs if c.privacy.epsilon is not None]
     if not known or len(known) < len(configs):
@@ -135,7 +133,7 @@ def _mechanism_of(config: Config) -> Mechanism | None:
     size = expected_train_size(config.data)
     if size is None:
         return None
-    privacy, cache = config.privacy, Path(config.paths.cache).expanduser()
+    privacy = config.privacy
     try:
         return mechanism_of(
             num_examples=size,
@@ -144,10 +142,16 @@ def _mechanism_of(config: Config) -> Mechanism | None:
             noise_multiplier=privacy.noise_multiplier,
             target_epsilon=privacy.epsilon,
             delta=privacy.delta,
-            cache=cache if cache.is_dir() else None,
+            cache=_cache(config),
         )
     except UserError:
         return None
+
+
+def _cache(config: Config) -> Path | None:
+    """Where results are kept, if there is one: a plan leaves nothing behind on a machine without."""
+    cache = Path(config.paths.cache).expanduser()
+    return cache if cache.is_dir() else None
 
 
 def _target(epsilon: float | None) -> str:

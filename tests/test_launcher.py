@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 from conftest import TINY, composed, words
 from hydra import initialize_config_dir
+from hydra._internal.config_repository import ConfigRepository
 from hydra.core.global_hydra import GlobalHydra
+from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
 from omegaconf import OmegaConf, open_dict
 from slurm.jobs import counted, starts
@@ -129,6 +131,25 @@ def test_what_is_converted_in_parts_is_checked_and_its_own(loaders: tuple[Any, A
         composer.config(master, ["lora.rank=0"])
     with pytest.raises(UserError, match="did you mean 'lora'"):
         composer.config(master, ["trainable.components=[lorra]"])
+
+
+def test_each_preset_is_read_once(loaders: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    loader, master = loaders
+    read: list[str] = []
+    load = ConfigRepository.load_config
+
+    def noting(repository: ConfigRepository, config_path: str) -> ConfigResult | None:
+        read.append(config_path)
+        return load(repository, config_path)
+
+    monkeypatch.setattr(ConfigRepository, "load_config", noting)
+    composer = Composer(loader)
+    for rank in ("r4", "r8", "r4"):
+        composer.load_sweep_config(master, [f"lora_rank={rank}"])
+    assert {"lora_rank/r4", "lora_rank/r8", "config"} <= set(read)
+    assert len(read) == len(set(read))
+    loader.load_sweep_config(master, ["lora_rank=r8"])  # Hydra's own loader is as it was
+    assert read.count("lora_rank/r8") == 2
 
 
 @pytest.mark.parametrize("given", [["seed=x"], ["lora.rnk=3"], ["epsilon=eps11"], ["lora.rank=[1]"]])

@@ -12,9 +12,11 @@ import pytest
 from dp_accounting.pld import privacy_loss_distribution
 
 from dp_lora.errors import UserError
+from dp_lora.privacy import accounting
 from dp_lora.privacy.accounting import (
     EpsilonCurve,
     Mechanism,
+    composed,
     epsilon,
     epsilon_by_accountant,
     noise_multiplier_for,
@@ -206,6 +208,40 @@ def test_a_damaged_or_foreign_cache_file_is_not_believed(tmp_path: Path) -> None
     assert [path.name for path in tmp_path.rglob("*.tmp")] == []
     with pytest.raises(ValueError, match="target_epsilon"):
         noise_multiplier_for(math.inf, 1e-5, 0.2, 50)
+
+
+def test_what_runs_spend_together_is_kept_for_the_same_mechanisms_in_any_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = Mechanism(1.2, 0.05, 40), Mechanism(2.0, 0.1, 30)
+    spent = composed([one, other], 1e-5, tmp_path)
+    assert spent == composed([one, other], 1e-5)
+    with monkeypatch.context() as patched:
+        patched.setattr(accounting, "_pld", lambda *_: pytest.fail("computed again"))
+        assert composed([other, one], 1e-5, tmp_path) == spent
+        rest = Mechanism(1.2, 0.05, 20)
+        assert composed([rest, other, rest], 1e-5, tmp_path) == spent
+    assert composed([one, other], 1e-6, tmp_path).epsilon > spent.epsilon
+    assert composed([one, one, other], 1e-5, tmp_path).epsilon > spent.epsilon
+
+
+def test_the_smaller_bound_is_what_runs_spend_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [Mechanism(1.2, 0.05, 40), Mechanism(2.0, 0.1, 30)]
+    by_pld = composed(runs, 1e-5)
+    assert by_pld.accountant == "pld"
+    for worse in (100.0, math.inf):
+        monkeypatch.setattr(accounting, "_pld", lambda *_, worse=worse: worse)
+        by_rdp = composed(runs, 1e-5)
+        assert by_rdp.accountant == "rdp"
+        assert by_pld.epsilon < by_rdp.epsilon < 1.5 * by_pld.epsilon
+
+
+@pytest.mark.parametrize("sigma", [0.5, 100.0, 1e4])
+def test_an_epsilon_near_0_takes_no_more_memory_than_another(sigma: float) -> None:
+    step = 1 / sigma**2 + 20 / sigma
+    for delta in (1e-2, 0.5):
+        assert step / accounting._interval([Mechanism(sigma, 1e-3, 1000)], delta) < 2**24
+    assert composed([Mechanism(100.0, 1e-3, 1000)], 1e-2).epsilon < 1e-3
 
 
 @pytest.mark.parametrize(
