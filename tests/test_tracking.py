@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 from wandb_file import WandbRun, read_run
@@ -263,6 +264,17 @@ def test_wandb_holds_no_code_console_host_or_folder(two_starts: Path) -> None:
         assert run.host == ""
         assert not [secret for secret in secrets if secret.encode() in run.shown]
     assert {path.name for path in two_starts.glob("wandb/offline*/files/*")} == {"media"}
+
+
+def test_wandb_sends_no_error_reports_whatever_the_environment_says(
+    run_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "true")
+    with open_tracker(run_directory, job("offline")):
+        service = [process.cmdline() for process in psutil.Process().children(recursive=True)]
+        started = [words for words in service if any("wandb-core" in word for word in words)]
+    assert started
+    assert all("--no-observability" in words for words in started)
 
 
 def test_the_check_for_folders_sees_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
