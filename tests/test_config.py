@@ -53,6 +53,20 @@ def test_presets_say_what_their_names_say() -> None:
     assert fixed.privacy.noise_multiplier == 1.0 and fixed.train.max_steps is None
 
 
+@pytest.mark.parametrize(
+    "experiment", ["mnist", "fashion_mnist", "cifar10", "celeba32", "celeba64", "celebahq256"]
+)
+def test_smoke_is_the_experiment_in_small(experiment: str) -> None:
+    config, full = composed(f"experiment={experiment}", "scale=smoke"), composed(f"experiment={experiment}")
+    train, pretrain = config.train, config.model.pretrain
+    assert (train.max_steps, train.epochs, train.expected_batch_size) == (2, None, 10)
+    assert (pretrain.autoencoder_steps, pretrain.unet_steps, config.sampler.num_samples) == (1, 1, 20)
+    for name in ("data", "public_data", "trainable", "lora", "resources"):
+        assert getattr(config, name) == getattr(full, name)
+    assert (config.model.unet, config.model.autoencoder) == (full.model.unet, full.model.autoencoder)
+    assert (config.privacy.epsilon, config.privacy.delta) == (full.privacy.epsilon, full.privacy.delta)
+
+
 def test_every_preset_is_overridden_by_value() -> None:
     config = composed("epsilon=eps1", "privacy.epsilon=2.5", "lora_rank=r16", "lora.rank=12")
     assert config.privacy.epsilon == 2.5 and config.lora.rank == 12

@@ -201,6 +201,35 @@ def test_a_stage_whose_output_is_gone_is_done_again(whole: Path, dp_lora: Callab
     }  # fmt: skip
 
 
+def test_the_papers_cifar10_goes_through_all_stages_at_full_size(tmp_path: Path, monkeypatch: Any) -> None:
+    rng = np.random.default_rng(0)
+    classes = {"cifar/train": (10, 6), "cifar/test": (10, 3), "imagenet/train": (3, 6)}
+    for folder, (count, images) in classes.items():
+        for place in (tmp_path / folder / f"class{number}" for number in range(count)):
+            place.mkdir(parents=True)
+            for number in range(images):
+                pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(place / f"{number}.png")
+    given = [
+        f"paths.cache={tmp_path}/cache",
+        f"paths.outputs={tmp_path}/outputs",
+        f"paths.ledger={tmp_path}/l",
+    ]
+    given += ["experiment=cifar10", f"data.source={tmp_path}/cifar", "train.max_steps=2", "scale=smoke"]
+    given += [f"public_data.source={tmp_path}/imagenet", "tracking.wandb=disabled", "tracking.progress=off"]
+    monkeypatch.setattr(sys, "argv", ["dp-lora", *given])
+    main()
+    GlobalHydra.instance().clear()
+    (directory,) = (tmp_path / "outputs" / "cifar10").iterdir()
+    result, privacy = read_json(directory / "result.json"), read_json(directory / "privacy.json")
+    assert result["trainable_parameters_by_component"] == {"lora": 392_192, "embedder": 5_120}
+    assert (privacy["steps"], privacy["noise_multiplicity"]) == (2, 2)
+    assert 9.95 < privacy["epsilon"] <= 10
+    with np.load(directory / "samples.npz") as samples:
+        assert samples["images"].shape == (20, 32, 32, 3)
+    assert all(math.isfinite(value) for value in result["metrics"].values())
+
+
 def test_without_privacy_no_guarantee_is_claimed(dp_lora: Callable[..., Path], capsys: Any) -> None:
     directory = dp_lora("epsilon=inf", "stages=[finetune]", name="inf")
     said = capsys.readouterr().out
