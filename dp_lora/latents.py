@@ -20,6 +20,7 @@ from torch import Tensor
 from dp_lora import arrays, models
 from dp_lora.data import ImageSet
 from dp_lora.models import LatentDiffusion
+from dp_lora.progress import Progress
 
 
 @dataclass(frozen=True, repr=False)
@@ -59,7 +60,7 @@ def encode(model: LatentDiffusion, images: ImageSet, *, batch_size: int = 256) -
 
 
 def encoded_batches(
-    model: LatentDiffusion, images: ImageSet, batch_size: int = 256
+    model: LatentDiffusion, images: ImageSet, batch_size: int = 256, progress: Progress | None = None
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Batch by batch: the number of its first image, mean and standard deviation, on the CPU."""
     device = next(model.parameters()).device
@@ -67,21 +68,31 @@ def encoded_batches(
         with torch.inference_mode():
             mean, std = model.encode(to_unit_range(images.images[first : first + batch_size]).to(device))
         yield first, mean.cpu(), std.cpu()
+        if progress is not None:
+            progress.update(len(mean))
 
 
-def cached(model: LatentDiffusion, images: ImageSet, cache: Path) -> Latents:
+def cached(model: LatentDiffusion, images: ImageSet, cache: Path, progress: str = "off") -> Latents:
     """The latents of all images, mapped from `cache`, computed first if no job has done so.
 
     Once for each content of images (and so each set and preprocessing) and of the autoencoder: the store is
     named by a digest of both. It is written batch by batch, so the latents need not fit into memory, verified
     each time it is opened (`dp_lora.arrays`), and readable by its owner only.
+
+    Args:
+        model: whose autoencoder encodes.
+        images: uint8 [N, C, H, W].
+        cache: folder of the stores.
+        progress: as `tracking.progress`.
     """
     shape = ("F32", (len(images), *model.latent_shape))
 
     def fill(into: dict[str, np.ndarray]) -> None:
-        for first, mean, std in encoded_batches(model, images):
-            into["mean"][first : first + len(mean)] = mean.numpy()
-            into["std"][first : first + len(std)] = std.numpy()
+        # Whichever process of a job came first fills it, for all.
+        with Progress(len(images), "encode", mode=progress, unit="image", rank=0) as shown:
+            for first, mean, std in encoded_batches(model, images, progress=shown):
+                into["mean"][first : first + len(mean)] = mean.numpy()
+                into["std"][first : first + len(std)] = std.numpy()
 
     key = _content(model, images)
     stored = arrays.shared(cache / "latents", key, {"mean": shape, "std": shape}, fill)

@@ -423,12 +423,24 @@ class _Stages:
         model.autoencoder.eval()
         _same_on_all(model)
         # Unit variance over the public set (Rombach et al. 2022): a constant of public images only.
-        model.autoencoder.register_to_config(scaling_factor=1 / _spread(model, self.images.train))
+        model.autoencoder.register_to_config(scaling_factor=1 / self._spread(model))
+
+    def _spread(self, model: LatentDiffusion) -> float:
+        """Standard deviation of latents drawn from the posteriors of all images, in one pass over them."""
+        images, mode = self.images.train, self.config.tracking.progress
+        count, total, squares = 0, 0.0, 0.0
+        with Progress(len(images), "pretrain scale", mode=mode, unit="image", public=True) as progress:
+            for _, mean, std in encoded_batches(model, images, progress=progress):
+                mean, std = mean.double(), std.double()
+                count, total = count + mean.numel(), total + float(mean.sum())
+                squares += float(mean.square().sum() + std.square().sum())
+        return float((squares / count - (total / count) ** 2) ** 0.5)
 
     def diffusion(self, model: LatentDiffusion) -> LatentDiffusion:
         """Trains the diffusion model on cached latents; returns the one with the averaged weights."""
         train = self.images.train
-        latents = cached(model, train, Path(self.config.paths.cache).expanduser())
+        cache = Path(self.config.paths.cache).expanduser()
+        latents = cached(model, train, cache, self.config.tracking.progress)
         step = DiffusionStep(model, latents, torch.from_numpy(train.labels), self.settings, self.config.seed)
 
         def picture() -> bytes:
@@ -474,16 +486,6 @@ def _same_on_all(model: nn.Module) -> None:
     if dist.is_initialized():
         for tensor in model.state_dict().values():
             dist.broadcast(tensor, 0)
-
-
-def _spread(model: LatentDiffusion, images: ImageSet) -> float:
-    """Standard deviation of latents drawn from the posteriors of all images, in one pass over them."""
-    count, total, squares = 0, 0.0, 0.0
-    for _, mean, std in encoded_batches(model, images):
-        mean, std = mean.double(), std.double()
-        count, total = count + mean.numel(), total + float(mean.sum())
-        squares += float(mean.square().sum() + std.square().sum())
-    return float((squares / count - (total / count) ** 2) ** 0.5)
 
 
 @torch.inference_mode()
