@@ -87,15 +87,17 @@ def cached(model: LatentDiffusion, images: ImageSet, cache: Path, progress: str 
     """
     shape = ("F32", (len(images), *model.latent_shape))
 
-    def fill(into: dict[str, np.ndarray]) -> None:
-        # Whichever process of a job came first fills it, for all.
-        with Progress(len(images), "encode", mode=progress, unit="image", rank=0) as shown:
+    key = _content(model, images)
+    # Shown whether or not there is something to do: that a set was encoded before tells which set it is.
+    with Progress(len(images), "encode", mode=progress, unit="image") as shown:
+
+        def fill(into: dict[str, np.ndarray]) -> None:
             for first, mean, std in encoded_batches(model, images, progress=shown):
                 into["mean"][first : first + len(mean)] = mean.numpy()
                 into["std"][first : first + len(std)] = std.numpy()
 
-    key = _content(model, images)
-    stored = arrays.shared(cache / "latents", key, {"mean": shape, "std": shape}, fill)
+        stored = arrays.shared(cache / "latents", key, {"mean": shape, "std": shape}, fill)
+        shown.update(len(images) - shown.done)
     return Latents(torch.from_numpy(stored["mean"]), torch.from_numpy(stored["std"]))
 
 

@@ -226,7 +226,7 @@ def test_the_papers_cifar10_goes_through_all_stages_at_full_size(tmp_path: Path,
     assert (privacy["steps"], privacy["noise_multiplicity"]) == (2, 2)
     assert 9.95 < privacy["epsilon"] <= 10
     with np.load(directory / "samples.npz") as samples:
-        assert samples["images"].shape == (20, 32, 32, 3)
+        assert samples["images"].shape == (20, 3, 32, 32)
     assert all(math.isfinite(value) for value in result["metrics"].values())
 
 
