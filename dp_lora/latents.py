@@ -88,7 +88,7 @@ def cached(model: LatentDiffusion, images: ImageSet, cache: Path, progress: str 
     shape = ("F32", (len(images), *model.latent_shape))
 
     key = _content(model, images)
-    # Shown whether or not there is something to do: that a set was encoded before tells which set it is.
+    # Shown whether or not there is something to do, so that the lines do not depend on which set it is.
     with Progress(len(images), "encode", mode=progress, unit="image") as shown:
 
         def fill(into: dict[str, np.ndarray]) -> None:
