@@ -117,15 +117,19 @@ class Havoc:
 
 
 def wreak(sweep: Sweep, again: Callable[[], Sweep]) -> Havoc:
-    """Kills until `RESTARTS` jobs went on from a checkpoint, then `KILLS` blows at least and the driver's end."""
+    """Kills until jobs went on `RESTARTS` times from a checkpoint, then at least `KILLS` blows."""
     havoc = Havoc(sweep, again)
     blows = ["kill -9", "USR2", "requeue"]
     strikes = [(how, training) for training in (True, True, False) for how in [*blows, *blows, "kill -9"]]
     strikes += [("urgent", True), ("node down", True), ("driver", False)]
     havoc.random.shuffle(strikes)
     # While there is enough to do for a blow to find a job that trains.
-    while havoc.restarts() < RESTARTS:
+    while (before := havoc.restarts()) < RESTARTS:
         havoc.strike("kill -9", training=True)
+        # The next blow could fall before this job has gone on.
+        end = time.monotonic() + 30
+        while havoc.restarts() == before and time.monotonic() < end:
+            time.sleep(0.2)
     havoc.done.clear()
     for how, training in strikes:
         time.sleep(havoc.random.uniform(0, 2))
