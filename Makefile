@@ -1,6 +1,6 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup run test check format data pretrain-mnist clean slurm-up slurm-down
+.PHONY: help setup run test test-long check format data pretrain-mnist clean slurm-up slurm-down
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -23,6 +23,9 @@ run: .venv/installed  ## run the default job: fine-tune, sample, evaluate
 
 test: .venv/installed-dev  ## run the tests
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+
+test-long: .venv/installed-dev  ## run the slow statistics that `test` leaves out
+	$(BIN)/python -m pytest $(PARALLEL) -m slow $(ARGS)
 
 check: .venv/installed-dev  ## formatter, linter, types and tests: what has to pass before a commit
 	$(BIN)/ruff format --check .

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import absl.logging
+import hypothesis
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -30,6 +31,9 @@ from dp_lora.models import LatentDiffusion, load
 torch.set_num_threads(1)
 # absl's handler closes its stream, which is pytest's here, each time that Hydra sets up logging.
 absl.logging.PythonHandler.close = logging.StreamHandler.close
+# The same examples in every run, however slow the machine.
+hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("fixed")
 
 TINY = (
     "model=tiny8",
