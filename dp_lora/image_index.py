@@ -14,17 +14,18 @@ The folder has mode 0700, key and digests 0600: whoever has both can confirm a g
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from dp_lora.content import digests
 from dp_lora.data import ImageSet, ImageSplits
+from dp_lora.digests import SIZE
 from dp_lora.errors import UserError
 from dp_lora.files import append_line, file_lock, private_directory, read_lines, write_atomic
 from dp_lora.privacy.ledger import Charge, Ledger
@@ -33,6 +34,9 @@ _DTYPE = np.dtype("<u8")
 """Eight bytes an image: of two sets of a million images each, one pair in 2e7 seems to share one."""
 
 _KEY_BYTES = 32
+
+_computed: WeakKeyDictionary[ImageSet, tuple[bytes, np.ndarray]] = WeakKeyDictionary()
+"""The key and the keyed digests of sets in memory: a job asks several times."""
 
 
 def default_folder() -> Path:
@@ -180,14 +184,16 @@ def _by_run(charge: Charge) -> Charge:
 
 def _keyed(part: ImageSet, key: bytes) -> np.ndarray:
     """The keyed digests of the images that show something, uint64 [M]: HMAC-SHA256, its first eight bytes."""
-    found = digests(part)[~_plain(part.images)]
-    start = hmac.new(key, digestmod=hashlib.sha256)
-    keyed = bytearray()
-    for row in np.ascontiguousarray(found):
-        mac = start.copy()
-        mac.update(row.data)
-        keyed += mac.digest()[: _DTYPE.itemsize]
-    return np.frombuffer(bytes(keyed), _DTYPE)
+    if part in _computed and _computed[part][0] == key:
+        return _computed[part][1]
+    rows = digests(part)[~_plain(part.images)].tobytes()
+    keyed = b"".join(
+        hmac.digest(key, rows[at : at + SIZE], "sha256")[: _DTYPE.itemsize]
+        for at in range(0, len(rows), SIZE)
+    )
+    found = np.frombuffer(keyed, _DTYPE)
+    _computed[part] = (key, found)
+    return found
 
 
 def _plain(images: np.ndarray) -> np.ndarray:
