@@ -57,16 +57,17 @@ class ImageIndex:
 
     def find(self, images: ImageSplits) -> KnownSet | None:
         """`images` as the index knows them, without a change to it; None while it knows nothing at all."""
-        if not (self.folder / "key").exists() and not (self.folder / "sets").exists():
-            return None
-        return self._find(images, self._key())
+        return None if self._is_new() else self._find(images, self._key())
 
     def register(self, images: ImageSplits) -> KnownSet:
         """The set of `images`, which the index knows from now on."""
         try:
             private_directory(self.folder)
             with file_lock(self.folder / "lock"):
-                found = self._find(images, self._key(make=True))
+                if self._is_new():
+                    write_atomic(self.folder / "sets.jsonl", "", mode=0o600)
+                    write_atomic(self.folder / "key", os.urandom(_KEY_BYTES), mode=0o600)
+                found = self._find(images, self._key())
                 path = self._path(found.name)
                 if found.name not in self._neighbours():
                     private_directory(path.parent)
@@ -74,7 +75,6 @@ class ImageIndex:
                     append_line(
                         self.folder / "sets.jsonl", {"set": found.name, "shares": sorted(found.shares)}
                     )
-                    (self.folder / "sets.jsonl").chmod(0o600)
         except OSError as error:
             raise UserError(
                 f"paths.index={self.folder}: cannot be written ({error.strerror}); expected a folder of "
@@ -125,8 +125,11 @@ class ImageIndex:
 
     def _neighbours(self) -> dict[str, set[str]]:
         """For each set those that share an image with it."""
+        path = self.folder / "sets.jsonl"
+        if not path.exists():
+            raise self._damaged(path.name)
         try:
-            rows = read_lines(self.folder / "sets.jsonl")
+            rows = read_lines(path)
             found: dict[str, set[str]] = {row["set"]: set(row["shares"]) for row in rows}
             for name, shares in list(found.items()):
                 for other in shares:
@@ -148,10 +151,11 @@ class ImageIndex:
     def _path(self, name: str) -> Path:
         return self.folder / "sets" / f"{name}.u64"
 
-    def _key(self, *, make: bool = False) -> bytes:
+    def _is_new(self) -> bool:
+        return not (self.folder / "key").exists() and not (self.folder / "sets").exists()
+
+    def _key(self) -> bytes:
         path = self.folder / "key"
-        if make and not path.exists() and not (self.folder / "sets").exists():
-            write_atomic(path, os.urandom(_KEY_BYTES), mode=0o600)
         try:
             key = path.read_bytes()
         except OSError as error:
