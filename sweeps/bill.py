@@ -124,6 +124,8 @@ class _Run:
     digest: str | None = None
     checkpoint: Path | None = None
     """The private folder, where it can be read: it tells which steps and releases copies have in common."""
+    copies: tuple[_Run, ...] = ()
+    """The other copies of its directory, which may be charged to another ledger."""
 
     @property
     def mechanisms(self) -> tuple[Mechanism, ...]:
@@ -182,7 +184,7 @@ def _united(copies: Sequence[_Run]) -> _Run:
     releases = {json.dumps(one, sort_keys=True): one for folder in folders for one in releases_of(folder)}
     mechanisms = tuple(Mechanism(float(one["noise_multiplier"]), 1.0, 1) for one in releases.values())
     whole = replace(last.charge, mechanism=replace(last.charge.mechanism, steps=steps))
-    return replace(last, charge=whole, releases=mechanisms)
+    return replace(last, charge=whole, releases=mechanisms, copies=tuple(copies[:-1]))
 
 
 def _bill(runs: Sequence[_Run]) -> Bill:
@@ -241,6 +243,7 @@ def _largest(runs: Sequence[_Run], delta: float) -> float:
 def _ledgers(runs: Sequence[_Run], delta: float) -> dict[str, Any]:
     """What the ledgers of these runs say about their set; nothing where there is none to be seen."""
     name, counted = runs[0].charge.private_set, dict[tuple[str, str], Charge]()
+    runs = [one for run in runs for one in (run, *run.copies)]
     paths = sorted({run.ledger for run in runs if run.ledger is not None and run.ledger.exists()})
     for path in paths:
         ledger = Ledger(path)
