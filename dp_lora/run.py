@@ -92,7 +92,7 @@ def _follow(config: Config, directory: Path, team: Team) -> dict[str, Any]:
     left = team.told("stages")
     if "finetune" in left:
         team.told("latents")
-        _train(job, lambda step, values: None, lambda finished: None, team)
+        _train(job, team)
     team.told("finished")
     return {"directory": str(directory)}
 
@@ -179,10 +179,15 @@ def _finetune(job: Job, tracker: Tracker, team: Team) -> None:
     def log(step: int, values: dict[str, float]) -> None:
         if step % config.tracking.log_every == 0 or step == job.plan.steps:
             tracker.log(step, values, "finetune")
-        tracker.privacy(privacy_record(job, epsilon=values["epsilon"], steps=step, complete=False))
+
+    def begun(executions: int, epsilon: float) -> None:
+        tracker.privacy(privacy_record(job, epsilon=epsilon, steps=executions, complete=False))
+
+    def started(finished: int) -> None:
+        tracker.rewind("finetune", finished + 1)
 
     with charged(config, job.plan, job.directory / "checkpoint"), _timed(job, "finetune"):
-        model, executed = _train(job, log, lambda finished: tracker.rewind("finetune", finished + 1), team)
+        model, executed = _train(job, team, log, started, begun)
     record = privacy_record(job, epsilon=job.plan.epsilon, steps=executed, complete=True)
     tracker.privacy(record)
     _export(job, model, record)
@@ -190,9 +195,13 @@ def _finetune(job: Job, tracker: Tracker, team: Team) -> None:
 
 
 def _train(
-    job: Job, log: Callable[[int, dict[str, float]], None], started: Callable[[int], None], team: Team
+    job: Job,
+    team: Team,
+    log: Callable[[int, dict[str, float]], None] = lambda step, values: None,
+    started: Callable[[int], None] = lambda finished: None,
+    begun: Callable[[int, float], None] = lambda executions, epsilon: None,
 ) -> tuple[LatentDiffusion, int]:
-    """The fine-tuned model and the number of executed steps; `log` and `started` as in `finetune`."""
+    """The fine-tuned model and the number of executed steps; the three calls as in `finetune`."""
     import torch
 
     from dp_lora import adapters, latents
@@ -212,14 +221,12 @@ def _train(
     labels = torch.from_numpy(train.labels)
     captions = None if train.captions is None else list(train.captions)
     folder = job.directory / "checkpoint"
-    executed = finetune(
-        config, model, encoded, labels, job.plan, folder, log, started=started, captions=captions
-    )
+    executed = finetune(config, model, encoded, labels, job.plan, folder, log, started, captions, begun)
     return model, executed
 
 
 def privacy_record(job: Job, *, epsilon: float, steps: int, complete: bool) -> dict[str, Any]:
-    """The content of privacy.json after `steps` noisy steps."""
+    """The content of privacy.json when `steps` noisy steps were begun, finished or not."""
     from dp_lora.card import COVERS, DOES_NOT_COVER, no_guarantee
 
     secret = job.config.privacy.insecure_seed is None
