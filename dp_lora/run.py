@@ -174,9 +174,12 @@ def model_before(job: Job) -> LatentDiffusion:
 
 
 def _finetune(job: Job, tracker: Tracker, team: Team) -> None:
+    from dp_lora import content
+
     config = job.config
 
     def log(step: int, values: dict[str, float]) -> None:
+        note()
         if step % config.tracking.log_every == 0 or step == job.plan.steps:
             tracker.log(step, values, "finetune")
 
@@ -186,7 +189,9 @@ def _finetune(job: Job, tracker: Tracker, team: Team) -> None:
     def started(finished: int) -> None:
         tracker.rewind("finetune", finished + 1)
 
-    with charged(config, job.plan, job.directory / "checkpoint"), _timed(job, "finetune"):
+    folder = job.directory / "checkpoint"
+    with charged(config, job.plan, folder, job.images) as note, _timed(job, "finetune"):
+        content.keep(job.images, folder)
         model, executed = _train(job, team, log, started, begun)
     record = privacy_record(job, epsilon=job.plan.epsilon, steps=executed, complete=True)
     tracker.privacy(record)
@@ -211,7 +216,9 @@ def _train(
     model = model_before(job)
     adapters.attach(model, config.trainable.components, config.lora, seed=config.seed)
     if team.first:
-        spends = "; ".join(" ".join(line.split()) for line in _guarantee(job))
+        seeded = config.privacy.insecure_seed is not None
+        planned = {**job.plan.to_dict(), "reproducible_noise": seeded}
+        spends = "; ".join(" ".join(line.split()) for line in _guarantee(planned))
         by_component = adapters.count_by_component(model, config.trainable.components)
         trained = ", ".join(f"{component} {number:,}" for component, number in by_component.items())
         say(f"finetune: {adapters.count(model):,} trained parameters ({trained}); {spends}")
@@ -282,8 +289,8 @@ def finetuned_model(job: Job) -> LatentDiffusion:
     from dp_lora import adapters
     from dp_lora.models import load
 
-    model = load(job.pretrained, job.config.model.prompt)
-    adapters.restore(model, job.directory / "adapter", job.images.train.classes)
+    model, adapter = load(job.pretrained, job.config.model.prompt), job.directory / "adapter"
+    adapters.restore(model, adapter, adapters.class_names(adapter) or job.images.train.classes)
     return model.to(job.device)
 
 
@@ -386,10 +393,14 @@ def _summary(job: Job, result: Mapping[str, Any]) -> str:
     """The table that a job ends with: what was spent, what came of it, where it lies."""
     from dp_lora.tracking import baseline_table
 
-    lines = [*_guarantee(job), f"noise multiplicity {job.plan.noise_multiplicity}"]
-    together = line_of_all_runs(job.config, job.plan.delta)
-    if together is not None:
-        lines.append(f"all runs           {together}")
+    # What was trained, not what this configuration and these images would give today.
+    path, lines = job.directory / "privacy.json", []
+    if path.exists():
+        record = read_json(path)
+        lines += [*_guarantee(record), f"noise multiplicity {record['noise_multiplicity']}"]
+        together = line_of_all_runs(job.config, record["delta"], job.images)
+        if together is not None:
+            lines.append(f"all runs           {together}")
     metrics = result.get("metrics", {})
     if metrics:
         columns, rows = baseline_table(metrics)
@@ -406,20 +417,19 @@ def _summary(job: Job, result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _guarantee(job: Job) -> list[str]:
-    """What the fine-tuning spends, or why it guarantees nothing."""
+def _guarantee(record: Mapping[str, Any]) -> list[str]:
+    """What a fine-tuning spends by its `record`, as in privacy.json, or why it guarantees nothing."""
     from dp_lora.card import no_guarantee
 
-    plan, seeded = job.plan, job.config.privacy.insecure_seed is not None
-    nothing = no_guarantee(plan.to_dict(), reproducible_noise=seeded)
+    nothing = no_guarantee(record, reproducible_noise=record["reproducible_noise"])
     lines = [nothing.strip("*.")] if nothing else []
-    if plan.private:
+    if record["private"]:
         lines += [
-            f"epsilon            {plan.epsilon:.4g} ({plan.accountant}, {plan.adjacency})",
-            f"delta              {plan.delta:g}",
+            f"epsilon            {record['epsilon']:.4g} ({record['accountant']}, {record['adjacency']})",
+            f"delta              {record['delta']:g}",
         ]
-    sizes = f"{plan.steps} steps, sample rate {plan.sample_rate:.4g}"
-    return [*lines, f"noise multiplier   {plan.noise_multiplier:.4g}, {sizes}"]
+    sizes = f"{record['steps']} steps, sample rate {record['sample_rate']:.4g}"
+    return [*lines, f"noise multiplier   {record['noise_multiplier']:.4g}, {sizes}"]
 
 
 def _row(cells: Sequence[str]) -> str:
