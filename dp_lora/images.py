@@ -24,6 +24,7 @@ import numpy as np
 from dp_lora import arrays
 from dp_lora.config import DataConfig
 from dp_lora.errors import UserError, did_you_mean
+from dp_lora.keyed import keyed_name
 
 ROLES = ("train", "validation", "test")
 STORED_BYTES = 2**25
@@ -116,7 +117,7 @@ class Unread(NamedTuple):
             fill({"images": images})
         else:
             asked = f"{self.identity} {astuple(preprocessing)} {len(self.labels)}"
-            key = hashlib.sha256(asked.encode()).hexdigest()[:32]
+            key = keyed_name(request.cache, f"images {asked}")
             images = arrays.shared(request.cache / "images", key, {"images": ("U8", shape)}, fill)["images"]
         return part_of(images, self.labels)
 
