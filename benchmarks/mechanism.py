@@ -3,7 +3,8 @@
     python -m benchmarks.mechanism [--json FILE]
 
 First the parts of a step of the default job's model at a logical batch of 2,000 images: CPU time of one
-thread, and its share of the whole step. Then, for the settings of the paper, the CPU time to calibrate the
+thread (of the write-ahead record, which waits for the disk, time by the clock), and its share of the whole
+step. Then, for the settings of the paper, the CPU time to calibrate the
 noise from nothing and from the cache, and how far epsilon stays below its target.
 """
 
@@ -98,7 +99,10 @@ def parts_of_a_step(microbatch: int = tuning.ROWS_ON_CPU) -> dict[str, float]:
 
 
 def step_record(model: LatentDiffusion, plan: PrivacyPlan, folder: Path) -> dict[str, float]:
-    """Seconds, by the clock, of what binds a step's noise to its sum and keeps it from being used twice."""
+    """Seconds of what binds a step's noise to its sum and keeps it from being used twice.
+
+    CPU time; of the record, which waits for the disk, by the clock.
+    """
     latents = torch.zeros(1, *model.latent_shape)
     record = Executions(folder / "executions.jsonl", {})
     key = Randomness.from_system()
@@ -111,9 +115,9 @@ def step_record(model: LatentDiffusion, plan: PrivacyPlan, folder: Path) -> dict
         record.keep_sum(execution, "0" * 64)
 
     found = {
-        "digest of the state": seconds(step._state, clock=time.perf_counter),
+        "digest of the state": seconds(step._state),
         # For the record; the noise has its own, which is in its time.
-        "digest of the sum": seconds(lambda: sum_digest(total, plan), clock=time.perf_counter),
+        "digest of the sum": seconds(lambda: sum_digest(total, plan)),
         "write-ahead record": seconds(write, rounds=50, clock=time.perf_counter),
     }
     step.gradients.detach()

@@ -58,7 +58,9 @@ def edit_weights(model: LatentDiffusion) -> None:
 
 
 @pytest.mark.parametrize(
-    "edit", [edit_beta_end, edit_betas, edit_prediction, edit_unet, edit_weights], ids=lambda edit: edit.__name__
+    "edit",
+    [edit_beta_end, edit_betas, edit_prediction, edit_unet, edit_weights],
+    ids=lambda edit: edit.__name__,
 )
 def test_a_training_begins_from_all_that_the_model_is(
     edit: Callable[[LatentDiffusion], None], pretrained: Path, plan: PrivacyPlan
