@@ -17,7 +17,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -692,7 +692,18 @@ def fingerprint(config: Config) -> str:
     del values["model"]["pretrain"]["samples_every"]
     # Where the published file lies: what is in it is fixed.
     del values["evaluation"]["inception_weights"]
+    for group, name in (("data", "source"), ("public_data", "source"), ("model", "pretrained")):
+        values[group][name] = _one_spelling(values[group][name])
     return _digest(values)
+
+
+def _one_spelling(place: str | None) -> str | None:
+    """The same for all spellings of one path that mean the same place wherever it is.
+
+    >>> _one_spelling("set/"), _one_spelling("./set//."), _one_spelling("uoft-cs/cifar10")
+    ('set', 'set', 'uoft-cs/cifar10')
+    """
+    return str(PurePosixPath(place)) if place else place
 
 
 def pretrained_fingerprint(config: Config) -> str:
@@ -700,6 +711,7 @@ def pretrained_fingerprint(config: Config) -> str:
     model = dataclasses.asdict(config.model)
     del model["pretrained"], model["prompt"], model["pretrain"]["samples_every"]
     public = dataclasses.asdict(config.public_data)
+    public["source"] = _one_spelling(public["source"])
     return _digest({"model": model, "public_data": public, "seed": config.seed})
 
 

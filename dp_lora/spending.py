@@ -13,12 +13,14 @@ ledger and refused, and a kill between the two writes is no copy.
 
 from __future__ import annotations
 
+import itertools
 import secrets
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dp_lora.config import Config
 from dp_lora.errors import UserError
@@ -351,6 +353,45 @@ def begun(folder: Path) -> int:
     from dp_lora.privacy.executions import Executions
 
     return Executions(folder / "executions.jsonl", {}, writes=False).count
+
+
+def begun_by_all(folders: Sequence[Path]) -> int:
+    """Number of executions that the records of several copies of one run name, each of them once.
+
+    The lines that two records begin with alike are one history; all others are different executions.
+    """
+    records = [_lines(folder) for folder in folders]
+    total = 0
+    for number, (folder, lines) in enumerate(zip(folders, records, strict=True)):
+        shared = max((_alike(lines, other) for other in records[:number]), default=0)
+        total += begun(folder) - _begun_in(lines[:shared])
+    return total
+
+
+def _alike(lines: Sequence[bytes], other: Sequence[bytes]) -> int:
+    """Number of lines with which both begin."""
+    return sum(
+        1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(lines, other, strict=False))
+    )
+
+
+def _begun_in(lines: Sequence[bytes]) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "executions.jsonl").write_bytes(b"".join(line + b"\n" for line in lines))
+        return begun(Path(folder))
+
+
+def _lines(folder: Path) -> list[bytes]:
+    """The whole lines of the write-ahead record in `folder`."""
+    path = folder / "executions.jsonl"
+    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+
+
+def releases_of(folder: Path) -> list[dict[str, Any]]:
+    """The releases on held-out images that were made in the run of the private `folder`, in their order."""
+    path = folder / "releases.json"
+    found: list[dict[str, Any]] = read_json(path) if path.exists() else []
+    return found
 
 
 def progress_of(folder: Path) -> int:
