@@ -296,7 +296,7 @@ def _hidden(config: Config) -> list[str]:
     They are `PRIVATE_SETTINGS`, but for the name of weights that ship with the package, and under
     `add_or_remove` the sizes of the private splits.
     """
-    hidden = [name for name in PRIVATE_SETTINGS if not (name == "model.pretrained" and _is_shipped(config))]
+    hidden = [name for name in PRIVATE_SETTINGS if not (name == "model.pretrained" and is_shipped(config))]
     return hidden if _size_is_public(config.privacy.adjacency) else [*hidden, *SIZES]
 
 
@@ -306,7 +306,7 @@ def _at(config: Any, path: Sequence[str]) -> Any:
     return config
 
 
-def _is_shipped(config: Config) -> bool:
+def is_shipped(config: Config) -> bool:
     """Whether `model.pretrained` names weights of this package."""
     name = config.model.pretrained
     return name is not None and re.fullmatch(r"[\w-]+", name) is not None and (_WEIGHTS / name).is_dir()
