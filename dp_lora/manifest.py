@@ -191,9 +191,9 @@ def settings(config: Config) -> dict[str, Any]:
 
 
 def exported_settings(config: Config) -> dict[str, Any]:
-    """The settings of an export: those of `settings` that can change the result."""
+    """The settings of an export: those of `settings` that can change the result, as a job takes them."""
     values = settings(config)
-    del values["resources"]
+    del values["resources"], values["privacy"]["insecure"]
     values["tracking"] = {"private_loss": config.tracking.private_loss}
     return values
 
@@ -313,4 +313,5 @@ def is_shipped(config: Config) -> bool:
 
 
 def _size_is_public(adjacency: str) -> bool:
-    return adjacency == "zero_out"
+    """Of the relation as the configuration or as privacy.json calls it."""
+    return adjacency.replace("_", " ").startswith("zero out")
