@@ -1,4 +1,4 @@
-"""The command `dp-lora` (= `python -m dp_lora`): a Hydra app around `run.run`.
+"""The command `dp-lora` (= `python -m dp_lora`): a Hydra app around `run.run`, and `dp-lora export`.
 
 A user's mistake is one line and exit status 2; an interrupted run ends with status 130 and continues
 when the command is given again.
@@ -60,7 +60,12 @@ def app(composed: DictConfig) -> dict[str, object]:
 
 
 def main() -> None:
-    """Runs the app and turns what a user can cause into one line and an exit status."""
+    """Runs the app, or `dp-lora export`; what a user can cause becomes one line and an exit status."""
+    if sys.argv[1:2] == ["export"]:
+        from dp_lora import export_command
+
+        export_command.main(sys.argv[2:])
+        return
     # Without it Hydra prints errors its own way and exits with status 1.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     sys.argv[1:] = hydra_words(dry_run(sys.argv[1:]))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dp_lora import manifest
 from dp_lora.config import Config, fingerprint, from_omegaconf, pretrained_fingerprint
 from dp_lora.errors import UserError
 from dp_lora.files import append_line, file_lock
@@ -40,9 +41,24 @@ class Job:
     images: ImageSplits
     plan: PrivacyPlan
     pretrained: Path
-    base_model: str
     device: torch.device
     seconds: dict[str, float]
+
+    @property
+    def base_model(self) -> str:
+        """What the adapter's card calls the pre-trained model: never the path of a folder.
+
+        The name of shipped weights or of a pipeline on the hub; of a folder, the model's name and eight
+        digits of the SHA-256 of its weights, by which whoever has it can tell that it is the one.
+        """
+        from dp_lora.models import sha256_of_weights
+
+        given, name = self.config.model.pretrained, self.config.model.name
+        if given is None:
+            return self.pretrained.name
+        if manifest.is_shipped(self.config) or not Path(given).expanduser().exists():
+            return given
+        return f"{name}-{sha256_of_weights(self.pretrained)[:8]}"
 
 
 def prepare(config: Config, directory: Path) -> Job:
@@ -62,8 +78,7 @@ def prepare(config: Config, directory: Path) -> Job:
     _check_stages(config, directory)
     _check_evaluation(config, images)
     folder = pretrained_model(config)
-    base_model = config.model.pretrained or folder.name
-    return Job(config, directory, images, plan, folder, base_model, device, {})
+    return Job(config, directory, images, plan, folder, device, {})
 
 
 def _check_directory(config: Config, directory: Path) -> None:

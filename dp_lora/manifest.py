@@ -191,9 +191,9 @@ def settings(config: Config) -> dict[str, Any]:
 
 
 def exported_settings(config: Config) -> dict[str, Any]:
-    """The settings of an export: those of `settings` that can change the result."""
+    """The settings of an export: those of `settings` that can change the result, as a job takes them."""
     values = settings(config)
-    del values["resources"]
+    del values["resources"], values["privacy"]["insecure"]
     values["tracking"] = {"private_loss": config.tracking.private_loss}
     return values
 
@@ -296,7 +296,7 @@ def _hidden(config: Config) -> list[str]:
     They are `PRIVATE_SETTINGS`, but for the name of weights that ship with the package, and under
     `add_or_remove` the sizes of the private splits.
     """
-    hidden = [name for name in PRIVATE_SETTINGS if not (name == "model.pretrained" and _is_shipped(config))]
+    hidden = [name for name in PRIVATE_SETTINGS if not (name == "model.pretrained" and is_shipped(config))]
     return hidden if _size_is_public(config.privacy.adjacency) else [*hidden, *SIZES]
 
 
@@ -306,11 +306,12 @@ def _at(config: Any, path: Sequence[str]) -> Any:
     return config
 
 
-def _is_shipped(config: Config) -> bool:
+def is_shipped(config: Config) -> bool:
     """Whether `model.pretrained` names weights of this package."""
     name = config.model.pretrained
     return name is not None and re.fullmatch(r"[\w-]+", name) is not None and (_WEIGHTS / name).is_dir()
 
 
 def _size_is_public(adjacency: str) -> bool:
-    return adjacency == "zero_out"
+    """Of the relation as the configuration or as privacy.json calls it."""
+    return adjacency.replace("_", " ").startswith("zero out")
