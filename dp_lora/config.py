@@ -28,7 +28,7 @@ PROMPT = "a photo of a {}"
 STAGES = ("pretrain", "finetune", "sample", "evaluate")
 COMPONENTS = ("lora", "attention", "embedder", "bias", "norm", "full")
 CLIPPINGS = ("flat", "automatic", "per_layer")
-ADJACENCIES = ("add_or_remove", "zero_out")
+ADJACENCIES = ("zero_out", "add_or_remove")
 PRECISIONS = ("float32", "bfloat16")
 SAMPLERS = ("ddim", "dpmsolver++")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -227,8 +227,10 @@ class PrivacyConfig:
     max_grad_norm: float = 1e-3
     """C, the norm to which one example's gradient is clipped."""
     clipping: str = "flat"
-    adjacency: str = "add_or_remove"
-    """Which sets are neighbours: add_or_remove one image, or zero_out one; both have the same epsilon."""
+    adjacency: str = "zero_out"
+    """Which sets are neighbours; both have the same epsilon. zero_out: one image contributes nothing, and the
+    number of images is public. add_or_remove: one image more or less; the number of images is private, so
+    `train.sample_rate` has to be given and nothing that is released depends on the number."""
     insecure_seed: int | None = None
     """Derives all private randomness from a number, for tests; no privacy against whoever knows it."""
     budget_epsilon: float | None = None
@@ -240,7 +242,11 @@ class TrainConfig:
     """The private fine-tuning, apart from its privacy."""
 
     expected_batch_size: int = 1000
-    """q N: the mean size of a Poisson batch."""
+    """What the noised sum of a step is divided by. Under privacy.adjacency=zero_out it is q N, the mean size
+    of a Poisson batch, and determines q; under add_or_remove it is a constant beside `sample_rate`."""
+    sample_rate: float | None = None
+    """q, the probability with which an image joins a batch, where privacy.adjacency=add_or_remove; null under
+    zero_out. Choose it without counting the images."""
     max_steps: int | None = 80
     """Number of noisy steps; with `epochs` given too, the smaller; null with a fixed noise multiplier
     takes as many as epsilon allows."""
@@ -569,6 +575,7 @@ def _check_train(train: TrainConfig, privacy: PrivacyConfig) -> None:
         )
     if train.epochs is not None and not 0 < train.epochs < math.inf:
         raise UserError(f"train.epochs={train.epochs}: expected a number above 0, or null")
+    _check_relation(train, privacy.adjacency)
     if not 0 < train.learning_rate < math.inf:
         raise UserError(f"train.learning_rate={train.learning_rate}: expected a finite number above 0")
     for name in ("weight_decay", "checkpoint_minutes", "warmup_steps", "embedder_learning_rate_factor"):
@@ -576,6 +583,29 @@ def _check_train(train: TrainConfig, privacy: PrivacyConfig) -> None:
             raise UserError(f"train.{name}={getattr(train, name)}: expected at least 0")
     if not 0 <= train.ema_decay < 1:
         raise UserError(f"train.ema_decay={train.ema_decay}: expected a number in [0, 1)")
+
+
+def _check_relation(train: TrainConfig, adjacency: str) -> None:
+    rate = train.sample_rate
+    if rate is not None and not 0 < rate <= 1:
+        raise UserError(f"train.sample_rate={rate}: expected a number in (0, 1], or null")
+    if adjacency != "add_or_remove":
+        if rate is not None:
+            raise UserError(
+                f"train.sample_rate={rate} with privacy.adjacency={adjacency}: expected null, since the rate "
+                "is train.expected_batch_size over the public number of images"
+            )
+        return
+    if rate is None:
+        raise UserError(
+            "train.sample_rate=null with privacy.adjacency=add_or_remove: expected a number in (0, 1] beside "
+            "train.expected_batch_size, since the rate must not follow from the private number of images"
+        )
+    if train.epochs is not None:
+        raise UserError(
+            f"train.epochs={train.epochs} with privacy.adjacency=add_or_remove: expected null and "
+            "train.max_steps, since the number of steps must not follow from the private number of images"
+        )
 
 
 def _check_counts(config: Config) -> None:

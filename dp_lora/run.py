@@ -315,12 +315,14 @@ def _evaluate(job: Job, tracker: Tracker) -> None:
     config = job.config
     with _timed(job, "evaluate"):
         evaluation = _released(job, tracker) if config.evaluation.release == "dp" else _compared(job)
+    hidden = config.privacy.adjacency == "add_or_remove" and not config.data.public
+    metadata = _without_numbers(evaluation.metadata) if hidden else evaluation.metadata
     model = model_before(job)
     adapters.attach(model, config.trainable.components, config.lora, seed=config.seed)
     tracker.result(
         {
             "metrics": evaluation.metrics,
-            **evaluation.metadata,
+            **metadata,
             "seed": config.seed,
             "trainable_parameters": adapters.count(model),
             "trainable_parameters_by_component": adapters.count_by_component(
@@ -331,6 +333,20 @@ def _evaluate(job: Job, tracker: Tracker) -> None:
             "device": str(job.device),
         }
     )
+
+
+def _without_numbers(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata of an evaluation without the exact numbers of real images.
+
+    A number that was read from a noised sum, as `evaluation.release=dp` does, stays.
+    """
+    if "release" in metadata:
+        return dict(metadata)
+    kept = dict(metadata)
+    for name in ("reference", "tested_on"):
+        kept[name] = {**kept[name], "n": None}
+    kept["real_baseline"] = {of: {**part, "n": None} for of, part in kept["real_baseline"].items()}
+    return kept
 
 
 def _compared(job: Job) -> Evaluation:
