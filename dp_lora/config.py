@@ -34,6 +34,8 @@ SAMPLERS = ("ddim", "dpmsolver++")
 SCHEDULES = ("constant", "linear", "cosine")
 DEVICES = ("auto", "cpu", "cuda")
 RESAMPLINGS = ("pad", "box", "bilinear", "bicubic", "lanczos")
+BACKGROUNDS = ("white", "grey", "black")
+LAYOUTS = ("folders", "tables")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 AUTOENCODERS = ("kl", "vq")
 CONDITIONINGS = ("class", "none")
@@ -62,6 +64,15 @@ class DataConfig:
     resample: str | None = None
     """How images come to `image_size`: box, bilinear, bicubic or lanczos; pad (28 x 28 into black margins);
     null takes what belongs to the set (README, Data)."""
+    value_range: list[float] | None = None
+    """The values of black and white in the image files, such as [0,4095] for 12 bits that lie in 16; null
+    takes what a file's mode can hold: 255, or 65535 for 16 bits. Files of floating-point numbers and of 32
+    bits have no such range and need one. It is never found from the images."""
+    background: str = "white"
+    """What images with transparency are laid on: white, grey, black, or a colour such as '#f0f0f0'."""
+    layout: str | None = None
+    """How a folder with both parquet tables and images is read: folders (a folder a class, whatever files lie
+    beside them) or tables; null refuses what can be read in two ways."""
     attribute: str | None = None
     """CelebA and CelebA-HQ: the attribute that says the class, such as Male; null gives one class."""
     image_column: str | None = None
@@ -73,12 +84,14 @@ class DataConfig:
     image; null takes `model.prompt` with the name of the class. Images are drawn by `model.prompt`."""
     classes: list[str] | None = None
     """Keep only these classes, in this order; null keeps all."""
-    train_size: int | None = None
-    """Number of training images to take or to render, balanced over classes; null takes all."""
-    validation_size: int = 0
-    """Number of training images set aside, stratified, for choices that must not see the test set."""
-    test_size: int = 0
-    """Number of test images, for sets that come without a split of their own."""
+    train_size: int | float | None = None
+    """How many of the training images to take or to render; null takes all. Like the next two: of a
+    published set a number of images, balanced over classes or stratified, or a fraction; of a set of one's
+    own a fraction between 0 and 1, by which each image is taken for its own pixels (README, Data)."""
+    validation_size: int | float = 0
+    """How many images are set aside for choices that must not see the test set."""
+    test_size: int | float = 0
+    """How many images are for testing, for sets that come without a split of their own."""
 
 
 @dataclass
@@ -437,6 +450,7 @@ def check(config: Config) -> None:
     _check_model(config.model)
     for name in ("data", "public_data"):
         data: DataConfig = getattr(config, name)
+        _check_data(name, data)
         if data.channels not in (1, 3):
             raise UserError(f"{name}.channels={data.channels}: expected 1 (grey) or 3 (RGB)")
         if data.resample is not None and data.resample not in RESAMPLINGS:
@@ -456,6 +470,33 @@ def check(config: Config) -> None:
         )
     if not re.fullmatch(r"[\w.-]+", config.experiment):
         raise UserError(f"experiment={config.experiment!r}: expected letters, digits, '_', '-' or '.'")
+
+
+def _check_data(name: str, data: DataConfig) -> None:
+    for part in ("train_size", "validation_size", "test_size"):
+        size = getattr(data, part)
+        if isinstance(size, float) and not 0 < size < 1:
+            raise UserError(f"{name}.{part}={size}: expected a whole number, or a fraction between 0 and 1")
+        least = 1 if part == "train_size" else 0
+        if isinstance(size, int) and size < least:
+            raise UserError(f"{name}.{part}={size}: expected at least {least}, or a fraction")
+    values = data.value_range
+    if values is not None and (
+        len(values) != 2 or not all(map(math.isfinite, values)) or not values[0] < values[1]
+    ):
+        raise UserError(
+            f"{name}.value_range={values}: expected the values of black and of white, such as [0,4095], or "
+            "null"
+        )
+    if not re.fullmatch("|".join((*BACKGROUNDS, "#[0-9a-fA-F]{6}")), data.background):
+        hint = did_you_mean(data.background, BACKGROUNDS)
+        raise UserError(
+            f"{name}.background={data.background!r}: expected white, grey, black or a colour such as "
+            f"'#f0f0f0'{hint}"
+        )
+    if data.layout is not None and data.layout not in LAYOUTS:
+        hint = did_you_mean(data.layout, LAYOUTS)
+        raise UserError(f"{name}.layout={data.layout!r}: expected one of {', '.join(LAYOUTS)}, or null{hint}")
 
 
 def _check_choices(config: Config) -> None:
@@ -631,8 +672,6 @@ def _check_counts(config: Config) -> None:
         "model.pretrain.unet_batch_size": config.model.pretrain.unet_batch_size,
         "data.image_size": config.data.image_size,
         "public_data.image_size": config.public_data.image_size,
-        "data.train_size": config.data.train_size,
-        "public_data.train_size": config.public_data.train_size,
     }
     for name, value in at_least_one.items():
         if value is not None and not value >= 1:
@@ -660,10 +699,6 @@ def _check_counts(config: Config) -> None:
         raise UserError(f"sampler.guidance={config.sampler.guidance}: expected a finite number, at least 0")
     if not 0 <= config.sampler.eta <= 1:
         raise UserError(f"sampler.eta={config.sampler.eta}: expected a number in [0, 1]")
-    for name, data in (("data", config.data), ("public_data", config.public_data)):
-        for part in ("validation_size", "test_size"):
-            if getattr(data, part) < 0:
-                raise UserError(f"{name}.{part}={getattr(data, part)}: expected at least 0")
 
 
 def _check_pretrain(pretrain: PretrainConfig) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dp_lora.config import Config, fingerprint, run_directory
-from dp_lora.errors import Busy, UserError
+from dp_lora.errors import Busy, recorded
 from dp_lora.files import file_lock, private_directory, read_json, write_atomic, write_json
 from dp_lora.job import OUTPUTS, Job, check_writable, device_of, prepare, pretrained_model, say
 from dp_lora.processes import Team, joined
@@ -139,8 +139,7 @@ def _record(job: Job) -> Iterator[Tracker]:
             write_json(path, {**record, "seconds": job.seconds})
             raise
         except BaseException as error:
-            # The text of an unexpected error may hold what nobody but the owner may read.
-            text = str(error) if isinstance(error, UserError) else type(error).__name__
+            text = recorded(error)
             # What went wrong counts, not that a full disk has no room to say so.
             with suppress(OSError):
                 tracker.status("failed", text)
