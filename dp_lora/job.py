@@ -54,6 +54,8 @@ def prepare(config: Config, directory: Path) -> Job:
 
     _check_directory(config, directory)
     images = data.load(config.data, config.paths)
+    if "finetune" in config.stages and not (directory / OUTPUTS["finetune"]).exists():
+        data.refuse_flat(images.train)
     plan = plan_of(config, len(images.train))
     _say_batch(config, plan, len(images.train))
     _check_budget(config, plan, directory)
@@ -285,6 +287,7 @@ def _pretrain(config: Config, folder: Path) -> None:
     from dp_lora.pretrain import pretrain
 
     images = data.load(config.public_data, config.paths, "public_data")
+    data.refuse_flat(images.train, "public_data")
     work = folder.with_name(folder.name + ".partial")
     work.mkdir(exist_ok=True)
 
