@@ -747,6 +747,10 @@ def pretrained_fingerprint(config: Config) -> str:
     model = dataclasses.asdict(config.model)
     del model["pretrained"], model["prompt"], model["pretrain"]["samples_every"]
     public = dataclasses.asdict(config.public_data)
+    # As long as they say what was done before they were there, models that are kept stay what they are.
+    for name, value in (("value_range", None), ("background", "white"), ("layout", None)):
+        if public[name] == value:
+            del public[name]
     return _digest({"model": model, "public_data": public, "seed": config.seed})
 
 

@@ -89,7 +89,7 @@ def read_folders(root: Path, request: Request, preprocessing: Preprocessing) -> 
     if roles is None:
         files = {"train": reader.classes(root)}
     else:
-        files = {role: reader.classes(root / name) for role, name in roles.items()}
+        files = {role: reader.classes(root / roles[role]) for role in ROLES if role in roles}
     classes = tuple(files["train"])
     for role, of_role in files.items():
         unknown = [name for name in of_role if name not in classes]
