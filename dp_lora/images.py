@@ -27,7 +27,7 @@ import numpy as np
 from dp_lora import arrays, pixels
 from dp_lora.config import DataConfig
 from dp_lora.errors import PrivateRefusal, UserError, did_you_mean
-from dp_lora.pixels import Content, Damaged, Decoding, NoRange, Unreadable
+from dp_lora.pixels import Content, Damaged, Decoding, NoRange
 
 ROLES = ("train", "validation", "test")
 STORED_BYTES = 2**25
@@ -243,9 +243,9 @@ class Preprocessing:
             holds, expected = error.args
             given = pixels.said(self.decoding.value_range)
             raise PrivateRefusal(f"{field}.value_range={given}: {name} holds {holds}; {expected}") from error
-        except (Unreadable, OSError, SyntaxError, ValueError, TypeError, EOFError) as error:
-            raise Damaged([(name, pixels.reason(content, error))], field) from error
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        except UserError:
+            raise
+        except Exception as error:  # a damaged file fails in every way there is
             raise Damaged([(name, pixels.reason(content, error))], field) from error
 
     def _prepared(self, opened: Any) -> Prepared:

@@ -33,6 +33,8 @@ Content = Path | bytes | np.ndarray
 
 _PHOTOMETRIC, _BITS, _SAMPLE_FORMAT = 262, 258, 339
 """TIFF's tags: whether white is zero, bits a sample, signed or floating-point samples."""
+_ORIENTATION = 0x0112
+"""EXIF's tag."""
 _EIGHT_BITS = ("1", "L", "P", "RGB", "CMYK", "YCbCr", "HSV", "RGBX", "LA", "PA", "La", "RGBA", "RGBa")
 _SAYS_ITS_RANGE = ("PPM", "JPEG2000")
 """Formats whose whole numbers Pillow brings to 0 to 65535 by the largest value that the file names."""
@@ -106,10 +108,8 @@ def decode(opened: Any, decoding: Decoding) -> Decoded:
         NoRange: values without a range of their own, or with another depth than `value_range`.
         What Pillow raises for a damaged file.
     """
-    from PIL import ImageOps
-
     deep = _deep_range(opened, decoding)
-    image = ImageOps.exif_transpose(opened)
+    image = _upright(opened)
     if deep is None:
         eight = _eight_bits(image)
         laid, transparent = _on_background(_stretched(eight, decoding), decoding)
@@ -134,6 +134,23 @@ def to_bytes(values: np.ndarray, low: float, high: float) -> np.ndarray:
     if values.dtype.kind in "iu" and high - low >= 255:
         return np.minimum(np.floor(inside * 256 / (high - low + 1)), 255).astype(np.uint8)
     return np.rint(inside * (255 / (high - low))).astype(np.uint8)
+
+
+def _upright(opened: Any) -> Any:
+    """The image as its EXIF orientation says that it is to be seen.
+
+    Not by Pillow's `exif_transpose`, which writes the EXIF anew and fails where it holds anything odd.
+    """
+    from PIL import Image
+
+    turn = Image.Transpose
+    turns = {
+        2: turn.FLIP_LEFT_RIGHT, 3: turn.ROTATE_180, 4: turn.FLIP_TOP_BOTTOM, 5: turn.TRANSPOSE,
+        6: turn.ROTATE_270, 7: turn.TRANSVERSE, 8: turn.ROTATE_90,
+    }  # fmt: skip
+    opened.load()
+    found = turns.get(opened.getexif().get(_ORIENTATION, 1))
+    return opened if found is None else opened.transpose(found)
 
 
 class _Range(NamedTuple):
@@ -287,7 +304,7 @@ def reason(content: Content, error: Exception) -> str:
 
     if isinstance(error, Unreadable):
         return str(error)
-    if isinstance(error, Image.DecompressionBombError):
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return "too large: more pixels than an image has"
     if isinstance(content, np.ndarray):
         return str(error)

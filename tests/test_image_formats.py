@@ -19,6 +19,8 @@ from PIL import Image
 
 from dp_lora.config import PathsConfig
 from dp_lora.data import load
+from dp_lora.errors import UserError
+from dp_lora.images import Preprocessing
 from dp_lora.pixels import Decoding, background_of, decode, name_of, pixel_digest, to_bytes
 
 Save = Callable[[Path], None]
@@ -362,3 +364,33 @@ def test_names_of_backgrounds() -> None:
         (255, 255, 255), (10, 11, 12), None, None,
     ]  # fmt: skip
     assert name_of((255, 255, 255)) == "white" and name_of((10, 11, 12)) == "#0a0b0c"
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "JPEG2000", "AVIF", "PPM"])
+def test_a_file_with_changed_bytes_is_read_or_refused_in_one_line(kind: str) -> None:
+    """Whatever Pillow raises: 100 files, each with a few random bytes or cut short."""
+    random = np.random.default_rng(0)
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "maker"
+    buffer = io.BytesIO()
+    of(RGB).save(buffer, kind, **({"exif": exif} if kind in ("PNG", "JPEG", "WEBP") else {}))
+    for number in range(100):
+        content = bytearray(buffer.getvalue())
+        for place in random.integers(0, min(300, len(content)), 3):
+            content[place] = random.integers(0, 256)
+        whole = bytes(content[: random.integers(1, len(content))] if number % 4 == 0 else content)
+        said = "read"
+        try:
+            Preprocessing(8, 1).read(whole, "x", "data")
+        except UserError as error:
+            said = str(error)
+        assert said == "read" or said.startswith("data.source: x is no image that can be read: ")
+
+
+def test_odd_exif_does_not_matter(tmp_path: Path) -> None:
+    """An orientation beside values that cannot be written again."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x9999] = 6, "?"
+    turned_back = of(RGB).transpose(Image.Transpose.ROTATE_90)
+    found = read(tmp_path / "set", lambda folder: turned_back.save(folder / "x.png", exif=exif))
+    assert (found[1, 1], found[12, 2], found[12, 14]) == PICTURE
