@@ -28,12 +28,14 @@ PROMPT = "a photo of a {}"
 STAGES = ("pretrain", "finetune", "sample", "evaluate")
 COMPONENTS = ("lora", "attention", "embedder", "bias", "norm", "full")
 CLIPPINGS = ("flat", "automatic", "per_layer")
-ADJACENCIES = ("add_or_remove", "zero_out")
+ADJACENCIES = ("zero_out", "add_or_remove")
 PRECISIONS = ("float32", "bfloat16")
 SAMPLERS = ("ddim", "dpmsolver++")
 SCHEDULES = ("constant", "linear", "cosine")
 DEVICES = ("auto", "cpu", "cuda")
 RESAMPLINGS = ("pad", "box", "bilinear", "bicubic", "lanczos")
+BACKGROUNDS = ("white", "grey", "black")
+LAYOUTS = ("folders", "tables")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 AUTOENCODERS = ("kl", "vq")
 CONDITIONINGS = ("class", "none")
@@ -62,6 +64,15 @@ class DataConfig:
     resample: str | None = None
     """How images come to `image_size`: box, bilinear, bicubic or lanczos; pad (28 x 28 into black margins);
     null takes what belongs to the set (README, Data)."""
+    value_range: list[float] | None = None
+    """The values of black and white in the image files, such as [0,4095] for 12 bits that lie in 16; null
+    takes what a file's mode can hold: 255, or 65535 for 16 bits. Files of floating-point numbers and of 32
+    bits have no such range and need one. It is never found from the images."""
+    background: str = "white"
+    """What images with transparency are laid on: white, grey, black, or a colour such as '#f0f0f0'."""
+    layout: str | None = None
+    """How a folder with both parquet tables and images is read: folders (a folder a class, whatever files lie
+    beside them) or tables; null refuses what can be read in two ways."""
     attribute: str | None = None
     """CelebA and CelebA-HQ: the attribute that says the class, such as Male; null gives one class."""
     image_column: str | None = None
@@ -73,12 +84,14 @@ class DataConfig:
     image; null takes `model.prompt` with the name of the class. Images are drawn by `model.prompt`."""
     classes: list[str] | None = None
     """Keep only these classes, in this order; null keeps all."""
-    train_size: int | None = None
-    """Number of training images to take or to render, balanced over classes; null takes all."""
-    validation_size: int = 0
-    """Number of training images set aside, stratified, for choices that must not see the test set."""
-    test_size: int = 0
-    """Number of test images, for sets that come without a split of their own."""
+    train_size: int | float | None = None
+    """How many of the training images to take or to render; null takes all. Like the next two: of a
+    published set a number of images, balanced over classes or stratified, or a fraction; of a set of one's
+    own a fraction between 0 and 1, by which each image is taken for its own pixels (README, Data)."""
+    validation_size: int | float = 0
+    """How many images are set aside for choices that must not see the test set."""
+    test_size: int | float = 0
+    """How many images are for testing, for sets that come without a split of their own."""
 
 
 @dataclass
@@ -227,8 +240,10 @@ class PrivacyConfig:
     max_grad_norm: float = 1e-3
     """C, the norm to which one example's gradient is clipped."""
     clipping: str = "flat"
-    adjacency: str = "add_or_remove"
-    """Which sets are neighbours: add_or_remove one image, or zero_out one; both have the same epsilon."""
+    adjacency: str = "zero_out"
+    """Which sets are neighbours; both have the same epsilon. zero_out: one image contributes nothing, and the
+    number of images is public. add_or_remove: one image more or less; the number of images is private, so
+    `train.sample_rate` has to be given and nothing that is released depends on the number."""
     insecure_seed: int | None = None
     """Derives all private randomness from a number, for tests; no privacy against whoever knows it."""
     budget_epsilon: float | None = None
@@ -240,7 +255,11 @@ class TrainConfig:
     """The private fine-tuning, apart from its privacy."""
 
     expected_batch_size: int = 1000
-    """q N: the mean size of a Poisson batch."""
+    """What the noised sum of a step is divided by. Under privacy.adjacency=zero_out it is q N, the mean size
+    of a Poisson batch, and determines q; under add_or_remove it is a constant beside `sample_rate`."""
+    sample_rate: float | None = None
+    """q, the probability with which an image joins a batch, where privacy.adjacency=add_or_remove; null under
+    zero_out. Choose it without counting the images."""
     max_steps: int | None = 80
     """Number of noisy steps; with `epochs` given too, the smaller; null with a fixed noise multiplier
     takes as many as epsilon allows."""
@@ -434,6 +453,7 @@ def check(config: Config) -> None:
     _check_model(config.model)
     for name in ("data", "public_data"):
         data: DataConfig = getattr(config, name)
+        _check_data(name, data)
         if data.channels not in (1, 3):
             raise UserError(f"{name}.channels={data.channels}: expected 1 (grey) or 3 (RGB)")
         if data.resample is not None and data.resample not in RESAMPLINGS:
@@ -453,6 +473,33 @@ def check(config: Config) -> None:
         )
     if not re.fullmatch(r"[\w.-]+", config.experiment):
         raise UserError(f"experiment={config.experiment!r}: expected letters, digits, '_', '-' or '.'")
+
+
+def _check_data(name: str, data: DataConfig) -> None:
+    for part in ("train_size", "validation_size", "test_size"):
+        size = getattr(data, part)
+        if isinstance(size, float) and not 0 < size < 1:
+            raise UserError(f"{name}.{part}={size}: expected a whole number, or a fraction between 0 and 1")
+        least = 1 if part == "train_size" else 0
+        if isinstance(size, int) and size < least:
+            raise UserError(f"{name}.{part}={size}: expected at least {least}, or a fraction")
+    values = data.value_range
+    if values is not None and (
+        len(values) != 2 or not all(map(math.isfinite, values)) or not values[0] < values[1]
+    ):
+        raise UserError(
+            f"{name}.value_range={values}: expected the values of black and of white, such as [0,4095], or "
+            "null"
+        )
+    if not re.fullmatch("|".join((*BACKGROUNDS, "#[0-9a-fA-F]{6}")), data.background):
+        hint = did_you_mean(data.background, BACKGROUNDS)
+        raise UserError(
+            f"{name}.background={data.background!r}: expected white, grey, black or a colour such as "
+            f"'#f0f0f0'{hint}"
+        )
+    if data.layout is not None and data.layout not in LAYOUTS:
+        hint = did_you_mean(data.layout, LAYOUTS)
+        raise UserError(f"{name}.layout={data.layout!r}: expected one of {', '.join(LAYOUTS)}, or null{hint}")
 
 
 def _check_choices(config: Config) -> None:
@@ -572,6 +619,7 @@ def _check_train(train: TrainConfig, privacy: PrivacyConfig) -> None:
         )
     if train.epochs is not None and not 0 < train.epochs < math.inf:
         raise UserError(f"train.epochs={train.epochs}: expected a number above 0, or null")
+    _check_relation(train, privacy.adjacency)
     if not 0 < train.learning_rate < math.inf:
         raise UserError(f"train.learning_rate={train.learning_rate}: expected a finite number above 0")
     for name in ("weight_decay", "checkpoint_minutes", "warmup_steps", "embedder_learning_rate_factor"):
@@ -579,6 +627,29 @@ def _check_train(train: TrainConfig, privacy: PrivacyConfig) -> None:
             raise UserError(f"train.{name}={getattr(train, name)}: expected at least 0")
     if not 0 <= train.ema_decay < 1:
         raise UserError(f"train.ema_decay={train.ema_decay}: expected a number in [0, 1)")
+
+
+def _check_relation(train: TrainConfig, adjacency: str) -> None:
+    rate = train.sample_rate
+    if rate is not None and not 0 < rate <= 1:
+        raise UserError(f"train.sample_rate={rate}: expected a number in (0, 1], or null")
+    if adjacency != "add_or_remove":
+        if rate is not None:
+            raise UserError(
+                f"train.sample_rate={rate} with privacy.adjacency={adjacency}: expected null, since the rate "
+                "is train.expected_batch_size over the public number of images"
+            )
+        return
+    if rate is None:
+        raise UserError(
+            "train.sample_rate=null with privacy.adjacency=add_or_remove: expected a number in (0, 1] beside "
+            "train.expected_batch_size, since the rate must not follow from the private number of images"
+        )
+    if train.epochs is not None:
+        raise UserError(
+            f"train.epochs={train.epochs} with privacy.adjacency=add_or_remove: expected null and "
+            "train.max_steps, since the number of steps must not follow from the private number of images"
+        )
 
 
 def _check_counts(config: Config) -> None:
@@ -604,8 +675,6 @@ def _check_counts(config: Config) -> None:
         "model.pretrain.unet_batch_size": config.model.pretrain.unet_batch_size,
         "data.image_size": config.data.image_size,
         "public_data.image_size": config.public_data.image_size,
-        "data.train_size": config.data.train_size,
-        "public_data.train_size": config.public_data.train_size,
     }
     for name, value in at_least_one.items():
         if value is not None and not value >= 1:
@@ -633,10 +702,6 @@ def _check_counts(config: Config) -> None:
         raise UserError(f"sampler.guidance={config.sampler.guidance}: expected a finite number, at least 0")
     if not 0 <= config.sampler.eta <= 1:
         raise UserError(f"sampler.eta={config.sampler.eta}: expected a number in [0, 1]")
-    for name, data in (("data", config.data), ("public_data", config.public_data)):
-        for part in ("validation_size", "test_size"):
-            if getattr(data, part) < 0:
-                raise UserError(f"{name}.{part}={getattr(data, part)}: expected at least 0")
 
 
 def _check_pretrain(pretrain: PretrainConfig) -> None:
@@ -712,6 +777,10 @@ def pretrained_fingerprint(config: Config) -> str:
     del model["pretrained"], model["prompt"], model["pretrain"]["samples_every"]
     public = dataclasses.asdict(config.public_data)
     public["source"] = _one_spelling(public["source"])
+    # As long as they say what was done before they were there, models that are kept stay what they are.
+    for name, value in (("value_range", None), ("background", "white"), ("layout", None)):
+        if public[name] == value:
+            del public[name]
     return _digest({"model": model, "public_data": public, "seed": config.seed})
 
 

@@ -170,7 +170,7 @@ class PrivateStep:
     def _clipped_sum(self, step: int, randomness: Randomness) -> Tensor | None:
         """The clipped sum of this process's part of the batch; None when memory ran out on any process."""
         # Every image joins by itself with probability q.
-        batch = poisson_batch(randomness, step, self.plan.num_examples, self.plan.sample_rate)
+        batch = poisson_batch(randomness, step, len(self.labels), self.plan.sample_rate)
         self.gradients.reset()
         enough = True
         try:
@@ -417,6 +417,8 @@ def _same_plan(plan: PrivacyPlan, path: Path) -> None:
         write_json(path, values, mode=0o600)
     before = read_json(path)
     for name in ("num_examples", "steps", "noise_multiplier"):
+        if values[name] is None and before[name] is None:
+            continue  # the number of images, where it is private
         if not math.isclose(float(values[name]), float(before[name]), rel_tol=1e-6):
             raise UserError(
                 f"data: this run began with {name}={before[name]} and now has {values[name]}: the private "

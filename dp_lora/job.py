@@ -71,7 +71,10 @@ def prepare(config: Config, directory: Path) -> Job:
     _check_directory(config, directory)
     images = data.load(config.data, config.paths)
     check_content(images, directory)
+    if "finetune" in config.stages and not (directory / OUTPUTS["finetune"]).exists():
+        data.refuse_flat(images.train)
     plan = plan_of(config, len(images.train))
+    _say_batch(config, plan, len(images.train))
     _check_budget(config, plan, directory, images)
     device = device_of(config)
     _check_model(config, images)
@@ -105,12 +108,18 @@ def check_writable(folder: Path, field: str) -> None:
 
 
 def plan_of(config: Config, num_examples: int) -> PrivacyPlan:
-    """The plan of the private fine-tuning on `num_examples` images. Raises UserError as `make_plan` says."""
+    """The plan of the private fine-tuning on `num_examples` images. Raises UserError as `make_plan` says.
+
+    Under privacy.adjacency=add_or_remove it does not depend on `num_examples`.
+    """
     from dp_lora.privacy.plan import make_plan
 
     privacy = config.privacy
+    if num_examples < 1:
+        raise UserError(f"data: {num_examples} training images: expected at least 1")
     return make_plan(
-        num_examples=num_examples,
+        num_examples=public_number(config, num_examples),
+        sample_rate=config.train.sample_rate,
         expected_batch_size=config.train.expected_batch_size,
         steps=steps_of(config, num_examples),
         noise_multiplier=privacy.noise_multiplier,
@@ -125,11 +134,30 @@ def plan_of(config: Config, num_examples: int) -> PrivacyPlan:
     )
 
 
-def steps_of(config: Config, num_examples: int) -> int | None:
-    """Number of noisy steps that `train.max_steps` and `train.epochs` ask for; null when left open."""
+def _say_batch(config: Config, plan: PrivacyPlan, num_examples: int) -> None:
+    """Tells the owner alone how large batches will be, where that does not follow from public numbers."""
+    if config.privacy.adjacency == "add_or_remove" and "finetune" in config.stages and rank() == 0:
+        say(
+            f"data: {num_examples} training images, {plan.sample_rate * num_examples:.4g} in the mean batch; "
+            f"their sum is divided by train.expected_batch_size={plan.expected_batch_size:g} (for your eyes: "
+            "privacy.adjacency=add_or_remove keeps the number of images private)"
+        )
+
+
+def public_number(config: Config, num_examples: int | None) -> int | None:
+    """The number of images where it is public; None under privacy.adjacency=add_or_remove."""
+    return None if config.privacy.adjacency == "add_or_remove" else num_examples
+
+
+def steps_of(config: Config, num_examples: int | None) -> int | None:
+    """Number of noisy steps that `train.max_steps` and `train.epochs` ask for; null when left open.
+
+    `num_examples` is looked at for `train.epochs` only, which privacy.adjacency=add_or_remove refuses.
+    """
     train = config.train
     asked = [train.max_steps] if train.max_steps is not None else []
     if train.epochs is not None:
+        assert num_examples is not None
         asked.append(max(1, round(train.epochs * num_examples / train.expected_batch_size)))
     return min(asked) if asked else None
 
@@ -285,6 +313,7 @@ def _pretrain(config: Config, folder: Path) -> None:
     from dp_lora.pretrain import pretrain
 
     images = data.load(config.public_data, config.paths, "public_data")
+    data.refuse_flat(images.train, "public_data")
     work = folder.with_name(folder.name + ".partial")
     work.mkdir(exist_ok=True)
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from dp_lora import manifest
 from dp_lora.config import Config, run_directory
-from dp_lora.errors import Busy, UserError
+from dp_lora.errors import Busy, recorded
 from dp_lora.files import file_lock, private_directory, read_json, write_atomic, write_json
 from dp_lora.job import OUTPUTS, Job, check_writable, device_of, prepare, pretrained_model, say
 from dp_lora.processes import Team, joined
@@ -141,8 +141,7 @@ def _record(job: Job, name: str) -> Iterator[Tracker]:
             write_json(path, {**record, "seconds": job.seconds})
             raise
         except BaseException as error:
-            # The text of an unexpected error may hold what nobody but the owner may read.
-            text = str(error) if isinstance(error, UserError) else type(error).__name__
+            text = recorded(error)
             # What went wrong counts, not that a full disk has no room to say so.
             with suppress(OSError):
                 tracker.status("failed", text)
@@ -332,12 +331,14 @@ def _evaluate(job: Job, tracker: Tracker) -> None:
     config = job.config
     with _timed(job, "evaluate"):
         evaluation = _released(job, tracker) if config.evaluation.release == "dp" else _compared(job)
+    hidden = config.privacy.adjacency == "add_or_remove" and not config.data.public
+    metadata = _without_numbers(evaluation.metadata) if hidden else evaluation.metadata
     model = model_before(job)
     adapters.attach(model, config.trainable.components, config.lora, seed=config.seed)
     tracker.result(
         {
             "metrics": evaluation.metrics,
-            **evaluation.metadata,
+            **metadata,
             "seed": config.seed,
             "trainable_parameters": adapters.count(model),
             "trainable_parameters_by_component": adapters.count_by_component(
@@ -350,6 +351,20 @@ def _evaluate(job: Job, tracker: Tracker) -> None:
             "device": str(job.device),
         }
     )
+
+
+def _without_numbers(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata of an evaluation without the exact numbers of real images.
+
+    A number that was read from a noised sum, as `evaluation.release=dp` does, stays.
+    """
+    if "release" in metadata:
+        return dict(metadata)
+    kept = dict(metadata)
+    for name in ("reference", "tested_on"):
+        kept[name] = {**kept[name], "n": None}
+    kept["real_baseline"] = {of: {**part, "n": None} for of, part in kept["real_baseline"].items()}
+    return kept
 
 
 def _compared(job: Job) -> Evaluation:

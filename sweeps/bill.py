@@ -214,7 +214,8 @@ def _bill_of_set(name: str, runs: Sequence[_Run]) -> SetBill:
         largest_epsilon=_largest(private, delta),
         delta=delta,
         accountant=of_private.accountant if private else "none",
-        adjacency=ADJACENCIES["add_or_remove"],
+        # What is stated of all: a run whose relation is add_or_remove keeps this promise too.
+        adjacency=ADJACENCIES["zero_out"],
         best_of_epsilon=selection.epsilon if selection else None,
         best_of_distribution=selection.distribution if selection else None,
         **_ledgers(runs, delta),

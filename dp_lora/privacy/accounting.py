@@ -34,7 +34,7 @@ from dp_lora.errors import UserError
 
 ADJACENCIES = {
     "add_or_remove": "add or remove one image, Poisson sampling",
-    "zero_out": "one image contributes nothing instead, Poisson sampling",
+    "zero_out": "zero out one image, the number of images is public, Poisson sampling",
 }
 """The relations of neighbours, in words; both have the same epsilon."""
 
