@@ -423,6 +423,7 @@ def _schema() -> DictConfig:
 
 def check(config: Config) -> None:
     """Raises UserError naming field, value and range for the first value that cannot be right."""
+    _check_texts(config, "")
     _check_choices(config)
     _check_privacy(config.privacy)
     _check_train(config.train, config.privacy)
@@ -450,6 +451,17 @@ def check(config: Config) -> None:
         )
     if not re.fullmatch(r"[\w.-]+", config.experiment):
         raise UserError(f"experiment={config.experiment!r}: expected letters, digits, '_', '-' or '.'")
+
+
+def _check_texts(section: Any, prefix: str) -> None:
+    """Refuses empty texts: shells make one of a variable that is not set, and as a path it is this folder."""
+    for known in dataclasses.fields(section):
+        value = getattr(section, known.name)
+        if dataclasses.is_dataclass(value):
+            _check_texts(value, f"{prefix}{known.name}.")
+        elif value == "":
+            rest = ", or null" if "None" in str(known.type) else ""
+            raise UserError(f'{prefix}{known.name}="": expected a text that is not empty{rest}')
 
 
 def _check_choices(config: Config) -> None:
