@@ -365,13 +365,16 @@ class ResourcesConfig:
 
 @dataclass
 class PathsConfig:
-    """The three folders that a job writes or reads, and the ledger of its private set."""
+    """The three folders that a job writes or reads, and where it finds what was spent on its private set."""
 
     outputs: str = "outputs"
     cache: str = "~/.cache/dp_lora"
     data: str = "~/.cache/dp_lora/data"
     ledger: str | None = None
     """File of the ledger of what was spent; null takes the one beside the data (README, The privacy bill)."""
+    index: str | None = None
+    """Folder of the index by which private images are known again wherever they lie; null takes
+    `$XDG_DATA_HOME/dp_lora/image_index`, or `~/.local/share/dp_lora/image_index`."""
 
 
 @dataclass

@@ -23,6 +23,7 @@ import numpy as np
 
 from dp_lora import arrays
 from dp_lora.config import DataConfig
+from dp_lora.digests import SIZE, decoded, pixel_digest
 from dp_lora.errors import UserError, did_you_mean
 
 ROLES = ("train", "validation", "test")
@@ -36,17 +37,21 @@ Content = Path | bytes | np.ndarray
 class Part(NamedTuple):
     """Images uint8 [N, C, H, W] with labels int64 [N]; `positions` in the source decide every split.
 
-    `captions`, of type str [N], are there when the source was asked for them.
+    `captions`, of type str [N], are there when the source was asked for them. `digests`, uint8 [N, 32], are
+    those of the images before they were prepared (`dp_lora.digests`); None where they are the same images.
     """
 
     images: np.ndarray
     labels: np.ndarray
     positions: np.ndarray
     captions: np.ndarray | None = None
+    digests: np.ndarray | None = None
 
     def take(self, indices: np.ndarray) -> Part:
-        captions = None if self.captions is None else self.captions[indices]
-        return Part(self.images[indices], self.labels[indices], self.positions[indices], captions)
+        captions, digests = (
+            None if values is None else values[indices] for values in (self.captions, self.digests)
+        )
+        return Part(self.images[indices], self.labels[indices], self.positions[indices], captions, digests)
 
 
 def part_of(images: np.ndarray, labels: np.ndarray) -> Part:
@@ -106,19 +111,22 @@ class Unread(NamedTuple):
         """The prepared images: in memory, or mapped from `paths.cache` where they are many."""
         size, field = preprocessing.size, request.field
         shape = (len(self.labels), preprocessing.channels, size, size)
+        digests = (len(self.labels), SIZE)
 
         def fill(into: dict[str, np.ndarray]) -> None:
-            for image, (content, name) in zip(into["images"], self.contents(), strict=True):
-                image[:] = preprocessing.read(content, name, field)
+            rows = zip(into["images"], into["digests"], self.contents(), strict=True)
+            for image, digest, (content, name) in rows:
+                image[:] = preprocessing.read(content, name, field, digest)
 
         if math.prod(shape) <= STORED_BYTES:
-            images = np.empty(shape, np.uint8)
-            fill({"images": images})
+            stored = {"images": np.empty(shape, np.uint8), "digests": np.empty(digests, np.uint8)}
+            fill(stored)
         else:
-            asked = f"{self.identity} {astuple(preprocessing)} {len(self.labels)}"
+            asked = f"{self.identity} {astuple(preprocessing)} {len(self.labels)} with digests"
             key = hashlib.sha256(asked.encode()).hexdigest()[:32]
-            images = arrays.shared(request.cache / "images", key, {"images": ("U8", shape)}, fill)["images"]
-        return part_of(images, self.labels)
+            shapes = {"images": ("U8", shape), "digests": ("U8", digests)}
+            stored = arrays.shared(request.cache / "images", key, shapes, fill)
+        return part_of(stored["images"], self.labels)._replace(digests=stored["digests"])
 
 
 def identity_of(files: Sequence[Path]) -> str:
@@ -143,27 +151,32 @@ class Preprocessing:
     resample: str = "bicubic"
     crop: str = "fit"
 
-    def read(self, content: Content, name: str, field: str) -> np.ndarray:
-        """The pixels of `content`; what is transparent becomes black. Raises UserError naming `name`."""
+    def read(self, content: Content, name: str, field: str, digest: np.ndarray | None = None) -> np.ndarray:
+        """The pixels of `content`; what is transparent becomes black. Raises UserError naming `name`.
+
+        The digest of the image as it was decoded goes into `digest`, uint8 [32], where one is given.
+        """
         from PIL import Image
 
         try:
             if isinstance(content, np.ndarray):
-                return self._pixels(Image.fromarray(content))
+                return self._pixels(Image.fromarray(content), digest)
             with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
                 if self.resample == "pad" and max(image.size) > self.size:
                     raise UserError(
                         f"{field}.resample=pad: {name} has {image.size[0]} x {image.size[1]} pixels, "
                         f"expected at most {self.size} x {self.size}, or a filter such as bicubic"
                     )
-                return self._pixels(image)
+                return self._pixels(image, digest)
         except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
             raise UserError(f"{field}.source: {name} is no image that can be read") from error
 
-    def _pixels(self, opened: Any) -> np.ndarray:
+    def _pixels(self, opened: Any, digest: np.ndarray | None) -> np.ndarray:
         from PIL import Image, ImageOps
 
         image: Any = ImageOps.exif_transpose(opened)
+        if digest is not None:
+            digest[:] = np.frombuffer(pixel_digest(decoded(image)), np.uint8)
         if image.mode.startswith("I"):  # 16 bits a pixel; PIL would cut them off at 255
             image = Image.fromarray(np.clip(np.asarray(image) >> 8, 0, 255).astype(np.uint8))
         if image.has_transparency_data:

@@ -54,8 +54,9 @@ def prepare(config: Config, directory: Path) -> Job:
 
     _check_directory(config, directory)
     images = data.load(config.data, config.paths)
+    check_content(images, directory)
     plan = plan_of(config, len(images.train))
-    _check_budget(config, plan, directory)
+    _check_budget(config, plan, directory, images)
     device = device_of(config)
     _check_model(config, images)
     _check_stages(config, directory)
@@ -118,13 +119,23 @@ def steps_of(config: Config, num_examples: int) -> int | None:
     return min(asked) if asked else None
 
 
-def _check_budget(config: Config, plan: PrivacyPlan, directory: Path) -> None:
-    """Refuses a training that the budget or the ledger of the private set does not allow."""
+def check_content(images: ImageSplits, directory: Path) -> None:
+    """Refuses images that are not those that the run in `directory` was made from, or differ by process."""
+    from dp_lora import content
+
+    # The first process speaks for all, so that all of them end.
+    reason = agreed(content.refusal(images, directory / "checkpoint") if rank() == 0 else None)
+    if reason is not None:
+        raise UserError(reason)
+    content.agree(images)
+
+
+def _check_budget(config: Config, plan: PrivacyPlan, directory: Path, images: ImageSplits) -> None:
+    """Refuses what the budget or the ledger of the private set does not allow."""
     from dp_lora import spending
 
     # The first process speaks for all: what it charges later must not count against the others.
-    asked = "finetune" in config.stages and rank() == 0
-    reason = agreed(spending.refusal(config, plan, directory) if asked else None)
+    reason = agreed(spending.refusal(config, plan, directory, images) if rank() == 0 else None)
     if reason is not None:
         raise UserError(reason)
 

@@ -17,7 +17,13 @@ from scipy import stats
 
 from dp_lora.privacy.batches import poisson_batch
 from dp_lora.privacy.gradients import ClippedGradientSum
-from dp_lora.privacy.mechanism import microbatches, noised_mean, signal_to_noise, slice_of_batch
+from dp_lora.privacy.mechanism import (
+    all_reduced,
+    microbatches,
+    noised_mean,
+    signal_to_noise,
+    slice_of_batch,
+)
 from dp_lora.privacy.plan import PrivacyPlan
 from dp_lora.privacy.randomness import Randomness
 
@@ -182,7 +188,7 @@ def three_steps(rank: int, world_size: int, group: Any) -> torch.Tensor:
         for indices, weights in microbatches(batch, 4):
             rows = images[indices].repeat_interleave(2, 0)
             engine.add(model(rows).square().sum(1).view(-1, 2).mean(1), weights)
-        engine.write_gradients(noised_mean(engine.total(), fixed, SEED, step, group))
+        engine.write_gradients(noised_mean(all_reduced(engine.total(), group), fixed, SEED, step))
         optimizer.step()
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
