@@ -700,6 +700,20 @@ def _check_pretrain(pretrain: PretrainConfig) -> None:
         raise UserError(f"model.pretrain.ema_decay={pretrain.ema_decay}: expected a number in [0, 1)")
 
 
+PRIVATE_SETTINGS = (
+    "data.source",
+    "public_data.source",
+    "model.pretrained",
+    "model.pretrain.perceptual_network",
+    "privacy.insecure_seed",
+    "evaluation.inception_weights",
+    "evaluation.dinov2",
+    "paths",
+    *(f"resources.{name}" for name in ("partition", "account", "qos", "constraint", "sbatch", "setup")),
+)
+"""Settings that no name of a run tells and that never leave: they can name people, folders and accounts, or
+take the noise away."""
+
 _CANNOT_CHANGE_THE_RESULT = ("experiment", "stages", "tracking", "resources", "paths")
 _NOR_CAN = ("microbatch", "channels_last", "compile", "checkpoint_minutes")
 """Of `train`."""
@@ -709,7 +723,8 @@ def fingerprint(config: Config) -> str:
     """Eight hexadecimal digits of what can change the result of a run.
 
     Device, threads, tracking, launcher and paths are not part of it, so the same run asked for twice
-    has the same directory wherever it runs.
+    has the same directory wherever it runs. Whoever knows the other settings can confirm a guess of one by
+    it, so what leaves carries that of `manifest.shown_fingerprint` alone.
     """
     values = dataclasses.asdict(config)
     for name in _CANNOT_CHANGE_THE_RESULT:
@@ -742,8 +757,9 @@ def run_directory(config: Config, overrides: Sequence[str]) -> Path:
 
     Args:
         config: the job.
-        overrides: the command line's `key=value` words; those that cannot change the result are left out.
-            A directory of the same run that was asked for in other words is taken again.
+        overrides: the command line's `key=value` words; those that cannot change the result, and those of
+            `PRIVATE_SETTINGS`, are left out. A directory of the same run that was asked for in other words
+            is taken again.
     """
     folder = Path(config.paths.outputs).expanduser() / config.experiment
     identity = fingerprint(config)
@@ -751,6 +767,15 @@ def run_directory(config: Config, overrides: Sequence[str]) -> Path:
     names = os.listdir(folder) if folder.is_dir() else []
     if said_otherwise := sorted(name for name in names if name.endswith(f"-{identity}")):
         return folder / said_otherwise[0]
+    return folder / f"{readable(overrides)}-{identity}"
+
+
+def readable(overrides: Sequence[str]) -> str:
+    """What of the command line's words can change the result and may be shown, as part of a name.
+
+    >>> readable(["seed=1", "data.source=/home/ann/patients", "lora.rank=4", "tracking.tags=[a]"])
+    'lora.rank=4,seed=1'
+    """
     without_effect = (
         *(*_CANNOT_CHANGE_THE_RESULT, "cluster", "sweep"),
         *("privacy.budget_epsilon", "evaluation.inception_weights"),
@@ -758,8 +783,15 @@ def run_directory(config: Config, overrides: Sequence[str]) -> Path:
     )
     words = [word.replace("'", "") for word in overrides]
     said = [word.lstrip("+~") for word in words if not word.lstrip("+~").startswith(without_effect)]
-    readable = re.sub(r"[^\w.=,+-]+", "_", ",".join(sorted(said))).strip("_")[:120] or "defaults"
-    return folder / f"{readable}-{identity}"
+    shown = sorted(word for word in said if _may_be_shown(word))
+    return re.sub(r"[^\w.=,+-]+", "_", ",".join(shown)).strip("_")[:120] or "defaults"
+
+
+def _may_be_shown(word: str) -> bool:
+    """Whether a word sets one plain value that is neither private nor a path."""
+    name, _, value = word.partition("=")
+    private = any(f"{name}.".startswith(f"{setting}.") for setting in PRIVATE_SETTINGS)
+    return not private and not re.search(r"[/~\\{$]", value)
 
 
 def config_directory() -> Path:

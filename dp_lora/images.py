@@ -25,6 +25,7 @@ from dp_lora import arrays
 from dp_lora.config import DataConfig
 from dp_lora.digests import SIZE, decoded, pixel_digest
 from dp_lora.errors import UserError, did_you_mean
+from dp_lora.keyed import keyed_name
 
 ROLES = ("train", "validation", "test")
 STORED_BYTES = 2**25
@@ -123,7 +124,7 @@ class Unread(NamedTuple):
             fill(stored)
         else:
             asked = f"{self.identity} {astuple(preprocessing)} {len(self.labels)} with digests"
-            key = hashlib.sha256(asked.encode()).hexdigest()[:32]
+            key = keyed_name(request.cache, f"images {asked}")
             shapes = {"images": ("U8", shape), "digests": ("U8", digests)}
             stored = arrays.shared(request.cache / "images", key, shapes, fill)
         return part_of(stored["images"], self.labels)._replace(digests=stored["digests"])

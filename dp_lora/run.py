@@ -16,7 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dp_lora.config import Config, fingerprint, run_directory
+from dp_lora import manifest
+from dp_lora.config import Config, run_directory
 from dp_lora.errors import Busy, UserError
 from dp_lora.files import file_lock, private_directory, read_json, write_atomic, write_json
 from dp_lora.job import OUTPUTS, Job, check_writable, device_of, prepare, pretrained_model, say
@@ -47,7 +48,9 @@ def run(config: Config, overrides: Sequence[str] = ()) -> dict[str, Any]:
         if config.stages == ["pretrain"]:
             return _pretrain_alone(config, team)
         directory = run_directory(config, overrides)
-        return _lead(config, directory, team) if team.first else _follow(config, directory, team)
+        if not team.first:
+            return _follow(config, directory, team)
+        return _lead(config, directory, team, manifest.run_name(config, overrides))
 
 
 def _pretrain_alone(config: Config, team: Team) -> dict[str, Any]:
@@ -59,8 +62,8 @@ def _pretrain_alone(config: Config, team: Team) -> dict[str, Any]:
     return {"model": str(folder)}
 
 
-def _lead(config: Config, directory: Path, team: Team) -> dict[str, Any]:
-    """The job, as its first or only process runs it."""
+def _lead(config: Config, directory: Path, team: Team, name: str) -> dict[str, Any]:
+    """The job, as its first or only process runs it; `name` is what W&B calls it."""
     job = prepare(config, directory)
     stages: dict[str, Callable[[Job, Tracker], None]] = {
         "finetune": lambda job, tracker: _finetune(job, tracker, team),
@@ -75,7 +78,7 @@ def _lead(config: Config, directory: Path, team: Team) -> dict[str, Any]:
             if name not in left:
                 say(f"{name}: done already, {job.directory / OUTPUTS[name]}")
         if left or not _is_done(job.directory):
-            with _record(job) as tracker:
+            with _record(job, name) as tracker:
                 for name in left:
                     tracker.status("running", stage=name)
                     stages[name](job, tracker)
@@ -104,33 +107,32 @@ def _is_done(directory: Path) -> bool:
 
 @contextmanager
 def _own(job: Job) -> Iterator[None]:
-    """The run directory, made and held by this process alone."""
+    """The run directory, made and held by this process alone; nobody but its owner can enter it."""
 
     def refuse() -> None:
         raise Busy(f"{job.directory}: another process is running this job; wait for it or stop it")
 
+    private_directory(job.directory)
     private_directory(job.directory / "checkpoint")
     with file_lock(job.directory / "checkpoint" / "lock", waiting=refuse):
         yield
 
 
 @contextmanager
-def _record(job: Job) -> Iterator[Tracker]:
+def _record(job: Job, name: str) -> Iterator[Tracker]:
     """config.yaml, provenance.json and status.json around the stages; the tracker is passed to them."""
     from omegaconf import OmegaConf
 
     from dp_lora.provenance import finished, provenance
-    from dp_lora.tracking import Tracker
+    from dp_lora.tracking import Tracker, wandb_id
 
     path = job.directory / "provenance.json"
     record = provenance(job.config, read_json(path) if path.exists() else None)
     job.seconds.update(record.setdefault("seconds", {}))
     write_atomic(job.directory / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(job.config)))
     write_json(path, record)
-    identity = fingerprint(job.config)
-    with Tracker(
-        job.directory, job.config, run_id=identity, name=job.directory.name, resume_step=sys.maxsize
-    ) as tracker:
+    identity = wandb_id(job.directory / "checkpoint")
+    with Tracker(job.directory, job.config, run_id=identity, name=name, resume_step=sys.maxsize) as tracker:
         try:
             yield tracker
         except Preempted:
@@ -156,9 +158,9 @@ def _timed(job: Job, stage: str) -> Iterator[None]:
     try:
         yield
     finally:
-        # Two digits: an exact time would tell how large the private batches were.
+        # An exact time would tell how large the private batches were; the other stages have none.
         taken = job.seconds.get(stage, 0.0) + time.monotonic() - started
-        job.seconds[stage] = float(f"{taken:.2g}")
+        job.seconds[stage] = manifest.coarse(taken) if stage == "finetune" else float(f"{taken:.2g}")
 
 
 def model_before(job: Job) -> LatentDiffusion:
@@ -193,6 +195,7 @@ def _finetune(job: Job, tracker: Tracker, team: Team) -> None:
     with charged(config, job.plan, folder, job.images) as note, _timed(job, "finetune"):
         content.keep(job.images, folder)
         model, executed = _train(job, team, log, started, begun)
+    tracker.stage_ended("finetune")
     record = privacy_record(job, epsilon=job.plan.epsilon, steps=executed, complete=True)
     tracker.privacy(record)
     _export(job, model, record)
@@ -346,7 +349,9 @@ def _evaluate(job: Job, tracker: Tracker) -> None:
                 model, config.trainable.components
             ),
             "seconds": job.seconds,
-            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_memory_bytes": manifest.power_of_two(
+                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            ),
             "device": str(job.device),
         }
     )
