@@ -41,6 +41,10 @@ AUTOENCODERS = ("kl", "vq")
 CONDITIONINGS = ("class", "none")
 TARGET_GROUPS = ("qkv", "proj", "self", "cross", "conv")
 CLASSIFIERS = ("cnn", "wrn", "resnet", "resnext")
+LARGEST_RATE = 1e9
+"""AdamW moves a weight by about its learning rate in a step; far beyond this it overflows in float32."""
+LONGEST_TAG, LONGEST_PROJECT, NOT_IN_PROJECT = 64, 128, "/\\#?%:"
+"""What W&B takes as tags and as the name of a project."""
 FEWEST_RESAMPLES = 40
 """Below that, an interval of 95 % would lie beyond the smallest and the largest resample."""
 
@@ -445,11 +449,13 @@ def _schema() -> DictConfig:
 
 def check(config: Config) -> None:
     """Raises UserError naming field, value and range for the first value that cannot be right."""
+    _check_texts(config, "")
     _check_choices(config)
     _check_privacy(config.privacy)
     _check_train(config.train, config.privacy)
     _check_counts(config)
     _check_evaluation(config.evaluation)
+    _check_tracking(config.tracking)
     _check_model(config.model)
     for name in ("data", "public_data"):
         data: DataConfig = getattr(config, name)
@@ -500,6 +506,31 @@ def _check_data(name: str, data: DataConfig) -> None:
     if data.layout is not None and data.layout not in LAYOUTS:
         hint = did_you_mean(data.layout, LAYOUTS)
         raise UserError(f"{name}.layout={data.layout!r}: expected one of {', '.join(LAYOUTS)}, or null{hint}")
+
+
+def _check_texts(section: Any, prefix: str) -> None:
+    """Refuses empty texts: shells make one of a variable that is not set, and as a path it is this folder."""
+    for known in dataclasses.fields(section):
+        value = getattr(section, known.name)
+        if dataclasses.is_dataclass(value):
+            _check_texts(value, f"{prefix}{known.name}.")
+        elif value == "":
+            rest = ", or null" if "None" in str(known.type) else ""
+            raise UserError(f'{prefix}{known.name}="": expected a text that is not empty{rest}')
+
+
+def _check_tracking(tracking: TrackingConfig) -> None:
+    """Refuses what W&B would refuse, with the run's whole record lost, once the run has begun."""
+    if len(tracking.project) > LONGEST_PROJECT or set(tracking.project) & set(NOT_IN_PROJECT):
+        raise UserError(
+            f"tracking.project={tracking.project!r}: expected at most {LONGEST_PROJECT} characters, none of "
+            f"them in {NOT_IN_PROJECT}"
+        )
+    for tag in tracking.tags:
+        if not 1 <= len(tag) <= LONGEST_TAG:
+            raise UserError(
+                f"tracking.tags={tag!r}: {len(tag)} characters, expected 1 to {LONGEST_TAG} a tag"
+            )
 
 
 def _check_choices(config: Config) -> None:
@@ -620,8 +651,16 @@ def _check_train(train: TrainConfig, privacy: PrivacyConfig) -> None:
     if train.epochs is not None and not 0 < train.epochs < math.inf:
         raise UserError(f"train.epochs={train.epochs}: expected a number above 0, or null")
     _check_relation(train, privacy.adjacency)
-    if not 0 < train.learning_rate < math.inf:
-        raise UserError(f"train.learning_rate={train.learning_rate}: expected a finite number above 0")
+    if not 0 < train.learning_rate <= LARGEST_RATE:
+        raise UserError(
+            f"train.learning_rate={train.learning_rate}: expected a number above 0, at most {LARGEST_RATE:g}"
+        )
+    factor = train.embedder_learning_rate_factor
+    if factor * train.learning_rate > LARGEST_RATE:
+        raise UserError(
+            f"train.embedder_learning_rate_factor={factor}: with train.learning_rate={train.learning_rate} "
+            f"expected a product of at most {LARGEST_RATE:g}"
+        )
     for name in ("weight_decay", "checkpoint_minutes", "warmup_steps", "embedder_learning_rate_factor"):
         if not 0 <= getattr(train, name) < math.inf:
             raise UserError(f"train.{name}={getattr(train, name)}: expected at least 0")
@@ -682,6 +721,11 @@ def _check_counts(config: Config) -> None:
     factor = config.trainable.learning_rate_factor
     if not 0 < factor < math.inf:
         raise UserError(f"trainable.learning_rate_factor={factor}: expected a finite number above 0")
+    if factor * config.train.learning_rate > LARGEST_RATE:
+        raise UserError(
+            f"trainable.learning_rate_factor={factor}: with train.learning_rate={config.train.learning_rate} "
+            f"expected a product of at most {LARGEST_RATE:g}"
+        )
     if config.resources.gpus < 0:
         raise UserError(f"resources.gpus={config.resources.gpus}: expected at least 0")
     if not 0 < config.resources.memory_gb < math.inf:
@@ -706,9 +750,10 @@ def _check_counts(config: Config) -> None:
 
 def _check_pretrain(pretrain: PretrainConfig) -> None:
     for name in ("autoencoder_learning_rate", "unet_learning_rate"):
-        if not 0 < getattr(pretrain, name) < math.inf:
+        if not 0 < getattr(pretrain, name) <= LARGEST_RATE:
             raise UserError(
-                f"model.pretrain.{name}={getattr(pretrain, name)}: expected a finite number above 0"
+                f"model.pretrain.{name}={getattr(pretrain, name)}: expected a number above 0, at most "
+                f"{LARGEST_RATE:g}"
             )
     for name in ("kl_weight", "codebook_weight", "perceptual_weight", "adversarial_weight",
                  "adversarial_start", "decoder_steps", "warmup_steps", "samples_every"):  # fmt: skip

@@ -20,6 +20,7 @@ from torch import Tensor
 from dp_lora import tuning
 from dp_lora.config import Config, TrainConfig
 from dp_lora.diffusion import per_example_loss
+from dp_lora.divergence import Watch
 from dp_lora.errors import UserError
 from dp_lora.files import private_directory, read_json, write_atomic, write_json
 from dp_lora.latents import Latents
@@ -343,16 +344,24 @@ def finetune(
         config.trainable.learning_rate_factor,
         begun if first else _silent,
     )
+    spends = plan.private and not config.data.public
+    spent = f"epsilon {{}} at delta {plan.delta:g} is spent" if spends else ""
+    watch = Watch(step.parameters, config.train.learning_rate, spent)
     checkpoint = Checkpoint(folder, config.train.checkpoint_minutes, writes=first)
     finished = resume(step, checkpoint)
     total = steps_to_finish(plan, executions, finished, step.lineage)
     if first:
         started(finished)
+
+    def watched(number: int, values: dict[str, float]) -> None:
+        (log if first else _silent)(number, values)
+        watch.after(number, total, values["epsilon"])
+
     with Progress(
         total, "finetune", initial=finished, mode=config.tracking.progress, public=config.data.public
     ) as progress:
         try:
-            run_steps(step, total, checkpoint, progress, log if first else _silent)
+            run_steps(step, total, checkpoint, progress, watched)
         except Spent:
             # A step that was to be replayed has another sum, and there is no execution left for it.
             if not progress.done:
@@ -363,6 +372,7 @@ def finetune(
         model.prompts.use_classes(model.classes)
     if first:
         forget_key(folder)
+    watch.at_the_end(model, step.epsilon())
     return executions.count
 
 

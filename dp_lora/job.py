@@ -5,6 +5,7 @@ Everything that can be wrong with what the user asked for is found here, before 
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from dp_lora.config import Config, fingerprint, from_omegaconf, pretrained_finge
 from dp_lora.errors import UserError
 from dp_lora.files import append_line, file_lock
 from dp_lora.processes import agreed, rank
+from dp_lora.wandb_mode import wandb_mode
 
 if TYPE_CHECKING:
     import torch
@@ -69,6 +71,7 @@ def prepare(config: Config, directory: Path) -> Job:
     from dp_lora import data
 
     _check_directory(config, directory)
+    wandb_mode(config.tracking.wandb)
     images = data.load(config.data, config.paths)
     check_content(images, directory)
     if "finetune" in config.stages and not (directory / OUTPUTS["finetune"]).exists():
@@ -319,6 +322,11 @@ def _pretrain(config: Config, folder: Path) -> None:
 
     def log(step: int, values: dict[str, float]) -> None:
         append_line(work / "metrics.jsonl", {"stage": "pretrain", "step": step, **values})
+        if odd := [name for name, value in values.items() if not math.isfinite(value)]:
+            raise UserError(
+                f"model.pretrain: the pre-training diverged: {odd[0]} is no finite number after step {step}; "
+                "expected smaller learning rates"
+            )
 
     source = data.provenance(config.public_data, config.paths)
     pretrain(config, images, folder, device=device_of(config), log=log, source=source)

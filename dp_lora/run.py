@@ -283,6 +283,11 @@ def _sample(job: Job, tracker: Tracker) -> None:
     with _timed(job, "sample"):
         samples = sample.generate(finetuned_model(job), job.config)
         sample.save(samples, job.directory)
+    if plain := sample.plain(samples):
+        say(
+            f"sample: {plain} of {len(samples.labels)} images are of one colour; if they should not be, the "
+            "training has diverged or the model does not know these images"
+        )
     tracker.images("samples", job.directory / "samples.png")
 
 
