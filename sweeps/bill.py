@@ -18,15 +18,9 @@ from typing import Any
 
 from dp_lora.errors import UserError
 from dp_lora.files import json_ready, read_json
-from dp_lora.privacy.accounting import (
-    ADJACENCIES,
-    MANY,
-    Mechanism,
-    composed,
-    epsilon_of_divergences,
-    renyi_divergences,
-)
+from dp_lora.privacy.accounting import ADJACENCIES, MANY, Mechanism, composed
 from dp_lora.privacy.ledger import Charge, Ledger, spent
+from dp_lora.privacy.renyi import epsilon_of_divergences, renyi_divergences
 from dp_lora.privacy.selection import best_of
 from dp_lora.spending import begun, begun_by_all, ledger_beside, private_set, read_receipt, releases_of
 from sweeps.folders import read_settings
