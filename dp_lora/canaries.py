@@ -27,7 +27,7 @@ from dp_lora.diffusion import in_batches
 from dp_lora.latent_diffusion import LatentDiffusion
 from dp_lora.latents import Latents, to_unit_range
 from dp_lora.membership import losses
-from dp_lora.privacy.audit import NOISE_FACTORS, Bools, Floats, evidence, noise_factor
+from dp_lora.privacy.audit import Bools, Floats, evidence, noise_factor
 from dp_lora.privacy.executions import Executions
 from dp_lora.privacy.noise_tests import SilentNoise
 from dp_lora.privacy.plan import PrivacyPlan
@@ -187,7 +187,7 @@ class Watch:
     def __init__(self, plan: PrivacyPlan, included: Bools, empty: int, amplitude: float = 1.0) -> None:
         self._plan, self._included, self._amplitude = plan, included, amplitude
         self._left_out = np.flatnonzero(~included)
-        self._evidence = np.zeros((len(NOISE_FACTORS), len(included)))
+        self._scores, self._factor = np.zeros(len(included)), 0.0
         self._noise = SilentNoise(empty + len(self._left_out))
 
     def add(self, values: Floats) -> None:
@@ -198,27 +198,26 @@ class Watch:
         """
         plan, count = self._plan, len(self._included)
         own, silent = values[:count], np.concatenate([values[count:], values[self._left_out]])
-        for total, factor in zip(self._evidence, NOISE_FACTORS, strict=True):
-            sigma = factor * plan.noise_multiplier
-            total += evidence(own, sigma, plan.sample_rate, amplitude=self._amplitude)
         self._noise.add(silent / plan.noise_multiplier)
+        if self._noise.steps == 1:
+            # Of the coordinates of nobody alone, so that the canaries have no say in how they are scored.
+            self._factor = noise_factor(self._noise.ratio(stop=len(values) - count))
+        sigma = self._factor * plan.noise_multiplier
+        self._scores += evidence(own, sigma, plan.sample_rate, amplitude=self._amplitude)
 
     def trained(self) -> Trained:
         """What it comes to, after the last step."""
-        # Of the coordinates of nobody alone, so that the canaries have no say in how they are scored.
-        factor = noise_factor(self._noise.ratio(stop=-len(self._left_out) or None))
-        scores = self._evidence[NOISE_FACTORS.index(factor)]
-        return Trained(scores, self._included, factor, self._noise)
+        return Trained(self._scores, self._included, self._factor, self._noise)
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, so that an interrupted audit goes on."""
-        arrays = {"evidence": self._evidence, **self._noise.arrays()}
+        arrays = {"scores": self._scores, "factor": np.array(self._factor), **self._noise.arrays()}
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def load_state_dict(self, state: Any) -> None:
         """Restores what `state_dict` returned."""
         arrays = {name: tensor.numpy() for name, tensor in state.items()}
-        self._evidence = arrays["evidence"].copy()
+        self._scores, self._factor = arrays["scores"].copy(), float(arrays["factor"])
         self._noise = SilentNoise.from_arrays(arrays)
 
 

@@ -35,7 +35,7 @@ FALSE_POSITIVES = (0.1, 0.02, 0.005)
 """How often canaries that were left out pass the `thresholds` above 0."""
 
 NOISE_FACTORS = (1.0, 0.8, 0.65, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0625)
-"""Shares of the claimed noise that canaries can be scored for: see `noise_factor`."""
+"""Shares of the claimed noise that canaries are scored for: see `noise_factor`."""
 
 _SPAN = 16.0
 """How many times less or more noise than claimed `gaussian_family` looks for."""
@@ -70,6 +70,7 @@ def noise_factor(ratio: float) -> float:
     The likelihood ratio for the claimed noise is a bad score once there is much less of it and the sample
     rate is below a half: a canary then is in most batches clearly absent, and its score is below 0 whether
     it was in the training or not. The one for the noise that there is tells the two apart.
+    That noise is estimated from the first step's release.
 
     Guarantee: the bounds stay what they are, if `ratio` comes from coordinates of the release that belong to
     no canary. It is a function of the release alone, as `one_run` asks of a score; and in the family of
@@ -272,13 +273,19 @@ def refutes(
     if not rates:
         return False
     reach = max(math.log(1 / min(high, 1 - low)) for low, high in rates)
-    epsilons = np.linspace(0, reach, 257)
-    deltas = accounting.privacy_profile(mechanism, epsilons, delta)
+    epsilons, deltas = _profile(mechanism, math.ceil(reach), delta)
 
     def most_of(rate: float) -> float:
         return float(np.min(np.exp(epsilons) * rate + deltas))
 
     return any(low > most_of(high) or 1 - high > most_of(1 - low) for low, high in rates)
+
+
+@functools.lru_cache(maxsize=64)
+def _profile(mechanism: Mechanism, reach: int, delta: float) -> tuple[Floats, Floats]:
+    """The privacy profile: epsilons from 0 to `reach`, and delta at each."""
+    epsilons = np.linspace(0, reach, 257)
+    return epsilons, accounting.privacy_profile(mechanism, epsilons, delta)
 
 
 def gaussian_family(
