@@ -4,8 +4,8 @@
 
 Audits of the engine's own step on a linear model (`linear_audit`), on plans from a sample rate of 0.02 to 1
 and from 2 to 1,000 steps. Prints a table in Markdown: audits that accuse, of audits made, and in brackets by
-the tests of the noise and by the lower bounds on epsilon. What is done is kept in `--results`: the same command
-goes on from there, and prints at once when all of it is done.
+the tests of the noise and by the lower bounds on epsilon. What is done is kept in `--results`: the same
+command goes on from there, and prints at once when all of it is done.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ ENGINES: dict[str, Engine] = {
 
 
 def defective(engine: str, setting: Setting) -> bool:
-    """Whether `engine` breaks the claim on this plan: at a sample rate of 1 full batches are what is claimed."""
+    """Whether `engine` breaks the claim on this plan: at a sample rate of 1 full batches are claimed."""
     return not (engine == "every image in every batch" and setting.sample_rate == 1)
 
 
