@@ -155,14 +155,18 @@ def _update_norms(directory: Path) -> list[float]:
     """The norms of the noised updates that the run has logged: released values."""
     try:
         rows = [row for row in read_lines(directory / "metrics.jsonl") if row["stage"] == "finetune"]
-        norms = [float(row["update_norm"]) for row in rows]
+        norms = {row["step"]: float(row["update_norm"]) for row in rows}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{directory}: metrics.jsonl cannot be read ({error}); expected the one that dp-lora wrote"
         ) from error
-    if not all(0 <= norm < math.inf for norm in norms):
-        raise UserError(f"{directory}: metrics.jsonl has an update_norm that is no finite number above 0")
-    return norms
+    for step, norm in norms.items():
+        if not 0 <= norm < math.inf:
+            raise UserError(
+                f"{directory}: metrics.jsonl: step {step} has update_norm={norm}; expected a finite number, "
+                "0 or more"
+            )
+    return list(norms.values())
 
 
 def _check_images(job: Job, options: Options) -> None:
