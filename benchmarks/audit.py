@@ -27,9 +27,6 @@ from dp_lora.privacy.plan import PrivacyPlan
 from dp_lora.privacy.randomness import Randomness
 from dp_lora.provenance import hardware
 
-TOGETHER = 20
-"""Audits that share a training."""
-
 
 @dataclass(frozen=True)
 class Setting:
@@ -40,6 +37,8 @@ class Setting:
     noise_multiplier: float | None = None
     canaries: int = 400
     empty: int = 512
+    together: int = 20
+    """Audits that share a training."""
 
     def plan(self, k: int = 1) -> PrivacyPlan:
         return plan_of(self.sample_rate, self.steps, self.noise_multiplier, k)
@@ -49,7 +48,7 @@ PLANS = {
     "half": Setting(0.5, 2),
     "full": Setting(1.0, 10),
     "default": Setting(0.25, 80, 1.355),
-    "long": Setting(0.02, 1000, canaries=200, empty=200),
+    "long": Setting(0.02, 1000, canaries=200, empty=200, together=50),
 }
 Engine = Callable[[], AbstractContextManager[object]]
 ENGINES: dict[str, Engine] = {
@@ -65,12 +64,12 @@ def defective(engine: str, setting: Setting) -> bool:
 
 
 def measure(name: str, engine: str, index: int) -> dict[str, object]:
-    """`TOGETHER` audits with the keys that belong to `index`."""
+    """As many audits as share a training, with the key that belongs to `index`."""
     setting, started = PLANS[name], time.process_time()
     plan = setting.plan(4 if "draws" in engine else 1)
     key = Randomness.from_seed(index).derive(f"{name} {engine}")
     with ENGINES[engine]():
-        trained = train(plan, TOGETHER, setting.canaries, key, setting.empty)
+        trained = train(plan, setting.together, setting.canaries, key, setting.empty)
     found = [judge(one, plan) for one in trained]
     return {
         "plan": name,
@@ -85,14 +84,17 @@ def measure(name: str, engine: str, index: int) -> dict[str, object]:
     }
 
 
-def run(names: Sequence[str], audits: int, defect_audits: int, results: Path) -> None:
-    done = {(row["plan"], row["engine"], row["index"]) for row in read_lines(results)}
-    for engine in ENGINES:
-        rounds = -(-(audits if engine == "correct" or "noise x" in engine else defect_audits) // TOGETHER)
+def run(names: Sequence[str], engines: Sequence[str], audits: int, defect_audits: int, results: Path) -> None:
+    done = Counter[tuple[str, str]]()
+    for row in read_lines(results):
+        done[row["plan"], row["engine"]] += row["audits"]
+    for engine in engines:
+        wanted = audits if engine == "correct" or "noise x" in engine else defect_audits
         for name in names:
-            for index in range(rounds):
-                if defective(engine, PLANS[name]) and (name, engine, index) not in done:
-                    append_line(results, measure(name, engine, index))
+            while defective(engine, PLANS[name]) and done[name, engine] < wanted:
+                # The audits done so far name the key, so that no audit is made twice.
+                append_line(results, measure(name, engine, done[name, engine]))
+                done[name, engine] += PLANS[name].together
 
 
 def tables(names: Sequence[str], results: Path) -> str:
@@ -117,11 +119,12 @@ def main() -> None:
     parser.add_argument("--audits", type=int, default=200, help="for each factor of the noise, and correct")
     parser.add_argument("--defect-audits", type=int, default=50, help="for each other defect")
     parser.add_argument("--plans", nargs="*", choices=PLANS, default=list(PLANS))
+    parser.add_argument("--engines", nargs="*", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--results", type=Path, default=Path("outputs/audit_power.jsonl"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.results.parent.mkdir(parents=True, exist_ok=True)
-    run(options.plans, options.audits, options.defect_audits, options.results)
+    run(options.plans, options.engines, options.audits, options.defect_audits, options.results)
     print(
         f"{hardware()['cpu']}, one thread, {datetime.date.today()}: accused of audits made (by the tests of"
     )

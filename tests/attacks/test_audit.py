@@ -1,4 +1,4 @@
-"""An engine that adds less noise than it claims, against `dp-lora` and `dp-lora-audit` as a user calls them."""
+"""An engine that adds less noise than it claims, against `dp-lora` and `dp-lora-audit` as users call them."""
 
 from __future__ import annotations
 
