@@ -115,7 +115,7 @@ class PrivateStep:
         self.lineage = lineage
         return {
             "epsilon": self.epsilon(),
-            "update_norm": float(update.norm()),
+            "update_norm": float(torch.linalg.vector_norm(update, dtype=torch.float64)),
             "signal_to_noise": signal_to_noise(update, plan),
             "learning_rate": self._rate(step),
             **({"private_loss": private_loss(released, plan)} if plan.loss_share else {}),
