@@ -82,8 +82,10 @@ class SilentNoise:
         """Takes one step.
 
         Args:
-            values: [coordinates], divided by the standard deviation of the noise that is claimed.
+            values: [coordinates], divided by the standard deviation of the noise that is claimed. What is
+                not finite is no noise and counts as 0.
         """
+        values = np.where(np.isfinite(values), values, 0.0)
         squares = np.square(values, dtype=np.float64)
         self._by_coordinate += squares
         self._by_step.append(float(squares.sum()))

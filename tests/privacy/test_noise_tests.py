@@ -95,6 +95,12 @@ def _silent_coordinate(noise: Noise) -> Noise:
     return noise
 
 
+def _not_finite(noise: Noise) -> Noise:
+    noise[3] = np.nan
+    noise[4] = np.inf
+    return noise
+
+
 def _shared(noise: Noise) -> Noise:
     noise[:, 200] = noise[:, 7]
     return noise
@@ -110,6 +116,7 @@ def _one_for_all(noise: Noise) -> Noise:
         (_weaker, "variance"),
         (_silent_step, "weakest_step"),
         (_silent_coordinate, "weakest_coordinate"),
+        (_not_finite, "weakest_step"),
         (_same, "alike_steps"),
         (_twice, "alike_steps"),
         (_shared, "alike_coordinates"),
