@@ -17,7 +17,6 @@ import hashlib
 import hmac
 import json
 import secrets
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +35,12 @@ _SAID = {
     "classes": "the names of the classes",
     "numbers": "the number of images",
     "pixels": "the pixels",
-    "roles": "the roles or the order of the images",
+    "roles": "the roles of the images",
     "labels": "the labels",
     "captions": "the captions",
+    "order": "the order of the images",
 }
-"""What can be different, in words, the coarsest first."""
+"""What can be different, in words; each of them makes those below it different too."""
 
 
 def digests(images: ImageSet) -> np.ndarray:
@@ -51,7 +51,8 @@ def digests(images: ImageSet) -> np.ndarray:
 def content_of(images: ImageSplits, key: str) -> dict[str, Any]:
     """The record of `images` under the hexadecimal `key`: equal for equal content, and for no other."""
     roles = [digests(part) for part in images]
-    everything = np.concatenate(roles)
+    labels = [part.labels[:, None].astype("<i8").view(np.uint8) for part in images]
+    captions = [_captions(part) for part in images]
 
     def keyed(*parts: bytes) -> str:
         mac = hmac.new(bytes.fromhex(key), digestmod=hashlib.sha256)
@@ -65,34 +66,38 @@ def content_of(images: ImageSplits, key: str) -> dict[str, Any]:
         "key": key,
         "classes": list(images.train.classes),
         "numbers": keyed(json.dumps([len(part) for part in images]).encode()),
-        "pixels": keyed(_sorted(everything).tobytes()),
-        "roles": keyed(*(part.tobytes() for part in roles)),
-        "labels": keyed(*(np.ascontiguousarray(part.labels).tobytes() for part in images)),
-        "captions": keyed(*_captions(images)),
+        "pixels": keyed(_sorted(np.concatenate(roles))),
+        "roles": keyed(*(_sorted(part) for part in roles)),
+        "labels": keyed(*(_sorted(np.hstack(both)) for both in zip(roles, labels, strict=True))),
+        "captions": keyed(*(_sorted(np.hstack(both)) for both in zip(roles, captions, strict=True))),
+        "order": keyed(*(part.tobytes() for part in roles)),
     }
 
 
-def _sorted(found: np.ndarray) -> np.ndarray:
-    """The rows of `found` uint8 [N, 32] in an order that their own does not decide."""
-    # By their first eight bytes: different digests that begin alike do not occur.
-    return found[np.argsort(np.ascontiguousarray(found[:, :8]).view(">u8")[:, 0], kind="stable")]
+def _sorted(rows: np.ndarray) -> bytes:
+    """The rows of uint8 [N, W] in one order, whatever theirs was."""
+    # By their first and last eight bytes: different digests that begin alike do not occur.
+    first, last = (np.ascontiguousarray(rows[:, part]).view(">u8")[:, 0] for part in np.s_[:8, -8:])
+    return rows[np.lexsort((last, first))].tobytes()
 
 
-def _captions(images: ImageSplits) -> Iterator[bytes]:
-    for part in images:
-        yield json.dumps(None if part.captions is None else part.captions.tolist()).encode()
+def _captions(images: ImageSet) -> np.ndarray:
+    """uint8 [N, 32]: a digest of each caption; [N, 0] without captions."""
+    if images.captions is None:
+        return np.empty((len(images), 0), np.uint8)
+    found = b"".join(hashlib.sha256(caption.encode()).digest() for caption in images.captions)
+    return np.frombuffer(found, np.uint8).reshape(len(images), 32)
 
 
 def changes(images: ImageSplits, record: dict[str, Any]) -> list[str]:
     """What of `images` is not as in `record`, in words; an empty list where all of it is."""
     now = content_of(images, record["key"])
     different = [name for name in _SAID if now[name] != record[name]]
-    if "numbers" in different:
-        # What follows from it says nothing more.
-        different = [name for name in different if name in ("classes", "numbers")]
-    elif "pixels" in different:
-        different = [name for name in different if name != "roles"]
-    return [_SAID[name] for name in different]
+    # The first of the rest has the others in its wake, and other names of classes have all but two.
+    first = next((name for name in different if name != "classes"), None)
+    if "classes" not in different:
+        return [] if first is None else [_SAID[first]]
+    return [_SAID["classes"], *([_SAID[first]] if first in ("numbers", "pixels") else [])]
 
 
 def keep(images: ImageSplits, folder: Path) -> None:

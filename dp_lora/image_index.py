@@ -14,17 +14,18 @@ The folder has mode 0700, key and digests 0600: whoever has both can confirm a g
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from dp_lora.content import digests
 from dp_lora.data import ImageSet, ImageSplits
+from dp_lora.digests import SIZE
 from dp_lora.errors import UserError
 from dp_lora.files import append_line, file_lock, private_directory, read_lines, write_atomic
 from dp_lora.privacy.ledger import Charge, Ledger
@@ -33,6 +34,9 @@ _DTYPE = np.dtype("<u8")
 """Eight bytes an image: of two sets of a million images each, one pair in 2e7 seems to share one."""
 
 _KEY_BYTES = 32
+
+_computed: WeakKeyDictionary[ImageSet, tuple[bytes, np.ndarray]] = WeakKeyDictionary()
+"""The key and the keyed digests of sets in memory: a job asks several times."""
 
 
 def default_folder() -> Path:
@@ -53,16 +57,17 @@ class ImageIndex:
 
     def find(self, images: ImageSplits) -> KnownSet | None:
         """`images` as the index knows them, without a change to it; None while it knows nothing at all."""
-        if not (self.folder / "key").exists() and not (self.folder / "sets").exists():
-            return None
-        return self._find(images, self._key())
+        return None if self._is_new() else self._find(images, self._key())
 
     def register(self, images: ImageSplits) -> KnownSet:
         """The set of `images`, which the index knows from now on."""
         try:
             private_directory(self.folder)
             with file_lock(self.folder / "lock"):
-                found = self._find(images, self._key(make=True))
+                if self._is_new():
+                    write_atomic(self.folder / "sets.jsonl", "", mode=0o600)
+                    write_atomic(self.folder / "key", os.urandom(_KEY_BYTES), mode=0o600)
+                found = self._find(images, self._key())
                 path = self._path(found.name)
                 if found.name not in self._neighbours():
                     private_directory(path.parent)
@@ -70,7 +75,6 @@ class ImageIndex:
                     append_line(
                         self.folder / "sets.jsonl", {"set": found.name, "shares": sorted(found.shares)}
                     )
-                    (self.folder / "sets.jsonl").chmod(0o600)
         except OSError as error:
             raise UserError(
                 f"paths.index={self.folder}: cannot be written ({error.strerror}); expected a folder of "
@@ -121,8 +125,11 @@ class ImageIndex:
 
     def _neighbours(self) -> dict[str, set[str]]:
         """For each set those that share an image with it."""
+        path = self.folder / "sets.jsonl"
+        if not path.exists():
+            raise self._damaged(path.name)
         try:
-            rows = read_lines(self.folder / "sets.jsonl")
+            rows = read_lines(path)
             found: dict[str, set[str]] = {row["set"]: set(row["shares"]) for row in rows}
             for name, shares in list(found.items()):
                 for other in shares:
@@ -144,10 +151,11 @@ class ImageIndex:
     def _path(self, name: str) -> Path:
         return self.folder / "sets" / f"{name}.u64"
 
-    def _key(self, *, make: bool = False) -> bytes:
+    def _is_new(self) -> bool:
+        return not (self.folder / "key").exists() and not (self.folder / "sets").exists()
+
+    def _key(self) -> bytes:
         path = self.folder / "key"
-        if make and not path.exists() and not (self.folder / "sets").exists():
-            write_atomic(path, os.urandom(_KEY_BYTES), mode=0o600)
         try:
             key = path.read_bytes()
         except OSError as error:
@@ -180,14 +188,16 @@ def _by_run(charge: Charge) -> Charge:
 
 def _keyed(part: ImageSet, key: bytes) -> np.ndarray:
     """The keyed digests of the images that show something, uint64 [M]: HMAC-SHA256, its first eight bytes."""
-    found = digests(part)[~_plain(part.images)]
-    start = hmac.new(key, digestmod=hashlib.sha256)
-    keyed = bytearray()
-    for row in np.ascontiguousarray(found):
-        mac = start.copy()
-        mac.update(row.data)
-        keyed += mac.digest()[: _DTYPE.itemsize]
-    return np.frombuffer(bytes(keyed), _DTYPE)
+    if part in _computed and _computed[part][0] == key:
+        return _computed[part][1]
+    rows = digests(part)[~_plain(part.images)].tobytes()
+    keyed = b"".join(
+        hmac.digest(key, rows[at : at + SIZE], "sha256")[: _DTYPE.itemsize]
+        for at in range(0, len(rows), SIZE)
+    )
+    found = np.frombuffer(keyed, _DTYPE)
+    _computed[part] = (key, found)
+    return found
 
 
 def _plain(images: np.ndarray) -> np.ndarray:
