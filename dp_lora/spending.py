@@ -92,20 +92,23 @@ def refusal(config: Config, plan: PrivacyPlan, directory: Path) -> str | None:
 
 
 def admit(config: Config, mine: Charge, others: Sequence[Charge]) -> None:
-    """Raises UserError when `mine` and what `others` spent on the same set pass `privacy.budget_epsilon`."""
-    from dp_lora.privacy.ledger import spent
+    """Raises UserError when `privacy.budget_epsilon` has no room for `mine` after what `others` spent.
+
+    The budget holds for runs that are chosen after seeing results of earlier ones (`ledger.fits`).
+    """
+    from dp_lora.privacy.ledger import fits, spent_adaptively
 
     budget, others = config.privacy.budget_epsilon, [c for c in others if c.private_set == mine.private_set]
-    if budget is None:
+    if budget is None or fits(mine, others, budget):
         return
-    after = spent([*others, mine], mine.delta).epsilon
-    if after > budget:
-        before = spent(others, mine.delta).epsilon
-        raise UserError(
-            f"privacy.budget_epsilon={budget:g}: {_runs(len(others))} on {mine.private_set} spent epsilon "
-            f"{before:.4g}, this one would make it {after:.4g}, at delta {mine.delta:g} "
-            f"({ledger_path(config)}); expected a run that spends less, or a larger budget"
-        )
+    before = spent_adaptively(others, mine.delta)
+    after = spent_adaptively([*others, mine], mine.delta, above=budget)
+    raise UserError(
+        f"privacy.budget_epsilon={budget:g}: {_runs(len(others))} on {mine.private_set} spent epsilon "
+        f"{before:.4g}, this one would make it {after:.4g}, at delta {mine.delta:g} and for runs that may be "
+        f"chosen after seeing earlier ones ({ledger_path(config)}); expected a run that spends less, or a "
+        "larger budget"
+    )
 
 
 @contextmanager
@@ -113,7 +116,7 @@ def charged(config: Config, plan: PrivacyPlan, folder: Path) -> Iterator[None]:
     """Charges the plan to the ledger before the training begins, and what it began when it ends.
 
     A job that a cluster will start again, or that is killed, stays charged with its whole plan until it is
-    continued and ends.
+    continued and ends; so does, for good, one that fills its budget (`ledger.fills`).
 
     Args:
         config: the job; public data is not charged.
@@ -122,7 +125,7 @@ def charged(config: Config, plan: PrivacyPlan, folder: Path) -> Iterator[None]:
 
     Raises UserError when the budget would be passed or the ledger cannot be used.
     """
-    from dp_lora.privacy.ledger import Ledger
+    from dp_lora.privacy.ledger import Ledger, fills
 
     if config.data.public:
         yield
@@ -137,7 +140,10 @@ def charged(config: Config, plan: PrivacyPlan, folder: Path) -> Iterator[None]:
     _keep(folder, replace(receipt, digest=digest))
 
     def settle() -> None:
-        mechanism = replace(plan_charge.mechanism, steps=begun(folder))
+        steps, budget = begun(folder), config.privacy.budget_epsilon
+        if budget is not None and plan_charge.private and fills(plan_charge, budget):
+            steps = max(steps, plan.steps)
+        mechanism = replace(plan_charge.mechanism, steps=steps)
         _keep(folder, replace(receipt, digest=ledger.enter(replace(plan_charge, mechanism=mechanism))))
 
     try:
@@ -177,7 +183,7 @@ def charge_release(config: Config, mechanism: Mechanism, delta: float, folder: P
 
 def line_of_all_runs(config: Config, delta: float) -> str | None:
     """What the ledger says of all runs on the job's private set; None when there is one run or none."""
-    from dp_lora.privacy.ledger import Ledger, spent
+    from dp_lora.privacy.ledger import Ledger, spent, spent_adaptively
 
     if config.data.public:
         return None
@@ -188,9 +194,14 @@ def line_of_all_runs(config: Config, delta: float) -> str | None:
         return str(error)
     if len(charges) < 2:
         return None
-    together = spent(charges, delta)
-    at = f" at delta {delta:g} ({together.accountant})" if together.accountant != "none" else ""
-    return f"epsilon {together.epsilon:.4g}{at} of {_runs(len(charges))} on {name} together; {path}"
+    together, runs = spent(charges, delta), f"{_runs(len(charges))} on {name} together"
+    if together.accountant == "none":
+        return f"epsilon {together.epsilon:.4g} of {runs}; {path}"
+    return (
+        f"epsilon {together.epsilon:.4g} at delta {delta:g} ({together.accountant}) of {runs} if all were "
+        f"fixed beforehand, {spent_adaptively(charges, delta):.4g} also if later ones were chosen after "
+        f"seeing earlier ones; {path}"
+    )
 
 
 def _runs(number: int) -> str:
