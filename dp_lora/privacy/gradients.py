@@ -334,8 +334,10 @@ def _over_blocks(value: Tensor) -> Tensor:
     rest = value.shape[1] % _BLOCK
     last = value[:, value.shape[1] - rest :]
     if rest == value.shape[1]:
-        return torch.linalg.vector_norm(last, dim=1, keepdim=True)
-    norms = torch.linalg.vector_norm(value[:, : value.shape[1] - rest].unflatten(1, (-1, _BLOCK)), dim=2)
+        alone: Tensor = torch.linalg.vector_norm(last, dim=1, keepdim=True)
+        return alone
+    whole = value[:, : value.shape[1] - rest].unflatten(1, (-1, _BLOCK))
+    norms: Tensor = torch.linalg.vector_norm(whole, dim=2)
     if rest:
         norms = torch.cat([norms, torch.linalg.vector_norm(last, dim=1, keepdim=True)], dim=1)
     return norms
@@ -371,7 +373,7 @@ class _RankOne:
 
     def block_norms(self) -> Tensor:
         """[M, 1], to the precision of a double: the two factors are small."""
-        left = torch.linalg.vector_norm(self._left, dim=1, keepdim=True, dtype=torch.float64)
+        left: Tensor = torch.linalg.vector_norm(self._left, dim=1, keepdim=True, dtype=torch.float64)
         return left * torch.linalg.vector_norm(self._right, dim=1, keepdim=True, dtype=torch.float64)
 
     def weighted_sum(self, factors: Tensor, spoilt: Tensor, out: Tensor) -> None:
