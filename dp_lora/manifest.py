@@ -314,4 +314,4 @@ def is_shipped(config: Config) -> bool:
 
 def _size_is_public(adjacency: str) -> bool:
     """Of the relation as the configuration or as privacy.json calls it."""
-    return adjacency.replace("_", " ").startswith("zero out")
+    return adjacency.replace("_", " ").startswith(("zero out", "one image contributes nothing"))

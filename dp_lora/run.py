@@ -62,8 +62,8 @@ def _pretrain_alone(config: Config, team: Team) -> dict[str, Any]:
     return {"model": str(folder)}
 
 
-def _lead(config: Config, directory: Path, team: Team, name: str) -> dict[str, Any]:
-    """The job, as its first or only process runs it; `name` is what W&B calls it."""
+def _lead(config: Config, directory: Path, team: Team, shown_name: str) -> dict[str, Any]:
+    """The job, as its first or only process runs it; W&B calls it by `shown_name`."""
     job = prepare(config, directory)
     stages: dict[str, Callable[[Job, Tracker], None]] = {
         "finetune": lambda job, tracker: _finetune(job, tracker, team),
@@ -78,7 +78,7 @@ def _lead(config: Config, directory: Path, team: Team, name: str) -> dict[str, A
             if name not in left:
                 say(f"{name}: done already, {job.directory / OUTPUTS[name]}")
         if left or not _is_done(job.directory):
-            with _record(job, name) as tracker:
+            with _record(job, shown_name) as tracker:
                 for name in left:
                     tracker.status("running", stage=name)
                     stages[name](job, tracker)

@@ -23,6 +23,7 @@ from wandb_server import ENTITY, KEY, Backend, serving
 
 from dp_lora.config import Config
 from dp_lora.files import read_lines
+from dp_lora.tracking import Tracker
 from sweeps.dashboard import dashboard
 
 METRICS = {"accuracy_cnn": 0.8, "accuracy_cnn_before": 0.1, "accuracy_cnn_real": 0.95}
@@ -91,6 +92,21 @@ def test_a_preempted_run_stays_one_run_whose_history_is_metrics_jsonl(backend: B
     for item, expected in zip(history, rows, strict=True):
         assert {name: value for name, value in item.items() if not name.startswith("_")} == expected
     assert backend.unknown == []
+
+
+def test_nothing_is_sent_before_the_private_training_has_ended(backend: Backend, tmp_path: Path) -> None:
+    """So that the times at which rows arrive tell nothing of the steps, and W&B's clocks begin after them."""
+    config = setting("online")
+    with Tracker(tmp_path, config, run_id="4567cdef", name="lora.rank=8") as tracker:
+        for step in range(3):
+            tracker.log(step, row(step), "finetune")
+            tracker.privacy({"epsilon": 1.0, "complete": False})
+        assert ("dp-lora", "4567cdef") not in backend.runs and not (tmp_path / "wandb").exists()
+        tracker.stage_ended("finetune")
+        assert ("dp-lora", "4567cdef") in backend.runs
+    history = backend.runs["dp-lora", "4567cdef"].history
+    assert [item["step"] for item in history] == [0, 1, 2]
+    assert len({item["_timestamp"] for item in history}) == 1
 
 
 def test_the_backend_knows_the_job(backend: Backend, online: Path) -> None:
