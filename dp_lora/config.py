@@ -17,7 +17,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -41,6 +41,10 @@ AUTOENCODERS = ("kl", "vq")
 CONDITIONINGS = ("class", "none")
 TARGET_GROUPS = ("qkv", "proj", "self", "cross", "conv")
 CLASSIFIERS = ("cnn", "wrn", "resnet", "resnext")
+LARGEST_RATE = 1e9
+"""AdamW moves a weight by about its learning rate in a step; far beyond this it overflows in float32."""
+LONGEST_TAG, LONGEST_PROJECT, NOT_IN_PROJECT = 64, 128, "/\\#?%:"
+"""What W&B takes as tags and as the name of a project."""
 FEWEST_RESAMPLES = 40
 """Below that, an interval of 95 % would lie beyond the smallest and the largest resample."""
 
@@ -384,13 +388,16 @@ class ResourcesConfig:
 
 @dataclass
 class PathsConfig:
-    """The three folders that a job writes or reads, and the ledger of its private set."""
+    """The three folders that a job writes or reads, and where it finds what was spent on its private set."""
 
     outputs: str = "outputs"
     cache: str = "~/.cache/dp_lora"
     data: str = "~/.cache/dp_lora/data"
     ledger: str | None = None
     """File of the ledger of what was spent; null takes the one beside the data (README, The privacy bill)."""
+    index: str | None = None
+    """Folder of the index by which private images are known again wherever they lie; null takes
+    `$XDG_DATA_HOME/dp_lora/image_index`, or `~/.local/share/dp_lora/image_index`."""
 
 
 @dataclass
@@ -442,12 +449,14 @@ def _schema() -> DictConfig:
 
 def check(config: Config) -> None:
     """Raises UserError naming field, value and range for the first value that cannot be right."""
+    _check_texts(config, "")
     _check_choices(config)
     _check_privacy(config.privacy)
     _check_train(config.train, config.privacy)
     _check_relation(config.train, config.data, config.privacy.adjacency)
     _check_counts(config)
     _check_evaluation(config.evaluation)
+    _check_tracking(config.tracking)
     _check_model(config.model)
     for name in ("data", "public_data"):
         data: DataConfig = getattr(config, name)
@@ -498,6 +507,31 @@ def _check_data(name: str, data: DataConfig) -> None:
     if data.layout is not None and data.layout not in LAYOUTS:
         hint = did_you_mean(data.layout, LAYOUTS)
         raise UserError(f"{name}.layout={data.layout!r}: expected one of {', '.join(LAYOUTS)}, or null{hint}")
+
+
+def _check_texts(section: Any, prefix: str) -> None:
+    """Refuses empty texts: shells make one of a variable that is not set, and as a path it is this folder."""
+    for known in dataclasses.fields(section):
+        value = getattr(section, known.name)
+        if dataclasses.is_dataclass(value):
+            _check_texts(value, f"{prefix}{known.name}.")
+        elif value == "":
+            rest = ", or null" if "None" in str(known.type) else ""
+            raise UserError(f'{prefix}{known.name}="": expected a text that is not empty{rest}')
+
+
+def _check_tracking(tracking: TrackingConfig) -> None:
+    """Refuses what W&B would refuse, with the run's whole record lost, once the run has begun."""
+    if len(tracking.project) > LONGEST_PROJECT or set(tracking.project) & set(NOT_IN_PROJECT):
+        raise UserError(
+            f"tracking.project={tracking.project!r}: expected at most {LONGEST_PROJECT} characters, none of "
+            f"them in {NOT_IN_PROJECT}"
+        )
+    for tag in tracking.tags:
+        if not 1 <= len(tag) <= LONGEST_TAG:
+            raise UserError(
+                f"tracking.tags={tag!r}: {len(tag)} characters, expected 1 to {LONGEST_TAG} a tag"
+            )
 
 
 def _check_choices(config: Config) -> None:
@@ -617,8 +651,16 @@ def _check_train(train: TrainConfig, privacy: PrivacyConfig) -> None:
         )
     if train.epochs is not None and not 0 < train.epochs < math.inf:
         raise UserError(f"train.epochs={train.epochs}: expected a number above 0, or null")
-    if not 0 < train.learning_rate < math.inf:
-        raise UserError(f"train.learning_rate={train.learning_rate}: expected a finite number above 0")
+    if not 0 < train.learning_rate <= LARGEST_RATE:
+        raise UserError(
+            f"train.learning_rate={train.learning_rate}: expected a number above 0, at most {LARGEST_RATE:g}"
+        )
+    factor = train.embedder_learning_rate_factor
+    if factor * train.learning_rate > LARGEST_RATE:
+        raise UserError(
+            f"train.embedder_learning_rate_factor={factor}: with train.learning_rate={train.learning_rate} "
+            f"expected a product of at most {LARGEST_RATE:g}"
+        )
     for name in ("weight_decay", "checkpoint_minutes", "warmup_steps", "embedder_learning_rate_factor"):
         if not 0 <= getattr(train, name) < math.inf:
             raise UserError(f"train.{name}={getattr(train, name)}: expected at least 0")
@@ -684,6 +726,11 @@ def _check_counts(config: Config) -> None:
     factor = config.trainable.learning_rate_factor
     if not 0 < factor < math.inf:
         raise UserError(f"trainable.learning_rate_factor={factor}: expected a finite number above 0")
+    if factor * config.train.learning_rate > LARGEST_RATE:
+        raise UserError(
+            f"trainable.learning_rate_factor={factor}: with train.learning_rate={config.train.learning_rate} "
+            f"expected a product of at most {LARGEST_RATE:g}"
+        )
     if config.resources.gpus < 0:
         raise UserError(f"resources.gpus={config.resources.gpus}: expected at least 0")
     if not 0 < config.resources.memory_gb < math.inf:
@@ -708,9 +755,10 @@ def _check_counts(config: Config) -> None:
 
 def _check_pretrain(pretrain: PretrainConfig) -> None:
     for name in ("autoencoder_learning_rate", "unet_learning_rate"):
-        if not 0 < getattr(pretrain, name) < math.inf:
+        if not 0 < getattr(pretrain, name) <= LARGEST_RATE:
             raise UserError(
-                f"model.pretrain.{name}={getattr(pretrain, name)}: expected a finite number above 0"
+                f"model.pretrain.{name}={getattr(pretrain, name)}: expected a number above 0, at most "
+                f"{LARGEST_RATE:g}"
             )
     for name in ("kl_weight", "codebook_weight", "perceptual_weight", "adversarial_weight",
                  "adversarial_start", "decoder_steps", "warmup_steps", "samples_every"):  # fmt: skip
@@ -722,6 +770,20 @@ def _check_pretrain(pretrain: PretrainConfig) -> None:
         raise UserError(f"model.pretrain.ema_decay={pretrain.ema_decay}: expected a number in [0, 1)")
 
 
+PRIVATE_SETTINGS = (
+    "data.source",
+    "public_data.source",
+    "model.pretrained",
+    "model.pretrain.perceptual_network",
+    "privacy.insecure_seed",
+    "evaluation.inception_weights",
+    "evaluation.dinov2",
+    "paths",
+    *(f"resources.{name}" for name in ("partition", "account", "qos", "constraint", "sbatch", "setup")),
+)
+"""Settings that no name of a run tells and that never leave: they can name people, folders and accounts, or
+take the noise away."""
+
 _CANNOT_CHANGE_THE_RESULT = ("experiment", "stages", "tracking", "resources", "paths")
 _NOR_CAN = ("microbatch", "channels_last", "compile", "checkpoint_minutes")
 """Of `train`."""
@@ -731,7 +793,8 @@ def fingerprint(config: Config) -> str:
     """Eight hexadecimal digits of what can change the result of a run.
 
     Device, threads, tracking, launcher and paths are not part of it, so the same run asked for twice
-    has the same directory wherever it runs.
+    has the same directory wherever it runs. Whoever knows the other settings can confirm a guess of one by
+    it, so what leaves carries that of `manifest.shown_fingerprint` alone.
     """
     values = dataclasses.asdict(config)
     for name in _CANNOT_CHANGE_THE_RESULT:
@@ -744,7 +807,18 @@ def fingerprint(config: Config) -> str:
     del values["model"]["pretrain"]["samples_every"]
     # Where the published file lies: what is in it is fixed.
     del values["evaluation"]["inception_weights"]
+    for group, name in (("data", "source"), ("public_data", "source"), ("model", "pretrained")):
+        values[group][name] = _one_spelling(values[group][name])
     return _digest(values)
+
+
+def _one_spelling(place: str | None) -> str | None:
+    """The same for all spellings of one path that mean the same place wherever it is.
+
+    >>> _one_spelling("set/"), _one_spelling("./set//."), _one_spelling("uoft-cs/cifar10")
+    ('set', 'set', 'uoft-cs/cifar10')
+    """
+    return str(PurePosixPath(place)) if place else place
 
 
 def pretrained_fingerprint(config: Config) -> str:
@@ -752,6 +826,7 @@ def pretrained_fingerprint(config: Config) -> str:
     model = dataclasses.asdict(config.model)
     del model["pretrained"], model["prompt"], model["pretrain"]["samples_every"]
     public = dataclasses.asdict(config.public_data)
+    public["source"] = _one_spelling(public["source"])
     # As long as they say what was done before they were there, models that are kept stay what they are.
     for name, value in (("value_range", None), ("background", "white"), ("layout", None)):
         if public[name] == value:
@@ -768,8 +843,9 @@ def run_directory(config: Config, overrides: Sequence[str]) -> Path:
 
     Args:
         config: the job.
-        overrides: the command line's `key=value` words; those that cannot change the result are left out.
-            A directory of the same run that was asked for in other words is taken again.
+        overrides: the command line's `key=value` words; those that cannot change the result, and those of
+            `PRIVATE_SETTINGS`, are left out. A directory of the same run that was asked for in other words
+            is taken again.
     """
     folder = Path(config.paths.outputs).expanduser() / config.experiment
     identity = fingerprint(config)
@@ -777,6 +853,15 @@ def run_directory(config: Config, overrides: Sequence[str]) -> Path:
     names = os.listdir(folder) if folder.is_dir() else []
     if said_otherwise := sorted(name for name in names if name.endswith(f"-{identity}")):
         return folder / said_otherwise[0]
+    return folder / f"{readable(overrides)}-{identity}"
+
+
+def readable(overrides: Sequence[str]) -> str:
+    """What of the command line's words can change the result and may be shown, as part of a name.
+
+    >>> readable(["seed=1", "data.source=/home/ann/patients", "lora.rank=4", "tracking.tags=[a]"])
+    'lora.rank=4,seed=1'
+    """
     without_effect = (
         *(*_CANNOT_CHANGE_THE_RESULT, "cluster", "sweep"),
         *("privacy.budget_epsilon", "evaluation.inception_weights"),
@@ -784,8 +869,15 @@ def run_directory(config: Config, overrides: Sequence[str]) -> Path:
     )
     words = [word.replace("'", "") for word in overrides]
     said = [word.lstrip("+~") for word in words if not word.lstrip("+~").startswith(without_effect)]
-    readable = re.sub(r"[^\w.=,+-]+", "_", ",".join(sorted(said))).strip("_")[:120] or "defaults"
-    return folder / f"{readable}-{identity}"
+    shown = sorted(word for word in said if _may_be_shown(word))
+    return re.sub(r"[^\w.=,+-]+", "_", ",".join(shown)).strip("_")[:120] or "defaults"
+
+
+def _may_be_shown(word: str) -> bool:
+    """Whether a word sets one plain value that is neither private nor a path."""
+    name, _, value = word.partition("=")
+    private = any(f"{name}.".startswith(f"{setting}.") for setting in PRIVATE_SETTINGS)
+    return not private and not re.search(r"[/~\\{$]", value)
 
 
 def config_directory() -> Path:

@@ -23,6 +23,7 @@ import numpy as np
 
 from dp_lora import letters
 from dp_lora.config import DataConfig, PathsConfig
+from dp_lora.digests import array_digests
 from dp_lora.errors import PrivateRefusal, UserError, did_you_mean
 from dp_lora.images import ROLES, Part, Request, Source, say, wanted_classes
 from dp_lora.sources import LOADERS
@@ -34,7 +35,8 @@ class ImageSet:
 
     images: uint8 [N, C, H, W], 0 to 255. labels: int64 [N], index into `classes`. role: train,
     validation or test. public: whether losses on the images may be shown. captions: str [N], as private as
-    the images, where `data.caption_column` asks for them.
+    the images, where `data.caption_column` asks for them. digests: uint8 [N, 32], of the images as they were
+    decoded (`dp_lora.digests`), as private as they are; None of public images.
     """
 
     images: np.ndarray
@@ -44,6 +46,7 @@ class ImageSet:
     role: str
     public: bool
     captions: np.ndarray | None = None
+    digests: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         assert self.images.dtype == np.uint8 and self.images.ndim == 4
@@ -62,8 +65,16 @@ class ImageSet:
 
     def subset(self, indices: np.ndarray) -> ImageSet:
         """The images at `indices`, in that order."""
-        captions = None if self.captions is None else self.captions[indices]
-        return replace(self, images=self.images[indices], labels=self.labels[indices], captions=captions)
+        captions, digests = (
+            None if values is None else values[indices] for values in (self.captions, self.digests)
+        )
+        return replace(
+            self,
+            images=self.images[indices],
+            labels=self.labels[indices],
+            captions=captions,
+            digests=digests,
+        )
 
 
 class ImageSplits(NamedTuple):
@@ -193,7 +204,7 @@ def shares(digests: np.ndarray, purpose: str) -> np.ndarray:
     The first 53 bits of SHA-256 of (`ROLE_SALT`, purpose, digest).
 
     Args:
-        digests: uint8 [N, 32], `pixels.pixel_digest` of each image.
+        digests: uint8 [N, 32], `digests.pixel_digest` of each image.
         purpose: what is drawn; draws for different purposes are independent.
     """
     salt = ROLE_SALT + b" " + purpose.encode() + b" "
@@ -374,7 +385,9 @@ def _balanced(source: Source, size: int, field: str) -> Part:
 
 def _image_set(part: Part | None, source: Source, role: str, data: DataConfig) -> ImageSet:
     assert part is not None
-    images = part.images
+    images, digests = part.images, None
+    if not data.public:
+        digests = array_digests(images) if part.digests is None else part.digests
     if data.channels == 3 and images.shape[1] == 1:
         images = np.repeat(images, 3, axis=1)
     return ImageSet(
@@ -385,4 +398,5 @@ def _image_set(part: Part | None, source: Source, role: str, data: DataConfig) -
         role,
         data.public,
         part.captions,
+        digests,
     )

@@ -38,6 +38,10 @@ class SweepFailed(Exception):
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the option nearest to `name`, or an empty string when none is near."""
-    near = difflib.get_close_matches(name, list(options), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    """`; did you mean 'x'?` for the option nearest to `name`, or an empty string when none is near.
+
+    Capital letters do not matter.
+    """
+    by_name = {option.lower(): option for option in options}
+    near = difflib.get_close_matches(name.lower(), list(by_name), n=1)
+    return f"; did you mean {by_name[near[0]]!r}?" if near else ""

@@ -26,14 +26,14 @@ import numpy as np
 
 from dp_lora import arrays, pixels
 from dp_lora.config import DataConfig
+from dp_lora.digests import SIZE
 from dp_lora.errors import PrivateRefusal, UserError, did_you_mean
+from dp_lora.keyed import keyed_name
 from dp_lora.pixels import Content, Damaged, Decoding, NoRange
 
 ROLES = ("train", "validation", "test")
 STORED_BYTES = 2**25
 """Prepared images beyond this size are kept in `paths.cache`, so that only the first job decodes them."""
-
-DIGEST_BYTES = 32
 
 
 class Part(NamedTuple):
@@ -125,12 +125,12 @@ class Unread(NamedTuple):
             transparent = self._read(into["images"], into["digests"], preprocessing, request.field)
 
         if math.prod(shape) <= STORED_BYTES:
-            made = {"images": np.empty(shape, np.uint8), "digests": np.empty((count, DIGEST_BYTES), np.uint8)}
+            made = {"images": np.empty(shape, np.uint8), "digests": np.empty((count, SIZE), np.uint8)}
             fill(made)
         else:
             asked = f"{self.identity} {astuple(preprocessing)} {count} with digests"
-            key = hashlib.sha256(asked.encode()).hexdigest()[:32]
-            shapes = {"images": ("U8", shape), "digests": ("U8", (count, DIGEST_BYTES))}
+            key = keyed_name(request.cache, f"images {asked}")
+            shapes = {"images": ("U8", shape), "digests": ("U8", (count, SIZE))}
             made = arrays.shared(request.cache / "images", key, shapes, fill)
         return part_of(made["images"], self.labels)._replace(digests=made["digests"]), transparent
 

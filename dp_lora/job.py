@@ -5,6 +5,7 @@ Everything that can be wrong with what the user asked for is found here, before 
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -13,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dp_lora import manifest
 from dp_lora.config import Config, fingerprint, from_omegaconf, pretrained_fingerprint
 from dp_lora.errors import UserError
 from dp_lora.files import append_line, file_lock
 from dp_lora.processes import agreed, rank
+from dp_lora.wandb_mode import wandb_mode
 
 if TYPE_CHECKING:
     import torch
@@ -40,9 +43,24 @@ class Job:
     images: ImageSplits
     plan: PrivacyPlan
     pretrained: Path
-    base_model: str
     device: torch.device
     seconds: dict[str, float]
+
+    @property
+    def base_model(self) -> str:
+        """What the adapter's card calls the pre-trained model: never the path of a folder.
+
+        The name of shipped weights or of a pipeline on the hub; of a folder, the model's name and eight
+        digits of the SHA-256 of its weights, by which whoever has it can tell that it is the one.
+        """
+        from dp_lora.models import sha256_of_weights
+
+        given, name = self.config.model.pretrained, self.config.model.name
+        if given is None:
+            return self.pretrained.name
+        if manifest.is_shipped(self.config) or not Path(given).expanduser().exists():
+            return given
+        return f"{name}-{sha256_of_weights(self.pretrained)[:8]}"
 
 
 def prepare(config: Config, directory: Path) -> Job:
@@ -53,19 +71,20 @@ def prepare(config: Config, directory: Path) -> Job:
     from dp_lora import data
 
     _check_directory(config, directory)
+    wandb_mode(config.tracking.wandb)
     images = data.load(config.data, config.paths)
+    check_content(images, directory)
     if "finetune" in config.stages and not (directory / OUTPUTS["finetune"]).exists():
         data.refuse_flat(images.train)
     plan = plan_of(config, len(images.train))
     _say_batch(config, plan, len(images.train))
-    _check_budget(config, plan, directory)
+    _check_budget(config, plan, directory, images)
     device = device_of(config)
     _check_model(config, images)
     _check_stages(config, directory)
     _check_evaluation(config, images)
     folder = pretrained_model(config)
-    base_model = config.model.pretrained or folder.name
-    return Job(config, directory, images, plan, folder, base_model, device, {})
+    return Job(config, directory, images, plan, folder, device, {})
 
 
 def _check_directory(config: Config, directory: Path) -> None:
@@ -146,13 +165,23 @@ def steps_of(config: Config, num_examples: int | None) -> int | None:
     return min(asked) if asked else None
 
 
-def _check_budget(config: Config, plan: PrivacyPlan, directory: Path) -> None:
-    """Refuses a training that the budget or the ledger of the private set does not allow."""
+def check_content(images: ImageSplits, directory: Path) -> None:
+    """Refuses images that are not those that the run in `directory` was made from, or differ by process."""
+    from dp_lora import content
+
+    # The first process speaks for all, so that all of them end.
+    reason = agreed(content.refusal(images, directory / "checkpoint") if rank() == 0 else None)
+    if reason is not None:
+        raise UserError(reason)
+    content.agree(images)
+
+
+def _check_budget(config: Config, plan: PrivacyPlan, directory: Path, images: ImageSplits) -> None:
+    """Refuses what the budget or the ledger of the private set does not allow."""
     from dp_lora import spending
 
     # The first process speaks for all: what it charges later must not count against the others.
-    asked = "finetune" in config.stages and rank() == 0
-    reason = agreed(spending.refusal(config, plan, directory) if asked else None)
+    reason = agreed(spending.refusal(config, plan, directory, images) if rank() == 0 else None)
     if reason is not None:
         raise UserError(reason)
 
@@ -293,6 +322,11 @@ def _pretrain(config: Config, folder: Path) -> None:
 
     def log(step: int, values: dict[str, float]) -> None:
         append_line(work / "metrics.jsonl", {"stage": "pretrain", "step": step, **values})
+        if odd := [name for name, value in values.items() if not math.isfinite(value)]:
+            raise UserError(
+                f"model.pretrain: the pre-training diverged: {odd[0]} is no finite number after step {step}; "
+                "expected smaller learning rates"
+            )
 
     source = data.provenance(config.public_data, config.paths)
     pretrain(config, images, folder, device=device_of(config), log=log, source=source)

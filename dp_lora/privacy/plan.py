@@ -14,6 +14,9 @@ from dp_lora.privacy.accounting import ADJACENCIES, Mechanism
 
 CLIPPINGS = ("flat", "automatic", "per_layer")
 
+LEAST_GRAD_NORM = 1e-10
+"""The smallest C: below it, gradients whose squares underflow in float32 could be longer than C."""
+
 
 @dataclass(frozen=True)
 class PrivacyPlan:
@@ -271,8 +274,10 @@ def _check_mechanism(noise_multiplicity: int, max_grad_norm: float, clipping: st
         raise UserError(f"privacy.noise_multiplicity={noise_multiplicity}: expected at least 1")
     if clipping not in CLIPPINGS:
         raise UserError(f"privacy.clipping={clipping!r}: expected one of {', '.join(CLIPPINGS)}")
-    if not 0 < max_grad_norm < math.inf:
-        raise UserError(f"privacy.max_grad_norm={max_grad_norm}: expected a finite number above 0")
+    if not LEAST_GRAD_NORM <= max_grad_norm < math.inf:
+        raise UserError(
+            f"privacy.max_grad_norm={max_grad_norm}: expected a finite number, {LEAST_GRAD_NORM:g} or more"
+        )
 
 
 def _check_agreement(target: float, spent: float, mechanism: Mechanism) -> None:

@@ -206,8 +206,9 @@ def compose_cells(
         for name in ("outputs", "cache", "data"):
             folder = Path(getattr(config.paths, name)).expanduser().absolute()
             setattr(config.paths, name, str(folder))
-        if config.paths.ledger is not None:
-            config.paths.ledger = str(Path(config.paths.ledger).expanduser().absolute())
+        for name in ("ledger", "index"):
+            if (place := getattr(config.paths, name)) is not None:
+                setattr(config.paths, name, str(Path(place).expanduser().absolute()))
         directory = run_directory(config, list(words))
         cells.setdefault(directory, Cell(number, tuple(words), config, directory))
     return list(cells.values())
