@@ -453,6 +453,7 @@ def check(config: Config) -> None:
     _check_choices(config)
     _check_privacy(config.privacy)
     _check_train(config.train, config.privacy)
+    _check_relation(config.train, config.data, config.privacy.adjacency)
     _check_counts(config)
     _check_evaluation(config.evaluation)
     _check_tracking(config.tracking)
@@ -650,7 +651,6 @@ def _check_train(train: TrainConfig, privacy: PrivacyConfig) -> None:
         )
     if train.epochs is not None and not 0 < train.epochs < math.inf:
         raise UserError(f"train.epochs={train.epochs}: expected a number above 0, or null")
-    _check_relation(train, privacy.adjacency)
     if not 0 < train.learning_rate <= LARGEST_RATE:
         raise UserError(
             f"train.learning_rate={train.learning_rate}: expected a number above 0, at most {LARGEST_RATE:g}"
@@ -668,7 +668,7 @@ def _check_train(train: TrainConfig, privacy: PrivacyConfig) -> None:
         raise UserError(f"train.ema_decay={train.ema_decay}: expected a number in [0, 1)")
 
 
-def _check_relation(train: TrainConfig, adjacency: str) -> None:
+def _check_relation(train: TrainConfig, data: DataConfig, adjacency: str) -> None:
     rate = train.sample_rate
     if rate is not None and not 0 < rate <= 1:
         raise UserError(f"train.sample_rate={rate}: expected a number in (0, 1], or null")
@@ -688,6 +688,11 @@ def _check_relation(train: TrainConfig, adjacency: str) -> None:
         raise UserError(
             f"train.epochs={train.epochs} with privacy.adjacency=add_or_remove: expected null and "
             "train.max_steps, since the number of steps must not follow from the private number of images"
+        )
+    if isinstance(data.train_size, int) and not data.public:
+        raise UserError(
+            f"data.train_size={data.train_size} with privacy.adjacency=add_or_remove: expected null or a "
+            "fraction, since the number of images is private, and where one is missing another would come in"
         )
 
 

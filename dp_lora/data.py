@@ -272,7 +272,7 @@ def _split(source: Source, request: Request) -> Source:
     present = np.bincount(train.labels, minlength=len(source.classes)) > 0
     for name, there in zip(source.classes, present, strict=True):
         if not there:
-            raise UserError(
+            raise PrivateRefusal(
                 f"{field}: no training image of class {name!r} is left; expected at least one of each"
             )
     return Source(source.classes, train, validation, test, own=source.own)

@@ -152,6 +152,22 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"privacy.adjacency": "add_or_remove", "train.sample_rate": 0.25, "train.epochs": 2.0},
         "train.epochs=2.0 with privacy.adjacency=add_or_remove: expected null and train.max_steps",
     ),
+    "add or remove of a number that is said": (
+        {"privacy.adjacency": "add_or_remove", "train.sample_rate": 0.25, "data.train_size": 300},
+        "data.train_size=300 with privacy.adjacency=add_or_remove: expected null or a fraction",
+    ),
+    "a fraction of one": (
+        {"data.test_size": 1.0},
+        "data.test_size=1.0: expected a whole number, or a fraction",
+    ),
+    "range of one value": ({"data.value_range": [0.0]}, "data.value_range=[0.0]: expected the values of"),
+    "range upside down": ({"data.value_range": [255.0, 0.0]}, "data.value_range=[255.0, 0.0]"),
+    "range without an end": ({"data.value_range": [0.0, float("inf")]}, "data.value_range=[0.0, inf]"),
+    "background": ({"data.background": "whit"}, "data.background='whit': expected white, grey, black or"),
+    "layout": (
+        {"data.layout": "folder"},
+        "data.layout='folder': expected one of folders, tables, or null; did",
+    ),
     "a rate beside a public number": ({"train.sample_rate": 0.25}, "train.sample_rate=0.25 with"),
     "sample rate": (
         {"privacy.adjacency": "add_or_remove", "train.sample_rate": 1.5},
