@@ -18,6 +18,7 @@ from dp_lora import manifest
 from dp_lora.config import Config, fingerprint, from_omegaconf, pretrained_fingerprint
 from dp_lora.errors import UserError
 from dp_lora.files import append_line, file_lock
+from dp_lora.outputs import OUTPUTS, check_records, is_whole
 from dp_lora.processes import agreed, rank
 from dp_lora.wandb_mode import wandb_mode
 
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
 
 LOSS_SHARE = 0.1
 """Share of the clipping norm that `tracking.private_loss` takes: it leaves 99.5 % to the gradient."""
-
-OUTPUTS = {"finetune": "adapter", "sample": "samples.npz", "evaluate": "result.json"}
-"""What a stage leaves in the run directory, whole or not at all; where it is, the stage is skipped."""
 
 
 @dataclass
@@ -91,16 +89,30 @@ def _check_directory(config: Config, directory: Path) -> None:
     """Refuses a place that cannot be written and a run directory that belongs to another configuration."""
     saved = directory / "config.yaml"
     if saved.exists():
-        from omegaconf import OmegaConf
-
-        other = fingerprint(from_omegaconf(OmegaConf.load(saved)))  # type: ignore[arg-type]
+        other = fingerprint(_saved_config(saved))
         if other != fingerprint(config):
             raise UserError(
                 f"{directory}: this run directory belongs to another configuration ({other}, expected "
                 f"{fingerprint(config)}); move it away or choose another paths.outputs"
             )
+    check_records(directory)
     check_writable(directory, f"paths.outputs={config.paths.outputs}")
     check_writable(Path(config.paths.cache).expanduser(), f"paths.cache={config.paths.cache}")
+
+
+def _saved_config(path: Path) -> Config:
+    """What a run was asked for. Raises UserError when the file is damaged."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        return from_omegaconf(OmegaConf.load(path))  # type: ignore[arg-type]
+    except (UserError, OmegaConfBaseException, YAMLError, ValueError, AssertionError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{path}: says no longer what this run is ({reason}); expected what this program wrote there"
+        ) from error
 
 
 def check_writable(folder: Path, field: str) -> None:
@@ -259,9 +271,15 @@ def _by(shape: Sequence[int]) -> str:
 
 
 def _check_stages(config: Config, directory: Path) -> None:
+    result = directory / OUTPUTS["evaluate"]
+    if config.evaluation.release == "dp" and result.exists() and not is_whole(directory, "evaluate"):
+        raise UserError(
+            f"{result}: cannot be read; expected what the evaluation left: its budget is spent, so put it "
+            "back, or remove it to pay for another one"
+        )
     for stage, before in (("sample", "finetune"), ("evaluate", "sample")):
         output = directory / OUTPUTS[before]
-        if stage in config.stages and before not in config.stages and not output.exists():
+        if stage in config.stages and before not in config.stages and not is_whole(directory, before):
             raise UserError(
                 f"stages={config.stages}: {stage} needs {output}; expected {before} among the stages"
             )

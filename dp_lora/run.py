@@ -20,7 +20,8 @@ from dp_lora import manifest
 from dp_lora.config import Config, run_directory
 from dp_lora.errors import Busy, recorded
 from dp_lora.files import file_lock, private_directory, read_json, write_atomic, write_json
-from dp_lora.job import OUTPUTS, Job, check_writable, device_of, prepare, pretrained_model, say
+from dp_lora.job import Job, check_writable, device_of, prepare, pretrained_model, say
+from dp_lora.outputs import OUTPUTS, is_whole, result, state
 from dp_lora.processes import Team, joined
 from dp_lora.signals import Preempted
 from dp_lora.spending import charged, line_of_all_runs
@@ -72,20 +73,23 @@ def _lead(config: Config, directory: Path, team: Team, shown_name: str) -> dict[
     }
     with _own(job):
         asked = [name for name in stages if name in config.stages]
-        left = [name for name in asked if not (job.directory / OUTPUTS[name]).exists()]
+        left = [name for name in asked if not is_whole(job.directory, name)]
         team.tell("stages", left)
         for name in asked:
+            output = job.directory / OUTPUTS[name]
             if name not in left:
-                say(f"{name}: done already, {job.directory / OUTPUTS[name]}")
-        if left or not _is_done(job.directory):
+                say(f"{name}: done already, {output}")
+            elif output.exists():
+                say(f"{name}: {output} is damaged and is made again")
+        if left or state(job.directory) != "done":
             with _record(job, shown_name) as tracker:
                 for name in left:
                     tracker.status("running", stage=name)
                     stages[name](job, tracker)
     team.tell("finished")
-    result = read_json(job.directory / "result.json") if (job.directory / "result.json").exists() else {}
-    print(_summary(job, result))
-    return {"directory": str(job.directory), **result.get("metrics", {})}
+    found = result(job.directory)
+    print(_summary(job, found))
+    return {"directory": str(job.directory), **found.get("metrics", {})}
 
 
 def _follow(config: Config, directory: Path, team: Team) -> dict[str, Any]:
@@ -98,11 +102,6 @@ def _follow(config: Config, directory: Path, team: Team) -> dict[str, Any]:
         _train(job, team)
     team.told("finished")
     return {"directory": str(directory)}
-
-
-def _is_done(directory: Path) -> bool:
-    status = directory / "status.json"
-    return status.exists() and read_json(status)["state"] == "done"
 
 
 @contextmanager

@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 from dp_lora.config import Config
 from dp_lora.errors import UserError
 from dp_lora.files import private_directory, read_json, write_json
-from dp_lora.job import OUTPUTS, check_writable
+from dp_lora.job import check_writable
+from dp_lora.outputs import OUTPUTS
 from dp_lora.signals import Preempted
 
 if TYPE_CHECKING:
