@@ -115,6 +115,17 @@ def agreed(value: T) -> T:
     return shared[0]
 
 
+def everyone(value: T) -> list[T]:
+    """The `value` of every process of the job, in their order; every one has to ask."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return [value]
+    shared: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(shared, value)
+    return shared
+
+
 def largest(value: int) -> int:
     """The largest `value` of all processes of the job; every one has to ask."""
     import torch

@@ -108,7 +108,8 @@ def check(config: Config, references: ImageSplits) -> None:
             "none, since nothing is to be protected"
         )
     delta, n = _delta(config), len(held_out)
-    if not delta * n < 1:
+    # Where the number of images is private, whether a job is refused must not tell it.
+    if config.privacy.adjacency == "zero_out" and not delta * n < 1:
         raise UserError(
             f"evaluation.release_delta={delta:g}: expected a number in (0, 1/N), N the number of images in "
             f"the {evaluation.reference} split, or one of them may be given away whole"

@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 from dp_lora.config import Config
 from dp_lora.errors import UserError
 from dp_lora.files import private_directory, read_json, write_json
-from dp_lora.job import OUTPUTS, check_writable
+from dp_lora.job import check_writable
+from dp_lora.outputs import OUTPUTS
 from dp_lora.signals import Preempted
 
 if TYPE_CHECKING:
@@ -108,20 +109,23 @@ def refusal(config: Config, plan: PrivacyPlan, directory: Path, images: ImageSpl
 
 
 def admit(config: Config, mine: Charge, others: Sequence[Charge]) -> None:
-    """Raises UserError when `mine` and what `others` spent on the same set pass `privacy.budget_epsilon`."""
-    from dp_lora.privacy.ledger import spent
+    """Raises UserError when `privacy.budget_epsilon` has no room for `mine` after what `others` spent.
+
+    The budget holds for runs that are chosen after seeing results of earlier ones (`ledger.fits`).
+    """
+    from dp_lora.privacy.ledger import fits, spent_adaptively
 
     budget, others = config.privacy.budget_epsilon, [c for c in others if c.private_set == mine.private_set]
-    if budget is None:
+    if budget is None or fits(mine, others, budget):
         return
-    after = spent([*others, mine], mine.delta).epsilon
-    if after > budget:
-        before = spent(others, mine.delta).epsilon
-        raise UserError(
-            f"privacy.budget_epsilon={budget:g}: {_runs(len(others))} on {mine.private_set} spent epsilon "
-            f"{before:.4g}, this one would make it {after:.4g}, at delta {mine.delta:g} "
-            f"({ledger_path(config)}); expected a run that spends less, or a larger budget"
-        )
+    before = spent_adaptively(others, mine.delta)
+    after = spent_adaptively([*others, mine], mine.delta, above=budget)
+    raise UserError(
+        f"privacy.budget_epsilon={budget:g}: {_runs(len(others))} on {mine.private_set} spent epsilon "
+        f"{before:.4g}, this one would make it {after:.4g}, at delta {mine.delta:g} and for runs that may be "
+        f"chosen after seeing earlier ones ({ledger_path(config)}); expected a run that spends less, or a "
+        "larger budget"
+    )
 
 
 class Books:
@@ -244,8 +248,9 @@ def charged(
     """Charges the plan to the ledger before the training begins, and what it began when it ends.
 
     A job that a cluster will start again, or that is killed, stays charged with its whole plan until it is
-    continued and ends. Gives a function that has to be called before anything of a step leaves the process:
-    it notes how far the run has come and raises UserError when a copy of the run has taken its place.
+    continued and ends; so does, for good, one that fills its budget (`ledger.fills`). Gives a function that
+    has to be called before anything of a step leaves the process: it notes how far the run has come and
+    raises UserError when a copy of the run has taken its place.
 
     Args:
         config: the job; public data is not charged.
@@ -256,6 +261,7 @@ def charged(
     Raises UserError when the budget would be passed, when the ledger or the index cannot be used, and when
     the run has gone on elsewhere.
     """
+    from dp_lora.privacy.ledger import fills
     from dp_lora.privacy.marks import Superseded
 
     if config.data.public:
@@ -274,7 +280,10 @@ def charged(
             raise account.gone_on() from error
 
     def settle() -> None:
-        mechanism = replace(plan_charge.mechanism, steps=begun(folder))
+        steps, budget = begun(folder), config.privacy.budget_epsilon
+        if budget is not None and plan_charge.private and fills(plan_charge, budget):
+            steps = max(steps, plan.steps)
+        mechanism = replace(plan_charge.mechanism, steps=steps)
         account.enter(replace(plan_charge, mechanism=mechanism), account.turn(None), admitted=True)
 
     try:
@@ -324,7 +333,7 @@ def charge_release(
 def line_of_all_runs(config: Config, delta: float, images: ImageSplits) -> str | None:
     """What the ledger and the index say of all runs on the job's private images; None of one run or none."""
     from dp_lora.privacy.accounting import Mechanism
-    from dp_lora.privacy.ledger import Charge, spent
+    from dp_lora.privacy.ledger import Charge, spent, spent_adaptively
 
     if config.data.public:
         return None
@@ -338,10 +347,15 @@ def line_of_all_runs(config: Config, delta: float, images: ImageSplits) -> str |
         return str(error)
     if len(charges) < 2:
         return None
-    together = spent(charges, delta)
-    at = f" at delta {delta:g} ({together.accountant})" if together.accountant != "none" else ""
     shared = "" if len(charges) == alone else " and on sets that share images with it"
-    return f"epsilon {together.epsilon:.4g}{at} of {_runs(len(charges))} on {name}{shared} together; {path}"
+    together, runs = spent(charges, delta), f"{_runs(len(charges))} on {name}{shared} together"
+    if together.accountant == "none":
+        return f"epsilon {together.epsilon:.4g} of {runs}; {path}"
+    return (
+        f"epsilon {together.epsilon:.4g} at delta {delta:g} ({together.accountant}) of {runs} if all were "
+        f"fixed beforehand, {spent_adaptively(charges, delta):.4g} also if later ones were chosen after "
+        f"seeing earlier ones; {path}"
+    )
 
 
 def _runs(number: int) -> str:

@@ -18,15 +18,9 @@ from typing import Any
 
 from dp_lora.errors import UserError
 from dp_lora.files import json_ready, read_json
-from dp_lora.privacy.accounting import (
-    ADJACENCIES,
-    MANY,
-    Mechanism,
-    composed,
-    epsilon_of_divergences,
-    renyi_divergences,
-)
-from dp_lora.privacy.ledger import Charge, Ledger, spent
+from dp_lora.privacy.accounting import ADJACENCIES, MANY, Mechanism, composed
+from dp_lora.privacy.ledger import Charge, Ledger, spent, spent_adaptively
+from dp_lora.privacy.renyi import epsilon_of_divergences, least_budget, renyi_divergences
 from dp_lora.privacy.selection import best_of
 from dp_lora.spending import begun, begun_by_all, ledger_beside, private_set, read_receipt, releases_of
 from sweeps.folders import read_settings
@@ -60,6 +54,10 @@ class SetBill:
     ledger_runs: int | None = None
     ledger_epsilon: float | None = None
     """Of all runs that the ledger counts for this set."""
+    adaptive_epsilon: float | None = None
+    """Of the runs with privacy together, also if later ones were chosen after seeing earlier ones."""
+    ledger_adaptive_epsilon: float | None = None
+    """Of all runs that the ledger counts, likewise."""
 
     def lines(self) -> list[str]:
         """The bill in words, each number with what it needs to be read."""
@@ -73,7 +71,8 @@ class SetBill:
         if private:
             them = "all" if private == self.runs else f"the other {private}"
             lines += [
-                f"{them} together: epsilon {self.private_epsilon:.4g} {self._reading()}",
+                f"{them} together: epsilon {self.private_epsilon:.4g} {self._reading()}"
+                + self._adaptively(self.adaptive_epsilon),
                 f"the largest of one run alone: epsilon {self.largest_epsilon:.4g} at delta {self.delta:g}",
             ]
         if self.best_of_epsilon is not None:
@@ -87,11 +86,20 @@ class SetBill:
             lines.append(
                 f"{self.ledger} counts {_count(self.ledger_runs, 'run')} over all time: epsilon "
                 f"{self.ledger_epsilon:.4g} at delta {self.delta:g}"
+                f"{self._adaptively(self.ledger_adaptive_epsilon)}"
             )
         return [f"{self.private_set}: {line}" for line in lines]
 
     def _reading(self) -> str:
         return f"at delta {self.delta:g} ({self.accountant}; {self.adjacency})"
+
+    def _adaptively(self, epsilon: float | None) -> str:
+        if epsilon is None or not math.isfinite(epsilon):
+            return ""
+        return (
+            f" if all were fixed beforehand, {epsilon:.4g} also if later runs were chosen after seeing "
+            "earlier ones (Renyi filter)"
+        )
 
 
 @dataclass(frozen=True)
@@ -216,11 +224,20 @@ def _bill_of_set(name: str, runs: Sequence[_Run]) -> SetBill:
         largest_epsilon=_largest(private, delta),
         delta=delta,
         accountant=of_private.accountant if private else "none",
-        adjacency=ADJACENCIES["add_or_remove"],
+        # What is stated of all: a run whose relation is add_or_remove keeps this promise too.
+        adjacency=ADJACENCIES["zero_out"],
         best_of_epsilon=selection.epsilon if selection else None,
         best_of_distribution=selection.distribution if selection else None,
+        adaptive_epsilon=_adaptively(private, delta),
         **_ledgers(runs, delta),
     )
+
+
+def _adaptively(runs: Sequence[_Run], delta: float) -> float | None:
+    """The smallest budget that has room for two or more runs that were chosen one after the other."""
+    if len(runs) < 2:
+        return None
+    return least_budget(renyi_divergences([part for run in runs for part in run.mechanisms]), delta)
 
 
 def _largest(runs: Sequence[_Run], delta: float) -> float:
@@ -264,6 +281,7 @@ def _ledgers(runs: Sequence[_Run], delta: float) -> dict[str, Any]:
         "ledger": ", ".join(dict.fromkeys(path.name for path in paths)),
         "ledger_runs": len(counted),
         "ledger_epsilon": spent(list(counted.values()), delta).epsilon,
+        "ledger_adaptive_epsilon": spent_adaptively(list(counted.values()), delta),
     }
 
 

@@ -39,6 +39,7 @@ from dp_lora.files import append_line, read_lines
 from dp_lora.privacy import accounting
 from dp_lora.privacy.accounting import Mechanism, Spent
 from dp_lora.privacy.marks import Mark, Superseded
+from dp_lora.privacy.renyi import admits, least_budget, renyi_divergences
 
 PATIENCE_S = 300.0
 """How long to wait for a ledger that others write to, each of them for less than a second."""
@@ -74,11 +75,47 @@ class Turn(NamedTuple):
 def spent(charges: Sequence[Charge], delta: float) -> Spent:
     """Epsilon of all `charges` together for `delta`; infinite if one of them has no privacy.
 
-    The composition is that of mechanisms that were chosen without a look at private results of the others.
+    The composition is that of mechanisms that were fixed before the first of them; see `spent_adaptively`.
     """
     if any(not charge.private and charge.mechanism.steps for charge in charges):
         return Spent(math.inf, "none")
     return accounting.composed([charge.mechanism for charge in charges], delta)
+
+
+def spent_adaptively(charges: Sequence[Charge], delta: float, above: float = 0.0) -> float:
+    """The smallest budget above `above` that has room for all `charges`, each chosen after those before it.
+
+    At least epsilon of `spent`; infinite if one of them has no privacy.
+    """
+    if any(not charge.private and charge.mechanism.steps for charge in charges):
+        return math.inf
+    divergences = renyi_divergences([charge.mechanism for charge in charges])
+    return least_budget(divergences, delta, above)
+
+
+def fits(charge: Charge, others: Sequence[Charge], budget: float) -> bool:
+    """Whether the budget of epsilon, at the charge's delta, has room for it after what `others` spent.
+
+    Guarantee: everything that is released is (budget, delta)-private, even if each run is chosen with a look
+    at what the earlier ones released, for a budget and a delta that were fixed before the first. The Renyi
+    filter has room (`dp_lora.privacy.renyi.admits`), or `fills` and there are no others.
+    """
+    if any(not c.private and c.mechanism.steps for c in (charge, *others)):
+        return False
+    others = [c for c in others if c.mechanism.steps]
+    divergences = renyi_divergences([c.mechanism for c in (charge, *others)])
+    return admits(divergences, budget, charge.delta) or (not others and fills(charge, budget))
+
+
+def fills(charge: Charge, budget: float) -> bool:
+    """Whether a first run fits into a budget by its epsilon, and leaves the filter no room for any other.
+
+    Its steps are fixed before anything was seen. So that no other run is ever admitted, whatever comes out,
+    it has to stay charged with all of them.
+    """
+    if admits(renyi_divergences([charge.mechanism]), budget, charge.delta):
+        return False
+    return spent([charge], charge.delta).epsilon <= budget
 
 
 class Ledger:

@@ -24,8 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dp_lora.config import Config, check, from_omegaconf, run_directory
 from dp_lora.errors import UserError
-from dp_lora.files import read_json
-from dp_lora.job import OUTPUTS
+from dp_lora.outputs import OUTPUTS, state
 
 
 @dataclass(frozen=True)
@@ -47,13 +46,9 @@ class Cell:
 
     def is_done(self) -> bool:
         """Whether the run directory holds the outputs of all stages asked for, and says that it is done."""
-        status = self.directory / "status.json"
         outputs = [OUTPUTS[stage] for stage in self.config.stages if stage in OUTPUTS]
-        return (
-            status.exists()
-            and read_json(status)["state"] == "done"
-            and all((self.directory / output).exists() for output in outputs)
-        )
+        done = state(self.directory) == "done"
+        return done and all((self.directory / output).exists() for output in outputs)
 
 
 class _ReadOnce(CachingConfigRepository):
