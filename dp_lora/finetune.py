@@ -20,6 +20,7 @@ from torch import Tensor
 from dp_lora import tuning
 from dp_lora.config import Config, TrainConfig
 from dp_lora.diffusion import per_example_loss
+from dp_lora.divergence import Watch
 from dp_lora.errors import UserError
 from dp_lora.files import private_directory, read_json, write_atomic, write_json
 from dp_lora.latents import Latents
@@ -114,7 +115,7 @@ class PrivateStep:
         self.lineage = lineage
         return {
             "epsilon": self.epsilon(),
-            "update_norm": float(update.norm()),
+            "update_norm": float(torch.linalg.vector_norm(update, dtype=torch.float64)),
             "signal_to_noise": signal_to_noise(update, plan),
             "learning_rate": self._rate(step),
             **({"private_loss": private_loss(released, plan)} if plan.loss_share else {}),
@@ -170,7 +171,7 @@ class PrivateStep:
     def _clipped_sum(self, step: int, randomness: Randomness) -> Tensor | None:
         """The clipped sum of this process's part of the batch; None when memory ran out on any process."""
         # Every image joins by itself with probability q.
-        batch = poisson_batch(randomness, step, self.plan.num_examples, self.plan.sample_rate)
+        batch = poisson_batch(randomness, step, len(self.labels), self.plan.sample_rate)
         self.gradients.reset()
         enough = True
         try:
@@ -343,16 +344,24 @@ def finetune(
         config.trainable.learning_rate_factor,
         begun if first else _silent,
     )
+    spends = plan.private and not config.data.public
+    spent = f"epsilon {{}} at delta {plan.delta:g} is spent" if spends else ""
+    watch = Watch(step.parameters, config.train.learning_rate, spent)
     checkpoint = Checkpoint(folder, config.train.checkpoint_minutes, writes=first)
     finished = resume(step, checkpoint)
     total = steps_to_finish(plan, executions, finished, step.lineage)
     if first:
         started(finished)
+
+    def watched(number: int, values: dict[str, float]) -> None:
+        (log if first else _silent)(number, values)
+        watch.after(number, total, values["epsilon"])
+
     with Progress(
         total, "finetune", initial=finished, mode=config.tracking.progress, public=config.data.public
     ) as progress:
         try:
-            run_steps(step, total, checkpoint, progress, log if first else _silent)
+            run_steps(step, total, checkpoint, progress, watched)
         except Spent:
             # A step that was to be replayed has another sum, and there is no execution left for it.
             if not progress.done:
@@ -363,6 +372,7 @@ def finetune(
         model.prompts.use_classes(model.classes)
     if first:
         forget_key(folder)
+    watch.at_the_end(model, step.epsilon())
     return executions.count
 
 
@@ -417,6 +427,8 @@ def _same_plan(plan: PrivacyPlan, path: Path) -> None:
         write_json(path, values, mode=0o600)
     before = read_json(path)
     for name in ("num_examples", "steps", "noise_multiplier"):
+        if values[name] is None and before[name] is None:
+            continue  # the number of images, where it is private
         if not math.isclose(float(values[name]), float(before[name]), rel_tol=1e-6):
             raise UserError(
                 f"data: this run began with {name}={before[name]} and now has {values[name]}: the private "

@@ -98,6 +98,13 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def size() -> int:
+    """Number of processes in the process group; 1 without one."""
+    import torch.distributed as dist
+
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def agreed(value: T) -> T:
     """What the first process has for `value`; every process of the job has to ask."""
     import torch.distributed as dist

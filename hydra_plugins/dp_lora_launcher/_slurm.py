@@ -147,7 +147,7 @@ class Slurm:
             cpus=1, memory_gb=2.0, time_limit_min=10, partition=kept["partition"], account=kept["account"],
             qos=kept["qos"], sbatch=others, setup=kept["setup"],
         )  # fmt: skip
-        executor = self._executor(f"{self.ledger.folder.name}-report", small)
+        executor = self._executor(self.ledger.report_name, small)
         executor.update_parameters(dependency="afterany:" + ":".join(arrays))
         with _own_environment(), _passing_on():
             executor.submit(write_report, str(self.ledger.folder))

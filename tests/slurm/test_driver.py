@@ -90,7 +90,7 @@ def test_cancel_takes_a_sweep_and_its_report_off_the_cluster(start: Start) -> No
     until(lambda: min(map(now, cells.values())) >= 1, first)
     assert sweeps(["cancel", str(first.ledger.folder)]) == 0
     assert first.wait() == 130, first.said()
-    names = {*first.ledger.submissions, f"{first.ledger.folder.name}-report"}
+    names = {*first.ledger.submissions, first.ledger.report_name}
     until(lambda: not names & set(run("squeue", "-h", "-o", "%j").split()), first)
     assert max(map(now, cells.values())) < 40
     again = start(*words, outputs=first.outputs)
