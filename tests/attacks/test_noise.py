@@ -187,7 +187,7 @@ def test_noise_that_is_keyed_by_the_step_alone_is_found(
 
 @pytest.fixture
 def uncharged(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "charged", lambda *given: nullcontext())
+    monkeypatch.setattr(run, "charged", lambda *given: nullcontext(lambda: None))
 
 
 def copies(attacked: Callable[..., Attacked], *names: str) -> tuple[Attacked, ...]:
