@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hmac
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -84,18 +84,21 @@ class ImageIndex:
 
     def together(self, found: KnownSet) -> set[str]:
         """The names of all sets that share images with `found`, or with one that does, itself among them."""
-        neighbours = self._neighbours()
-        reached, left = {found.name}, [*found.shares]
-        while left:
-            name = left.pop()
-            if name not in reached:
-                reached.add(name)
-                left += neighbours[name]
-        return reached
+        return _reached(found.name, {**self._neighbours(), found.name: set(found.shares)})
 
     def charges(self) -> list[Charge]:
         """All charges, each with the run's own number and the set's name in the index."""
         return [_by_run(charge) for charge in self._ledger.charges()]
+
+    def set_of_runs(self) -> dict[str, str]:
+        """For each run that was charged a name that it shares with all runs on images that meet its own."""
+        if self._is_new():
+            return {}
+        neighbours, names = self._neighbours(), dict[str, str]()
+        for name in sorted(neighbours):
+            for reached in _reached(name, neighbours):
+                names.setdefault(reached, name)
+        return {charge.run: names[charge.private_set] for charge in self.charges()}
 
     def enter(
         self,
@@ -180,6 +183,17 @@ class KnownSet:
 
     def __init__(self, name: str, images: np.ndarray, shares: Iterable[str]) -> None:
         self.name, self.images, self.shares = name, images, frozenset(shares)
+
+
+def _reached(name: str, neighbours: Mapping[str, Iterable[str]]) -> set[str]:
+    """`name`, and all names that can be reached from it."""
+    reached, left = {name}, [*neighbours[name]]
+    while left:
+        other = left.pop()
+        if other not in reached:
+            reached.add(other)
+            left += neighbours[other]
+    return reached
 
 
 def _by_run(charge: Charge) -> Charge:

@@ -218,7 +218,16 @@ class Account:
 
         before, here = self.receipt, str(self.books.ledger.path)
         known = before.digest if before.ledger == here else None
-        self._keep(replace(before, ledger=here, digest=known, nonce=turn.nonce, previous=self.check(turn)))
+        self._keep(
+            replace(
+                before,
+                ledger=here,
+                digest=known,
+                nonce=turn.nonce,
+                previous=self.check(turn),
+                index=str(self.books.index.folder),
+            )
+        )
         try:
             digest = self.books.enter(charge, known, turn, admitted=admitted)
         except Superseded as error:
@@ -428,6 +437,8 @@ class Receipt:
     digest: str | None = None
     nonce: str | None = None
     previous: str | None = None
+    index: str | None = None
+    """Folder of the user's index that has the charge too."""
 
 
 def read_receipt(folder: Path) -> Receipt | None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from dp_lora.errors import UserError
 from dp_lora.files import json_ready, read_json
+from dp_lora.image_index import ImageIndex
 from dp_lora.privacy.accounting import ADJACENCIES, MANY, Mechanism, composed
 from dp_lora.privacy.ledger import Charge, Ledger, spent, spent_adaptively
 from dp_lora.privacy.renyi import epsilon_of_divergences, least_budget, renyi_divergences
@@ -132,6 +133,10 @@ class _Run:
     digest: str | None = None
     checkpoint: Path | None = None
     """The private folder, where it can be read: it tells which steps and releases copies have in common."""
+    index: Path | None = None
+    """The user's index of images, which knows whether its images are in other sets too."""
+    copies: tuple[_Run, ...] = ()
+    """The other copies of its directory, which may be charged to another ledger."""
 
     @property
     def mechanisms(self) -> tuple[Mechanism, ...]:
@@ -149,7 +154,25 @@ def bill(directories: Sequence[Path]) -> Bill:
     for directory in dict.fromkeys(directories):
         if (run := _read(directory)) is not None:
             copies.setdefault(run.charge.run, []).append(run)
-    return _bill([_united(of_one) for of_one in copies.values()])
+    return _bill(_by_shared_images([_united(of_one) for of_one in copies.values()]))
+
+
+def _by_shared_images(runs: Sequence[_Run]) -> list[_Run]:
+    """The runs, with one owner for all sets that share images, whatever these are called."""
+    folders = {run.index for run in runs if run.index is not None}
+    shared = {run: name for folder in folders for run, name in ImageIndex(folder).set_of_runs().items()}
+    above: dict[str, str] = {}
+
+    def top(name: str) -> str:
+        return top(above[name]) if name in above else name
+
+    for run in runs:
+        if run.charge.run in shared:
+            owner, name = top(run.owner), top(f"images {shared[run.charge.run]}")
+            if owner != name:
+                above[owner] = name
+    first: dict[str, str] = {}
+    return [replace(run, owner=first.setdefault(top(run.owner), run.owner)) for run in runs]
 
 
 def planned(charges: Iterable[Charge]) -> Bill:
@@ -190,7 +213,7 @@ def _united(copies: Sequence[_Run]) -> _Run:
     releases = {json.dumps(one, sort_keys=True): one for folder in folders for one in releases_of(folder)}
     mechanisms = tuple(Mechanism(float(one["noise_multiplier"]), 1.0, 1) for one in releases.values())
     whole = replace(last.charge, mechanism=replace(last.charge.mechanism, steps=steps))
-    return replace(last, charge=whole, releases=mechanisms)
+    return replace(last, charge=whole, releases=mechanisms, copies=tuple(copies[:-1]))
 
 
 def _bill(runs: Sequence[_Run]) -> Bill:
@@ -257,7 +280,9 @@ def _largest(runs: Sequence[_Run], delta: float) -> float:
 
 def _ledgers(runs: Sequence[_Run], delta: float) -> dict[str, Any]:
     """What the ledgers of these runs say about their set; nothing where there is none to be seen."""
-    name, counted = runs[0].charge.private_set, dict[tuple[str, str], Charge]()
+    counted = dict[tuple[str, str], Charge]()
+    runs = [one for run in runs for one in (run, *run.copies)]
+    names = {run.charge.private_set for run in runs}
     paths = sorted({run.ledger for run in runs if run.ledger is not None and run.ledger.exists()})
     for path in paths:
         ledger = Ledger(path)
@@ -270,7 +295,7 @@ def _ledgers(runs: Sequence[_Run], delta: float) -> dict[str, Any]:
         # A copy that was charged to another ledger has the number of the run that it was copied from.
         place = str(path.resolve())
         counted.update(
-            ((place, c.run), c) for c in ledger.charges() if c.private_set == name and c.mechanism.steps
+            ((place, c.run), c) for c in ledger.charges() if c.private_set in names and c.mechanism.steps
         )
     if not counted:
         return {}
@@ -325,6 +350,7 @@ def _read_files(directory: Path) -> _Run | None:
         ledger=ledger,
         digest=receipt.digest if receipt is not None else None,
         checkpoint=checkpoint if visible else None,
+        index=Path(receipt.index) if receipt is not None and receipt.index is not None else None,
     )
 
 

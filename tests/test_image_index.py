@@ -34,12 +34,10 @@ def names(index: ImageIndex, *sets: np.ndarray) -> set[str]:
 
 def test_a_digest_is_sha256_of_shape_dtype_and_bytes() -> None:
     image = np.array([[1, 2], [3, 4]], np.uint8)
-    by_hand = hashlib.sha256(b"(2, 2) |u1 \x01\x02\x03\x04").digest()
+    by_hand = hashlib.sha256(b"(2, 2) |u1\x01\x02\x03\x04").digest()
     assert pixel_digest(image) == by_hand
-    grey = bytes([1, 1, 1, 255, 2, 2, 2, 255, 3, 3, 3, 255, 4, 4, 4, 255])
-    rgba = hashlib.sha256(b"(2, 2, 4) |u1 " + grey).digest()
     for same in (image[None], image[None, None], np.repeat(image[None, None], 3, axis=1)):
-        assert array_digests(same).tobytes() == rgba
+        assert array_digests(same).tobytes() == by_hand
 
 
 def test_a_set_is_the_same_whatever_its_order_roles_and_labels(index: ImageIndex) -> None:

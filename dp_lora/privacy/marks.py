@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +36,7 @@ class Mark:
     """The mark in the file `path`. All methods raise UserError when it was edited."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self._synced = path, -math.inf
 
     def check(self, progress: int, *, expected: bool) -> None:
         """Raises Superseded when a record of `progress` bytes is shorter than what was noted.
@@ -92,7 +94,11 @@ class Mark:
     def _write(self, descriptor: int, nonce: str, progress: int) -> None:
         text = json.dumps({"nonce": nonce, "progress": progress}).ljust(_WIDTH - 1) + "\n"
         os.pwrite(descriptor, text.encode(), 0)
-        os.fdatasync(descriptor)
+        # What was written outlives the process at once. That it outlives the machine too costs milliseconds,
+        # and the steps of a second matter only to a backup of that very second.
+        if time.monotonic() - self._synced > 1:
+            os.fdatasync(descriptor)
+            self._synced = time.monotonic()
 
     @contextmanager
     def _locked(self, flags: int) -> Iterator[int]:
