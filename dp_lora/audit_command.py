@@ -1,8 +1,9 @@
 """The command `dp-lora-audit`: holds the claim of a finished run against what can be measured.
 
-Two parts. Canaries in a training of their own, with the run's model and plan and without its private images:
-a lower bound on epsilon that costs no privacy. And membership inference on the run's adapter, which is a
-function of the private images and stays with the auditor.
+Three parts. Canaries in a training of their own, with the run's model and plan and without its private
+images: a lower bound on epsilon that costs no privacy. Tests of the noise in that training and in the update
+norms that the run has logged, which cost none either. And membership inference on the run's adapter, which is
+a function of the private images and stays with the auditor.
 
 What it finds goes into result.json and, but for the private part, into the adapter's card. Scores of single
 images stay in checkpoint/. An audit that is interrupted changes neither, and the same command continues it.
@@ -22,7 +23,7 @@ from dp_lora.errors import UserError
 KINDS = ("gradient", "image")
 DEVICES = ("auto", "cpu", "cuda")
 CONTRADICTED = 1
-"""The exit status when more was measured than is claimed."""
+"""The exit status when more was measured than is claimed, or the noise failed a test."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def main() -> None:
         print(f"dp-lora-audit: {said}; the same command continues", file=sys.stderr)
         sys.exit(130)
     print(summary(record, directory))
-    if record["contradicted"]:
+    if record["contradicted"] or record["noise_test"]["accused"]:
         sys.exit(CONTRADICTED)
 
 
@@ -70,7 +71,8 @@ def _parse(words: Sequence[str]) -> tuple[Path, Options]:
     parser = _Parser(
         prog="dp-lora-audit",
         description="Measures a lower bound on epsilon of a finished run, and how well its adapter tells "
-        "members from others. Exit status 1: more was measured than is claimed.",
+        "members from others; tests the noise. Exit status 1: more was measured than is claimed, or the "
+        "noise failed a test.",
     )
     parser.add_argument("directory", type=Path, metavar="RUN_DIRECTORY", help="of a finished job")
     parser.add_argument(
@@ -118,11 +120,10 @@ def check(options: Options) -> None:
 
 def summary(record: dict[str, Any], directory: Path) -> str:
     """The lines that the command ends with."""
-    from dp_lora.card import CONTRADICTED as WARNING
-    from dp_lora.card import bounds
+    from dp_lora.card import bounds, noise_line, warnings
 
-    lines = [WARNING.strip("*")] if record["contradicted"] else []
-    lines += bounds(record)
+    lines = [warning.strip("*") for warning in warnings(record)]
+    lines += [*bounds(record), noise_line(record)]
     lines.append(
         f"Canaries taken for trained on: {record['true_positives']} of {record['positives']} that were, "
         f"{record['false_positives']} of {record['negatives']} that were not. The first bound is from "

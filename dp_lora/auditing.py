@@ -27,8 +27,17 @@ from dp_lora.card import no_guarantee, with_audit
 from dp_lora.config import Config, from_omegaconf
 from dp_lora.errors import UserError
 from dp_lora.evaluate import PRIVATE_METRICS_NOTE
-from dp_lora.files import file_lock, json_ready, private_directory, read_json, write_atomic, write_json
+from dp_lora.files import (
+    file_lock,
+    json_ready,
+    private_directory,
+    read_json,
+    read_lines,
+    write_atomic,
+    write_json,
+)
 from dp_lora.job import Job, prepare
+from dp_lora.latent_diffusion import LatentDiffusion
 from dp_lora.membership import ATTACKS, draw, losses_of
 from dp_lora.privacy.audit import (
     FALSE_POSITIVES,
@@ -41,10 +50,14 @@ from dp_lora.privacy.audit import (
     refutes,
     thresholds,
 )
+from dp_lora.privacy.noise_tests import FALSE_ALARM, SilentNoise, Verdict, update_norm_p_values
 from dp_lora.privacy.plan import PrivacyPlan
 from dp_lora.privacy.randomness import Randomness
 from dp_lora.progress import Progress
 from dp_lora.run import finetuned_model, model_before
+
+_VERSION = 2
+"""Of what is kept of a training with canaries: of another version it is trained again."""
 
 
 def audit(directory: Path, options: Options) -> dict[str, Any]:
@@ -68,7 +81,9 @@ def audit(directory: Path, options: Options) -> dict[str, Any]:
         _check_claim(job.plan, claim, directory)
         _check_power(job.plan, options)
         _check_images(job, options)
-        record = _bounds(job, options)
+        norms = _update_norms(directory)
+        trained = _trained(job, options)
+        record = {**_bounds(job.plan, trained, options), "noise_test": _noise_test(job, trained, norms)}
         private = _membership(job, options) if options.images else {}
         return _write(job, {**record, **private})
 
@@ -136,6 +151,24 @@ def _check_power(plan: PrivacyPlan, options: Options) -> None:
     )
 
 
+def _update_norms(directory: Path) -> list[float]:
+    """The norms of the noised updates that the run has logged: released values."""
+    try:
+        rows = [row for row in read_lines(directory / "metrics.jsonl") if row["stage"] == "finetune"]
+        norms = {row["step"]: float(row["update_norm"]) for row in rows}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{directory}: metrics.jsonl cannot be read ({error}); expected the one that dp-lora wrote"
+        ) from error
+    for step, norm in norms.items():
+        if not 0 <= norm < math.inf:
+            raise UserError(
+                f"{directory}: metrics.jsonl: step {step} has update_norm={norm}; expected a finite number, "
+                "0 or more"
+            )
+    return list(norms.values())
+
+
 def _check_images(job: Job, options: Options) -> None:
     if options.images and min(len(job.images.train), len(job.images.test)) < 2:
         raise UserError(
@@ -157,10 +190,9 @@ def _each(options: Options) -> float:
 # Canaries
 
 
-def _bounds(job: Job, options: Options) -> dict[str, Any]:
+def _bounds(plan: PrivacyPlan, trained: Trained, options: Options) -> dict[str, Any]:
     """The claim and the lower bounds; nothing in it depends on a private image."""
-    plan, each = job.plan, _each(options)
-    trained = _trained(job, options)
+    each = _each(options)
     best = one_run(trained.scores, trained.included, plan.delta, each)
     outcome = Outcome.of(trained.scores, trained.included)
     record = {
@@ -177,28 +209,57 @@ def _bounds(job: Job, options: Options) -> dict[str, Any]:
         **asdict(outcome),
     }
     if _apart(options):
-        outcomes = [Outcome.of(trained.scores, trained.included, at) for at in thresholds(plan.mechanism)]
+        at = thresholds(plan.mechanism, trained.noise_factor)
+        outcomes = [Outcome.of(trained.scores, trained.included, threshold) for threshold in at]
         bound = gaussian_family(outcomes, plan.mechanism, plan.delta, each)
         record["epsilon_lower_bound_if_gaussian"] = bound
         record["contradicted"] |= refutes(outcomes, plan.mechanism, plan.delta, each)
+        record["scored_for_noise_multiplier"] = trained.noise_factor * plan.noise_multiplier
     return record
 
 
+def _noise_test(job: Job, trained: Trained, norms: Sequence[float]) -> dict[str, Any]:
+    """What the noise of both trainings says; a function of released values and of the canaries' coins."""
+    plan = job.plan
+    parameters = adapters.count(_model(job))
+    p_values = update_norm_p_values(norms, parameters, plan.noise_std / plan.expected_batch_size)
+    record: dict[str, Any] = {
+        "noise_multiplier": plan.noise_multiplier,
+        "update_norms": len(norms),
+        "parameters": parameters,
+    }
+    if trained.noise is not None:
+        p_values |= trained.noise.p_values()
+        record |= _estimated(plan.noise_multiplier, trained.noise)
+    verdict = Verdict(p_values)
+    said = {"accused": bool(verdict.accused), "accused_by": list(verdict.accused), "p_value": verdict.p_value}
+    return {**said, "false_alarm": FALSE_ALARM, **record, "p_values": p_values}
+
+
+def _estimated(noise_multiplier: float, noise: SilentNoise, confidence: float = 0.95) -> dict[str, Any]:
+    interval = [noise_multiplier * end for end in noise.interval(confidence)]
+    return {
+        "estimated_noise_multiplier": noise_multiplier * noise.ratio(),
+        "interval": interval,
+        "interval_confidence": confidence,
+        "observations": noise.observations,
+    }
+
+
 def _trained(job: Job, options: Options) -> Trained:
-    """The scores and coins of a training with canaries, from checkpoint/ if it has been done."""
+    """What a training with canaries came to, from checkpoint/ if it has been done."""
     folder = job.directory / "checkpoint" / f"audit_{options.kind}"
-    settings = json_ready({"canaries": options.canaries, **job.plan.to_dict()})
+    settings = json_ready({"version": _VERSION, "canaries": options.canaries, **job.plan.to_dict()})
     if folder.exists() and _settings(folder) != settings:
         shutil.rmtree(folder)
     write_json(private_directory(folder) / "settings.json", settings, mode=0o600)
     done = folder / "scores.npz"
     if not done.exists():
-        trained = _train(job, options, folder)
-        _save(done, scores=trained.scores, included=trained.included)
+        _save(done, **_train(job, options, folder).arrays())
         for name in ("key", "executions.jsonl", "state.pt"):
             (folder / name).unlink(missing_ok=True)
     with np.load(done, allow_pickle=False) as saved:
-        return Trained(saved["scores"], saved["included"])
+        return Trained.from_arrays(saved)
 
 
 def _settings(folder: Path) -> Any:
@@ -211,17 +272,22 @@ def _train(job: Job, options: Options, folder: Path) -> Trained:
     config, key = job.config, folder / "key"
     if not key.exists():
         write_atomic(key, Randomness.from_system().key, mode=0o600)
-    model = model_before(job)
-    adapters.attach(model, config.trainable.components, config.lora, seed=config.seed)
     return train_with_canaries(
         config,
-        model,
+        _model(job),
         job.plan,
         kind=options.kind,
         count=options.canaries,
         randomness=Randomness(key.read_bytes(), secure=True),
         folder=folder,
     )
+
+
+def _model(job: Job) -> LatentDiffusion:
+    """The model as the run found it, its trainable parameters chosen."""
+    model, config = model_before(job), job.config
+    adapters.attach(model, config.trainable.components, config.lora, seed=config.seed)
+    return model
 
 
 def _save(path: Path, **arrays: Any) -> None:

@@ -11,6 +11,7 @@ sets can be refuted on any of them, so this costs no privacy, and what comes out
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ from dp_lora.diffusion import in_batches
 from dp_lora.latent_diffusion import LatentDiffusion
 from dp_lora.latents import Latents, to_unit_range
 from dp_lora.membership import losses
-from dp_lora.privacy.audit import Bools, Floats, evidence
+from dp_lora.privacy.audit import Bools, Floats, evidence, noise_factor
 from dp_lora.privacy.executions import Executions
+from dp_lora.privacy.noise_tests import SilentNoise
 from dp_lora.privacy.plan import PrivacyPlan
 from dp_lora.privacy.randomness import Randomness
 from dp_lora.progress import Progress
@@ -37,6 +39,9 @@ KINDS = ("gradient", "image")
 
 BYSTANDERS = 128
 """Examples of noise beside the canaries, so that batches and microbatches are mixed."""
+
+EMPTY = 512
+"""Coordinates at least where no example has a gradient: what is released there is noise and nothing else."""
 
 _PULL = 100.0
 """Norm of a gradient canary before the clip, in units of max(C, 1): far beyond what may pass."""
@@ -48,7 +53,8 @@ class GradientCanaries(LatentDiffusion):
     Canary j is an example with the label `first_label` + j and zero latents. Its gradient is `_PULL` times
     max(C, 1) in coordinate j of `canaries.weight` and zero everywhere else, at every draw and wherever the
     parameters are. The gradient of every other example is zero there. So coordinate j of the noisy sum holds
-    the noise and canary j alone: the worst case of the proof.
+    the noise and canary j alone: the worst case of the proof. The coordinates from `count` on,
+    `EMPTY` of them at least, belong to nobody.
 
     Args:
         model: its trainable parameters chosen; its networks are shared, not copied.
@@ -68,9 +74,9 @@ class GradientCanaries(LatentDiffusion):
         )
         self.null_embedding = model.null_embedding
         self.count, self.first_label = count, len(model.classes)
-        # A table of about sqrt(m) x sqrt(m): the gradient of one draw then is a product of two short rows.
-        columns = math.isqrt(count - 1) + 1
-        self.canaries = nn.Linear(columns, -(-count // columns), bias=False)
+        # A table that is about square: the gradient of one draw then is a product of two short rows.
+        columns = math.isqrt(count + EMPTY - 1) + 1
+        self.canaries = nn.Linear(columns, -(-(count + EMPTY) // columns), bias=False)
         nn.init.zeros_(self.canaries.weight)
         self.to(model.unet.device)
         self._error = math.sqrt(_PULL * max(max_grad_norm, 1.0) / 2)
@@ -81,10 +87,6 @@ class GradientCanaries(LatentDiffusion):
     def device(self) -> torch.device:
         """Of the parameters."""
         return self.canaries.weight.device
-
-    def coordinates(self, values: Tensor) -> Tensor:
-        """[count]: what `values`, of the shape of `canaries.weight`, has at each canary's coordinate."""
-        return values.flatten()[: self.count]
 
     def condition(self, labels: Tensor) -> Tensor:
         """[B, tokens d + 2]: the model's own condition, whether it is a canary, the canary's coordinate."""
@@ -114,11 +116,26 @@ class GradientCanaries(LatentDiffusion):
 
 @dataclass(frozen=True)
 class Trained:
-    """What an auditor knows after the training: a score for each canary, and the coins."""
+    """What an auditor knows after the training: a score for each canary, the coins, and the noise."""
 
     scores: Floats
     """Above 0 says "in"."""
     included: Bools
+    noise_factor: float = 1.0
+    """The share of the claimed noise that the scores are the evidence for."""
+    noise: SilentNoise | None = None
+    """What was released where no example took part; null for canaries that have no coordinates."""
+
+    def arrays(self) -> dict[str, Any]:
+        """All of it, for a file that `from_arrays` reads."""
+        noise = {} if self.noise is None else self.noise.arrays()
+        return {"scores": self.scores, "included": self.included, "noise_factor": self.noise_factor, **noise}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Any]) -> Trained:
+        """What `arrays` returned."""
+        noise = SilentNoise.from_arrays(arrays) if "noise_by_step" in arrays else None
+        return cls(arrays["scores"], arrays["included"], float(arrays["noise_factor"]), noise)
 
 
 def coins(randomness: Randomness, count: int) -> Bools:
@@ -150,48 +167,92 @@ def train_with_canaries(
         randomness: a key of the audit's own.
         folder: private.
     """
-    included = coins(randomness, count)
-    if kind == "image":
-        scores = _train_on_images(config, model, plan, included, randomness, folder)
-    else:
-        scores = _train_on_gradients(config, model, plan, included, randomness, folder)
-    return Trained(scores, included)
+    train = _train_on_images if kind == "image" else _train_on_gradients
+    return train(config, model, plan, coins(randomness, count), randomness, folder)
 
 
 # Gradient canaries
 
 
+class Watch:
+    """What an auditor keeps of the noised sums at the coordinates of gradient canaries.
+
+    Args:
+        plan: of the run.
+        included: [m], the coins.
+        empty: number of coordinates that belong to no canary, at least 1.
+        amplitude: what a canary in the batch adds to its coordinate, in units of C.
+    """
+
+    def __init__(self, plan: PrivacyPlan, included: Bools, empty: int, amplitude: float = 1.0) -> None:
+        self._plan, self._included, self._amplitude = plan, included, amplitude
+        self._left_out = np.flatnonzero(~included)
+        self._scores, self._factor = np.zeros(len(included)), 0.0
+        self._noise = SilentNoise(empty + len(self._left_out))
+
+    def add(self, values: Floats) -> None:
+        """Takes what one step released.
+
+        Args:
+            values: [m + empty], in units of C: the canaries' coordinates, then those of nobody.
+        """
+        plan, count = self._plan, len(self._included)
+        own, silent = values[:count], np.concatenate([values[count:], values[self._left_out]])
+        self._noise.add(silent / plan.noise_multiplier)
+        if self._noise.steps == 1:
+            # Of the coordinates of nobody alone, so that the canaries have no say in how they are scored.
+            self._factor = noise_factor(self._noise.ratio(stop=len(values) - count))
+        sigma = self._factor * plan.noise_multiplier
+        self._scores += evidence(own, sigma, plan.sample_rate, amplitude=self._amplitude)
+
+    def trained(self) -> Trained:
+        """What it comes to, after the last step."""
+        return Trained(self._scores, self._included, self._factor, self._noise)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it, so that an interrupted audit goes on."""
+        arrays = {"scores": self._scores, "factor": np.array(self._factor), **self._noise.arrays()}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def load_state_dict(self, state: Any) -> None:
+        """Restores what `state_dict` returned."""
+        arrays = {name: tensor.numpy() for name, tensor in state.items()}
+        self._scores, self._factor = arrays["scores"].copy(), float(arrays["factor"])
+        self._noise = SilentNoise.from_arrays(arrays)
+
+
 class _Watched:
     """A training step of which the auditor sees what the optimiser sees: the noised gradient.
 
-    Its state has the evidence so far, so that an interrupted audit goes on.
+    Its state has what was seen so far, so that an interrupted audit goes on.
     """
 
-    def __init__(self, step: finetune.PrivateStep, model: GradientCanaries, plan: PrivacyPlan) -> None:
+    def __init__(
+        self, step: finetune.PrivateStep, model: GradientCanaries, plan: PrivacyPlan, included: Bools
+    ) -> None:
         self._step, self._model, self._plan = step, model, plan
-        self.scores = np.zeros(model.count)
-        self._amplitude = math.sqrt(1 - plan.loss_share**2)
+        amplitude = math.sqrt(1 - plan.loss_share**2)
         if plan.clipping == "per_layer":
-            self._amplitude /= math.sqrt(step.gradients.num_layers)
+            amplitude /= math.sqrt(step.gradients.num_layers)
+        empty = model.canaries.weight.numel() - model.count
+        self.watch = Watch(plan, included, empty, amplitude)
         step.optimizer.register_step_pre_hook(self._see)
 
     def _see(self, *_: Any) -> None:
         gradient = self._model.canaries.weight.grad
         assert gradient is not None
-        plan = self._plan
-        released = self._model.coordinates(gradient).double().cpu().numpy()
-        values = released * plan.expected_batch_size / plan.max_grad_norm
-        self.scores += evidence(values, plan.noise_multiplier, plan.sample_rate, amplitude=self._amplitude)
+        released = gradient.flatten().double().cpu().numpy()
+        self.watch.add(released * self._plan.expected_batch_size / self._plan.max_grad_norm)
 
     def __call__(self, step: int) -> dict[str, float]:
         return self._step(step)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self._step.state_dict(), "scores": torch.from_numpy(self.scores)}
+        return {"step": self._step.state_dict(), "watch": self.watch.state_dict()}
 
     def load_state_dict(self, state: Any) -> None:
         self._step.load_state_dict(state["step"])
-        self.scores = state["scores"].numpy().copy()
+        self.watch.load_state_dict(state["watch"])
 
 
 def _train_on_gradients(
@@ -201,17 +262,17 @@ def _train_on_gradients(
     included: Bools,
     randomness: Randomness,
     folder: Path,
-) -> Floats:
+) -> Trained:
     canaries = GradientCanaries(model, len(included), plan.max_grad_norm)
     chosen = torch.from_numpy(np.flatnonzero(included))
     latents, labels = _bystanders(model, randomness)
     latents = torch.cat([torch.zeros(len(chosen), *latents.shape[1:]), latents])
     labels = torch.cat([canaries.first_label + chosen, labels])
     step = _step(config, canaries, latents, labels, plan, randomness, folder)
-    watched = _Watched(step, canaries, plan)
+    watched = _Watched(step, canaries, plan, included)
     _run(config, watched, plan, folder)
     step.release()
-    return watched.scores
+    return watched.watch.trained()
 
 
 # Image canaries
@@ -234,7 +295,7 @@ def _train_on_images(
     included: Bools,
     randomness: Randomness,
     folder: Path,
-) -> Floats:
+) -> Trained:
     device = next(model.unet.parameters()).device
     images = to_unit_range(odd_images(model.image_shape, len(included), randomness))
     with torch.inference_mode():
@@ -250,7 +311,7 @@ def _train_on_images(
     step.release()
     learnt = before - losses(model, odd, odd_labels, draws=16, seed=config.seed)
     # What all images gained says nothing of a single one.
-    return learnt - np.median(learnt)
+    return Trained(learnt - np.median(learnt), included)
 
 
 # The training

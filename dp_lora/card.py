@@ -26,8 +26,8 @@ DOES_NOT_COVER = (
     "The public data of the pre-training, which has no protection.",
     "A person with several images in the private set: the unit of privacy is one image; for n images of "
     "one person epsilon grows n times and delta by more than that.",
-    "The names of the classes, and the size of the private set as far as the sample rate and the configured "
-    "batch size tell it.",
+    'The names of the classes, and, where the adjacency is "zero out one image", the number of training '
+    "images.",
     "How long steps take and how much memory they use, as seen by whoever watches the machine.",
     "What `dp-lora export` leaves behind of a run, above all its checkpoint/ folder, which holds the noise key "
     "and must stay private.",
@@ -132,7 +132,7 @@ def _privacy_section(record: Mapping[str, Any], *, guaranteed: bool) -> str:
     lines = [
         "## Privacy",
         f"The training of this adapter satisfies **({_at_most(record['epsilon'])}, "
-        f"{_at_most(record['delta'])})-differential privacy** (epsilon, delta).",
+        f"{_at_most(record['delta'])})-differential privacy** (epsilon, delta). {_relation(record)}".strip(),
         _settings_table(record),
         "**What the guarantee covers**",
         _bullets(record.get("covers") or COVERS),
@@ -140,6 +140,22 @@ def _privacy_section(record: Mapping[str, Any], *, guaranteed: bool) -> str:
         _bullets(record.get("does_not_cover") or DOES_NOT_COVER),
     ]
     return "\n\n".join(lines)
+
+
+def _relation(record: Mapping[str, Any]) -> str:
+    """In plain words, which sets of private images can hardly be told apart."""
+    adjacency = str(record["adjacency"])
+    if adjacency.startswith("zero out"):
+        return (
+            "It can hardly be told from it which of two sets was trained on that are the same but for one "
+            "image, which contributes nothing in one of them. The number of training images is public."
+        )
+    if adjacency.startswith("add or remove"):
+        return (
+            "It can hardly be told from it which of two sets was trained on that are the same but for one "
+            "image, which is in one of them only."
+        )
+    return ""
 
 
 _BOUNDS = (("epsilon", "epsilon"), ("delta", "delta"))
@@ -209,9 +225,53 @@ def bounds(audit: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def noise_line(audit: Mapping[str, Any]) -> str:
+    """What the tests of the noise found, from the key `audit` of result.json.
+
+    >>> noise_line({"noise_test": {"accused": False, "accused_by": [], "p_value": 0.4, "false_alarm": 0.01,
+    ...     "noise_multiplier": 1.355, "estimated_noise_multiplier": 1.352, "interval": [1.34, 1.364],
+    ...     "update_norms": 80}}).partition(": ")[2]
+    'sigma 1.352 (1.34 to 1.364) in the canary training, 1.355 claimed; update norms of the run: 80; p = 0.4.'
+    """
+    found = audit["noise_test"]
+    parts = []
+    if "estimated_noise_multiplier" in found:
+        low, high = found["interval"]
+        parts.append(
+            f"sigma {found['estimated_noise_multiplier']:.4g} ({low:.4g} to {high:.4g}) in the canary "
+            f"training, {found['noise_multiplier']:.4g} claimed"
+        )
+    parts.append(f"update norms of the run: {found['update_norms']}")
+    parts.append(f"p = {found['p_value']:.2g}")
+    verdict = (
+        f"too little or repeated ({', '.join(found['accused_by'])})" if found["accused"] else "as claimed"
+    )
+    return (
+        f"Noise, by tests with {100 * found['false_alarm']:g} % false alarms, {verdict}: {'; '.join(parts)}."
+    )
+
+
+ACCUSED = (
+    "**The audit accuses the noise: there is less of it, or it is less independent, than is claimed. Do not "
+    "rely on the guarantee.**"
+)
+
 CONTRADICTED = (
     "**The audit contradicts the guarantee: more was measured than is claimed. Do not rely on it.**"
 )
+
+
+def warnings(audit: Mapping[str, Any]) -> list[str]:
+    """What speaks against the guarantee, from the key `audit` of result.json; empty when nothing does.
+
+    `contradicted` says whether a lower bound lies above epsilon, `noise_test.accused` whether the noise
+    failed a test. The two are verdicts of their own.
+    """
+    return [
+        *([CONTRADICTED] if audit["contradicted"] else []),
+        *([ACCUSED] if audit["noise_test"]["accused"] else []),
+    ]
+
 
 _AUDIT = re.compile(r"## Audit\n.*?(?=^## )", re.DOTALL | re.MULTILINE)
 
@@ -221,14 +281,14 @@ def with_audit(card: str, audit: Mapping[str, Any]) -> str:
 
     Args:
         card: from `model_card`.
-        audit: as in `bounds`, with `contradicted`: whether a lower bound lies above epsilon.
+        audit: as in `bounds` and `noise_line`.
     """
     lines = [
-        *([CONTRADICTED] if audit["contradicted"] else []),
-        _bullets(bounds(audit)),
+        *warnings(audit),
+        _bullets([*bounds(audit), noise_line(audit)]),
         "The canaries were trained with this model and these settings, without the private images. A "
         "measured bound below the proven one does not say that less was spent: it is what this attack could "
-        "show.",
+        "show. The tests of the noise bound no epsilon.",
     ]
     section = "\n\n".join(["## Audit", *lines]) + "\n\n"
     before, loading, after = _AUDIT.sub("", card).partition("## Loading")

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from dp_lora import manifest
 from dp_lora.config import Config, run_directory
-from dp_lora.errors import Busy, UserError
+from dp_lora.errors import Busy, recorded
 from dp_lora.files import file_lock, private_directory, read_json, write_atomic, write_json
-from dp_lora.job import OUTPUTS, Job, check_writable, device_of, prepare, pretrained_model, say
+from dp_lora.job import Job, check_writable, device_of, prepare, pretrained_model, say
+from dp_lora.outputs import OUTPUTS, is_whole, result, state
 from dp_lora.processes import Team, joined
 from dp_lora.signals import Preempted
 from dp_lora.spending import charged, line_of_all_runs
@@ -72,20 +73,23 @@ def _lead(config: Config, directory: Path, team: Team, shown_name: str) -> dict[
     }
     with _own(job):
         asked = [name for name in stages if name in config.stages]
-        left = [name for name in asked if not (job.directory / OUTPUTS[name]).exists()]
+        left = [name for name in asked if not is_whole(job.directory, name)]
         team.tell("stages", left)
         for name in asked:
+            output = job.directory / OUTPUTS[name]
             if name not in left:
-                say(f"{name}: done already, {job.directory / OUTPUTS[name]}")
-        if left or not _is_done(job.directory):
+                say(f"{name}: done already, {output}")
+            elif output.exists():
+                say(f"{name}: {output} is damaged and is made again")
+        if left or state(job.directory) != "done":
             with _record(job, shown_name) as tracker:
                 for name in left:
                     tracker.status("running", stage=name)
                     stages[name](job, tracker)
     team.tell("finished")
-    result = read_json(job.directory / "result.json") if (job.directory / "result.json").exists() else {}
-    print(_summary(job, result))
-    return {"directory": str(job.directory), **result.get("metrics", {})}
+    found = result(job.directory)
+    print(_summary(job, found))
+    return {"directory": str(job.directory), **found.get("metrics", {})}
 
 
 def _follow(config: Config, directory: Path, team: Team) -> dict[str, Any]:
@@ -95,14 +99,9 @@ def _follow(config: Config, directory: Path, team: Team) -> dict[str, Any]:
     left = team.told("stages")
     if "finetune" in left:
         team.told("latents")
-        _train(job, lambda step, values: None, lambda finished: None, team)
+        _train(job, team)
     team.told("finished")
     return {"directory": str(directory)}
-
-
-def _is_done(directory: Path) -> bool:
-    status = directory / "status.json"
-    return status.exists() and read_json(status)["state"] == "done"
 
 
 @contextmanager
@@ -141,8 +140,7 @@ def _record(job: Job, name: str) -> Iterator[Tracker]:
             write_json(path, {**record, "seconds": job.seconds})
             raise
         except BaseException as error:
-            # The text of an unexpected error may hold what nobody but the owner may read.
-            text = str(error) if isinstance(error, UserError) else type(error).__name__
+            text = recorded(error)
             # What went wrong counts, not that a full disk has no room to say so.
             with suppress(OSError):
                 tracker.status("failed", text)
@@ -176,15 +174,25 @@ def model_before(job: Job) -> LatentDiffusion:
 
 
 def _finetune(job: Job, tracker: Tracker, team: Team) -> None:
+    from dp_lora import content
+
     config = job.config
 
     def log(step: int, values: dict[str, float]) -> None:
+        note()
         if step % config.tracking.log_every == 0 or step == job.plan.steps:
             tracker.log(step, values, "finetune")
-        tracker.privacy(privacy_record(job, epsilon=values["epsilon"], steps=step, complete=False))
 
-    with charged(config, job.plan, job.directory / "checkpoint"), _timed(job, "finetune"):
-        model, executed = _train(job, log, lambda finished: tracker.rewind("finetune", finished + 1), team)
+    def begun(executions: int, epsilon: float) -> None:
+        tracker.privacy(privacy_record(job, epsilon=epsilon, steps=executions, complete=False))
+
+    def started(finished: int) -> None:
+        tracker.rewind("finetune", finished + 1)
+
+    folder = job.directory / "checkpoint"
+    with charged(config, job.plan, folder, job.images) as note, _timed(job, "finetune"):
+        content.keep(job.images, folder)
+        model, executed = _train(job, team, log, started, begun)
     tracker.stage_ended("finetune")
     record = privacy_record(job, epsilon=job.plan.epsilon, steps=executed, complete=True)
     tracker.privacy(record)
@@ -193,9 +201,13 @@ def _finetune(job: Job, tracker: Tracker, team: Team) -> None:
 
 
 def _train(
-    job: Job, log: Callable[[int, dict[str, float]], None], started: Callable[[int], None], team: Team
+    job: Job,
+    team: Team,
+    log: Callable[[int, dict[str, float]], None] = lambda step, values: None,
+    started: Callable[[int], None] = lambda finished: None,
+    begun: Callable[[int, float], None] = lambda executions, epsilon: None,
 ) -> tuple[LatentDiffusion, int]:
-    """The fine-tuned model and the number of executed steps; `log` and `started` as in `finetune`."""
+    """The fine-tuned model and the number of executed steps; the three calls as in `finetune`."""
     import torch
 
     from dp_lora import adapters, latents
@@ -205,7 +217,9 @@ def _train(
     model = model_before(job)
     adapters.attach(model, config.trainable.components, config.lora, seed=config.seed)
     if team.first:
-        spends = "; ".join(" ".join(line.split()) for line in _guarantee(job))
+        seeded = config.privacy.insecure_seed is not None
+        planned = {**job.plan.to_dict(), "reproducible_noise": seeded}
+        spends = "; ".join(" ".join(line.split()) for line in _guarantee(planned))
         by_component = adapters.count_by_component(model, config.trainable.components)
         trained = ", ".join(f"{component} {number:,}" for component, number in by_component.items())
         say(f"finetune: {adapters.count(model):,} trained parameters ({trained}); {spends}")
@@ -215,14 +229,12 @@ def _train(
     labels = torch.from_numpy(train.labels)
     captions = None if train.captions is None else list(train.captions)
     folder = job.directory / "checkpoint"
-    executed = finetune(
-        config, model, encoded, labels, job.plan, folder, log, started=started, captions=captions
-    )
+    executed = finetune(config, model, encoded, labels, job.plan, folder, log, started, captions, begun)
     return model, executed
 
 
 def privacy_record(job: Job, *, epsilon: float, steps: int, complete: bool) -> dict[str, Any]:
-    """The content of privacy.json after `steps` noisy steps."""
+    """The content of privacy.json when `steps` noisy steps were begun, finished or not."""
     from dp_lora.card import COVERS, DOES_NOT_COVER, no_guarantee
 
     secret = job.config.privacy.insecure_seed is None
@@ -270,6 +282,11 @@ def _sample(job: Job, tracker: Tracker) -> None:
     with _timed(job, "sample"):
         samples = sample.generate(finetuned_model(job), job.config)
         sample.save(samples, job.directory)
+    if plain := sample.plain(samples):
+        say(
+            f"sample: {plain} of {len(samples.labels)} images are of one colour; if they should not be, the "
+            "training has diverged or the model does not know these images"
+        )
     tracker.images("samples", job.directory / "samples.png")
 
 
@@ -278,8 +295,8 @@ def finetuned_model(job: Job) -> LatentDiffusion:
     from dp_lora import adapters
     from dp_lora.models import load
 
-    model = load(job.pretrained, job.config.model.prompt)
-    adapters.restore(model, job.directory / "adapter", job.images.train.classes)
+    model, adapter = load(job.pretrained, job.config.model.prompt), job.directory / "adapter"
+    adapters.restore(model, adapter, adapters.class_names(adapter) or job.images.train.classes)
     return model.to(job.device)
 
 
@@ -318,12 +335,14 @@ def _evaluate(job: Job, tracker: Tracker) -> None:
     config = job.config
     with _timed(job, "evaluate"):
         evaluation = _released(job, tracker) if config.evaluation.release == "dp" else _compared(job)
+    hidden = config.privacy.adjacency == "add_or_remove" and not config.data.public
+    metadata = _without_numbers(evaluation.metadata) if hidden else evaluation.metadata
     model = model_before(job)
     adapters.attach(model, config.trainable.components, config.lora, seed=config.seed)
     tracker.result(
         {
             "metrics": evaluation.metrics,
-            **evaluation.metadata,
+            **metadata,
             "seed": config.seed,
             "trainable_parameters": adapters.count(model),
             "trainable_parameters_by_component": adapters.count_by_component(
@@ -336,6 +355,20 @@ def _evaluate(job: Job, tracker: Tracker) -> None:
             "device": str(job.device),
         }
     )
+
+
+def _without_numbers(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata of an evaluation without the exact numbers of real images.
+
+    A number that was read from a noised sum, as `evaluation.release=dp` does, stays.
+    """
+    if "release" in metadata:
+        return dict(metadata)
+    kept = dict(metadata)
+    for name in ("reference", "tested_on"):
+        kept[name] = {**kept[name], "n": None}
+    kept["real_baseline"] = {of: {**part, "n": None} for of, part in kept["real_baseline"].items()}
+    return kept
 
 
 def _compared(job: Job) -> Evaluation:
@@ -384,10 +417,14 @@ def _summary(job: Job, result: Mapping[str, Any]) -> str:
     """The table that a job ends with: what was spent, what came of it, where it lies."""
     from dp_lora.tracking import baseline_table
 
-    lines = [*_guarantee(job), f"noise multiplicity {job.plan.noise_multiplicity}"]
-    together = line_of_all_runs(job.config, job.plan.delta)
-    if together is not None:
-        lines.append(f"all runs           {together}")
+    # What was trained, not what this configuration and these images would give today.
+    path, lines = job.directory / "privacy.json", []
+    if path.exists():
+        record = read_json(path)
+        lines += [*_guarantee(record), f"noise multiplicity {record['noise_multiplicity']}"]
+        together = line_of_all_runs(job.config, record["delta"], job.images)
+        if together is not None:
+            lines.append(f"all runs           {together}")
     metrics = result.get("metrics", {})
     if metrics:
         columns, rows = baseline_table(metrics)
@@ -404,20 +441,19 @@ def _summary(job: Job, result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _guarantee(job: Job) -> list[str]:
-    """What the fine-tuning spends, or why it guarantees nothing."""
+def _guarantee(record: Mapping[str, Any]) -> list[str]:
+    """What a fine-tuning spends by its `record`, as in privacy.json, or why it guarantees nothing."""
     from dp_lora.card import no_guarantee
 
-    plan, seeded = job.plan, job.config.privacy.insecure_seed is not None
-    nothing = no_guarantee(plan.to_dict(), reproducible_noise=seeded)
+    nothing = no_guarantee(record, reproducible_noise=record["reproducible_noise"])
     lines = [nothing.strip("*.")] if nothing else []
-    if plan.private:
+    if record["private"]:
         lines += [
-            f"epsilon            {plan.epsilon:.4g} ({plan.accountant}, {plan.adjacency})",
-            f"delta              {plan.delta:g}",
+            f"epsilon            {record['epsilon']:.4g} ({record['accountant']}, {record['adjacency']})",
+            f"delta              {record['delta']:g}",
         ]
-    sizes = f"{plan.steps} steps, sample rate {plan.sample_rate:.4g}"
-    return [*lines, f"noise multiplier   {plan.noise_multiplier:.4g}, {sizes}"]
+    sizes = f"{record['steps']} steps, sample rate {record['sample_rate']:.4g}"
+    return [*lines, f"noise multiplier   {record['noise_multiplier']:.4g}, {sizes}"]
 
 
 def _row(cells: Sequence[str]) -> str:

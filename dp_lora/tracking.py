@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import netrc
 import os
 import secrets
 import sys
@@ -25,12 +24,10 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, cast
-from urllib.parse import urlsplit
+from typing import Any
 
 from dp_lora import manifest
 from dp_lora.config import Config
-from dp_lora.errors import UserError
 from dp_lora.files import (
     append_line,
     private_directory,
@@ -41,6 +38,7 @@ from dp_lora.files import (
     write_lines,
 )
 from dp_lora.manifest import ADAPTER_SUFFIXES
+from dp_lora.wandb_mode import Mode, wandb_mode
 
 RELEASED = frozenset(manifest.ROWS)
 """What a stage that sees private data may log; `manifest.ROWS` says why."""
@@ -52,8 +50,6 @@ GENERATED_IMAGES = "samples"
 
 _INFINITE = ("inf", "-inf", "nan")
 """How the files hold what JSON has no number for."""
-
-Mode = Literal["online", "offline", "disabled"]
 
 _log = logging.getLogger(__name__)
 
@@ -313,39 +309,6 @@ def baseline_table(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[Any
         if owner[name] == name
     ]
     return ["metric", "value", *words], rows
-
-
-def wandb_mode(setting: str) -> Mode:
-    """online, offline or disabled, from `tracking.wandb`.
-
-    `auto` takes WANDB_MODE where it is set, else online where an API key is there, else offline.
-    Raises UserError when `online` is asked for and there is no key, because W&B would stop to ask for one.
-    """
-    if setting == "auto":
-        wanted = os.environ.get("WANDB_MODE")
-        if wanted in ("offline", "disabled"):
-            return cast(Mode, wanted)
-        return "online" if _has_key() else "offline"
-    if setting == "online" and not _has_key():
-        raise UserError(
-            "tracking.wandb='online': no API key found; expected WANDB_API_KEY, `wandb login` or "
-            "tracking.wandb=auto"
-        )
-    assert setting in ("online", "offline", "disabled"), setting
-    return cast(Mode, setting)
-
-
-def _has_key() -> bool:
-    """Whether W&B would find a key, by the environment or netrc, without the time its import takes."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
-    try:
-        return path.is_file() and host in netrc.netrc(path).hosts
-    except netrc.NetrcParseError as error:
-        _log.warning("W&B: no key taken from %s (line %s cannot be read)", path.name, error.lineno)
-        return False
 
 
 def wandb_id(folder: Path) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,21 @@ from conftest import words
 from hydra.core.global_hydra import GlobalHydra
 
 from dp_lora import __main__, audit_command, auditing, card
-from dp_lora.files import read_json, write_json
+from dp_lora.files import read_json, read_lines, write_json, write_lines
+from dp_lora.privacy import noise_tests
+from dp_lora.privacy.randomness import Randomness
 from dp_lora.signals import Interrupted
 
 OPTIONS = ("--canaries", "600", "--images", "120", "--draws", "2", "--device", "cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fixed_keys() -> Iterator[None]:
+    """Every key is the same, as if the system had drawn it: no test fails by a false alarm in a hundred."""
+    key = hashlib.sha256(b"the audit's tests").digest()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Randomness, "from_system", classmethod(lambda cls: cls(key, secure=True)))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +85,55 @@ def test_both_bounds_are_in_the_result_and_on_the_card(audited: Path, whole: Pat
     text = (audited / "adapter" / "README.md").read_text()
     proven, *measured = card.bounds(record)
     assert f"- {proven}" in text and all(f"- {line}" in text for line in measured) and len(measured) == 2
+    assert f"- {card.noise_line(record)}" in text and card.ACCUSED not in text
     assert text.index("## Privacy") < text.index("## Audit") < text.index("## Loading")
     assert {key: result[key] for key in before if not key.startswith("private_metrics")} == {
         key: value for key, value in before.items() if not key.startswith("private_metrics")
     }
+
+
+def test_the_noise_of_both_trainings_is_tested_apart_from_the_bounds(audited: Path) -> None:
+    """The keys are fixed, so neither a false alarm nor an interval that misses can come up by chance."""
+    found = read_json(audited / "result.json")["audit"]["noise_test"]
+    claimed = read_json(audited / "privacy.json")["noise_multiplier"]
+    assert found["accused"] is False and found["accused_by"] == [] and found["false_alarm"] == 0.01
+    assert found["p_values"].keys() == noise_tests.TESTS.keys()
+    assert found["p_value"] == min(1, 7 * min(found["p_values"].values())) > 0.01
+    assert found["noise_multiplier"] == claimed
+    low, high = found["interval"]
+    assert low < found["estimated_noise_multiplier"] < high < 1.1 * low
+    assert 0.9 < found["estimated_noise_multiplier"] / claimed < 1.1
+    rows = [json.loads(line) for line in (audited / "metrics.jsonl").read_text().splitlines()]
+    assert found["update_norms"] == sum(row["stage"] == "finetune" for row in rows) > 0
+    assert found["parameters"] == read_json(audited / "result.json")["trainable_parameters"]
+
+
+def test_update_norms_below_the_noise_accuse_the_run_and_contradict_nothing(
+    audited: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The record of an engine with half of the noise, in place of that of the right one."""
+    directory = tmp_path / audited.name
+    shutil.copytree(audited, directory)
+    _scale_norms(directory, 0.5)
+    assert call(directory, *OPTIONS, "--images", "0") == 1
+    said = capsys.readouterr().out
+    assert said.startswith("The audit accuses the noise") and "run_update_norms" in said
+    record = read_json(directory / "result.json")["audit"]
+    assert record["noise_test"]["accused"] is True and record["contradicted"] is False
+    text = (directory / "adapter" / "README.md").read_text()
+    assert card.ACCUSED in text and card.CONTRADICTED not in text
+    # Once the record is right again, the accusation goes.
+    _scale_norms(directory, 2.0)
+    assert call(directory, *OPTIONS, "--images", "0") == 0
+    assert card.ACCUSED not in (directory / "adapter" / "README.md").read_text()
+
+
+def _scale_norms(directory: Path, factor: float) -> None:
+    rows = read_lines(directory / "metrics.jsonl")
+    for row in rows:
+        if "update_norm" in row:
+            row["update_norm"] *= factor
+    write_lines(directory / "metrics.jsonl", rows)
 
 
 def test_membership_is_marked_as_private_and_stays_off_the_card(audited: Path) -> None:
@@ -149,12 +206,13 @@ def test_a_contradiction_is_said_everywhere(
     directory = tmp_path / audited.name
     shutil.copytree(audited, directory)
     scores = directory / "checkpoint" / "audit_gradient" / "scores.npz"
-    included = np.load(scores)["included"]
-    np.savez(scores, scores=np.where(included, 9.0, -9.0), included=included)
+    kept = dict(np.load(scores))
+    np.savez(scores, **{**kept, "scores": np.where(kept["included"], 9.0, -9.0)})
     assert call(directory, *OPTIONS, "--images", "0") == 1
     assert capsys.readouterr().out.startswith("The audit contradicts the guarantee")
     assert card.CONTRADICTED in (directory / "adapter" / "README.md").read_text()
-    assert read_json(directory / "result.json")["audit"]["contradicted"] is True
+    record = read_json(directory / "result.json")["audit"]
+    assert record["contradicted"] is True and record["noise_test"]["accused"] is False
 
 
 @pytest.mark.parametrize(
@@ -211,6 +269,13 @@ def test_a_directory_without_a_finished_run_is_refused(
     write_json(directory / "privacy.json", {**privacy, "noise_multiplier": 2 * privacy["noise_multiplier"]})
     assert call(directory) == 2
     _one_line(capsys, "privacy.json has noise_multiplier=")
+    shutil.copy(whole / "privacy.json", directory)
+    write_lines(directory / "metrics.jsonl", [{"stage": "finetune", "step": 1, "update_norm": "nan"}])
+    assert call(directory) == 2
+    _one_line(capsys, "metrics.jsonl: step 1 has update_norm=nan; expected a finite number, 0 or more")
+    write_lines(directory / "metrics.jsonl", [{"stage": "finetune", "step": 1}])
+    assert call(directory) == 2
+    _one_line(capsys, "metrics.jsonl cannot be read")
 
 
 @pytest.mark.parametrize("given", ["epsilon=inf", "privacy.insecure_seed=1"])

@@ -15,7 +15,8 @@ from conftest import words
 from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 
-from dp_lora.__main__ import hydra_words, main
+from dp_lora.__main__ import main
+from dp_lora.command_line import hydra_words
 from dp_lora.files import read_json
 
 Run = Callable[..., tuple[int, str, str]]

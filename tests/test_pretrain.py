@@ -429,7 +429,7 @@ def test_the_first_loss_of_the_diffusion_model_is_near_one(public: ImageSplits) 
 
 def test_a_set_of_ones_own_runs_through_all_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`experiment=cifar10 data.source=...` with small networks: class folders and a parquet file."""
-    from test_data import write_parquet
+    from image_files import write_parquet
 
     generator = np.random.default_rng(0)
     for role, count in (("train", 12), ("test", 6)):

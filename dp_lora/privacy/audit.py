@@ -14,6 +14,7 @@ Two bounds, from canaries that were each put into the training by a fair coin:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +33,9 @@ GUESSED_SHARES = (1.0, 0.5, 0.2, 0.1, 0.05)
 
 FALSE_POSITIVES = (0.1, 0.02, 0.005)
 """How often canaries that were left out pass the `thresholds` above 0."""
+
+NOISE_FACTORS = (1.0, 0.8, 0.65, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0625)
+"""Shares of the claimed noise that canaries are scored for: see `noise_factor`."""
 
 _SPAN = 16.0
 """How many times less or more noise than claimed `gaussian_family` looks for."""
@@ -58,6 +62,25 @@ def evidence(
     if sample_rate == 1:
         return np.asarray(gain, dtype=np.float64)
     return np.logaddexp(math.log1p(-sample_rate), math.log(sample_rate) + gain)
+
+
+def noise_factor(ratio: float) -> float:
+    """The one of `NOISE_FACTORS` to score canaries for, where the noise seems to be `ratio` of the claim.
+
+    The likelihood ratio for the claimed noise is a bad score once there is much less of it and the sample
+    rate is below a half: a canary then is in most batches clearly absent, and its score is below 0 whether
+    it was in the training or not. The one for the noise that there is tells the two apart.
+    That noise is estimated from the first step's release.
+
+    Guarantee: the bounds stay what they are, if `ratio` comes from coordinates of the release that belong to
+    no canary. It is a function of the release alone, as `one_run` asks of a score; and in the family of
+    `gaussian_family` it is independent of what the canaries' own coordinates hold, so that score and
+    thresholds are fixed before those are seen.
+
+    >>> noise_factor(1.3), noise_factor(0.96), noise_factor(0.52), noise_factor(0.0)
+    (1.0, 1.0, 0.5, 0.0625)
+    """
+    return min(NOISE_FACTORS, key=lambda factor: abs(math.log(max(ratio, 1e-9) / factor)))
 
 
 # One run, any algorithm
@@ -206,13 +229,18 @@ def clopper_pearson(successes: int, trials: int, confidence: float = 0.95) -> tu
     return float(interval.low), float(interval.high)
 
 
-def thresholds(claimed: Mechanism) -> tuple[float, ...]:
+@functools.lru_cache(maxsize=64)
+def thresholds(claimed: Mechanism, factor: float = 1.0) -> tuple[float, ...]:
     """Scores above which to guess "in": 0, and those that a canary left out seldom passes.
 
     Found by a simulation of `claimed`, so they are fixed before any score is seen. With a small sample rate
     most canaries that are in are in no batch; a high threshold then finds the others among few false ones.
+
+    Args:
+        claimed: the mechanism.
+        factor: the share of its noise that is simulated, and that the scores are the evidence for.
     """
-    random, sigma = np.random.default_rng(0), claimed.noise_multiplier
+    random, sigma = np.random.default_rng(0), factor * claimed.noise_multiplier
     count = int(min(20_000, max(2_000, 4e7 / claimed.steps)))
     total = np.zeros(count)
     for _ in range(claimed.steps):
@@ -245,13 +273,19 @@ def refutes(
     if not rates:
         return False
     reach = max(math.log(1 / min(high, 1 - low)) for low, high in rates)
-    epsilons = np.linspace(0, reach, 257)
-    deltas = accounting.privacy_profile(mechanism, epsilons, delta)
+    epsilons, deltas = _profile(mechanism, math.ceil(reach), delta)
 
     def most_of(rate: float) -> float:
         return float(np.min(np.exp(epsilons) * rate + deltas))
 
     return any(low > most_of(high) or 1 - high > most_of(1 - low) for low, high in rates)
+
+
+@functools.lru_cache(maxsize=64)
+def _profile(mechanism: Mechanism, reach: int, delta: float) -> tuple[Floats, Floats]:
+    """The privacy profile: epsilons from 0 to `reach`, and delta at each."""
+    epsilons = np.linspace(0, reach, 257)
+    return epsilons, accounting.privacy_profile(mechanism, epsilons, delta)
 
 
 def gaussian_family(

@@ -18,7 +18,7 @@ from scipy.stats import beta, binom, norm
 from torch import Tensor
 
 from dp_lora import adapters, finetune
-from dp_lora.canaries import GradientCanaries, Trained, coins, odd_images, train_with_canaries
+from dp_lora.canaries import EMPTY, GradientCanaries, Trained, coins, odd_images, train_with_canaries
 from dp_lora.config import Config
 from dp_lora.diffusion import per_example_loss
 from dp_lora.latent_diffusion import LatentDiffusion
@@ -27,6 +27,7 @@ from dp_lora.privacy import audit
 from dp_lora.privacy.accounting import Mechanism
 from dp_lora.privacy.audit import Outcome
 from dp_lora.privacy.gradients import ClippedGradientSum
+from dp_lora.privacy.noise_tests import Verdict
 from dp_lora.privacy.plan import PrivacyPlan, make_plan
 from dp_lora.privacy.randomness import Randomness
 
@@ -252,7 +253,7 @@ def test_a_gradient_canary_adds_c_to_its_own_coordinate_and_nothing_else(
         latents = torch.cat([torch.zeros(1, *model.latent_shape), torch.randn(1, *model.latent_shape)])
         engine.add(_losses(model, labels, latents, k), torch.tensor([1.0, 0.0]))
         total = engine.total()
-        own = model.coordinates(total[-size:])
+        own = total[-size:]
         assert own[canary] == pytest.approx(share * bound, rel=1e-3)
         assert torch.count_nonzero(total) == 1
     engine.reset()
@@ -274,7 +275,8 @@ def test_an_unconditional_model_takes_gradient_canaries_too() -> None:
     canaries = GradientCanaries(model, 4, 1.0)
     engine = ClippedGradientSum(canaries, 2, 1.0)
     engine.add(_losses(canaries, [canaries.first_label + 3], torch.zeros(1, *model.latent_shape), 2))
-    assert float(canaries.coordinates(engine.total()[-4:])[3]) == pytest.approx(1, rel=1e-3)
+    own = engine.total()[-canaries.canaries.weight.numel() :]
+    assert float(own[3]) == pytest.approx(1, rel=1e-3) and len(own) >= 4 + EMPTY
 
 
 def test_coins_are_fair_and_images_are_all_different() -> None:
@@ -356,13 +358,14 @@ DEFECTS = (*GROSS, half_the_noise, whole_batches)
 
 
 class Audited:
-    """The two bounds, which hold together with 95 %."""
+    """The two bounds, which hold together with 95 %, and the tests of the noise."""
 
     def __init__(self, trained: Trained, plan: PrivacyPlan) -> None:
         self.claimed = plan.epsilon
-        outcomes = [
-            Outcome.of(trained.scores, trained.included, at) for at in audit.thresholds(plan.mechanism)
-        ]
+        at = audit.thresholds(plan.mechanism, trained.noise_factor)
+        outcomes = [Outcome.of(trained.scores, trained.included, threshold) for threshold in at]
+        assert trained.noise is not None
+        self.accused = Verdict(trained.noise.p_values()).accused
         self.one_run = audit.one_run(trained.scores, trained.included, plan.delta, 0.975).epsilon
         self.refuted = self.one_run > plan.epsilon or audit.refutes(
             outcomes, plan.mechanism, plan.delta, 0.975
@@ -398,6 +401,7 @@ def test_a_gross_defect_is_found_whatever_the_mechanism(
         defect(patched)
         found = audited(1, epsilon=1.0, canaries=400, k=8)
     assert found.one_run > found.claimed
+    assert bool(found.accused) == (defect is no_noise), "clip and draws have nothing to do with the noise"
 
 
 @pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.__name__)
@@ -410,15 +414,16 @@ def test_a_defect_is_found_at_a_large_epsilon_too(
         defect(patched)
         found = audited(2, epsilon=8.0, canaries=300, k=4)
     assert found.refuted
+    assert bool(found.accused) == (defect in (no_noise, half_the_noise))
 
 
 def test_twenty_correct_runs_are_not_accused(audited: Callable[..., Audited]) -> None:
-    """Each may be accused with a probability of 5 %: at most one of twenty is to be expected.
+    """Each may be accused with a probability of 5 %, and by the tests of the noise with one of 1 %.
 
-    More than five are a chance of 0.03 %.
+    More than five are a chance of 0.03 %, and more than three of 4 in 100,000.
     """
     runs = [audited(seed, epsilon=8.0, canaries=300) for seed in range(100, 120)]
-    assert sum(run.refuted for run in runs) <= 5
+    assert sum(run.refuted for run in runs) <= 5 and sum(bool(run.accused) for run in runs) <= 3
     bound = runs[0].family()
     assert 0.1 * runs[0].claimed < bound < runs[0].claimed, "a bound that says nothing cannot be wrong"
 
@@ -473,4 +478,5 @@ def test_an_interrupted_audit_ends_like_a_quiet_one(
         with pytest.raises(KeyboardInterrupt):
             train("broken")
     again = train("broken")
-    assert np.array_equal(again.scores, quiet.scores) and np.array_equal(again.included, quiet.included)
+    for one, other in zip(again.arrays().items(), quiet.arrays().items(), strict=True):
+        assert one[0] == other[0] and np.array_equal(one[1], other[1]), one[0]

@@ -1,0 +1,280 @@
+"""Audits of the engine's own step on a linear model, with defects planted in the engine.
+
+`finetune.PrivateStep` runs as in a job, on a model whose gradients cost nothing: batches, clip, sum, noise
+and optimiser are the engine's. Many audits share a training, each with canaries, coins and coordinates of its
+own: no gradient of one touches a coordinate of another, inclusions and noise are independent, and so are the
+audits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dp_lora import finetune
+from dp_lora.canaries import EMPTY, Trained, Watch, coins
+from dp_lora.config import TrainConfig
+from dp_lora.latents import Latents
+from dp_lora.privacy import audit
+from dp_lora.privacy.executions import Executions
+from dp_lora.privacy.gradients import ClippedGradientSum
+from dp_lora.privacy.noise_tests import Verdict
+from dp_lora.privacy.plan import PrivacyPlan, make_plan
+from dp_lora.privacy.randomness import Randomness
+
+CLIP = 1e-3
+_PULL = 100.0
+_BYSTANDERS, _FEATURES = 16, 8
+
+
+@functools.cache
+def plan_of(
+    sample_rate: float, steps: int, noise_multiplier: float | None = None, k: int = 1, epsilon: float = 8.0
+) -> PrivacyPlan:
+    """The plan of a run on 4,000 images at delta 1e-5; without a noise multiplier, the one for `epsilon`."""
+    return make_plan(
+        num_examples=4000,
+        expected_batch_size=4000 * sample_rate,
+        steps=steps,
+        noise_multiplier=noise_multiplier,
+        target_epsilon=epsilon if noise_multiplier is None else None,
+        delta=1e-5,
+        noise_multiplicity=k,
+        max_grad_norm=CLIP,
+    )
+
+
+class LinearModel(nn.Module):
+    """A coordinate of its own for each canary, coordinates for nobody, and some that bystanders share.
+
+    Args:
+        canaries: [m], the flat coordinate of each canary in the training.
+        coordinates: number of them in all.
+    """
+
+    def __init__(self, canaries: Tensor, coordinates: int) -> None:
+        super().__init__()
+        columns = math.isqrt(coordinates - 1) + 1
+        self.table = nn.Linear(columns, -(-coordinates // columns), bias=False)
+        self.shared = nn.Linear(_FEATURES, _FEATURES, bias=False)
+        nn.init.zeros_(self.table.weight)
+        self.canaries = canaries
+        self.features = torch.randn(_BYSTANDERS, _FEATURES, generator=torch.Generator().manual_seed(0))
+
+    def losses(self, indices: Tensor, k: int) -> Tensor:
+        """[M, k]: the loss of each draw; examples from `len(canaries)` on are bystanders."""
+        indices = indices.repeat_interleave(k)
+        rows, columns = self.table.weight.shape
+        own = (indices < len(self.canaries)).float()[:, None]
+        place = self.canaries[indices.clamp(max=len(self.canaries) - 1)]
+        answer = self.table(F.one_hot(place % columns, columns) * own * _PULL)
+        others = self.features[(indices - len(self.canaries)).clamp(min=0)] * (1 - own)
+        loss = (answer * F.one_hot(place // columns, rows)).sum(1) + self.shared(others).square().sum(1)
+        return loss.view(-1, k)
+
+
+class LinearStep(finetune.PrivateStep):
+    """The engine's step, with the losses of a linear model, and without the epsilon that it would log."""
+
+    def epsilon(self) -> float:
+        return math.nan
+
+    def losses(self, indices: Tensor, positions: Tensor, randomness: Randomness, step: int) -> Tensor:
+        return self.model.losses(indices, self.plan.noise_multiplicity).mean(1)
+
+
+def train(
+    plan: PrivacyPlan, audits: int, canaries: int, key: Randomness, empty: int = EMPTY
+) -> list[Trained]:
+    """What the auditors of `audits` audits of `canaries` canaries each know after one training."""
+    included, width = coins(key, audits * canaries), canaries + empty
+    number = torch.from_numpy(np.flatnonzero(included))
+    model = LinearModel(number // canaries * width + number % canaries, audits * width)
+    examples = len(number) + _BYSTANDERS
+    watches = [Watch(plan, part, empty) for part in included.reshape(audits, canaries)]
+    with tempfile.TemporaryDirectory() as folder:
+        step = LinearStep(
+            model,  # type: ignore[arg-type]
+            Latents(torch.zeros(examples, 1), torch.zeros(examples, 1)),
+            torch.zeros(examples, dtype=torch.int64),
+            replace(plan, num_examples=examples),
+            key,
+            TrainConfig(),
+            256 if plan.noise_multiplicity > 1 else min(1024, 16 + int(1.2 * plan.sample_rate * examples)),
+            Executions(Path(folder) / "executions.jsonl", {}),
+        )
+
+        def see(*_: Any) -> None:
+            assert model.table.weight.grad is not None
+            released = model.table.weight.grad.flatten()[: audits * width].double().numpy()
+            values = released * plan.expected_batch_size / plan.max_grad_norm
+            for watch, part in zip(watches, values.reshape(audits, width), strict=True):
+                watch.add(part)
+
+        step.optimizer.register_step_pre_hook(see)
+        for index in range(plan.steps):
+            step(index)
+    return [watch.trained() for watch in watches]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What an audit says of an engine."""
+
+    noise: bool
+    """The tests of the noise accuse it."""
+    bounds: bool
+    """A lower bound on epsilon passes the claim."""
+    by: tuple[str, ...]
+
+    @property
+    def accused(self) -> bool:
+        return self.noise or self.bounds
+
+
+def judge(trained: Trained, plan: PrivacyPlan, confidence: float = 0.95) -> Found:
+    """The verdicts of `dp-lora-audit`, without the logged update norms of a run."""
+    assert trained.noise is not None
+    each = 1 - (1 - confidence) / 2
+    verdict = Verdict(trained.noise.p_values())
+    at = audit.thresholds(plan.mechanism, trained.noise_factor)
+    outcomes = [audit.Outcome.of(trained.scores, trained.included, threshold) for threshold in at]
+    # What `one_run` would find is above the claim if and only if the claim is refuted.
+    order = np.argsort(-np.abs(trained.scores), kind="stable")
+    right = ((trained.scores > 0) == trained.included)[order]
+    count, level = len(right), (1 - each) / len(audit.GUESSED_SHARES)
+    passes = any(
+        audit.one_run_p_value(count, guesses, int(right[:guesses].sum()), plan.epsilon, plan.delta) < level
+        for guesses in (max(1, round(share * count)) for share in audit.GUESSED_SHARES)
+    )
+    refuted = passes or audit.refutes(outcomes, plan.mechanism, plan.delta, each)
+    return Found(bool(verdict.accused), refuted, verdict.accused)
+
+
+# Defects of the engine
+
+
+def correct() -> AbstractContextManager[object]:
+    """None."""
+    return contextlib.nullcontext()
+
+
+def noise_times(factor: float) -> Callable[[], AbstractContextManager[object]]:
+    """`factor` times the noise that was accounted."""
+
+    def planted() -> AbstractContextManager[object]:
+        noised_mean = finetune.noised_mean
+
+        def less(total: Tensor, plan: PrivacyPlan, *rest: Any, **named: Any) -> Tensor:
+            weaker = replace(plan, noise_multiplier=factor * plan.noise_multiplier)
+            return noised_mean(total, weaker, *rest, **named)
+
+        return mock.patch.object(finetune, "noised_mean", less)
+
+    return planted
+
+
+def no_clipping() -> AbstractContextManager[object]:
+    """C is infinite for the clip, and what it was for the noise."""
+
+    def engine(module: nn.Module, k: int, bound: float, *rest: Any) -> ClippedGradientSum:
+        return ClippedGradientSum(module, k, math.inf, *rest)
+
+    return mock.patch.object(finetune, "ClippedGradientSum", engine)
+
+
+class _Apart(ClippedGradientSum):
+    """Takes each draw of an example for an example."""
+
+    def __init__(self, module: nn.Module, k: int, *rest: Any) -> None:
+        super().__init__(module, 1, *rest)
+        self.k = k
+
+    def add(self, losses: Tensor, weights: Tensor | None = None) -> None:
+        super().add(losses, None if weights is None else weights.repeat_interleave(self.k))
+
+
+@contextlib.contextmanager
+def draws_apart() -> Iterator[None]:
+    """The k draws of an image are clipped one by one, as in the code released with the paper."""
+
+    def losses(self: LinearStep, indices: Tensor, *_: Any) -> Tensor:
+        draws: Tensor = self.model.losses(indices, self.plan.noise_multiplicity).flatten()
+        return draws
+
+    with (
+        mock.patch.object(finetune, "ClippedGradientSum", _Apart),
+        mock.patch.object(LinearStep, "losses", losses),
+    ):
+        yield
+
+
+def whole_batches() -> AbstractContextManager[object]:
+    """Every example is in every batch, and a Poisson sample was accounted."""
+    return mock.patch.object(
+        finetune, "poisson_batch", lambda randomness, step, count, rate: torch.arange(count)
+    )
+
+
+def noise_of(
+    choose: Callable[[int, Tensor, list[Tensor]], Tensor],
+) -> Callable[[], AbstractContextManager[object]]:
+    """What is released is the sum and `choose(step, noise, the noise of the steps before)`."""
+
+    def planted() -> AbstractContextManager[object]:
+        noised_mean, before = finetune.noised_mean, list[Tensor]()
+
+        def other(total: Tensor, plan: PrivacyPlan, *rest: Any, **named: Any) -> Tensor:
+            noise = noised_mean(torch.zeros_like(total), plan, *rest, **named)
+            chosen = choose(len(before), noise, before)
+            before.append(noise)
+            return (total / plan.expected_batch_size).float() + chosen
+
+        return mock.patch.object(finetune, "noised_mean", other)
+
+    return planted
+
+
+def _twice(step: int, noise: Tensor, before: list[Tensor]) -> Tensor:
+    return before[0] if step == 1 else noise
+
+
+def _always(step: int, noise: Tensor, before: list[Tensor]) -> Tensor:
+    return before[0] if before else noise
+
+
+def _not_once(step: int, noise: Tensor, before: list[Tensor]) -> Tensor:
+    return noise if step else torch.zeros_like(noise)
+
+
+def _not_everywhere(step: int, noise: Tensor, before: list[Tensor]) -> Tensor:
+    return noise * (torch.arange(len(noise)) % 10 > 0)
+
+
+FACTORS = (0.0, 0.1, 0.3, 0.5, 0.8)
+"""Of the noise that was accounted."""
+
+DEFECTS: dict[str, Callable[[], AbstractContextManager[object]]] = {
+    "no noise": noise_times(0.0),
+    "half of the noise": noise_times(0.5),
+    "no clipping": no_clipping,
+    "each of 4 draws clipped by itself": draws_apart,
+    "every image in every batch": whole_batches,
+    "the same noise at every step": noise_of(_always),
+    "one step with the noise of another": noise_of(_twice),
+    "one step without noise": noise_of(_not_once),
+    "every tenth coordinate without noise": noise_of(_not_everywhere),
+}

@@ -1,0 +1,210 @@
+"""Tests of the noise itself: whether a release shows as much of it, and as independent, as was claimed.
+
+A guess of who was in the training says little about an engine that adds too little noise while it samples few
+examples: most canaries are in few batches, and the score that is best for the claimed noise is a bad one for
+less. The noise can be looked at directly. Where no example has a gradient, a release holds noise alone, and
+divided by the standard deviation that was claimed it has to be standard normal, independent from coordinate
+to coordinate and from step to step.
+
+A test is no bound on epsilon. It says with which probability a correct engine would look as bad, and nothing
+more: noise of another distribution, or noise that somebody can predict, may pass it.
+
+False alarms: a correct engine is accused with a probability of at most `FALSE_ALARM`. Each of `TESTS` is
+accused at an equal share of it, whichever of them are done (Bonferroni).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+
+FALSE_ALARM = 0.01
+"""How often all tests together accuse an engine that does what it claims, at most."""
+
+TESTS = {
+    "variance": "the noise of all steps and coordinates together",
+    "weakest_step": "the step with the least noise",
+    "weakest_coordinate": "the coordinate with the least noise",
+    "alike_steps": "the two steps whose noise is most alike",
+    "alike_coordinates": "the two coordinates whose noise is most alike",
+    "run_update_norms": "the update norms that the run has logged, together",
+    "run_smallest_update_norm": "the smallest update norm that the run has logged",
+}
+"""What each test looks at."""
+
+WATCHED = 256
+"""Coordinates whose noise is kept for every step, to see whether some of it came twice."""
+
+_FLOAT32_LOSS = 1e-10
+"""Relative loss of a norm in float32, for each square in its sum: measured for up to 5e7 of them."""
+
+_BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The p-values of the tests that were done, and what follows from all of them."""
+
+    p_values: Mapping[str, float]
+    """By the names in `TESTS`: each is at most a with a probability of at most a if the engine is correct."""
+
+    @property
+    def p_value(self) -> float:
+        """Of all tests together: the smallest one, corrected for their number."""
+        return min(1.0, len(TESTS) * min(self.p_values.values(), default=1.0))
+
+    @property
+    def accused(self) -> tuple[str, ...]:
+        """The tests that a correct engine passes, but for a share of `FALSE_ALARM`."""
+        return tuple(name for name, p in self.p_values.items() if p < FALSE_ALARM / len(TESTS))
+
+
+class SilentNoise:
+    """What the steps of a training released at coordinates where no example has a gradient.
+
+    Args:
+        coordinates: number of them, at least 1.
+    """
+
+    def __init__(self, coordinates: int) -> None:
+        self._by_coordinate = np.zeros(coordinates)
+        self._by_step: list[float] = []
+        self._watched: list[npt.NDArray[np.float32]] = []
+
+    def add(self, values: Floats) -> None:
+        """Takes one step.
+
+        Args:
+            values: [coordinates], divided by the standard deviation of the noise that is claimed. What is
+                not finite is no noise and counts as 0.
+        """
+        values = np.where(np.isfinite(values), values, 0.0)
+        squares = np.square(values, dtype=np.float64)
+        self._by_coordinate += squares
+        self._by_step.append(float(squares.sum()))
+        self._watched.append(values[:WATCHED].astype(np.float32))
+
+    @property
+    def steps(self) -> int:
+        """Number of steps so far."""
+        return len(self._by_step)
+
+    @property
+    def observations(self) -> int:
+        """Number of values so far."""
+        return self.steps * len(self._by_coordinate)
+
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """All that `from_arrays` needs."""
+        watched = np.array(self._watched, dtype=np.float32).reshape(self.steps, -1)
+        return {
+            "noise_by_coordinate": self._by_coordinate.copy(),
+            "noise_by_step": np.array(self._by_step),
+            "noise_watched": watched,
+        }
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> SilentNoise:
+        """What `arrays` returned, to go on from."""
+        made = cls(len(arrays["noise_by_coordinate"]))
+        made._by_coordinate += arrays["noise_by_coordinate"]
+        made._by_step = [float(value) for value in arrays["noise_by_step"]]
+        made._watched = list(np.asarray(arrays["noise_watched"], dtype=np.float32))
+        return made
+
+    def ratio(self, stop: int | None = None) -> float:
+        """The noise's standard deviation over the claimed one, estimated at the coordinates before `stop`."""
+        part = self._by_coordinate[:stop]
+        return math.sqrt(float(part.sum()) / (self.steps * len(part)))
+
+    def interval(self, confidence: float) -> tuple[float, float]:
+        """The exact interval of what `ratio` estimates, if the noise is Gaussian and independent."""
+        from scipy.stats import chi2
+
+        total, n, tail = float(self._by_coordinate.sum()), self.observations, (1 - confidence) / 2
+        return math.sqrt(total / chi2.ppf(1 - tail, n)), math.sqrt(total / chi2.ppf(tail, n))
+
+    def p_values(self) -> dict[str, float]:
+        """The tests of too little noise, one-sided, and of noise that came twice.
+
+        Under the claim the sum of n squares has the chi-square distribution with n degrees of freedom, and
+        the smallest of several p-values times their number is a p-value. Noise that is left out at one step,
+        or for one coordinate, shows in those of single steps and coordinates.
+        """
+        from scipy.stats import chi2
+
+        steps, coordinates = self.steps, len(self._by_coordinate)
+        watched = np.array(self._watched, dtype=np.float64).reshape(steps, -1)
+        weakest_step, weakest = min(self._by_step), float(self._by_coordinate.min())
+        return {
+            "variance": float(chi2.cdf(sum(self._by_step), steps * coordinates)),
+            "weakest_step": min(1.0, steps * float(chi2.cdf(weakest_step, coordinates))),
+            "weakest_coordinate": min(1.0, coordinates * float(chi2.cdf(weakest, steps))),
+            "alike_steps": most_alike(watched),
+            "alike_coordinates": most_alike(np.ascontiguousarray(watched.T)),
+        }
+
+
+def most_alike(rows: Floats) -> float:
+    """A p-value against rows that are independent standard normal vectors, from the two most alike.
+
+    The squared cosine of the angle between two of them has the distribution Beta(1/2, (n - 1) / 2) whatever
+    their lengths are, so noise that is used twice shows even if it is scaled or turned around. The number of
+    pairs is paid for. 1 for fewer than two rows, and for rows of one value, which are all alike.
+
+    Args:
+        rows: [rows, n].
+    """
+    from scipy.stats import beta
+
+    count, n = rows.shape
+    if count < 2 or n < 2:
+        return 1.0
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    # A row of zeros is like no other: what it lacks is seen by its length.
+    unit = np.divide(rows, lengths, out=np.zeros_like(rows), where=lengths > 0)
+    largest = 0.0
+    for start in range(0, count, _BLOCK):
+        cosines = np.abs(unit[start : start + _BLOCK] @ unit[start:].T)
+        # Each pair once, and no row with itself.
+        largest = max(largest, float(np.triu(cosines, 1).max()))
+    pairs = count * (count - 1) / 2
+    p_value = float(beta.sf(min(1.0, largest**2), 0.5, (n - 1) / 2))
+    return min(1.0, pairs * p_value)
+
+
+def update_norm_p_values(norms: Sequence[float], parameters: int, noise_std: float) -> dict[str, float]:
+    """Whether the update norms of a finished run are smaller than its noise allows; costs no privacy.
+
+    The norm of a noised update is a released value. Let S be the clipped sum and Z the noise of a step. Given
+    the steps before, S has some distribution and Z, independent of it, is Gaussian; so |S + Z|^2 over the
+    variance has a noncentral chi-square distribution with `parameters` degrees of freedom, mixed over S. It
+    is stochastically at least the central one: what the images add can only make it larger. As this holds at
+    each step given the ones before, the p-value of each step is valid given those before, and by induction
+    the sum over the steps is stochastically at least the central chi-square with all degrees of freedom.
+
+    What it cannot see: less noise where the clipped sum is larger than what is missing.
+
+    Args:
+        norms: Euclidean norms of the updates at different steps.
+        parameters: number of trained parameters, P.
+        noise_std: standard deviation of the noise on each coordinate of an update, as claimed.
+    """
+    from scipy.stats import chi2
+
+    if not norms:
+        return {}
+    # Norms of earlier versions were sums in float32, which come out too small.
+    scaled = np.square(np.asarray(norms) * (1 + _FLOAT32_LOSS * parameters) / noise_std)
+    smallest = float(chi2.cdf(scaled.min(), parameters))
+    return {
+        "run_update_norms": float(chi2.cdf(scaled.sum(), parameters * len(norms))),
+        "run_smallest_update_norm": min(1.0, len(norms) * smallest),
+    }

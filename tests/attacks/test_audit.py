@@ -1,0 +1,93 @@
+"""An engine that adds less noise than it claims, against `dp-lora` and `dp-lora-audit` as users call them."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import pytest
+from conftest import words
+from hydra.core.global_hydra import GlobalHydra
+
+from benchmarks.linear_audit import noise_times
+from dp_lora import __main__, audit_command
+from dp_lora.privacy.randomness import Randomness
+
+PLAN = ("train.expected_batch_size=350", "train.max_steps=12", "lora.rank=1", "stages=[finetune]")
+"""A sample rate of about a quarter, where the scores for the claimed noise do not see less of it."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fixed_keys() -> Iterator[None]:
+    """One key for all, as if the system had drawn it: a false alarm cannot come up by chance."""
+    key = hashlib.sha256(b"an attack on the audit").digest()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Randomness, "from_system", classmethod(lambda cls: cls(key, secure=True)))
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[float], Path]:
+    """The directory of a finished run whose engine has added so many times the noise that it claims."""
+
+    def finished(factor: float) -> Path:
+        outputs = tmp_path_factory.mktemp("outputs")
+        GlobalHydra.instance().clear()
+        with pytest.MonkeyPatch.context() as patched, _engine(factor):
+            patched.setattr(sys, "argv", ["dp-lora", *words(cache, outputs), *PLAN])
+            __main__.main()
+        GlobalHydra.instance().clear()
+        (directory,) = (outputs / "default").iterdir()
+        return directory
+
+    return finished
+
+
+@pytest.fixture(scope="module")
+def right(run: Callable[[float], Path]) -> Path:
+    return run(1.0)
+
+
+def _engine(factor: float) -> AbstractContextManager[object]:
+    return nullcontext() if factor == 1 else noise_times(factor)()
+
+
+def audited(directory: Path, factor: float = 1.0) -> int:
+    """The exit status of an audit on a machine whose engine adds `factor` times the noise that it claims."""
+    command = ["dp-lora-audit", str(directory), "--canaries", "300", "--images", "0", "--device", "cpu"]
+    with pytest.MonkeyPatch.context() as patched, _engine(factor):
+        patched.setattr(sys, "argv", command)
+        try:
+            audit_command.main()
+        except SystemExit as left:
+            return int(left.code or 0)
+    return 0
+
+
+def test_an_engine_that_does_what_it_claims_passes(
+    right: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = shutil.copytree(right, tmp_path / right.name)
+    assert audited(directory) == 0
+    assert "accuses" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.3, 0.8])
+def test_an_engine_with_too_little_noise_does_not_pass(
+    factor: float, right: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = shutil.copytree(right, tmp_path / right.name)
+    assert audited(directory, factor) == 1
+    assert "The audit accuses the noise" in capsys.readouterr().out
+    assert "The audit accuses the noise" in (directory / "adapter" / "README.md").read_text()
+
+
+def test_a_run_with_too_little_noise_does_not_pass_a_right_engine(run: Callable[[float], Path]) -> None:
+    """What the run itself has logged gives it away, though the code has been put right since."""
+    directory = run(0.5)
+    assert audited(directory) == 1
+    assert "run_update_norms" in (directory / "adapter" / "README.md").read_text()
