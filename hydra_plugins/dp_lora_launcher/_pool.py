@@ -166,6 +166,12 @@ class Pool:
         """Of submitit's files, by which a process of this job is known."""
         return self.ledger.logs / submission.name
 
+    def drop(self) -> set[str]:
+        """Gives up the cells that wait for room, and says which."""
+        dropped = {cell.identity for cell in self._waiting}
+        self._waiting = []
+        return dropped
+
     def stop(self) -> str:
         """Stops the jobs, which save first, and says so."""
         for job in self.live():
