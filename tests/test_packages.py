@@ -68,7 +68,7 @@ def test_a_lost_lock_is_tried_again() -> None:
 
 def test_a_lock_that_stays_lost_fails_and_does_not_skip() -> None:
     _, run = answers(*[LOST] * 20)
-    with pytest.raises(pytest.fail.Exception, match="the tests need x, .*Could not get lock"):
+    with pytest.raises(pytest.fail.Exception, match=r"the tests need x, .*Could not get lock"):
         packages.install(("x",), lambda: False, run)  # type: ignore[arg-type]
 
 

@@ -1,8 +1,8 @@
 """A job for the launcher that counts: it saves, stops and resumes as a training does, and starts in no time.
 
 `tracking.tags` says what is to happen to which seed, as in `1-raise`. A job that is to `hold` waits after its
-third step for `go`, or for the word to leave: so a test acts on a job that has begun and not ended, however slow
-the machine is.
+third step for `go`, or for the word to leave: so a test acts on a job that has begun and not ended, however
+slow the machine is.
 """
 
 from __future__ import annotations
