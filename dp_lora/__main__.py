@@ -32,6 +32,13 @@ _PLACES = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EROFS, errno.ENOSPC, 
 """What the system says when a folder that the user named cannot take a file."""
 
 
+_ended: list[str] = []
+"""How the jobs of a multirun in this process have ended, in order: the reason, or empty for a success."""
+
+ALIKE = 2
+"""After so many failures for the same reason, and no success, the rest of a multirun is not started."""
+
+
 class _Reported(UserError):
     """A failed job of a sweep, whose line is on stderr already."""
 
@@ -43,7 +50,9 @@ def app(composed: DictConfig) -> dict[str, object]:
 
     settings = HydraConfig.get()
     try:
-        return run(from_omegaconf(composed), list(settings.overrides.task))
+        returned = run(from_omegaconf(composed), list(settings.overrides.task))
+        _ended.append("")
+        return returned
     except (UserError, OmegaConfBaseException) as error:
         reason = explain(error)
         if settings.mode != RunMode.MULTIRUN:
@@ -55,6 +64,10 @@ def app(composed: DictConfig) -> dict[str, object]:
         reason = " ".join(f"{type(error).__name__} {error}".split())
     # The other jobs of the sweep go on; Hydra passes on the first failure only, so each is told here.
     _say(f"job {settings.job.num} ({settings.job.override_dirname}): {reason}")
+    _ended.append(reason)
+    if len(_ended) == ALIKE and len(set(_ended)) == 1:
+        # An Exception would end this job alone.
+        _stop(f"the first {ALIKE} jobs failed for one reason; nothing after them was started", 2)
     raise _Reported(reason)
 
 
@@ -67,6 +80,7 @@ def main() -> None:
         return
     # Without it Hydra prints errors its own way and exits with status 1.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    _ended.clear()
     try:
         sys.argv[1:] = prepared(sys.argv[1:])
         app()

@@ -29,8 +29,8 @@ DOES_NOT_COVER = (
     'The names of the classes, and, where the adjacency is "zero out one image", the number of training '
     "images.",
     "How long steps take and how much memory they use, as seen by whoever watches the machine.",
-    "What `dp-lora export` leaves behind of a run, above all its checkpoint/ folder, which holds the noise key "
-    "and must stay private.",
+    "What `dp-lora export` leaves behind of a run, above all its checkpoint/ folder, which holds the noise "
+    "key and must stay private.",
 )
 """What the guarantee does not cover, for privacy.json and the card."""
 

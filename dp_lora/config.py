@@ -40,6 +40,7 @@ WANDB_MODES = ("auto", "online", "offline", "disabled")
 AUTOENCODERS = ("kl", "vq")
 CONDITIONINGS = ("class", "none")
 TARGET_GROUPS = ("qkv", "proj", "self", "cross", "conv")
+EXTRACTORS = ("lite0", "inception", "dinov2")
 CLASSIFIERS = ("cnn", "wrn", "resnet", "resnext")
 LARGEST_RATE = 1e9
 """AdamW moves a weight by about its learning rate in a step; far beyond this it overflows in float32."""
@@ -564,6 +565,10 @@ def _check_choices(config: Config) -> None:
 
 
 def _check_evaluation(evaluation: EvaluationConfig) -> None:
+    for name in evaluation.extractors:
+        if name not in EXTRACTORS:
+            hint = did_you_mean(name, EXTRACTORS)
+            raise UserError(f"evaluation.extractors={name!r}: expected one of {', '.join(EXTRACTORS)}{hint}")
     for name in evaluation.classifiers:
         if name not in CLASSIFIERS:
             hint = did_you_mean(name, CLASSIFIERS)

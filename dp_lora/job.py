@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,9 +66,11 @@ def prepare(config: Config, directory: Path) -> Job:
     Raises UserError.
     """
     from dp_lora import data
+    from dp_lora.settings import check_settings
 
     _check_directory(config, directory)
     wandb_mode(config.tracking.wandb)
+    check_settings(config)
     images = data.load(config.data, config.paths)
     check_content(images, directory)
     if "finetune" in config.stages and not (directory / OUTPUTS["finetune"]).exists():
@@ -228,46 +229,23 @@ def device_of(config: Config) -> torch.device:
 
 
 def _check_model(config: Config, images: ImageSplits) -> None:
-    """Refuses targets, ranks, images and classes that the model cannot take, before it has weights."""
-    import torch
-
+    """Refuses images and classes that the model cannot take, before it has weights."""
     from dp_lora import data
-    from dp_lora.adapters import target_names
-    from dp_lora.models import build, find, outline
+    from dp_lora.settings import check_fit, outline_of
 
     public, components = config.public_data, config.trainable.components
-    if config.model.pretrained is not None:
-        model = outline(find(config.model.pretrained))
-    else:
-        with torch.device("meta"):
-            model = build(config.model, classes=["?"], channels=public.channels, image_size=public.image_size)
-    if config.data.caption_column is not None and model.prompts is None:
-        raise UserError(
-            f"data.caption_column={config.data.caption_column}: the model has no text encoder; expected null "
-            "or a text-to-image pipeline as model.pretrained"
-        )
+    model = outline_of(config)
+    check_fit(config, model, images.train.images.shape[1:])
+    known, new = model.classes, images.train.classes
     new_classes_can_be_learnt = not model.learns_classes or bool({"embedder", "full"} & set(components))
     if config.model.pretrained is None and not new_classes_can_be_learnt:
-        model.classes = data.load(public, config.paths, "public_data").train.classes
-    found, expected = images.train.images.shape[1:], model.image_shape
-    if found != expected:
-        raise UserError(
-            f"data.name={config.data.name}: images of {_by(found)}, expected {_by(expected)}, which the "
-            f"autoencoder of model.name={config.model.name} takes"
-        )
-    if images.train.classes != model.classes and not new_classes_can_be_learnt:
+        known = data.load(public, config.paths, "public_data").train.classes
+    if new != known and not new_classes_can_be_learnt:
         raise UserError(
             f"trainable.components={components}: the classes of {config.data.name} "
-            f"({', '.join(images.train.classes[:12])}) are new to the model, which cannot condition on them; "
+            f"({', '.join(new[:12])}) are new to the model, which cannot condition on them; "
             "expected embedder or full among the components"
         )
-    if "lora" in components:
-        lora = config.lora
-        target_names(model.unet, lora.target_modules, lora.rank, cap_rank=lora.cap_rank)
-
-
-def _by(shape: Sequence[int]) -> str:
-    return " x ".join(map(str, shape))
 
 
 def _check_stages(config: Config, directory: Path) -> None:

@@ -231,8 +231,8 @@ COMPOSED = {
     ("privacy.delta=1/60000",): "privacy.delta=1/60000: expected a number",
     ("train.learning_rate=1e38",): "train.learning_rate=1e+38: expected a number above 0, at most 1e+09",
     ("train.learning_rate=1e6", "trainable.learning_rate_factor=1e6"): (
-        "trainable.learning_rate_factor=1000000.0: with train.learning_rate=1000000.0 expected a product of at "
-        "most 1e+09"
+        "trainable.learning_rate_factor=1000000.0: with train.learning_rate=1000000.0 expected a product of "
+        "at most 1e+09"
     ),
 }  # fmt: skip
 

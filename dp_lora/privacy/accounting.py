@@ -51,7 +51,7 @@ LEAST_DELTA = 1e-12
 """The smallest delta with bounds from privacy loss distributions."""
 
 # About the most cells of a privacy loss distribution.
-_CELLS = 1 << 22
+_CELLS = 1 << 20
 # The longest distribution that the PRV accountant may convolve: about half a second.
 _PRV_POINTS = 1 << 19
 # The smallest delta at which its bound is looked at: its transform's rounding moved it from 1e-10 down.

@@ -374,7 +374,8 @@ class _RankOne:
     def block_norms(self) -> Tensor:
         """[M, 1], to the precision of a double: the two factors are small."""
         left: Tensor = torch.linalg.vector_norm(self._left, dim=1, keepdim=True, dtype=torch.float64)
-        return left * torch.linalg.vector_norm(self._right, dim=1, keepdim=True, dtype=torch.float64)
+        right: Tensor = torch.linalg.vector_norm(self._right, dim=1, keepdim=True, dtype=torch.float64)
+        return left * right
 
     def weighted_sum(self, factors: Tensor, spoilt: Tensor, out: Tensor) -> None:
         """Writes the sum of factors [1, M] x gradients, without the rows `spoilt`, as [1, size]."""

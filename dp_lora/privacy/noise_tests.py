@@ -176,8 +176,8 @@ def most_alike(rows: Floats) -> float:
         # Each pair once, and no row with itself.
         largest = max(largest, float(np.triu(cosines, 1).max()))
     pairs = count * (count - 1) / 2
-    p_value = float(beta.sf(min(1.0, largest**2), 0.5, (n - 1) / 2))
-    return min(1.0, pairs * p_value)
+    p_value: float = pairs * float(beta.sf(min(1.0, largest**2), 0.5, (n - 1) / 2))
+    return min(1.0, p_value)
 
 
 def update_norm_p_values(norms: Sequence[float], parameters: int, noise_std: float) -> dict[str, float]:

@@ -14,6 +14,9 @@ from dp_lora.privacy.accounting import ADJACENCIES, Mechanism
 
 CLIPPINGS = ("flat", "automatic", "per_layer")
 
+LEAST_NOISE, MOST_NOISE = 1e-3, 1e9
+"""Where a noise multiplier can be: one step's epsilon is 500,000 at the one, and 0 at the other."""
+
 LEAST_GRAD_NORM = 1e-10
 """The smallest C: below it, gradients whose squares underflow in float32 could be longer than C."""
 
@@ -229,10 +232,13 @@ def _check(
         raise UserError(f"train.expected_batch_size={expected_batch_size}: expected a finite number above 0")
     if sample_rate is not None and not 0 < sample_rate <= 1:
         raise UserError(f"train.sample_rate={sample_rate}: expected a number in (0, 1]")
-    if steps is not None and steps < 1:
-        raise UserError(f"train.max_steps={steps}: expected at least 1")
-    if noise_multiplier is not None and not 0 < noise_multiplier < math.inf:
-        raise UserError(f"privacy.noise_multiplier={noise_multiplier}: expected a finite number above 0")
+    if steps is not None and not 1 <= steps <= accounting.MAX_STEPS:
+        raise UserError(f"train.max_steps={steps}: expected 1 to {accounting.MAX_STEPS}")
+    if noise_multiplier is not None and not LEAST_NOISE <= noise_multiplier <= MOST_NOISE:
+        raise UserError(
+            f"privacy.noise_multiplier={noise_multiplier:g}: expected a number from {LEAST_NOISE:g} to "
+            f"{MOST_NOISE:g}"
+        )
     if target_epsilon is not None and not target_epsilon > 0:
         raise UserError(f"privacy.epsilon={target_epsilon}: expected a number above 0, inf or none")
     if target_epsilon == math.inf and noise_multiplier is not None:

@@ -206,7 +206,22 @@ def compose_cells(
                 setattr(config.paths, name, str(Path(place).expanduser().absolute()))
         directory = run_directory(config, list(words))
         cells.setdefault(directory, Cell(number, tuple(words), config, directory))
+    _check_settings(list(cells.values()))
     return list(cells.values())
+
+
+def _check_settings(cells: Sequence[Cell]) -> None:
+    """Raises UserError for the first cell that cannot work, so that none of the sweep begins."""
+    from dp_lora.settings import check_settings
+
+    for cell in cells:
+        if not cell.is_done():
+            try:
+                check_settings(cell.config)
+            except UserError as error:
+                raise UserError(
+                    f"{error} (cell {cell.number}: {' '.join(cell.words) or 'defaults'})"
+                ) from error
 
 
 def code_version() -> str:

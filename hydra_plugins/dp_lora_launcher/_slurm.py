@@ -258,6 +258,16 @@ class Slurm:
         """What the job's first process prints."""
         return JobPaths(self.ledger.logs, job).stdout
 
+    def drop(self) -> set[str]:
+        """Takes the sweep's jobs that wait off the cluster, and says which cells they were."""
+        live = self.live() or {}
+        waiting = {
+            cell: job for cell, job in self.ledger.jobs().items() if live.get(job, "").startswith("PENDING")
+        }
+        if waiting and _run(["scancel", "--state=PENDING", *waiting.values()]).returncode == 0:
+            return set(waiting)
+        return set()
+
     def stop(self) -> str:
         """What to tell a user who interrupts the driver."""
         names = " ".join(f"--name={name}" for name in self.ledger.submissions)

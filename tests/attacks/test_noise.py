@@ -11,6 +11,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ from conftest import composed, words
 from dp_lora import finetune, numerics, run
 from dp_lora.config import Config
 from dp_lora.files import read_json, read_lines
+from dp_lora.privacy.mechanism import noised_mean
 from dp_lora.privacy.randomness import Randomness
 from dp_lora.spending import begun
 from dp_lora.train import Checkpoint
 
 PLAN = (
-    "stages=[finetune]", "epsilon=none", "privacy.noise_multiplier=1", "train.expected_batch_size=20",
+    "stages=[finetune]", "epsilon=none", "privacy.noise_multiplier=8", "train.expected_batch_size=20",
     "train.max_steps=3", "noise_multiplicity=k1", "lora.rank=2", "train.checkpoint_minutes=0",
 )  # fmt: skip
 
@@ -128,37 +130,41 @@ def change_another_process(patched: pytest.MonkeyPatch, attacked: Attacked) -> N
     patched.setattr(numerics, "everyone", lambda own: [own, own | {"device": "another processor"}])
 
 
-CHANGES = (edit_the_loss, edit_the_package, edit_the_schedule, change_mkl, change_another_process)
+CHANGES = (edit_the_package, edit_the_schedule, change_mkl, change_another_process)
 
 
-@pytest.fixture
-def folder(pretrained: Path, tmp_path: Path) -> Path:
-    """A copy of the pre-trained model that may be edited."""
-    return Path(shutil.copytree(pretrained, tmp_path / "pretrained"))
-
-
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_a_step_redone_after_a_change_has_another_batch_and_another_noise_and_is_counted(
-    change: Callable[..., None],
-    attacked: Callable[..., Attacked],
-    folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    attacked: Callable[..., Attacked], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_ = attacked(f"model.pretrained={folder}")
+    """The change is one that the run cannot know of; the ledger and all else are as they are."""
+    run_ = attacked()
     first = run_.reading()
     assert torch.equal(run_.reading(), first) and run_.executions() == 1, "nothing changed: the same release"
-    with monkeypatch.context() as patched:
-        change(patched, run_)
-        second = run_.reading()
-        assert not run_.noise_is_shared(first, second)
-        assert run_.executions() == 2 and len(run_.names()) == 2
-        # Once more after the same change: nothing new is released.
-        assert torch.equal(run_.reading(), second) and run_.executions() == 2
-        # It ends within its plan, and says so.
-        directory = Path(run.run(run_.config)["directory"])
+    edit_the_loss(monkeypatch, run_)
+    second = run_.reading()
+    assert not run_.noise_is_shared(first, second)
+    assert run_.executions() == 2 and len(run_.names()) == 2
+    # Once more after the same change: nothing new is released.
+    assert torch.equal(run_.reading(), second) and run_.executions() == 2
+    # It ends within its plan, and says so.
+    directory = Path(run.run(run_.config)["directory"])
     said = read_json(directory / "privacy.json")
     assert said["steps"] == said["planned_steps"] == 3 and said["complete"]
     assert len(read_lines(directory / "metrics.jsonl")) == 2, "one step of three was taken twice"
+
+
+def test_a_step_redone_after_a_known_change_has_another_batch_at_once(
+    attacked: Callable[..., Attacked], pretrained: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(pretrained, tmp_path / "pretrained")
+    run_ = attacked("train.max_steps=6", f"model.pretrained={copy}")
+    readings = [run_.reading()]
+    for number, change in enumerate(CHANGES, start=2):
+        with pytest.MonkeyPatch.context() as patched:
+            change(patched, run_)
+            readings.append(run_.reading())
+        assert not any(run_.noise_is_shared(one, readings[-1]) for one in readings[:-1]), change.__name__
+        assert run_.executions() == len(run_.names()) == number
 
 
 def test_noise_that_is_keyed_by_the_step_alone_is_found(
@@ -181,14 +187,12 @@ def test_noise_that_is_keyed_by_the_step_alone_is_found(
 
 @pytest.fixture
 def uncharged(monkeypatch: pytest.MonkeyPatch) -> None:
-    from contextlib import nullcontext
-
-    monkeypatch.setattr(run, "charged", lambda *given: nullcontext())
+    monkeypatch.setattr(run, "charged", lambda *given: nullcontext(lambda: None))
 
 
-def copies(attacked: Callable[..., Attacked]) -> tuple[Attacked, Attacked]:
-    """A run that was begun and has released nothing, and its copy."""
-    one, other = attacked(), attacked(outputs="copy")
+def copies(attacked: Callable[..., Attacked], *names: str) -> tuple[Attacked, ...]:
+    """Copies of a run that was begun and has released nothing."""
+    one = attacked()
 
     def die(*given: Any) -> None:
         raise Crash
@@ -197,48 +201,34 @@ def copies(attacked: Callable[..., Attacked]) -> tuple[Attacked, Attacked]:
         patched.setattr(finetune, "poisson_batch", die)
         with pytest.raises(Crash):
             run.run(one.config)
-    shutil.copytree(one.config.paths.outputs, other.config.paths.outputs)
-    return one, other
+    made = tuple(attacked(outputs=name) for name in names)
+    for copy in made:
+        shutil.copytree(one.config.paths.outputs, copy.config.paths.outputs)
+    return made
 
 
 @pytest.mark.usefixtures("uncharged")
-@pytest.mark.parametrize("change", [edit_the_loss, change_mkl], ids=lambda change: change.__name__)
-def test_two_copies_of_a_run_that_go_on_differently_share_no_noise(
-    change: Callable[..., None], attacked: Callable[..., Attacked], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one, other = copies(attacked)
+def test_copies_of_a_run_that_go_on_differently_share_no_noise(attacked: Callable[..., Attacked]) -> None:
+    one, alike, unknown, known = copies(attacked, "one", "alike", "unknown", "known")
     first = one.reading()
-    with monkeypatch.context() as patched:
-        change(patched, other)
-        second = other.reading()
-    assert not one.noise_is_shared(first, second)
-    # A change that is known brings another batch too; of one that is not, only the sums tell.
-    assert (one.names()[-1] == other.names()[-1]) == (change is edit_the_loss)
-
-
-@pytest.mark.usefixtures("uncharged")
-def test_two_copies_that_go_on_alike_release_the_same(attacked: Callable[..., Attacked]) -> None:
-    one, other = copies(attacked)
-    assert torch.equal(one.reading(), other.reading()) and one.names() == other.names()
+    assert torch.equal(alike.reading(), first) and alike.names() == one.names(), "the same release"
+    for copy, change in ((unknown, edit_the_loss), (known, change_mkl)):
+        with pytest.MonkeyPatch.context() as patched:
+            change(patched, copy)
+            assert not one.noise_is_shared(first, copy.reading())
+        # A change that is known brings another batch too; of one that is not, only the sums tell.
+        assert (one.names()[-1] == copy.names()[-1]) == (change is edit_the_loss)
 
 
 # What an unfinished run says
 
 
-DEATHS = {
-    "before the batch": (finetune, "poisson_batch"),
-    "before the noise": (finetune, "noised_mean"),
-    "before the optimiser": (finetune.PrivateStep, "_descend"),
-}
-
-
-@pytest.mark.parametrize("death", DEATHS)
 def test_what_an_unfinished_run_says_covers_the_step_that_it_died_in(
-    death: str, attacked: Callable[..., Attacked], monkeypatch: pytest.MonkeyPatch
+    attacked: Callable[..., Attacked], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It dies in its second step, and then in its first one, which the change has made a third execution."""
-    run_, (owner, name) = attacked("train.checkpoint_minutes=60"), DEATHS[death]
-    original, said = getattr(owner, name), []
+    run_ = attacked("train.checkpoint_minutes=60")
+    said: list[dict[str, Any]] = []
     for after, mode in ((2, "AUTO"), (1, "COMPATIBLE")):
         calls = 0
 
@@ -247,11 +237,11 @@ def test_what_an_unfinished_run_says_covers_the_step_that_it_died_in(
             calls += 1
             if calls == after:
                 raise Crash
-            return original(*given)
+            return noised_mean(*given)
 
         with monkeypatch.context() as patched:
             patched.setenv("MKL_CBWR", mode)
-            patched.setattr(owner, name, die)
+            patched.setattr(finetune, "noised_mean", die)
             with pytest.raises(Crash):
                 run.run(run_.config)
         said.append(read_json(run_.checkpoint.parent / "privacy.json"))

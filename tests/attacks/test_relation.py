@@ -14,6 +14,7 @@ from conftest import composed, words
 from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 
+from dp_lora import export_command
 from dp_lora.__main__ import main
 from dp_lora.errors import UserError
 from dp_lora.files import read_json
@@ -22,6 +23,10 @@ from dp_lora.job import plan_of
 HIDDEN = ("privacy.adjacency=add_or_remove", "train.sample_rate=0.3", "privacy.delta=1e-4")
 FEWER, MORE = 137, 138
 """Numbers of training images that nothing else in a run is equal to."""
+
+
+SAID = (".json", ".jsonl", ".yaml", ".md", ".txt")
+"""Endings of files that are text."""
 
 
 def images(folder: Path, train: int, test: int) -> Path:
@@ -107,6 +112,22 @@ def test_the_number_of_images_is_nowhere_in_what_is_released(two: tuple[Path, Pa
         # q N, N / B and 1 / N, which would tell it as well.
         for derived in (0.3 * number, number / 40, 40 / number, 1 / number):
             assert not any(abs(value - derived) < 1e-9 for value in spent)
+
+
+def test_what_is_exported_does_not_tell_the_number(two: tuple[Path, Path], tmp_path: Path) -> None:
+    """Guarantee: `dp-lora export`, even with all that no epsilon covers, says the same of both neighbours."""
+    texts = []
+    for directory, number in zip(two, (FEWER, MORE), strict=True):
+        folder = tmp_path / directory.parent.parent.name
+        export_command.main([str(directory), str(folder), "--with-uncovered"])
+        found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+        text = {name: path.read_text() for name, path in found.items() if path.suffix in SAID}
+        for name, content in text.items():
+            assert not re.search(rf"(?<![\d.]){number}(?![\d.])", content), name
+        texts.append(text)
+    assert texts[0].keys() == texts[1].keys()
+    for name in ("privacy.json", "config.yaml", "adapter/README.md"):
+        assert texts[0][name] == texts[1][name], name
 
 
 def test_the_owner_alone_is_told_the_mean_batch(

@@ -29,7 +29,7 @@ class ExactLoss:
     steps: int
     removed: bool = True
 
-    def log_moment(self, z: Array, points: int = 8000) -> Array:
+    def log_moment(self, z: Array, points: int = 3000) -> Array:
         """log E exp(z loss) of one step, for an array of complex z with real part above -1."""
         mu = 1 / self.sigma
         reach = 12 + (float(np.max(z.real)) + 2) * mu
@@ -51,7 +51,7 @@ class ExactLoss:
             found.flat[i] = top + np.log(np.sum(np.exp(inner - top)) * (u[1] - u[0]))
         return found
 
-    def log_delta(self, epsilon: float, points: int = 8000) -> float:
+    def log_delta(self, epsilon: float, points: int = 3000) -> float:
         """log delta at `epsilon`, refined until two steps of the rule agree to 1e-8."""
 
         def exponent(theta: float) -> float:

@@ -79,19 +79,14 @@ class Draws:
         patched.setattr(finetune, "noised_mean", kept)
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("write", range(1, 7))
-def test_a_run_that_dies_at_any_write_of_its_record_ends_bit_identical(
-    write: int,
-    late: bool,
-    job: Given,
-    uninterrupted: torch.Tensor,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_run_that_dies_after_any_write_of_its_record_ends_bit_identical(
+    write: int, job: Given, uninterrupted: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """What dies before a write is as what dies after the one before."""
     folder = keyed(tmp_path / "run")
     with monkeypatch.context() as patched:
-        patched.setattr(executions, "append_line", crashing(executions.append_line, write, late=late))
+        patched.setattr(executions, "append_line", crashing(executions.append_line, write, late=True))
         with pytest.raises(Crash):
             job.run(folder)
     told, released = job.run(folder)
@@ -185,6 +180,29 @@ def test_what_an_earlier_version_began_is_counted_and_begun_anew(
     told, _ = job.run(folder)
     assert told["started"] == [1] and told["executed"] == begun(folder) == 3 and list(told["rows"]) == [2]
     assert KEY not in draws.batches and len(draws.released) == 1
+
+
+def test_what_was_begun_is_told_before_the_batch_is_drawn(
+    job: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that nothing that happens later can make it untrue. A replay tells nothing new."""
+    told: list[int | str] = []
+    step = a_step(job, tmp_path / "executions.jsonl")
+    step.begun = lambda executions, epsilon: told.append(executions)
+    batch = finetune.poisson_batch
+    monkeypatch.setattr(finetune, "poisson_batch", lambda *given: (told.append("batch"), batch(*given))[1])
+    rows = [step(0), step(1)]
+    assert told == [1, "batch", 2, "batch"]
+    assert rows[0]["epsilon"] == step.curve(1) < rows[1]["epsilon"] == step.curve(2)
+    step.gradients.detach()
+    told.clear()
+    again = a_step(job, tmp_path / "executions.jsonl")
+    again.begun = lambda executions, epsilon: told.append(executions)
+    again(0)
+    assert told == [2, "batch"]
+    sum_of_another_code(monkeypatch)
+    again(1)
+    assert told == [2, "batch", "batch", 3, "batch"]
 
 
 # One step
