@@ -332,15 +332,16 @@ def _norms_of_blocks(blocks: list[Tensor]) -> Tensor:
 def _over_blocks(value: Tensor) -> Tensor:
     """Norms [M, blocks] of `value` [M, size] over blocks of `_BLOCK`, and of the rest."""
     rest = value.shape[1] % _BLOCK
+    if not rest:
+        even: Tensor = torch.linalg.vector_norm(value.reshape(value.shape[0], -1, _BLOCK), dim=2)
+        return even
     last = value[:, value.shape[1] - rest :]
     if rest == value.shape[1]:
         alone: Tensor = torch.linalg.vector_norm(last, dim=1, keepdim=True)
         return alone
     whole = value[:, : value.shape[1] - rest].unflatten(1, (-1, _BLOCK))
     norms: Tensor = torch.linalg.vector_norm(whole, dim=2)
-    if rest:
-        norms = torch.cat([norms, torch.linalg.vector_norm(last, dim=1, keepdim=True)], dim=1)
-    return norms
+    return torch.cat([norms, torch.linalg.vector_norm(last, dim=1, keepdim=True)], dim=1)
 
 
 class _Dense:
