@@ -281,7 +281,7 @@ def in_processes(count: int, cache: Path) -> list[subprocess.CompletedProcess[st
         }  # fmt: skip
         arguments = [sys.executable, "-m", "dp_lora", *COMMAND, f"paths.cache={cache}"]
         running.append(subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True))
-    ended = [(process, process.communicate(timeout=300)[1]) for process in running]
+    ended = [(process, process.communicate(timeout=1800)[1]) for process in running]
     return [subprocess.CompletedProcess([], process.returncode, "", said) for process, said in ended]
 
 

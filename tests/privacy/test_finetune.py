@@ -808,7 +808,11 @@ def test_the_neighbour_test_sees_a_batch_size_that_is_logged(
 def _process(rank: int, store: str, job: Given, folder: str, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60)
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=2,
+        timeout=datetime.timedelta(seconds=900),
     )
     os.environ["RANK"] = str(rank)
     told, released = job.run(Path(folder))

@@ -169,7 +169,7 @@ sys.path[:0] = [{tests!r}]
 import test_mechanism
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method="file://" + {store!r}, rank=1, world_size=2,
-                        timeout=datetime.timedelta(seconds=60))
+                        timeout=datetime.timedelta(seconds=900))
 torch.save(test_mechanism.three_steps(1, 2, dist.group.WORLD), {out!r})
 dist.destroy_process_group()  # gloo's threads may abort a process that ends without it
 """
@@ -198,7 +198,7 @@ def test_two_processes_end_where_one_does(tmp_path: Path) -> None:
     code = PROCESS.format(tests=str(Path(__file__).parent), store=str(store), out=str(out))
     other = subprocess.Popen([sys.executable, "-c", code])
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=0, world_size=2, timeout=datetime.timedelta(seconds=60)
+        "gloo", init_method=f"file://{store}", rank=0, world_size=2, timeout=datetime.timedelta(seconds=900)
     )
     try:
         both = three_steps(0, 2, dist.group.WORLD)

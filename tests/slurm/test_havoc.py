@@ -83,7 +83,7 @@ class Havoc:
         return sum(read_json(record)["restarts"] for record in records if record.exists())
 
     def strike(self, how: str, *, training: bool) -> None:
-        job = until(lambda: self.job(training), self.sweep, timeout=120)
+        job = until(lambda: self.job(training), self.sweep)
         if how == "kill -9":
             if not (found := processes(job)):
                 return
@@ -137,7 +137,7 @@ def wreak(sweep: Sweep, again: Callable[[], Sweep]) -> Havoc:
         havoc.strike(how, training=training)
     while len(havoc.done) < KILLS:  # those that came too late do not count
         havoc.strike("requeue", training=False)
-    havoc.sweep.wait(600)
+    havoc.sweep.wait(1800)
     return havoc
 
 
