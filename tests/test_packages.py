@@ -28,7 +28,7 @@ def held(folder: Path) -> None:
 
 
 def test_two_at_once_install_once_and_never_together(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")
     both = [context.Process(target=held, args=(tmp_path,)) for _ in range(2)]
     for process in both:
         process.start()
