@@ -34,6 +34,12 @@ DOES_NOT_COVER = (
 )
 """What the guarantee does not cover, for privacy.json and the card."""
 
+LIVE = (
+    "When each step ended, which follows the size of its batch: W&B got the rows while the job trained "
+    "(tracking.live)."
+)
+"""What it does not cover either where W&B shows a private job live."""
+
 NO_GUARANTEE = "**This adapter has NO privacy guarantee: {reason}.**"
 
 

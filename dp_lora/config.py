@@ -348,6 +348,9 @@ class TrackingConfig:
     tags: list[str] = field(default_factory=list)
     private_loss: bool = False
     """Logs the training loss as read from the noised sum: inside the same epsilon, at a little more noise."""
+    live: bool = False
+    """Shows a private job in W&B while it trains, not only when its training has ended. When rows arrive
+    tells how long steps take, which follows the sizes of private batches; privacy.json then says so."""
     log_every: int = 1
     progress: str = "auto"
     """auto: a bar on a terminal, plain lines elsewhere; or bar, lines, off."""

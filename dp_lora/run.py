@@ -235,7 +235,7 @@ def _train(
 
 def privacy_record(job: Job, *, epsilon: float, steps: int, complete: bool) -> dict[str, Any]:
     """The content of privacy.json when `steps` noisy steps were begun, finished or not."""
-    from dp_lora.card import COVERS, DOES_NOT_COVER, no_guarantee
+    from dp_lora.card import COVERS, DOES_NOT_COVER, LIVE, no_guarantee
 
     secret = job.config.privacy.insecure_seed is None
     record = {
@@ -248,7 +248,8 @@ def privacy_record(job: Job, *, epsilon: float, steps: int, complete: bool) -> d
     }
     nothing = no_guarantee(record, reproducible_noise=not secret)
     covers = COVERS if nothing is None else nothing
-    return {**record, "covers": covers, "does_not_cover": DOES_NOT_COVER}
+    live = (LIVE,) if job.config.tracking.live else ()
+    return {**record, "covers": covers, "does_not_cover": (*DOES_NOT_COVER, *live)}
 
 
 def _export(job: Job, model: LatentDiffusion, record: Mapping[str, Any]) -> None:

@@ -84,7 +84,8 @@ class Tracker:
 
     Guarantee: on private data the W&B run begins with `stage_ended`, `images`, `result` or `adapter`, none of
     which is called before the private training has ended, so that no clock of W&B and no time of arrival
-    depends on the duration of a step. On public data it begins at once and gets each row as it is logged.
+    depends on the duration of a step. On public data, and with `tracking.live`, it begins at once and gets
+    each row as it is logged.
 
     Args:
         directory: the run directory; W&B keeps its files in `wandb/` below it.
@@ -104,11 +105,12 @@ class Tracker:
         self._directory = directory
         self._metrics = directory / "metrics.jsonl"
         self._public = config.data.public
+        self._live = config.data.public or config.tracking.live
         self._rows = self._mirrored = 0
         self._last_step: dict[str, int] = {}
         self.rewind("finetune", resume_step)
         self._begun: _Mirror | None = None
-        if self._public:
+        if self._live:
             self._mirror()
 
     def _mirror(self) -> _Mirror:
@@ -156,19 +158,19 @@ class Tracker:
             row[name] = _number(name, value)
         append_line(self._metrics, row)
         # W&B can take nothing back: a step done again after a kill is there already, from the first time.
-        if self._public and self._rows >= self._mirrored:
-            self._mirror().log(row, self._rows, row["time"])
+        if self._live and self._rows >= self._mirrored:
+            self._mirror().log(row, self._rows, round(time.time()))
         self._rows += 1
         self._last_step[stage] = step
 
     def stage_ended(self, stage: str) -> None:
         """Begins the W&B run of a private job and sends the rows of `stage`, all of one time.
 
-        To be called once in the life of a run, when no step of the stage is left. On public data the rows are
-        there already.
+        To be called once in the life of a run, when no step of the stage is left. On public data, and with
+        `tracking.live`, the rows are there already.
         """
         mirror = self._mirror()
-        if self._public:
+        if self._live:
             return
         now = round(time.time())
         for line, row in enumerate(read_lines(self._metrics)):

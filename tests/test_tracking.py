@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from dp_lora.config import Config, DataConfig, ModelConfig
 from dp_lora.errors import UserError
 from dp_lora.files import read_json, read_lines
 from dp_lora.provenance import finished, git_state, provenance
+from dp_lora.run import privacy_record
 from dp_lora.tracking import PrivateValueError, Tracker, baseline_table, wandb_mode
 
 PRIVATE = ["loss", "grad_norm", "clip_fraction", "batch_size", "label_counts", "indices", "Epsilon", "step "]
@@ -155,6 +157,46 @@ def test_a_step_is_logged_once(run_directory: Path) -> None:
             tracker.log(3, row(3), "finetune")
     with open_tracker(run_directory, job(), resume_step=4) as tracker, pytest.raises(AssertionError):
         tracker.log(2, row(2), "finetune")
+
+
+def rows_in_wandb(directory: Path) -> int:
+    runs = [read_run(path) for path in directory.glob("wandb/offline-run-*/*.wandb")]
+    return sum("update_norm" in row for run in runs for row in run.history)
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_wandb_gets_the_rows_of_a_private_training_live_when_asked_for_alone(
+    run_directory: Path, live: bool
+) -> None:
+    config = job("offline")
+    config.tracking.live = live
+    with open_tracker(run_directory, config) as tracker:
+        for step in (1, 2, 3):
+            tracker.log(step, row(step), "finetune")
+    assert rows_in_wandb(run_directory) == (3 if live else 0)
+
+
+def test_rows_that_were_sent_live_are_not_sent_again_at_the_end(run_directory: Path) -> None:
+    config = job("offline")
+    config.tracking.live = True
+    with open_tracker(run_directory, config) as tracker:
+        tracker.log(1, row(1), "finetune")
+        tracker.stage_ended("finetune")
+    assert rows_in_wandb(run_directory) == 1
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_privacy_json_says_that_arrival_times_of_live_rows_are_not_covered(live: bool) -> None:
+    config = job()
+    config.tracking.live = live
+    plan = SimpleNamespace(to_dict=dict, steps=4)
+    record = privacy_record(
+        SimpleNamespace(config=config, plan=plan),  # type: ignore[arg-type]
+        epsilon=1.0,
+        steps=4,
+        complete=True,
+    )
+    assert any("W&B got the rows while the job trained" in line for line in record["does_not_cover"]) == live
 
 
 def test_a_failure_of_the_record_itself_stops_the_run(run_directory: Path) -> None:
