@@ -322,7 +322,8 @@ def _not_read(word: str, name: str, value: str, choices: Choices) -> str:
 
 def _check_choice(override: Override, name: str, value: str, choices: Choices) -> None:
     """Raises UserError for a preset that there is not, or for several presets of one job."""
-    chosen, group = override.value(), name.partition("@")[0]
+    chosen: Any = override.value()
+    group = name.partition("@")[0]
     if name != group and name not in _PACKAGES:
         raise UserError(f"{name}={value}: no such place for a preset; expected {group}={value}")
     if isinstance(chosen, list):
@@ -431,7 +432,7 @@ def _texts() -> frozenset[str]:
 def _fields(owner: Any, prefix: str) -> Iterator[tuple[str, str]]:
     """Dotted name and type of every field; a section has none."""
     for field in dataclasses.fields(owner):
-        inner = field.default_factory
+        inner: Any = field.default_factory
         if dataclasses.is_dataclass(inner):
             yield f"{prefix}{field.name}", ""
             yield from _fields(inner, f"{prefix}{field.name}.")
