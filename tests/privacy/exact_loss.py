@@ -77,9 +77,9 @@ class ExactLoss:
                 part = value(stride * np.arange(start, start + block))
                 total += float(part.sum())
                 start += block
-                if np.abs(part).max() < 1e-13 * abs(total):
+                if np.abs(part).max() < 1e-12 * abs(total):
                     break
-                assert start < 20_000, "the integral does not end: steps x q is too small for it"
+                assert start < 200_000, "the integral does not end: steps x q is too small for it"
             found = total * stride / math.pi
             if abs(found - before) < 1e-8 * abs(found):
                 return height + math.log(found)
