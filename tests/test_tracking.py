@@ -28,7 +28,8 @@ from dp_lora.errors import UserError
 from dp_lora.files import read_json, read_lines
 from dp_lora.provenance import finished, git_state, provenance
 from dp_lora.run import privacy_record
-from dp_lora.tracking import PrivateValueError, Tracker, baseline_table, wandb_mode
+from dp_lora.tracking import PrivateValueError, Tracker, baseline_table
+from dp_lora.wandb_mode import wandb_mode
 
 PRIVATE = ["loss", "grad_norm", "clip_fraction", "batch_size", "label_counts", "indices", "Epsilon", "step "]
 PRIVATE += ["examples_per_second", "steps_per_second", "seconds"]
