@@ -18,13 +18,15 @@ SIZE = 32
 def pixel_digest(pixels: np.ndarray) -> bytes:
     """SHA-256 of an image [H, W] or [H, W, 3 or 4], the same for every way to hold the same pixels.
 
-    An opaque image has the digest that it has without its alpha, a grey one in RGB that of its grey values,
-    16 bits that repeat a byte that of the byte. The machine's byte order does not matter.
+    An opaque image has the digest that it has without its alpha; colours that are fully transparent do not
+    matter; a grey image in RGB has the digest of its grey values. Whole numbers of 16 bits of which the upper
+    byte says it all (the lower one is zero, or repeats it) have that of the upper byte, whatever type holds
+    them. The machine's byte order does not matter.
 
     >>> grey = np.arange(6, dtype=np.uint8).reshape(2, 3)
-    >>> colour, deep = np.stack([grey] * 3, axis=2), grey * np.uint16(257)
-    >>> [pixel_digest(image) == pixel_digest(grey) for image in (colour, deep, grey.T)]
-    [True, True, False]
+    >>> same = [np.stack([grey] * 3, axis=2), grey * np.uint16(257), grey.astype(np.float32) * 256]
+    >>> [pixel_digest(image) == pixel_digest(grey) for image in (*same, grey.T)]
+    [True, True, True, False]
     """
     plain = _narrow(_plain(pixels))
     ordered = np.ascontiguousarray(plain, plain.dtype.newbyteorder("<"))
@@ -47,8 +49,9 @@ def array_digests(images: np.ndarray) -> np.ndarray:
 
 def _plain(pixels: np.ndarray) -> np.ndarray:
     """[H, W], [H, W, 3] or [H, W, 4]: without an alpha that hides nothing, a grey image as grey."""
-    if pixels.ndim == 3 and pixels.shape[2] == 4 and (pixels[..., 3] == 255).all():
-        pixels = pixels[..., :3]
+    if pixels.ndim == 3 and pixels.shape[2] == 4:
+        alpha = pixels[..., 3:]
+        pixels = pixels[..., :3] if (alpha == 255).all() else np.where(alpha == 0, np.uint8(0), pixels)
     if pixels.ndim == 3 and pixels.shape[2] in (1, 3):
         first = pixels[..., 0]
         if (pixels == first[..., None]).all():
@@ -57,7 +60,15 @@ def _plain(pixels: np.ndarray) -> np.ndarray:
 
 
 def _narrow(values: np.ndarray) -> np.ndarray:
-    """The values; as bytes where 16 bits repeat a byte, so that a copy in 16 bits is known as one."""
-    if values.dtype.kind == "u" and values.dtype.itemsize == 2 and not (values % 257).any():
-        return (values // 257).astype(np.uint8)
-    return values
+    """Whole numbers that two bytes can hold, in two bytes, or in one where one of the two says it all."""
+    if values.dtype == np.uint8:
+        return values
+    if values.min(initial=0) < 0 or values.max(initial=0) > 65535 or (values != np.floor(values)).any():
+        return values
+    words = values.astype(np.uint16)
+    if words.max(initial=0) <= 255:
+        return words.astype(np.uint8)
+    upper = words >> 8
+    if not (words & 255).any() or (words == upper * np.uint16(257)).all():
+        return upper.astype(np.uint8)
+    return words
