@@ -79,7 +79,7 @@ class ExactLoss:
                 start += block
                 if np.abs(part).max() < 1e-12 * abs(total):
                     break
-                assert start < 200_000, "the integral does not end: steps x q is too small for it"
+                assert start < 20_000, "the integral does not end: steps x q is too small for it"
             found = total * stride / math.pi
             if abs(found - before) < 1e-8 * abs(found):
                 return height + math.log(found)
@@ -99,6 +99,8 @@ class ExactLoss:
 def exact_epsilon(q: float, sigma: float, steps: int, delta: float, near: float) -> float:
     """Epsilon under "add or remove one image": the larger of the two directions."""
     removed = ExactLoss(q, sigma, steps).epsilon(delta, near)
+    if q < 1 and -steps * math.log1p(-q) <= removed:
+        return removed  # No loss of an added image is larger.
     added = ExactLoss(q, sigma, steps, removed=False)
     # Adding an image mostly costs less: then one look is enough.
     return removed if added.log_delta(removed) <= math.log(delta) else added.epsilon(delta, removed)
