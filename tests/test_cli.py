@@ -81,7 +81,10 @@ BAD = {
     "image size": (["public_data=letters"], ["public_data"]),
     "no model": (["model.pretrained=ldm33"], ["model.pretrained='ldm33'"]),
     "no folder": (["data=imagefolder", "data.image_size=8"], ["data.source=null"]),
-    "absent folder": (["data=imagefolder", "data.source=/nowhere"], ["data.source=/nowhere"]),
+    "absent folder": (
+        ["data=imagefolder", "data.image_size=8", "data.source=/nowhere"],
+        ["data.source=/nowhere"],
+    ),
     "unknown key": (["lora.rnk=4"], ["lora.rnk: no such option", "did you mean 'lora.rank'?"]),
     "added key": (["+lora.rnk=4"], ["lora.rnk: no such option", "did you mean 'lora.rank'?"]),
     "unknown group": (["epsilo=eps1"], ["epsilo: no such option", "did you mean 'epsilon'?"]),
