@@ -1,11 +1,12 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup run test test-long check format data pretrain-mnist clean slurm-up slurm-down
+.PHONY: help setup run test test-long mutants check format data pretrain-mnist clean slurm-up slurm-down
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
-# Words for `run` and `pretrain-mnist` (overrides), `test` (pytest), `data` (sets): make run ARGS="epsilon=eps1"
+# Words for `run` and `pretrain-mnist` (overrides), `test` (pytest), `data` (sets), `mutants` (--sample 400):
+# make run ARGS="epsilon=eps1"
 ARGS ?=
 # Each process of the tests takes whole files and a core; PARALLEL= runs them in one, for a debugger.
 PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
@@ -26,6 +27,11 @@ test: .venv/installed-dev  ## run the tests
 
 test-long: .venv/installed-dev  ## run the slow statistics that `test` leaves out
 	$(BIN)/python -m pytest $(PARALLEL) -m slow $(ARGS)
+
+mutants: .venv/installed-dev  ## break the private code line by line and see the tests fail; takes hours, resumes
+	$(BIN)/python tools/mutants.py cover
+	$(BIN)/python tools/mutants.py run $(ARGS)
+	$(BIN)/python tools/mutants.py report
 
 check: .venv/installed-dev  ## formatter, linter, types and tests: what has to pass before a commit
 	$(BIN)/ruff format --check .

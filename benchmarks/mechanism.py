@@ -3,13 +3,15 @@
     python -m benchmarks.mechanism [--json FILE]
 
 First the parts of a step of the default job's model at a logical batch of 2,000 images: CPU time of one
-thread, and its share of the whole step. Then, for the settings of the paper, the CPU time to calibrate the
+thread (of the write-ahead record, which waits for the disk, time by the clock), and its share of the whole
+step. Then, for the settings of the paper, the CPU time to calibrate the
 noise from nothing and from the cache, and how far epsilon stays below its target.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import tempfile
@@ -21,13 +23,16 @@ from typing import Any
 import torch
 
 from dp_lora import adapters, tuning
-from dp_lora.config import LoraConfig
-from dp_lora.models import find, load
+from dp_lora.config import LoraConfig, TrainConfig
+from dp_lora.finetune import PrivateStep
+from dp_lora.latents import Latents
+from dp_lora.models import LatentDiffusion, find, load
 from dp_lora.privacy.accounting import EpsilonCurve, Mechanism, epsilon, noise_multiplier_for
 from dp_lora.privacy.batches import poisson_batch
+from dp_lora.privacy.executions import ORIGIN, Executions
 from dp_lora.privacy.gradients import ClippedGradientSum
-from dp_lora.privacy.mechanism import noised_mean
-from dp_lora.privacy.plan import make_plan
+from dp_lora.privacy.mechanism import noised_mean, sum_digest
+from dp_lora.privacy.plan import PrivacyPlan, make_plan
 from dp_lora.privacy.randomness import Randomness
 
 EXAMPLES, BATCH, STEPS = 60_000, 2_000, 1_800
@@ -41,14 +46,16 @@ SETTINGS = (
 )
 
 
-def seconds(action: Callable[[], object], rounds: int = 5) -> float:
-    """Median CPU time of `action`, after one call to warm up."""
+def seconds(
+    action: Callable[[], object], rounds: int = 5, clock: Callable[[], float] = time.process_time
+) -> float:
+    """Median time of `action`, CPU time unless another `clock` is given, after one call to warm up."""
     action()
     taken = []
     for _ in range(rounds):
-        start = time.process_time()
+        start = clock()
         action()
-        taken.append(time.process_time() - start)
+        taken.append(clock() - start)
     return statistics.median(taken)
 
 
@@ -73,18 +80,48 @@ def parts_of_a_step(microbatch: int = tuning.ROWS_ON_CPU) -> dict[str, float]:
 
     engine._clip_and_add = timed_clip  # type: ignore[method-assign]
     one = seconds(lambda: engine.add(losses(slice(None))))
+    engine.detach()
     shape = (BATCH, *model.latent_shape)
     curve = EpsilonCurve(plan.mechanism, plan.delta)
     curve(1)
+    with tempfile.TemporaryDirectory() as folder:
+        record = step_record(model, plan, Path(folder))
     found = {
         "forward and backward": microbatches * (one - statistics.median(clipping)),
         "clip and sum": microbatches * statistics.median(clipping),
         "Poisson batch": seconds(lambda: poisson_batch(key, 3, EXAMPLES, plan.sample_rate)),
         "diffusion noise": seconds(lambda: key.normal("diffusion", 3, shape)),
         "secure noise": seconds(lambda: noised_mean(engine.total(), plan, key, 3)),
+        **record,
         "account": seconds(lambda: curve(2)),
     }
     return {**found, "step": sum(found.values())}
+
+
+def step_record(model: LatentDiffusion, plan: PrivacyPlan, folder: Path) -> dict[str, float]:
+    """Seconds of what binds a step's noise to its sum and keeps it from being used twice.
+
+    CPU time; of the record, which waits for the disk, by the clock.
+    """
+    latents = torch.zeros(1, *model.latent_shape)
+    record = Executions(folder / "executions.jsonl", {})
+    key = Randomness.from_system()
+    step = PrivateStep(model, Latents(latents, latents), torch.zeros(1), plan, key, TrainConfig(), 8, record)
+    total = torch.zeros(step.gradients.num_parameters, dtype=torch.float64)
+    numbers = itertools.count()
+
+    def write() -> None:
+        execution = record.begin(next(numbers), ORIGIN)
+        record.keep_sum(execution, "0" * 64)
+
+    found = {
+        "digest of the state": seconds(step._state),
+        # For the record; the noise has its own, which is in its time.
+        "digest of the sum": seconds(lambda: sum_digest(total, plan)),
+        "write-ahead record": seconds(write, rounds=50, clock=time.perf_counter),
+    }
+    step.gradients.detach()
+    return found
 
 
 def calibrations() -> list[dict[str, Any]]:

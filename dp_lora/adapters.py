@@ -25,7 +25,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -315,6 +315,19 @@ def _umask() -> int:
 def _plain_name(name: str) -> str:
     """The name that the parameter has in a model without adapters."""
     return name.replace(".base_layer.", ".")
+
+
+def class_names(folder: Path) -> tuple[str, ...] | None:
+    """The names of the classes that `export` wrote beside what was trained; None where nothing says them."""
+    path = folder / TRAINED
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as opened:
+            names = (opened.metadata() or {}).get("classes")
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(path, error) from error
+    return None if names is None else tuple(names.split("\n"))
 
 
 def restore(model: LatentDiffusion, folder: Path, classes: Sequence[str]) -> None:

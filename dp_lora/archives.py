@@ -27,7 +27,8 @@ from typing import Any
 import numpy as np
 
 from dp_lora.errors import UserError, did_you_mean
-from dp_lora.images import Content, Part, Preprocessing, Request, Source, Unread, identity_of, part_of
+from dp_lora.images import Part, Preprocessing, Request, Source, Unread, identity_of, part_of, prepare_roles
+from dp_lora.pixels import Content
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 OPPOSITES = {"Male": ("Female", "Male"), "Young": ("Old", "Young")}
@@ -334,10 +335,10 @@ def celeba(tree: Tree, request: Request, preprocessing: Preprocessing) -> Source
     roles = {"train": "0", "validation": "1", "test": "2"}
     names = {role: [name for name in partition if partition[name] == code] for role, code in roles.items()}
     _check(tree, "celeba", {role: len(listed) for role, listed in names.items()})
-    parts = {
-        role: _pictures(tree, listed, [labels.get(name) for name in listed]).prepare(preprocessing, request)
-        for role, listed in names.items()
+    unread = {
+        role: _pictures(tree, listed, [labels.get(name) for name in listed]) for role, listed in names.items()
     }
+    parts = prepare_roles(unread, preprocessing, request)
     return Source(classes, parts["train"], parts["validation"], parts["test"])
 
 
@@ -367,12 +368,11 @@ def celebahq(tree: Tree, request: Request, preprocessing: Preprocessing) -> Sour
             pictures[number] = name
     _check(tree, "celebahq", {"all": len(pictures)})
     roles, held_out = _celebahq_roles(tree, sorted(pictures), to_original)
-    parts = {
-        role: _pictures(tree, [pictures[n] for n in numbers], [labels.get(n) for n in numbers]).prepare(
-            preprocessing, request
-        )
+    unread = {
+        role: _pictures(tree, [pictures[n] for n in numbers], [labels.get(n) for n in numbers])
         for role, numbers in roles.items()
     }
+    parts = prepare_roles(unread, preprocessing, request)
     return Source(classes, parts["train"], parts.get("validation"), parts.get("test"), held_out)
 
 

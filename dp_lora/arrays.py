@@ -3,7 +3,8 @@
 A store is one file in the safetensors format: the length of a JSON header, the header, the arrays one after
 the other. Any safetensors reader opens it. It appears whole or not at all; its header holds a digest of the
 data; one job at a time makes it while the others wait. Whoever may enter its folder may read it, so stores of
-private data belong into a folder of mode 0700; the file itself has mode 0600.
+private data belong into a folder of mode 0700; the file itself has mode 0600. What is said about a store
+names its folder and not the store, whose name may stand for private content.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def shared(
 
     Args:
         folder: made with mode 0700.
-        key: names the content: everything that determines it has to be part of it.
+        key: names the content: everything that determines it has to be part of it. Of private content it is
+            made by `dp_lora.keyed`.
         shapes: of the arrays.
         fill: writes all values into the arrays it is given, in any order; they are backed by the disk, so
             they may be larger than memory.
@@ -60,7 +62,7 @@ def shared(
         return found
 
     def waiting() -> None:
-        print(f"waiting for another job that makes {path}", file=sys.stderr, flush=True)
+        print(f"waiting for another job that makes the same {folder.name}", file=sys.stderr, flush=True)
 
     with file_lock(private_directory(folder.parent / "locks") / f"{folder.name}-{key}.lock", waiting):
         found = _open_or_none(path, key, shapes)
@@ -90,7 +92,7 @@ def _open_or_none(path: Path, key: str, shapes: Shapes) -> dict[str, np.ndarray]
     except FileNotFoundError:
         return None
     except Damaged as damage:
-        print(f"{path}: {damage}; it is made again", file=sys.stderr, flush=True)
+        print(f"{path.parent}: a damaged file: {damage}; it is made again", file=sys.stderr, flush=True)
         return None
 
 

@@ -26,12 +26,19 @@ DOES_NOT_COVER = (
     "The public data of the pre-training, which has no protection.",
     "A person with several images in the private set: the unit of privacy is one image; for n images of "
     "one person epsilon grows n times and delta by more than that.",
-    "The names of the classes, and the size of the private set as far as the sample rate and the configured "
-    "batch size tell it.",
+    'The names of the classes, and, where the adjacency is "zero out one image", the number of training '
+    "images.",
     "How long steps take and how much memory they use, as seen by whoever watches the machine.",
-    "The run's checkpoint/ folder, which holds the noise key and must stay private.",
+    "What `dp-lora export` leaves behind of a run, above all its checkpoint/ folder, which holds the noise "
+    "key and must stay private.",
 )
 """What the guarantee does not cover, for privacy.json and the card."""
+
+LIVE = (
+    "When each step ended, which follows the size of its batch: W&B got the rows while the job trained "
+    "(tracking.live)."
+)
+"""What it does not cover either where W&B shows a private job live."""
 
 NO_GUARANTEE = "**This adapter has NO privacy guarantee: {reason}.**"
 
@@ -131,7 +138,7 @@ def _privacy_section(record: Mapping[str, Any], *, guaranteed: bool) -> str:
     lines = [
         "## Privacy",
         f"The training of this adapter satisfies **({_at_most(record['epsilon'])}, "
-        f"{_at_most(record['delta'])})-differential privacy** (epsilon, delta).",
+        f"{_at_most(record['delta'])})-differential privacy** (epsilon, delta). {_relation(record)}".strip(),
         _settings_table(record),
         "**What the guarantee covers**",
         _bullets(record.get("covers") or COVERS),
@@ -139,6 +146,22 @@ def _privacy_section(record: Mapping[str, Any], *, guaranteed: bool) -> str:
         _bullets(record.get("does_not_cover") or DOES_NOT_COVER),
     ]
     return "\n\n".join(lines)
+
+
+def _relation(record: Mapping[str, Any]) -> str:
+    """In plain words, which sets of private images can hardly be told apart."""
+    adjacency = str(record["adjacency"])
+    if adjacency.startswith("zero out"):
+        return (
+            "It can hardly be told from it which of two sets was trained on that are the same but for one "
+            "image, which contributes nothing in one of them. The number of training images is public."
+        )
+    if adjacency.startswith("add or remove"):
+        return (
+            "It can hardly be told from it which of two sets was trained on that are the same but for one "
+            "image, which is in one of them only."
+        )
+    return ""
 
 
 _BOUNDS = (("epsilon", "epsilon"), ("delta", "delta"))

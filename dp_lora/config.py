@@ -17,7 +17,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -28,17 +28,24 @@ PROMPT = "a photo of a {}"
 STAGES = ("pretrain", "finetune", "sample", "evaluate")
 COMPONENTS = ("lora", "attention", "embedder", "bias", "norm", "full")
 CLIPPINGS = ("flat", "automatic", "per_layer")
-ADJACENCIES = ("add_or_remove", "zero_out")
+ADJACENCIES = ("zero_out", "add_or_remove")
 PRECISIONS = ("float32", "bfloat16")
 SAMPLERS = ("ddim", "dpmsolver++")
 SCHEDULES = ("constant", "linear", "cosine")
 DEVICES = ("auto", "cpu", "cuda")
 RESAMPLINGS = ("pad", "box", "bilinear", "bicubic", "lanczos")
+BACKGROUNDS = ("white", "grey", "black")
+LAYOUTS = ("folders", "tables")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 AUTOENCODERS = ("kl", "vq")
 CONDITIONINGS = ("class", "none")
 TARGET_GROUPS = ("qkv", "proj", "self", "cross", "conv")
+EXTRACTORS = ("lite0", "inception", "dinov2")
 CLASSIFIERS = ("cnn", "wrn", "resnet", "resnext")
+LARGEST_RATE = 1e9
+"""AdamW moves a weight by about its learning rate in a step; far beyond this it overflows in float32."""
+LONGEST_TAG, LONGEST_PROJECT, NOT_IN_PROJECT = 64, 128, "/\\#?%:"
+"""What W&B takes as tags and as the name of a project."""
 FEWEST_RESAMPLES = 40
 """Below that, an interval of 95 % would lie beyond the smallest and the largest resample."""
 
@@ -62,6 +69,15 @@ class DataConfig:
     resample: str | None = None
     """How images come to `image_size`: box, bilinear, bicubic or lanczos; pad (28 x 28 into black margins);
     null takes what belongs to the set (README, Data)."""
+    value_range: list[float] | None = None
+    """The values of black and white in the image files, such as [0,4095] for 12 bits that lie in 16; null
+    takes what a file's mode can hold: 255, or 65535 for 16 bits. Files of floating-point numbers and of 32
+    bits have no such range and need one. It is never found from the images."""
+    background: str = "white"
+    """What images with transparency are laid on: white, grey, black, or a colour such as '#f0f0f0'."""
+    layout: str | None = None
+    """How a folder with both parquet tables and images is read: folders (a folder a class, whatever files lie
+    beside them) or tables; null refuses what can be read in two ways."""
     attribute: str | None = None
     """CelebA and CelebA-HQ: the attribute that says the class, such as Male; null gives one class."""
     image_column: str | None = None
@@ -73,12 +89,14 @@ class DataConfig:
     image; null takes `model.prompt` with the name of the class. Images are drawn by `model.prompt`."""
     classes: list[str] | None = None
     """Keep only these classes, in this order; null keeps all."""
-    train_size: int | None = None
-    """Number of training images to take or to render, balanced over classes; null takes all."""
-    validation_size: int = 0
-    """Number of training images set aside, stratified, for choices that must not see the test set."""
-    test_size: int = 0
-    """Number of test images, for sets that come without a split of their own."""
+    train_size: int | float | None = None
+    """How many of the training images to take or to render; null takes all. Like the next two: of a
+    published set a number of images, balanced over classes or stratified, or a fraction; of a set of one's
+    own a fraction between 0 and 1, by which each image is taken for its own pixels (README, Data)."""
+    validation_size: int | float = 0
+    """How many images are set aside for choices that must not see the test set."""
+    test_size: int | float = 0
+    """How many images are for testing, for sets that come without a split of their own."""
 
 
 @dataclass
@@ -227,8 +245,10 @@ class PrivacyConfig:
     max_grad_norm: float = 1e-3
     """C, the norm to which one example's gradient is clipped."""
     clipping: str = "flat"
-    adjacency: str = "add_or_remove"
-    """Which sets are neighbours: add_or_remove one image, or zero_out one; both have the same epsilon."""
+    adjacency: str = "zero_out"
+    """Which sets are neighbours; both have the same epsilon. zero_out: one image contributes nothing, and the
+    number of images is public. add_or_remove: one image more or less; the number of images is private, so
+    `train.sample_rate` has to be given and nothing that is released depends on the number."""
     insecure_seed: int | None = None
     """Derives all private randomness from a number, for tests; no privacy against whoever knows it."""
     budget_epsilon: float | None = None
@@ -240,7 +260,11 @@ class TrainConfig:
     """The private fine-tuning, apart from its privacy."""
 
     expected_batch_size: int = 1000
-    """q N: the mean size of a Poisson batch."""
+    """What the noised sum of a step is divided by. Under privacy.adjacency=zero_out it is q N, the mean size
+    of a Poisson batch, and determines q; under add_or_remove it is a constant beside `sample_rate`."""
+    sample_rate: float | None = None
+    """q, the probability with which an image joins a batch, where privacy.adjacency=add_or_remove; null under
+    zero_out. Choose it without counting the images."""
     max_steps: int | None = 80
     """Number of noisy steps; with `epochs` given too, the smaller; null with a fixed noise multiplier
     takes as many as epsilon allows."""
@@ -324,6 +348,9 @@ class TrackingConfig:
     tags: list[str] = field(default_factory=list)
     private_loss: bool = False
     """Logs the training loss as read from the noised sum: inside the same epsilon, at a little more noise."""
+    live: bool = False
+    """Shows a private job in W&B while it trains, not only when its training has ended. When rows arrive
+    tells how long steps take, which follows the sizes of private batches; privacy.json then says so."""
     log_every: int = 1
     progress: str = "auto"
     """auto: a bar on a terminal, plain lines elsewhere; or bar, lines, off."""
@@ -365,13 +392,16 @@ class ResourcesConfig:
 
 @dataclass
 class PathsConfig:
-    """The three folders that a job writes or reads, and the ledger of its private set."""
+    """The three folders that a job writes or reads, and where it finds what was spent on its private set."""
 
     outputs: str = "outputs"
     cache: str = "~/.cache/dp_lora"
     data: str = "~/.cache/dp_lora/data"
     ledger: str | None = None
     """File of the ledger of what was spent; null takes the one beside the data (README, The privacy bill)."""
+    index: str | None = None
+    """Folder of the index by which private images are known again wherever they lie; null takes
+    `$XDG_DATA_HOME/dp_lora/image_index`, or `~/.local/share/dp_lora/image_index`."""
 
 
 @dataclass
@@ -423,14 +453,18 @@ def _schema() -> DictConfig:
 
 def check(config: Config) -> None:
     """Raises UserError naming field, value and range for the first value that cannot be right."""
+    _check_texts(config, "")
     _check_choices(config)
     _check_privacy(config.privacy)
     _check_train(config.train, config.privacy)
+    _check_relation(config.train, config.data, config.privacy.adjacency)
     _check_counts(config)
     _check_evaluation(config.evaluation)
+    _check_tracking(config.tracking)
     _check_model(config.model)
     for name in ("data", "public_data"):
         data: DataConfig = getattr(config, name)
+        _check_data(name, data)
         if data.channels not in (1, 3):
             raise UserError(f"{name}.channels={data.channels}: expected 1 (grey) or 3 (RGB)")
         if data.resample is not None and data.resample not in RESAMPLINGS:
@@ -450,6 +484,58 @@ def check(config: Config) -> None:
         )
     if not re.fullmatch(r"[\w.-]+", config.experiment):
         raise UserError(f"experiment={config.experiment!r}: expected letters, digits, '_', '-' or '.'")
+
+
+def _check_data(name: str, data: DataConfig) -> None:
+    for part in ("train_size", "validation_size", "test_size"):
+        size = getattr(data, part)
+        if isinstance(size, float) and not 0 < size < 1:
+            raise UserError(f"{name}.{part}={size}: expected a whole number, or a fraction between 0 and 1")
+        least = 1 if part == "train_size" else 0
+        if isinstance(size, int) and size < least:
+            raise UserError(f"{name}.{part}={size}: expected at least {least}, or a fraction")
+    values = data.value_range
+    if values is not None and (
+        len(values) != 2 or not all(map(math.isfinite, values)) or not values[0] < values[1]
+    ):
+        raise UserError(
+            f"{name}.value_range={values}: expected the values of black and of white, such as [0,4095], or "
+            "null"
+        )
+    if not re.fullmatch("|".join((*BACKGROUNDS, "#[0-9a-fA-F]{6}")), data.background):
+        hint = did_you_mean(data.background, BACKGROUNDS)
+        raise UserError(
+            f"{name}.background={data.background!r}: expected white, grey, black or a colour such as "
+            f"'#f0f0f0'{hint}"
+        )
+    if data.layout is not None and data.layout not in LAYOUTS:
+        hint = did_you_mean(data.layout, LAYOUTS)
+        raise UserError(f"{name}.layout={data.layout!r}: expected one of {', '.join(LAYOUTS)}, or null{hint}")
+
+
+def _check_texts(section: Any, prefix: str) -> None:
+    """Refuses empty texts: shells make one of a variable that is not set, and as a path it is this folder."""
+    for known in dataclasses.fields(section):
+        value = getattr(section, known.name)
+        if dataclasses.is_dataclass(value):
+            _check_texts(value, f"{prefix}{known.name}.")
+        elif value == "":
+            rest = ", or null" if "None" in str(known.type) else ""
+            raise UserError(f'{prefix}{known.name}="": expected a text that is not empty{rest}')
+
+
+def _check_tracking(tracking: TrackingConfig) -> None:
+    """Refuses what W&B would refuse, with the run's whole record lost, once the run has begun."""
+    if len(tracking.project) > LONGEST_PROJECT or set(tracking.project) & set(NOT_IN_PROJECT):
+        raise UserError(
+            f"tracking.project={tracking.project!r}: expected at most {LONGEST_PROJECT} characters, none of "
+            f"them in {NOT_IN_PROJECT}"
+        )
+    for tag in tracking.tags:
+        if not 1 <= len(tag) <= LONGEST_TAG:
+            raise UserError(
+                f"tracking.tags={tag!r}: {len(tag)} characters, expected 1 to {LONGEST_TAG} a tag"
+            )
 
 
 def _check_choices(config: Config) -> None:
@@ -482,6 +568,10 @@ def _check_choices(config: Config) -> None:
 
 
 def _check_evaluation(evaluation: EvaluationConfig) -> None:
+    for name in evaluation.extractors:
+        if name not in EXTRACTORS:
+            hint = did_you_mean(name, EXTRACTORS)
+            raise UserError(f"evaluation.extractors={name!r}: expected one of {', '.join(EXTRACTORS)}{hint}")
     for name in evaluation.classifiers:
         if name not in CLASSIFIERS:
             hint = did_you_mean(name, CLASSIFIERS)
@@ -569,13 +659,49 @@ def _check_train(train: TrainConfig, privacy: PrivacyConfig) -> None:
         )
     if train.epochs is not None and not 0 < train.epochs < math.inf:
         raise UserError(f"train.epochs={train.epochs}: expected a number above 0, or null")
-    if not 0 < train.learning_rate < math.inf:
-        raise UserError(f"train.learning_rate={train.learning_rate}: expected a finite number above 0")
+    if not 0 < train.learning_rate <= LARGEST_RATE:
+        raise UserError(
+            f"train.learning_rate={train.learning_rate}: expected a number above 0, at most {LARGEST_RATE:g}"
+        )
+    factor = train.embedder_learning_rate_factor
+    if factor * train.learning_rate > LARGEST_RATE:
+        raise UserError(
+            f"train.embedder_learning_rate_factor={factor}: with train.learning_rate={train.learning_rate} "
+            f"expected a product of at most {LARGEST_RATE:g}"
+        )
     for name in ("weight_decay", "checkpoint_minutes", "warmup_steps", "embedder_learning_rate_factor"):
         if not 0 <= getattr(train, name) < math.inf:
             raise UserError(f"train.{name}={getattr(train, name)}: expected at least 0")
     if not 0 <= train.ema_decay < 1:
         raise UserError(f"train.ema_decay={train.ema_decay}: expected a number in [0, 1)")
+
+
+def _check_relation(train: TrainConfig, data: DataConfig, adjacency: str) -> None:
+    rate = train.sample_rate
+    if rate is not None and not 0 < rate <= 1:
+        raise UserError(f"train.sample_rate={rate}: expected a number in (0, 1], or null")
+    if adjacency != "add_or_remove":
+        if rate is not None:
+            raise UserError(
+                f"train.sample_rate={rate} with privacy.adjacency={adjacency}: expected null, since the rate "
+                "is train.expected_batch_size over the public number of images"
+            )
+        return
+    if rate is None:
+        raise UserError(
+            "train.sample_rate=null with privacy.adjacency=add_or_remove: expected a number in (0, 1] beside "
+            "train.expected_batch_size, since the rate must not follow from the private number of images"
+        )
+    if train.epochs is not None:
+        raise UserError(
+            f"train.epochs={train.epochs} with privacy.adjacency=add_or_remove: expected null and "
+            "train.max_steps, since the number of steps must not follow from the private number of images"
+        )
+    if isinstance(data.train_size, int) and not data.public:
+        raise UserError(
+            f"data.train_size={data.train_size} with privacy.adjacency=add_or_remove: expected null or a "
+            "fraction, since the number of images is private, and where one is missing another would come in"
+        )
 
 
 def _check_counts(config: Config) -> None:
@@ -601,8 +727,6 @@ def _check_counts(config: Config) -> None:
         "model.pretrain.unet_batch_size": config.model.pretrain.unet_batch_size,
         "data.image_size": config.data.image_size,
         "public_data.image_size": config.public_data.image_size,
-        "data.train_size": config.data.train_size,
-        "public_data.train_size": config.public_data.train_size,
     }
     for name, value in at_least_one.items():
         if value is not None and not value >= 1:
@@ -610,6 +734,11 @@ def _check_counts(config: Config) -> None:
     factor = config.trainable.learning_rate_factor
     if not 0 < factor < math.inf:
         raise UserError(f"trainable.learning_rate_factor={factor}: expected a finite number above 0")
+    if factor * config.train.learning_rate > LARGEST_RATE:
+        raise UserError(
+            f"trainable.learning_rate_factor={factor}: with train.learning_rate={config.train.learning_rate} "
+            f"expected a product of at most {LARGEST_RATE:g}"
+        )
     if config.resources.gpus < 0:
         raise UserError(f"resources.gpus={config.resources.gpus}: expected at least 0")
     if not 0 < config.resources.memory_gb < math.inf:
@@ -630,17 +759,14 @@ def _check_counts(config: Config) -> None:
         raise UserError(f"sampler.guidance={config.sampler.guidance}: expected a finite number, at least 0")
     if not 0 <= config.sampler.eta <= 1:
         raise UserError(f"sampler.eta={config.sampler.eta}: expected a number in [0, 1]")
-    for name, data in (("data", config.data), ("public_data", config.public_data)):
-        for part in ("validation_size", "test_size"):
-            if getattr(data, part) < 0:
-                raise UserError(f"{name}.{part}={getattr(data, part)}: expected at least 0")
 
 
 def _check_pretrain(pretrain: PretrainConfig) -> None:
     for name in ("autoencoder_learning_rate", "unet_learning_rate"):
-        if not 0 < getattr(pretrain, name) < math.inf:
+        if not 0 < getattr(pretrain, name) <= LARGEST_RATE:
             raise UserError(
-                f"model.pretrain.{name}={getattr(pretrain, name)}: expected a finite number above 0"
+                f"model.pretrain.{name}={getattr(pretrain, name)}: expected a number above 0, at most "
+                f"{LARGEST_RATE:g}"
             )
     for name in ("kl_weight", "codebook_weight", "perceptual_weight", "adversarial_weight",
                  "adversarial_start", "decoder_steps", "warmup_steps", "samples_every"):  # fmt: skip
@@ -652,6 +778,20 @@ def _check_pretrain(pretrain: PretrainConfig) -> None:
         raise UserError(f"model.pretrain.ema_decay={pretrain.ema_decay}: expected a number in [0, 1)")
 
 
+PRIVATE_SETTINGS = (
+    "data.source",
+    "public_data.source",
+    "model.pretrained",
+    "model.pretrain.perceptual_network",
+    "privacy.insecure_seed",
+    "evaluation.inception_weights",
+    "evaluation.dinov2",
+    "paths",
+    *(f"resources.{name}" for name in ("partition", "account", "qos", "constraint", "sbatch", "setup")),
+)
+"""Settings that no name of a run tells and that never leave: they can name people, folders and accounts, or
+take the noise away."""
+
 _CANNOT_CHANGE_THE_RESULT = ("experiment", "stages", "tracking", "resources", "paths")
 _NOR_CAN = ("microbatch", "channels_last", "compile", "checkpoint_minutes")
 """Of `train`."""
@@ -661,7 +801,8 @@ def fingerprint(config: Config) -> str:
     """Eight hexadecimal digits of what can change the result of a run.
 
     Device, threads, tracking, launcher and paths are not part of it, so the same run asked for twice
-    has the same directory wherever it runs.
+    has the same directory wherever it runs. Whoever knows the other settings can confirm a guess of one by
+    it, so what leaves carries that of `manifest.shown_fingerprint` alone.
     """
     values = dataclasses.asdict(config)
     for name in _CANNOT_CHANGE_THE_RESULT:
@@ -674,7 +815,18 @@ def fingerprint(config: Config) -> str:
     del values["model"]["pretrain"]["samples_every"]
     # Where the published file lies: what is in it is fixed.
     del values["evaluation"]["inception_weights"]
+    for group, name in (("data", "source"), ("public_data", "source"), ("model", "pretrained")):
+        values[group][name] = _one_spelling(values[group][name])
     return _digest(values)
+
+
+def _one_spelling(place: str | None) -> str | None:
+    """The same for all spellings of one path that mean the same place wherever it is.
+
+    >>> _one_spelling("set/"), _one_spelling("./set//."), _one_spelling("uoft-cs/cifar10")
+    ('set', 'set', 'uoft-cs/cifar10')
+    """
+    return str(PurePosixPath(place)) if place else place
 
 
 def pretrained_fingerprint(config: Config) -> str:
@@ -682,6 +834,11 @@ def pretrained_fingerprint(config: Config) -> str:
     model = dataclasses.asdict(config.model)
     del model["pretrained"], model["prompt"], model["pretrain"]["samples_every"]
     public = dataclasses.asdict(config.public_data)
+    public["source"] = _one_spelling(public["source"])
+    # As long as they say what was done before they were there, models that are kept stay what they are.
+    for name, value in (("value_range", None), ("background", "white"), ("layout", None)):
+        if public[name] == value:
+            del public[name]
     return _digest({"model": model, "public_data": public, "seed": config.seed})
 
 
@@ -694,8 +851,9 @@ def run_directory(config: Config, overrides: Sequence[str]) -> Path:
 
     Args:
         config: the job.
-        overrides: the command line's `key=value` words; those that cannot change the result are left out.
-            A directory of the same run that was asked for in other words is taken again.
+        overrides: the command line's `key=value` words; those that cannot change the result, and those of
+            `PRIVATE_SETTINGS`, are left out. A directory of the same run that was asked for in other words
+            is taken again.
     """
     folder = Path(config.paths.outputs).expanduser() / config.experiment
     identity = fingerprint(config)
@@ -703,6 +861,15 @@ def run_directory(config: Config, overrides: Sequence[str]) -> Path:
     names = os.listdir(folder) if folder.is_dir() else []
     if said_otherwise := sorted(name for name in names if name.endswith(f"-{identity}")):
         return folder / said_otherwise[0]
+    return folder / f"{readable(overrides)}-{identity}"
+
+
+def readable(overrides: Sequence[str]) -> str:
+    """What of the command line's words can change the result and may be shown, as part of a name.
+
+    >>> readable(["seed=1", "data.source=/home/ann/patients", "lora.rank=4", "tracking.tags=[a]"])
+    'lora.rank=4,seed=1'
+    """
     without_effect = (
         *(*_CANNOT_CHANGE_THE_RESULT, "cluster", "sweep"),
         *("privacy.budget_epsilon", "evaluation.inception_weights"),
@@ -710,8 +877,15 @@ def run_directory(config: Config, overrides: Sequence[str]) -> Path:
     )
     words = [word.replace("'", "") for word in overrides]
     said = [word.lstrip("+~") for word in words if not word.lstrip("+~").startswith(without_effect)]
-    readable = re.sub(r"[^\w.=,+-]+", "_", ",".join(sorted(said))).strip("_")[:120] or "defaults"
-    return folder / f"{readable}-{identity}"
+    shown = sorted(word for word in said if _may_be_shown(word))
+    return re.sub(r"[^\w.=,+-]+", "_", ",".join(shown)).strip("_")[:120] or "defaults"
+
+
+def _may_be_shown(word: str) -> bool:
+    """Whether a word sets one plain value that is neither private nor a path."""
+    name, _, value = word.partition("=")
+    private = any(f"{name}.".startswith(f"{setting}.") for setting in PRIVATE_SETTINGS)
+    return not private and not re.search(r"[/~\\{$]", value)
 
 
 def config_directory() -> Path:

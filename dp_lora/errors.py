@@ -14,6 +14,21 @@ class UserError(Exception):
     """
 
 
+class PrivateRefusal(UserError):
+    """A refusal that was decided by private images or their files.
+
+    Its message is for the owner's terminal alone; `recorded` is what any record of the job says instead.
+    """
+
+
+def recorded(error: BaseException) -> str:
+    """What a record that others may read says of an error: the text of a mistake in settings, else less."""
+    if isinstance(error, PrivateRefusal):
+        return "the private images were refused; the reason is on the job's own terminal"
+    # The text of an unexpected error may hold what nobody but the owner may read.
+    return str(error) if isinstance(error, UserError) else type(error).__name__
+
+
 class Busy(UserError):
     """Another process does this already; what is to be done will be there when it ends."""
 
@@ -23,6 +38,10 @@ class SweepFailed(Exception):
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the option nearest to `name`, or an empty string when none is near."""
-    near = difflib.get_close_matches(name, list(options), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    """`; did you mean 'x'?` for the option nearest to `name`, or an empty string when none is near.
+
+    Capital letters do not matter.
+    """
+    by_name = {option.lower(): option for option in options}
+    near = difflib.get_close_matches(name.lower(), list(by_name), n=1)
+    return f"; did you mean {by_name[near[0]]!r}?" if near else ""

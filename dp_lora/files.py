@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dp_lora.errors import UserError
+
 
 def write_atomic(path: Path, content: bytes | str, *, mode: int = 0o666) -> None:
     """Replaces the content of `path` so that every reader sees all of the old or all of the new.
@@ -75,9 +77,21 @@ def write_json(path: Path, record: Any, *, mode: int = 0o666) -> None:
     write_atomic(path, text + "\n", mode=mode)
 
 
+class Damaged(UserError, ValueError):
+    """A file that this program wrote cannot be read any more."""
+
+
 def read_json(path: Path) -> Any:
-    """What `write_json` wrote; infinities and NaN stay the strings "inf", "-inf" and "nan"."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """What `write_json` wrote; infinities and NaN stay the strings "inf", "-inf" and "nan".
+
+    Raises Damaged when the file is empty, cut off or something else.
+    """
+    content = path.read_bytes()
+    try:
+        return json.loads(content.decode())
+    except ValueError as error:
+        reason = "it is empty" if not content.strip() else " ".join(str(error).split())
+        raise Damaged(f"{path}: no JSON ({reason}); expected what this program wrote there") from error
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
@@ -103,7 +117,7 @@ def write_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The records of a JSON-lines file, without a torn last line; an absent file has none.
 
-    Raises ValueError naming the line when a line before the last is no JSON object.
+    Raises Damaged naming the line when a line before the last is no JSON object.
     """
     if not path.exists():
         return []
@@ -119,9 +133,9 @@ def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except ValueError as error:
-        raise ValueError(f"{path}, line {number}: no JSON ({error})") from error
+        raise Damaged(f"{path}, line {number}: no JSON ({error})") from error
     if not isinstance(record, dict):
-        raise ValueError(f"{path}, line {number}: expected a JSON object, found {type(record).__name__}")
+        raise Damaged(f"{path}, line {number}: expected a JSON object, found {type(record).__name__}")
     return record
 
 

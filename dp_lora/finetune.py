@@ -8,9 +8,7 @@ sums of `privacy.mechanism.noised_mean`, so epsilon of the plan covers it.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,34 +17,34 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dp_lora import models, tuning
+from dp_lora import tuning
 from dp_lora.config import Config, TrainConfig
 from dp_lora.diffusion import per_example_loss
+from dp_lora.divergence import Watch
 from dp_lora.errors import UserError
 from dp_lora.files import private_directory, read_json, write_atomic, write_json
 from dp_lora.latents import Latents
 from dp_lora.models import LatentDiffusion
+from dp_lora.numerics import digest, numerics
 from dp_lora.privacy.accounting import EpsilonCurve
 from dp_lora.privacy.batches import poisson_batch
-from dp_lora.privacy.executions import ORIGIN, Executions
+from dp_lora.privacy.executions import ORIGIN, Execution, Executions, Spent
 from dp_lora.privacy.gradients import ClippedGradientSum
 from dp_lora.privacy.mechanism import (
+    all_reduced,
     microbatches,
     noised_mean,
     private_loss,
     signal_to_noise,
     slice_of_batch,
+    sum_digest,
 )
 from dp_lora.privacy.plan import PrivacyPlan
 from dp_lora.privacy.preflight import preflight
 from dp_lora.privacy.randomness import KEY_BYTES, Randomness
-from dp_lora.processes import agreed, largest
+from dp_lora.processes import agreed, everyone, largest
 from dp_lora.progress import Progress
-from dp_lora.provenance import hardware, versions
 from dp_lora.train import Checkpoint, learning_rate, resume, run_steps
-
-_ROUND = ("dp-lora", "torch", "diffusers", "peft", "numpy", "cryptography")
-"""Packages whose version can change how a step rounds."""
 
 _BFLOAT16_TOLERANCE = 0.1
 """Relative error of a gradient in bfloat16, whose numbers have eight bits."""
@@ -66,6 +64,7 @@ class PrivateStep:
         executions: the write-ahead record.
         halved: called with the new microbatch after that.
         learning_rate_factor: over `train.learning_rate`, of all parameters but the class embedding.
+        begun: called with the number of executions begun and their epsilon, before the batch of a new one.
     """
 
     def __init__(
@@ -80,11 +79,12 @@ class PrivateStep:
         executions: Executions,
         halved: Callable[[int], None] = lambda microbatch: None,
         learning_rate_factor: float = 1.0,
+        begun: Callable[[int, float], None] = lambda executions, epsilon: None,
     ) -> None:
         self.model, self.latents, self.labels, self.plan = model, latents, labels, plan
         self.randomness, self.train, self.microbatch = randomness, train, microbatch
         self.executions, self.lineage, self.halved = executions, ORIGIN, halved
-        self.learning_rate_factor = learning_rate_factor
+        self.learning_rate_factor, self.begun, self._told = learning_rate_factor, begun, 0
         self.gradients = ClippedGradientSum(
             model, plan.noise_multiplicity, plan.max_grad_norm, plan.clipping, plan.loss_share
         )
@@ -101,20 +101,18 @@ class PrivateStep:
 
     def __call__(self, step: int) -> dict[str, float]:
         plan, size = self.plan, self.gradients.num_parameters
-        # 0. Record that the step begins; randomness is replayed only if it is the same step once more.
-        generation, execution = self.executions.begin(step, self.lineage)
+        # 0. Record that the step begins, and its sum: both are replayed only if they are the same once more.
         # 1. to 3. Sample the batch; per-example gradients of the mean over k draws; clip each to C and sum.
-        while (total := self._clipped_sum(step, generation)) is None:
-            generation, execution = self._in_smaller_microbatches(step)
+        total, randomness, lineage = self._recorded_sum(step)
         # 4. and 5. Add Gaussian noise of std sigma C, once; divide by the expected batch size.
-        released = noised_mean(total, plan, self._randomness(generation), step, self.group)
+        released = noised_mean(total, plan, randomness, step)
         update = released[:size]
         # 6. Optimiser step on the released value.
         self._descend(update, step)
         # 7. Moving average of the weights, once per batch.
         self._average(step)
         # 8. Account for every execution begun.
-        self.lineage = execution
+        self.lineage = lineage
         return {
             "epsilon": self.epsilon(),
             "update_norm": float(torch.linalg.vector_norm(update, dtype=torch.float64)),
@@ -123,14 +121,57 @@ class PrivateStep:
             **({"private_loss": private_loss(released, plan)} if plan.loss_share else {}),
         }
 
-    def _randomness(self, generation: int) -> Randomness:
+    def _recorded_sum(self, step: int) -> tuple[Tensor, Randomness, str]:
+        """The clipped sum of the whole batch, on record before any noise is drawn for it.
+
+        With the randomness of this execution of the step, and the lineage of the state after it. A sum that
+        is not the one that the execution had before is thrown away, with its batch.
+
+        Raises Spent when the plan accounts for no further execution.
+        """
+        state = self._state()
+        execution = self.executions.begin(step, self.lineage)
+        while True:
+            self._tell_begun()
+            randomness = self._randomness(execution, state)
+            part = self._clipped_sum(step, randomness)
+            if part is None:
+                execution = self._in_smaller_microbatches(execution)
+                continue
+            total = all_reduced(part, self.group)
+            digest = _same_everywhere(randomness.keyed_digest("sum", sum_digest(total, self.plan)))
+            lineage = self.executions.keep_sum(execution, digest)
+            if lineage is not None:
+                return total, randomness, lineage
+            execution = self.executions.begin_anew(execution)
+
+    def _state(self) -> str:
+        """A hash of the parameters of all processes: all of the state that a sum depends on."""
+        hashed = hashlib.sha256()
+        for parameter in self.parameters:
+            hashed.update(parameter.detach().cpu().contiguous().numpy().data)
+        return hashlib.sha256("/".join(everyone(hashed.hexdigest())).encode()).hexdigest()
+
+    def _randomness(self, execution: Execution, state: str) -> Randomness:
+        """What batch, draws and noise of one execution come from, and of no other.
+
+        That of a seed, whose run has no privacy, is the same for every state and numerics.
+        """
+        if self.randomness.secure:
+            return self.randomness.derive(f"execution {execution.name} from state {state}")
+        generation = execution.generation
         return self.randomness.derive(f"generation {generation}") if generation else self.randomness
 
-    def _clipped_sum(self, step: int, generation: int) -> Tensor | None:
+    def _tell_begun(self) -> None:
+        """Tells `begun` how many executions there are, when another one has begun."""
+        if self._told != self.executions.count:
+            self._told = self.executions.count
+            self.begun(self._told, self.epsilon())
+
+    def _clipped_sum(self, step: int, randomness: Randomness) -> Tensor | None:
         """The clipped sum of this process's part of the batch; None when memory ran out on any process."""
-        randomness = self._randomness(generation)
         # Every image joins by itself with probability q.
-        batch = poisson_batch(randomness, step, self.plan.num_examples, self.plan.sample_rate)
+        batch = poisson_batch(randomness, step, len(self.labels), self.plan.sample_rate)
         self.gradients.reset()
         enough = True
         try:
@@ -143,14 +184,14 @@ class PrivateStep:
         self.gradients.reset()
         return None if largest(not enough) else total
 
-    def _in_smaller_microbatches(self, step: int) -> tuple[int, str]:
-        """Halves the microbatch and begins `step` again, of which nothing has been released."""
+    def _in_smaller_microbatches(self, execution: Execution) -> Execution:
+        """Halves the microbatch and begins the step again, of which nothing has been released."""
         if self.microbatch == 1:
             raise tuning.too_large()
         tuning.free_memory()
         self.microbatch //= 2
         self.halved(self.microbatch)
-        return self.executions.begin_again(step, self.lineage, microbatch=self.microbatch)
+        return self.executions.begin_again(execution, microbatch=self.microbatch)
 
     def losses(self, indices: Tensor, positions: Tensor, randomness: Randomness, step: int) -> Tensor:
         """Losses [M] of the images `indices`, whose draws belong to their `positions` in the batch."""
@@ -241,6 +282,7 @@ def finetune(
     log: Callable[[int, dict[str, float]], None],
     started: Callable[[int], None],
     captions: Sequence[str] | None = None,
+    begun: Callable[[int, float], None] = lambda executions, epsilon: None,
 ) -> int:
     """Trains the chosen parameters of `model` in place and returns the number of executed steps.
 
@@ -254,6 +296,8 @@ def finetune(
         started: called with the number of finished steps before the first new one.
         captions: of the private images, which then take the place of the labels as conditions of a model
             with a text encoder. It knows its classes again when the training ends.
+        begun: called with the number of executions begun and an upper bound on their epsilon, before the
+            batch of a new one is drawn: what has to be said of a run that ends at any later moment.
 
     Every execution begun counts towards the plan's steps: where redone steps could not be replayed, as many
     fewer follow, so epsilon never passes the plan's. On several processes of one job the first writes
@@ -273,7 +317,9 @@ def finetune(
     microbatch = agreed(_microbatch(config, model, plan, folder))
     tuning.arrange(model, plan, config.train, microbatch)
     same = agreed(numerics(config, device, microbatch, inputs))
-    executions = Executions(folder / "executions.jsonl", same, writes=first)
+    executions = Executions(folder / "executions.jsonl", same, plan.steps, writes=first)
+    if dist.is_initialized():
+        dist.barrier()  # before the first process writes to it
 
     def keep(microbatch: int) -> None:
         if first:
@@ -296,21 +342,37 @@ def finetune(
         executions,
         keep,
         config.trainable.learning_rate_factor,
+        begun if first else _silent,
     )
+    spends = plan.private and not config.data.public
+    spent = f"epsilon {{}} at delta {plan.delta:g} is spent" if spends else ""
+    watch = Watch(step.parameters, config.train.learning_rate, spent)
     checkpoint = Checkpoint(folder, config.train.checkpoint_minutes, writes=first)
     finished = resume(step, checkpoint)
     total = steps_to_finish(plan, executions, finished, step.lineage)
     if first:
         started(finished)
+
+    def watched(number: int, values: dict[str, float]) -> None:
+        (log if first else _silent)(number, values)
+        watch.after(number, total, values["epsilon"])
+
     with Progress(
         total, "finetune", initial=finished, mode=config.tracking.progress, public=config.data.public
     ) as progress:
-        run_steps(step, total, checkpoint, progress, log if first else _silent)
+        try:
+            run_steps(step, total, checkpoint, progress, watched)
+        except Spent:
+            # A step that was to be replayed has another sum, and there is no execution left for it.
+            if not progress.done:
+                raise _spent(executions, 0, plan) from None
+            checkpoint.save(progress.done, step.state_dict())
     step.release()
     if captions is not None and model.prompts is not None:
         model.prompts.use_classes(model.classes)
     if first:
         forget_key(folder)
+    watch.at_the_end(model, step.epsilon())
     return executions.count
 
 
@@ -320,12 +382,21 @@ def _microbatch(config: Config, model: LatentDiffusion, plan: PrivacyPlan, folde
     return tuning.choose_microbatch(model, plan, config.train, processes, folder, cache)
 
 
-def _silent(step: int, values: dict[str, float]) -> None:
+def _silent(number: int, values: Any) -> None:
     """What the other processes log."""
+
+
+def _same_everywhere(digest: str) -> str:
+    """The `digest` that all processes have. Raises RuntimeError, on all of them, when they differ."""
+    if len(set(everyone(digest))) > 1:
+        raise RuntimeError("the processes of this job hold different sums of one batch: nothing was released")
+    return digest
 
 
 def steps_to_finish(plan: PrivacyPlan, executions: Executions, finished: int, lineage: str) -> int:
     """Number of steps after which the run ends: its executions, begun and to come, are the plan's steps.
+
+    It ends earlier when a step begun before turns out to have another sum: see `Executions`.
 
     Args:
         plan: of the run.
@@ -337,12 +408,16 @@ def steps_to_finish(plan: PrivacyPlan, executions: Executions, finished: int, li
     """
     total = finished + executions.replayable(finished, lineage) + plan.steps - executions.count
     if total < max(1, finished):
-        raise UserError(
-            f"checkpoint: {executions.count} steps of {plan.steps} were begun and none can be replayed from "
-            f"the {finished} that were kept; the privacy of this run is spent. Remove the run directory to "
-            "start again, and count what was spent"
-        )
+        raise _spent(executions, finished, plan)
     return total
+
+
+def _spent(executions: Executions, finished: int, plan: PrivacyPlan) -> UserError:
+    return UserError(
+        f"checkpoint: {executions.count} steps of {plan.steps} were begun and none can be replayed from "
+        f"the {finished} that were kept; the privacy of this run is spent. Remove the run directory to "
+        "start again, and count what was spent"
+    )
 
 
 def _same_plan(plan: PrivacyPlan, path: Path) -> None:
@@ -352,6 +427,8 @@ def _same_plan(plan: PrivacyPlan, path: Path) -> None:
         write_json(path, values, mode=0o600)
     before = read_json(path)
     for name in ("num_examples", "steps", "noise_multiplier"):
+        if values[name] is None and before[name] is None:
+            continue  # the number of images, where it is private
         if not math.isclose(float(values[name]), float(before[name]), rel_tol=1e-6):
             raise UserError(
                 f"data: this run began with {name}={before[name]} and now has {values[name]}: the private "
@@ -386,45 +463,6 @@ def forget_key(folder: Path) -> None:
     """Removes the noise key of a finished training: whoever finds it could take the noise away."""
     write_atomic(folder / "finished", "")
     (folder / "key").unlink(missing_ok=True)
-
-
-def digest(
-    model: LatentDiffusion,
-    latents: Latents,
-    labels: Tensor,
-    plan: PrivacyPlan,
-    randomness: Randomness,
-    captions: Sequence[str] | None = None,
-) -> str:
-    """A hash of all that a training begins from. Private: it tells whether a guess of the images is right."""
-    hashed = hashlib.sha256(randomness.key)
-    hashed.update(json.dumps([plan.to_dict(), captions], sort_keys=True).encode())
-    hashed.update(models.digest(model).encode())
-    for tensor in (latents.mean, latents.std, labels):
-        hashed.update(str(tuple(tensor.shape)).encode())
-        hashed.update(tensor.contiguous().numpy().data)
-    return hashed.hexdigest()
-
-
-def numerics(config: Config, device: torch.device, microbatch: int, inputs: str) -> dict[str, Any]:
-    """All that can change how a step rounds or what it starts from, for the write-ahead record.
-
-    CUDA adds up in no fixed order unless torch is told to, so there every start is one of its own.
-    """
-    packages = versions()
-    repeatable = device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
-    return {
-        "inputs": inputs,
-        "start": None if repeatable else secrets.token_hex(8),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else hardware()["cpu"],
-        "threads": torch.get_num_threads(),
-        "processes": dist.get_world_size() if dist.is_initialized() else 1,
-        "precision": config.train.precision,
-        "microbatch": microbatch,
-        "channels_last": config.train.channels_last,
-        "compile": config.train.compile,
-        "versions": {name: packages[name] for name in _ROUND},
-    }
 
 
 def check_engine(config: Config, model: LatentDiffusion, plan: PrivacyPlan) -> None:

@@ -5,18 +5,21 @@ Everything that can be wrong with what the user asked for is found here, before 
 
 from __future__ import annotations
 
+import math
 import os
 import sys
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dp_lora import manifest
 from dp_lora.config import Config, fingerprint, from_omegaconf, pretrained_fingerprint
 from dp_lora.errors import UserError
 from dp_lora.files import append_line, file_lock
+from dp_lora.outputs import OUTPUTS, check_records, is_whole
 from dp_lora.processes import agreed, rank
+from dp_lora.wandb_mode import wandb_mode
 
 if TYPE_CHECKING:
     import torch
@@ -26,9 +29,6 @@ if TYPE_CHECKING:
 
 LOSS_SHARE = 0.1
 """Share of the clipping norm that `tracking.private_loss` takes: it leaves 99.5 % to the gradient."""
-
-OUTPUTS = {"finetune": "adapter", "sample": "samples.npz", "evaluate": "result.json"}
-"""What a stage leaves in the run directory, whole or not at all; where it is, the stage is skipped."""
 
 
 @dataclass
@@ -40,9 +40,24 @@ class Job:
     images: ImageSplits
     plan: PrivacyPlan
     pretrained: Path
-    base_model: str
     device: torch.device
     seconds: dict[str, float]
+
+    @property
+    def base_model(self) -> str:
+        """What the adapter's card calls the pre-trained model: never the path of a folder.
+
+        The name of shipped weights or of a pipeline on the hub; of a folder, the model's name and eight
+        digits of the SHA-256 of its weights, by which whoever has it can tell that it is the one.
+        """
+        from dp_lora.models import sha256_of_weights
+
+        given, name = self.config.model.pretrained, self.config.model.name
+        if given is None:
+            return self.pretrained.name
+        if manifest.is_shipped(self.config) or not Path(given).expanduser().exists():
+            return given
+        return f"{name}-{sha256_of_weights(self.pretrained)[:8]}"
 
 
 def prepare(config: Config, directory: Path) -> Job:
@@ -51,34 +66,54 @@ def prepare(config: Config, directory: Path) -> Job:
     Raises UserError.
     """
     from dp_lora import data
+    from dp_lora.settings import check_settings
 
     _check_directory(config, directory)
+    wandb_mode(config.tracking.wandb)
+    check_settings(config)
     images = data.load(config.data, config.paths)
+    check_content(images, directory)
+    if "finetune" in config.stages and not (directory / OUTPUTS["finetune"]).exists():
+        data.refuse_flat(images.train)
     plan = plan_of(config, len(images.train))
-    _check_budget(config, plan, directory)
+    _say_batch(config, plan, len(images.train))
+    _check_budget(config, plan, directory, images)
     device = device_of(config)
     _check_model(config, images)
     _check_stages(config, directory)
     _check_evaluation(config, images)
     folder = pretrained_model(config)
-    base_model = config.model.pretrained or folder.name
-    return Job(config, directory, images, plan, folder, base_model, device, {})
+    return Job(config, directory, images, plan, folder, device, {})
 
 
 def _check_directory(config: Config, directory: Path) -> None:
     """Refuses a place that cannot be written and a run directory that belongs to another configuration."""
     saved = directory / "config.yaml"
     if saved.exists():
-        from omegaconf import OmegaConf
-
-        other = fingerprint(from_omegaconf(OmegaConf.load(saved)))  # type: ignore[arg-type]
+        other = fingerprint(_saved_config(saved))
         if other != fingerprint(config):
             raise UserError(
                 f"{directory}: this run directory belongs to another configuration ({other}, expected "
                 f"{fingerprint(config)}); move it away or choose another paths.outputs"
             )
+    check_records(directory)
     check_writable(directory, f"paths.outputs={config.paths.outputs}")
     check_writable(Path(config.paths.cache).expanduser(), f"paths.cache={config.paths.cache}")
+
+
+def _saved_config(path: Path) -> Config:
+    """What a run was asked for. Raises UserError when the file is damaged."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        return from_omegaconf(OmegaConf.load(path))  # type: ignore[arg-type]
+    except (UserError, OmegaConfBaseException, YAMLError, ValueError, AssertionError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{path}: says no longer what this run is ({reason}); expected what this program wrote there"
+        ) from error
 
 
 def check_writable(folder: Path, field: str) -> None:
@@ -89,12 +124,18 @@ def check_writable(folder: Path, field: str) -> None:
 
 
 def plan_of(config: Config, num_examples: int) -> PrivacyPlan:
-    """The plan of the private fine-tuning on `num_examples` images. Raises UserError as `make_plan` says."""
+    """The plan of the private fine-tuning on `num_examples` images. Raises UserError as `make_plan` says.
+
+    Under privacy.adjacency=add_or_remove it does not depend on `num_examples`.
+    """
     from dp_lora.privacy.plan import make_plan
 
     privacy = config.privacy
+    if num_examples < 1:
+        raise UserError(f"data: {num_examples} training images: expected at least 1")
     return make_plan(
-        num_examples=num_examples,
+        num_examples=public_number(config, num_examples),
+        sample_rate=config.train.sample_rate,
         expected_batch_size=config.train.expected_batch_size,
         steps=steps_of(config, num_examples),
         noise_multiplier=privacy.noise_multiplier,
@@ -109,22 +150,51 @@ def plan_of(config: Config, num_examples: int) -> PrivacyPlan:
     )
 
 
-def steps_of(config: Config, num_examples: int) -> int | None:
-    """Number of noisy steps that `train.max_steps` and `train.epochs` ask for; null when left open."""
+def _say_batch(config: Config, plan: PrivacyPlan, num_examples: int) -> None:
+    """Tells the owner alone how large batches will be, where that does not follow from public numbers."""
+    if config.privacy.adjacency == "add_or_remove" and "finetune" in config.stages and rank() == 0:
+        say(
+            f"data: {num_examples} training images, {plan.sample_rate * num_examples:.4g} in the mean batch; "
+            f"their sum is divided by train.expected_batch_size={plan.expected_batch_size:g} (for your eyes: "
+            "privacy.adjacency=add_or_remove keeps the number of images private)"
+        )
+
+
+def public_number(config: Config, num_examples: int | None) -> int | None:
+    """The number of images where it is public; None under privacy.adjacency=add_or_remove."""
+    return None if config.privacy.adjacency == "add_or_remove" else num_examples
+
+
+def steps_of(config: Config, num_examples: int | None) -> int | None:
+    """Number of noisy steps that `train.max_steps` and `train.epochs` ask for; null when left open.
+
+    `num_examples` is looked at for `train.epochs` only, which privacy.adjacency=add_or_remove refuses.
+    """
     train = config.train
     asked = [train.max_steps] if train.max_steps is not None else []
     if train.epochs is not None:
+        assert num_examples is not None
         asked.append(max(1, round(train.epochs * num_examples / train.expected_batch_size)))
     return min(asked) if asked else None
 
 
-def _check_budget(config: Config, plan: PrivacyPlan, directory: Path) -> None:
-    """Refuses a training that the budget or the ledger of the private set does not allow."""
+def check_content(images: ImageSplits, directory: Path) -> None:
+    """Refuses images that are not those that the run in `directory` was made from, or differ by process."""
+    from dp_lora import content
+
+    # The first process speaks for all, so that all of them end.
+    reason = agreed(content.refusal(images, directory / "checkpoint") if rank() == 0 else None)
+    if reason is not None:
+        raise UserError(reason)
+    content.agree(images)
+
+
+def _check_budget(config: Config, plan: PrivacyPlan, directory: Path, images: ImageSplits) -> None:
+    """Refuses what the budget or the ledger of the private set does not allow."""
     from dp_lora import spending
 
     # The first process speaks for all: what it charges later must not count against the others.
-    asked = "finetune" in config.stages and rank() == 0
-    reason = agreed(spending.refusal(config, plan, directory) if asked else None)
+    reason = agreed(spending.refusal(config, plan, directory, images) if rank() == 0 else None)
     if reason is not None:
         raise UserError(reason)
 
@@ -159,52 +229,35 @@ def device_of(config: Config) -> torch.device:
 
 
 def _check_model(config: Config, images: ImageSplits) -> None:
-    """Refuses targets, ranks, images and classes that the model cannot take, before it has weights."""
-    import torch
-
+    """Refuses images and classes that the model cannot take, before it has weights."""
     from dp_lora import data
-    from dp_lora.adapters import target_names
-    from dp_lora.models import build, find, outline
+    from dp_lora.settings import check_fit, outline_of
 
     public, components = config.public_data, config.trainable.components
-    if config.model.pretrained is not None:
-        model = outline(find(config.model.pretrained))
-    else:
-        with torch.device("meta"):
-            model = build(config.model, classes=["?"], channels=public.channels, image_size=public.image_size)
-    if config.data.caption_column is not None and model.prompts is None:
-        raise UserError(
-            f"data.caption_column={config.data.caption_column}: the model has no text encoder; expected null "
-            "or a text-to-image pipeline as model.pretrained"
-        )
+    model = outline_of(config)
+    check_fit(config, model, images.train.images.shape[1:])
+    known, new = model.classes, images.train.classes
     new_classes_can_be_learnt = not model.learns_classes or bool({"embedder", "full"} & set(components))
     if config.model.pretrained is None and not new_classes_can_be_learnt:
-        model.classes = data.load(public, config.paths, "public_data").train.classes
-    found, expected = images.train.images.shape[1:], model.image_shape
-    if found != expected:
-        raise UserError(
-            f"data.name={config.data.name}: images of {_by(found)}, expected {_by(expected)}, which the "
-            f"autoencoder of model.name={config.model.name} takes"
-        )
-    if images.train.classes != model.classes and not new_classes_can_be_learnt:
+        known = data.load(public, config.paths, "public_data").train.classes
+    if new != known and not new_classes_can_be_learnt:
         raise UserError(
             f"trainable.components={components}: the classes of {config.data.name} "
-            f"({', '.join(images.train.classes[:12])}) are new to the model, which cannot condition on them; "
+            f"({', '.join(new[:12])}) are new to the model, which cannot condition on them; "
             "expected embedder or full among the components"
         )
-    if "lora" in components:
-        lora = config.lora
-        target_names(model.unet, lora.target_modules, lora.rank, cap_rank=lora.cap_rank)
-
-
-def _by(shape: Sequence[int]) -> str:
-    return " x ".join(map(str, shape))
 
 
 def _check_stages(config: Config, directory: Path) -> None:
+    result = directory / OUTPUTS["evaluate"]
+    if config.evaluation.release == "dp" and result.exists() and not is_whole(directory, "evaluate"):
+        raise UserError(
+            f"{result}: cannot be read; expected what the evaluation left: its budget is spent, so put it "
+            "back, or remove it to pay for another one"
+        )
     for stage, before in (("sample", "finetune"), ("evaluate", "sample")):
         output = directory / OUTPUTS[before]
-        if stage in config.stages and before not in config.stages and not output.exists():
+        if stage in config.stages and before not in config.stages and not is_whole(directory, before):
             raise UserError(
                 f"stages={config.stages}: {stage} needs {output}; expected {before} among the stages"
             )
@@ -259,11 +312,17 @@ def _pretrain(config: Config, folder: Path) -> None:
     from dp_lora.pretrain import pretrain
 
     images = data.load(config.public_data, config.paths, "public_data")
+    data.refuse_flat(images.train, "public_data")
     work = folder.with_name(folder.name + ".partial")
     work.mkdir(exist_ok=True)
 
     def log(step: int, values: dict[str, float]) -> None:
         append_line(work / "metrics.jsonl", {"stage": "pretrain", "step": step, **values})
+        if odd := [name for name, value in values.items() if not math.isfinite(value)]:
+            raise UserError(
+                f"model.pretrain: the pre-training diverged: {odd[0]} is no finite number after step {step}; "
+                "expected smaller learning rates"
+            )
 
     source = data.provenance(config.public_data, config.paths)
     pretrain(config, images, folder, device=device_of(config), log=log, source=source)

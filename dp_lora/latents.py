@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dp_lora import arrays, models
 from dp_lora.data import ImageSet
+from dp_lora.keyed import keyed_name
 from dp_lora.models import LatentDiffusion
 from dp_lora.progress import Progress
 
@@ -75,9 +76,10 @@ def encoded_batches(
 def cached(model: LatentDiffusion, images: ImageSet, cache: Path, progress: str = "off") -> Latents:
     """The latents of all images, mapped from `cache`, computed first if no job has done so.
 
-    Once for each content of images (and so each set and preprocessing) and of the autoencoder: the store is
-    named by a digest of both. It is written batch by batch, so the latents need not fit into memory, verified
-    each time it is opened (`dp_lora.arrays`), and readable by its owner only.
+    Once for each content of images (and so each set and preprocessing) and of the autoencoder: the store has
+    a name for both that only the cache's key can make (`dp_lora.keyed`). It is written batch by batch, so the
+    latents need not fit into memory, verified each time it is opened (`dp_lora.arrays`), and readable by its
+    owner only.
 
     Args:
         model: whose autoencoder encodes.
@@ -87,7 +89,7 @@ def cached(model: LatentDiffusion, images: ImageSet, cache: Path, progress: str 
     """
     shape = ("F32", (len(images), *model.latent_shape))
 
-    key = _content(model, images)
+    key = keyed_name(cache, f"latents {_content(model, images)}")
     # Shown whether or not there is something to do, so that the lines do not depend on which set it is.
     with Progress(len(images), "encode", mode=progress, unit="image") as shown:
 
@@ -102,10 +104,11 @@ def cached(model: LatentDiffusion, images: ImageSet, cache: Path, progress: str 
 
 
 def _content(model: LatentDiffusion, images: ImageSet) -> str:
+    """A digest of all that determines the latents. Private: it confirms a guess of the images."""
     digest = hashlib.sha256(str((images.images.shape, model.latent_shape)).encode())
     for first in range(0, len(images), 4096):
         digest.update(np.ascontiguousarray(images.images[first : first + 4096]).data)
     digest.update(models.digest(model.autoencoder).encode())
     config = {key: str(value) for key, value in model.autoencoder.config.items() if key[0] != "_"}
     digest.update(type(model.autoencoder).__name__.encode() + json.dumps(config, sort_keys=True).encode())
-    return digest.hexdigest()[:32]
+    return digest.hexdigest()

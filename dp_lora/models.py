@@ -139,6 +139,12 @@ def find(pretrained: str) -> Path:
     )
 
 
+def sha256_of_weights(folder: Path) -> str:
+    """Hexadecimal sha256 of the weight files of a saved model, in their order."""
+    files = weight_files(folder) or sorted(folder.rglob("*.bin"))
+    return hashlib.sha256("\n".join(sha256(path) for path in files).encode()).hexdigest()
+
+
 def load(folder: Path, prompt: str = PROMPT) -> LatentDiffusion:
     """The model in `folder`, on the CPU, in float32 and in evaluation mode.
 

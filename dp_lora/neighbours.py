@@ -69,17 +69,20 @@ def inspect(directory: Path, folder: Path, *, extractor: str, images: int, count
         images: rows of the picture.
         count: neighbours of each.
 
-    Raises UserError: no such run, or `folder` would be among what the run releases.
+    Raises UserError: no such run, images that are no longer those of the run, or `folder` would be among what
+    the run releases.
     """
     import numpy as np
     import torch
 
     from dp_lora import data, sample
+    from dp_lora.job import check_content
 
     config = _config(directory)
     _check_place(directory, folder)
     samples = sample.load(directory)
     splits = data.load(config.data, config.paths)
+    check_content(splits, directory)
     if splits.train.public:
         raise UserError("data.public=true: these images are public; expected a run on private ones")
     extract = _extraction(config, extractor)

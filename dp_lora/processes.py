@@ -98,6 +98,13 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def size() -> int:
+    """Number of processes in the process group; 1 without one."""
+    import torch.distributed as dist
+
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def agreed(value: T) -> T:
     """What the first process has for `value`; every process of the job has to ask."""
     import torch.distributed as dist
@@ -106,6 +113,17 @@ def agreed(value: T) -> T:
     if dist.is_initialized():
         dist.broadcast_object_list(shared)
     return shared[0]
+
+
+def everyone(value: T) -> list[T]:
+    """The `value` of every process of the job, in their order; every one has to ask."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return [value]
+    shared: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(shared, value)
+    return shared
 
 
 def largest(value: int) -> int:

@@ -44,19 +44,23 @@ class Prompts(nn.Module):
 
     def use(self, prompts: Sequence[str]) -> None:
         """Index i stands for prompt i. Captions are as private as their images: they stay in memory."""
-        device = self.ids.device
         # The first is the empty prompt, which guidance moves away from.
+        self.ids = self.tokens(["", *prompts]).to(self.ids.device)
+        self.embeddings = None
+        if len(prompts) <= _KEPT:
+            self.embeddings = self._encode(self.ids)
+
+    def tokens(self, prompts: Sequence[str]) -> Tensor:
+        """The tokenizer's ids int64 [P, tokens] of `prompts`, cut or padded to its full length."""
         tokens = self.tokenizer(
-            ["", *prompts],
+            list(prompts),
             padding="max_length",
             max_length=self.tokenizer.model_max_length,
             truncation=True,
             return_tensors="pt",
         )
-        self.ids = tokens["input_ids"].to(device)
-        self.embeddings = None
-        if len(prompts) <= _KEPT:
-            self.embeddings = self._encode(self.ids)
+        ids: Tensor = tokens["input_ids"]
+        return ids
 
     def forward(self, indices: Tensor) -> Tensor:
         """The embeddings [B, tokens, d] of the prompts `indices` [B]; -1 is the empty prompt."""

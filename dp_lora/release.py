@@ -34,7 +34,7 @@ from dp_lora.errors import UserError
 from dp_lora.evaluate import Evaluation, Instruments, Say, described
 from dp_lora.evaluation_cache import digest
 from dp_lora.evaluation_images import Images, Labelled, Real, RealPart, checked_samples, real_images
-from dp_lora.files import private_directory, read_json, write_json
+from dp_lora.files import private_directory, write_json
 from dp_lora.metrics import inception_score
 from dp_lora.privacy import accounting
 from dp_lora.privacy.accounting import Mechanism
@@ -48,7 +48,7 @@ from dp_lora.queries import (
     Query,
     Questions,
 )
-from dp_lora.spending import charge_release
+from dp_lora.spending import charge_release, releases_of
 
 COVERS = (
     "The metrics that begin with dp_ in result.json: (epsilon, delta)-differentially private with respect to "
@@ -79,23 +79,23 @@ def _randomness(config: Config, inputs: str) -> Randomness:
 
 
 def keep(folder: Path, inputs: str, noise_multiplier: float, evaluation: Evaluation) -> None:
-    """Adds a release to `folder`/releases.json, which only the owner can read.
+    """Adds a release to `folder`/releases.json, which only the owner can read; it may not be shown yet.
 
     Args:
         folder: the run's private `checkpoint/`.
         inputs: names everything that the release depends on.
         noise_multiplier: sigma.
-        evaluation: what is shown, from now on whenever the same is asked.
+        evaluation: what is shown, whenever the same is asked, once the release was confirmed.
     """
-    entry = {"inputs": inputs, "noise_multiplier": noise_multiplier, **evaluation._asdict()}
-    write_json(private_directory(folder) / "releases.json", [*releases(folder), entry], mode=0o600)
+    entry = {"inputs": inputs, "noise_multiplier": noise_multiplier, **evaluation._asdict(), "charged": False}
+    write_json(private_directory(folder) / "releases.json", [*releases_of(folder), entry], mode=0o600)
 
 
-def releases(folder: Path) -> list[dict[str, Any]]:
-    """All that were made in the run whose private folder this is."""
-    path = folder / "releases.json"
-    found: list[dict[str, Any]] = read_json(path) if path.exists() else []
-    return found
+def confirm(folder: Path, number: int) -> None:
+    """Notes that release `number` in `folder` is charged to this run and no copy of it: it may be shown."""
+    rows = releases_of(folder)
+    rows[number] = {**rows[number], "charged": True}
+    write_json(folder / "releases.json", rows, mode=0o600)
 
 
 def check(config: Config, references: ImageSplits) -> None:
@@ -108,7 +108,8 @@ def check(config: Config, references: ImageSplits) -> None:
             "none, since nothing is to be protected"
         )
     delta, n = _delta(config), len(held_out)
-    if not delta * n < 1:
+    # Where the number of images is private, whether a job is refused must not tell it.
+    if config.privacy.adjacency == "zero_out" and not delta * n < 1:
         raise UserError(
             f"evaluation.release_delta={delta:g}: expected a number in (0, 1/N), N the number of images in "
             f"the {evaluation.reference} split, or one of them may be given away whole"
@@ -151,11 +152,36 @@ def evaluate_privately(
         evaluation.release_epsilon, _delta(config), 1.0, 1, Path(config.paths.cache).expanduser()
     )
     inputs = _inputs(generated, earlier, real.reference, config, sigma)
-    for one in releases(folder):
-        if one["inputs"] == inputs:
-            return Evaluation(one["metrics"], one["metadata"])
-    charge_release(config, Mechanism(sigma, 1.0, 1), _delta(config), folder, len(releases(folder)))
-    instruments = Instruments(evaluation, config.seed, torch.device(device), progress)
+    asked = [one["inputs"] for one in releases_of(folder)]
+    number = asked.index(inputs) if inputs in asked else len(asked)
+    if inputs in asked and releases_of(folder)[number].get("charged", True):
+        return _kept(folder, number)
+    with charge_release(config, Mechanism(sigma, 1.0, 1), _delta(config), folder, number, references):
+        if inputs not in asked:
+            instruments = Instruments(evaluation, config.seed, torch.device(device), progress)
+            keep(
+                folder, inputs, sigma, _release(generated, earlier, real, instruments, config, inputs, sigma)
+            )
+    confirm(folder, number)
+    return _kept(folder, number)
+
+
+def _kept(folder: Path, number: int) -> Evaluation:
+    one = releases_of(folder)[number]
+    return Evaluation(one["metrics"], one["metadata"])
+
+
+def _release(
+    generated: Images,
+    earlier: Images,
+    real: Real,
+    instruments: Instruments,
+    config: Config,
+    inputs: str,
+    sigma: float,
+) -> Evaluation:
+    """All metrics, read from one noised sum."""
+    evaluation = config.evaluation
     questions, scores = _questions(generated, earlier, real, instruments)
     sums = noised_sum(questions.rows(), sigma, _randomness(config, inputs))
     metadata = {
@@ -168,9 +194,7 @@ def evaluate_privately(
         "private_metrics": [],
         "private_metrics_note": "",
     }
-    released = Evaluation({**questions.values(sums), **scores}, metadata)
-    keep(folder, inputs, sigma, released)
-    return released
+    return Evaluation({**questions.values(sums), **scores}, metadata)
 
 
 def _questions(
@@ -241,7 +265,7 @@ def release_record(training: Mapping[str, Any], config: Config, folder: Path) ->
         config: the job.
         folder: the run's private `checkpoint/`.
     """
-    mechanisms = [Mechanism(float(one["noise_multiplier"]), 1.0, 1) for one in releases(folder)]
+    mechanisms = [Mechanism(float(one["noise_multiplier"]), 1.0, 1) for one in releases_of(folder)]
     delta, secret = _delta(config), config.privacy.insecure_seed is None
     spent = accounting.epsilon(mechanisms, delta)
     trained = Mechanism(float(training["noise_multiplier"]), training["sample_rate"], training["steps"])

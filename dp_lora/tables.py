@@ -18,17 +18,39 @@ import numpy as np
 
 from dp_lora.archives import attribute_classes
 from dp_lora.errors import UserError, did_you_mean
-from dp_lora.images import Content, Part, Preprocessing, Request, Source, Unread, identity_of
+from dp_lora.images import Preprocessing, Request, Source, Unread, identity_of, prepare_roles, say
+from dp_lora.pixels import Content, shown
 
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "labels")
 SPLITS = {
     "train": "train",
+    "training": "train",
     "test": "test",
+    "testing": "test",
     "validation": "validation",
     "valid": "validation",
     "val": "validation",
+    "dev": "validation",
 }
+"""The role that a folder, a file or a split has by its name, whatever its case."""
+
+
+def one_of_each(names: Iterable[str], where: str, kind: str) -> dict[str, str]:
+    """The name of each role, of names that all say one. Raises UserError for two names of one role.
+
+    >>> one_of_each(["Train", "val"], "", "folders")
+    {'train': 'Train', 'validation': 'val'}
+    """
+    found: dict[str, str] = {}
+    for name in sorted(names):
+        role = SPLITS[name.lower()]
+        if role in found:
+            raise UserError(
+                f"{where}: {kind} {found[role]!r} and {name!r} are both for {role}; expected one of them"
+            )
+        found[role] = name
+    return found
 
 
 class Table(NamedTuple):
@@ -44,19 +66,16 @@ class Table(NamedTuple):
     identity: str
 
 
-def read_parquet(location: Path, request: Request, preprocessing: Preprocessing) -> Source | None:
-    """The images of a parquet file or of all those in a folder; None where there is none."""
-    files = [location] if location.suffix == ".parquet" else sorted(location.rglob("*.parquet"))
-    if not files:
-        return None
+def read_parquet(
+    location: Path, files: Sequence[Path], request: Request, preprocessing: Preprocessing
+) -> Source:
+    """The images of the parquet `files`: one, or all of the folder `location`."""
     if importlib.util.find_spec("pyarrow") is None:
         raise UserError(
             f"{request.field}.source={location}: reading parquet files needs pyarrow; "
             "get it by `pip install 'dp-lora[hub]'`"
         )
-    by_role: dict[str, list[Path]] = {}
-    for file in files:
-        by_role.setdefault(_role(file, location), []).append(file)
+    by_role = _by_role(files, location, request.field)
     try:
         tables = {role: _parquet_table(paths) for role, paths in by_role.items()}
         return _source(tables, request, preprocessing)
@@ -66,13 +85,26 @@ def read_parquet(location: Path, request: Request, preprocessing: Preprocessing)
         ) from error
 
 
-def _role(file: Path, location: Path) -> str:
-    words = [file.stem, *(parent.name for parent in file.parents if location in (parent, *parent.parents))]
-    for word in words:
-        known = SPLITS.get(re.split(r"[-_.]", word)[0].lower())
-        if known is not None:
-            return known
-    return "train"
+def _by_role(files: Sequence[Path], location: Path, field: str) -> dict[str, list[Path]]:
+    """The files of each role. Raises UserError for two names of one, and for a file without beside others."""
+    said: dict[str, list[Path]] = {}
+    for file in files:
+        said.setdefault(_word(file, location), []).append(file)
+    silent = said.pop("", [])
+    if silent and said:
+        raise UserError(
+            f"{field}.source={location}: {shown(silent[0].name)} says no role, beside files that do "
+            f"({', '.join(sorted(said))}); expected train, validation or test in its name"
+        )
+    roles = one_of_each(said, f"{field}.source={location}", "files")
+    return {"train": silent} if silent else {role: said[name] for role, name in roles.items()}
+
+
+def _word(file: Path, location: Path) -> str:
+    """The word in the name of the file, or of its folders in `location`, that says its role; or nothing."""
+    words = [file.stem, *(parent.name for parent in file.parents if location in parent.parents)]
+    first = (re.split(r"[-_.]", word)[0].lower() for word in words)
+    return next((word for word in first if word in SPLITS), "")
 
 
 def _parquet_table(files: Sequence[Path]) -> Table:
@@ -113,8 +145,13 @@ def read_hub(source: str, request: Request, preprocessing: Preprocessing) -> Sou
         splits = datasets.load_dataset(source)
     except Exception as error:  # what the hub's client raises where there is no network is of many kinds
         raise UserError(f"{field}.source={source!r}: cannot be loaded ({_line(error)}); {advice}") from error
-    tables = {SPLITS[name]: _hub_table(rows, datasets) for name, rows in splits.items() if name in SPLITS}
-    return _source(tables, request, preprocessing)
+    named = {name: rows for name, rows in splits.items() if name.lower() in SPLITS}
+    if left_out := [name for name in splits if name not in named]:
+        say(f"{field}.source={source}: split {', '.join(left_out)} is left out; its name says no role")
+    by_role = one_of_each(named, f"{field}.source={source}", "splits")
+    return _source(
+        {role: _hub_table(splits[name], datasets) for role, name in by_role.items()}, request, preprocessing
+    )
 
 
 def _hub_table(rows: Any, datasets: Any) -> Table:
@@ -154,13 +191,17 @@ def _source(tables: dict[str, Table], request: Request, preprocessing: Preproces
     if "test" not in labels and "validation" in labels:
         labels["test"], tables["test"] = labels.pop("validation"), tables["validation"]
     captions = _captions(tables, request)
-    parts: dict[str, Part] = {}
+    unread: dict[str, Unread] = {}
     for role, found in labels.items():
         if not (found >= 0).all() or (found >= len(classes)).any():
             raise UserError(f"{request.field}.source: {role} labels beyond the {len(classes)} classes")
-        unread = Unread(found, _reader(tables[role], image, role), f"{tables[role].identity} {image}")
-        parts[role] = unread.prepare(preprocessing, request)._replace(captions=captions.get(role))
-    return Source(classes, parts["train"], parts.get("validation"), parts.get("test"))
+        table = tables[role]
+        unread[role] = Unread(found, _reader(table, image, role), f"{table.identity} {image}")
+    parts = {
+        role: part._replace(captions=captions.get(role))
+        for role, part in prepare_roles(unread, preprocessing, request).items()
+    }
+    return Source(classes, parts["train"], parts.get("validation"), parts.get("test"), own=True)
 
 
 def _captions(tables: dict[str, Table], request: Request) -> dict[str, np.ndarray]:

@@ -2,64 +2,54 @@
 
 Privacy rests on an allowlist. A stage that sees private data may log only what `RELEASED` names: the
 privacy spent, what is computed from released values, and the configuration. Its training loss, gradient
-norms, clip fraction and batch sizes are functions of private images that no noise protects, so logging
+norms, clip fraction, batch sizes and times are functions of private images that no noise protects, so logging
 one raises `PrivateValueError` in place of writing it.
 
 The files are written first and an error there stops the run. W&B comes second: when it fails, the run
-says so once and goes on.
+says so once and goes on. The W&B run of a private job begins when its private training has ended: W&B stamps
+every row with the nanosecond since the run began and shows when each arrived, and both would tell how large
+the private batches were.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import math
-import netrc
 import os
+import secrets
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, cast
-from urllib.parse import urlsplit
+from typing import Any
 
+from dp_lora import manifest
 from dp_lora.config import Config
-from dp_lora.errors import UserError
-from dp_lora.files import append_line, read_lines, write_json, write_lines
-
-RELEASED = frozenset(
-    {
-        "epsilon",
-        "delta",
-        "step",
-        "learning_rate",
-        "update_norm",
-        "signal_to_noise",
-        "private_loss",
-        "examples_per_second",
-        "steps_per_second",
-    }
+from dp_lora.files import (
+    append_line,
+    private_directory,
+    read_json,
+    read_lines,
+    write_atomic,
+    write_json,
+    write_lines,
 )
-"""What a stage that sees private data may log.
+from dp_lora.manifest import ADAPTER_SUFFIXES
+from dp_lora.wandb_mode import Mode, wandb_mode
 
-`update_norm` and `signal_to_noise` are of the noised update, `private_loss` is read from the noised sum.
-`examples_per_second` is the expected batch size times `steps_per_second`, never the size of a batch over its
-time.
-"""
-
-ROUNDED = frozenset({"examples_per_second", "steps_per_second"})
-"""Values of private stages kept to two significant digits: a step's exact time tells its batch's size."""
+RELEASED = frozenset(manifest.ROWS)
+"""What a stage that sees private data may log; `manifest.ROWS` says why."""
 
 STATUS_FIELDS = RELEASED | {"stage", "steps", "restarts"}
 PUBLIC_STAGES = frozenset({"pretrain"})
 STATES = ("running", "done", "failed")
 GENERATED_IMAGES = "samples"
-ADAPTER_SUFFIXES = frozenset({".safetensors", ".json", ".md"})
 
-Mode = Literal["online", "offline", "disabled"]
+_INFINITE = ("inf", "-inf", "nan")
+"""How the files hold what JSON has no number for."""
 
 _log = logging.getLogger(__name__)
 
@@ -92,11 +82,16 @@ class Tracker:
     first, so that metrics.jsonl holds one row per logged step, without gaps. W&B gets the row's line
     number in that file as its step, under one run id, so the starts join into one W&B run.
 
+    Guarantee: on private data the W&B run begins with `stage_ended`, `images`, `result` or `adapter`, none of
+    which is called before the private training has ended, so that no clock of W&B and no time of arrival
+    depends on the duration of a step. On public data, and with `tracking.live`, it begins at once and gets
+    each row as it is logged.
+
     Args:
         directory: the run directory; W&B keeps its files in `wandb/` below it.
-        config: the job; W&B gets it without paths, sources and the seed of private noise.
-        run_id: the run's fingerprint, its W&B id.
-        name: what W&B shows as the run's name.
+        config: the job; W&B gets what `manifest.settings` leaves of it.
+        run_id: its W&B id, which must tell nothing; see `wandb_id`.
+        name: what W&B shows as the run's name; see `manifest.run_name`.
         resume_step: the first step of stage `finetune` that this start will log; 0 in a new run.
 
     Raises UserError when `tracking.wandb=online` and there is no API key.
@@ -105,14 +100,31 @@ class Tracker:
     def __init__(
         self, directory: Path, config: Config, *, run_id: str, name: str, resume_step: int = 0
     ) -> None:
-        mode = wandb_mode(config.tracking.wandb)
+        self._mode = wandb_mode(config.tracking.wandb)
+        self._config, self._run_id, self._name = config, run_id, name
         self._directory = directory
         self._metrics = directory / "metrics.jsonl"
         self._public = config.data.public
+        self._live = config.data.public or config.tracking.live
         self._rows = self._mirrored = 0
         self._last_step: dict[str, int] = {}
         self.rewind("finetune", resume_step)
-        self._mirror = _Mirror(directory, config, run_id, name, mode)
+        self._begun: _Mirror | None = None
+        if self._live:
+            self._mirror()
+
+    def _mirror(self) -> _Mirror:
+        """The W&B run, begun if it has not."""
+        if self._begun is None:
+            self._begun = _Mirror(self._directory, self._config, self._run_id, self._name, self._mode)
+            # `wandb sync` keeps the summary of a run's last start only.
+            path = self._directory / "privacy.json"
+            if path.exists() and (record := read_json(path)).get("complete"):
+                self._summarise_privacy(record)
+        return self._begun
+
+    def _summarise_privacy(self, record: Mapping[str, Any]) -> None:
+        self._mirror().summarise({"privacy": _plain(manifest.privacy(record))})
 
     def rewind(self, stage: str, step: int) -> None:
         """Drops the rows of `stage` at or after `step` from metrics.jsonl, and a torn last line."""
@@ -124,7 +136,10 @@ class Tracker:
         self._last_step = {row["stage"]: row["step"] for row in kept}
 
     def log(self, step: int, values: Mapping[str, float], stage: str) -> None:
-        """Appends one row to metrics.jsonl: stage, step, time in whole seconds since 1970, then `values`.
+        """Appends one row to metrics.jsonl: stage, step, then `values`; on public data the time, too.
+
+        The time is in whole seconds since 1970. The row of a private stage has none, since the time of a step
+        follows the size of its batch; W&B gets such rows from `stage_ended`.
 
         Args:
             step: above the stage's last one.
@@ -135,22 +150,42 @@ class Tracker:
         """
         check_released(stage, values, public=self._public)
         assert step > self._last_step.get(stage, -1), f"{stage}: step {step} is no new one"
-        private = not self._public and stage not in PUBLIC_STAGES
-        row: dict[str, Any] = {"stage": stage, "step": step, "time": round(time.time())}
+        row: dict[str, Any] = {"stage": stage, "step": step}
+        if self._public or stage in PUBLIC_STAGES:
+            row["time"] = round(time.time())
         for name, value in values.items():
             assert name not in ("stage", "time"), name
-            row[name] = float(f"{value:.2g}") if private and name in ROUNDED else _number(name, value)
+            row[name] = _number(name, value)
         append_line(self._metrics, row)
         # W&B can take nothing back: a step done again after a kill is there already, from the first time.
-        if self._rows >= self._mirrored:
-            self._mirror.log(row, self._rows)
+        if self._live and self._rows >= self._mirrored:
+            self._mirror().log(row, self._rows, round(time.time()))
         self._rows += 1
         self._last_step[stage] = step
 
+    def stage_ended(self, stage: str) -> None:
+        """Begins the W&B run of a private job and sends the rows of `stage`, all of one time.
+
+        To be called once in the life of a run, when no step of the stage is left. On public data, and with
+        `tracking.live`, the rows are there already.
+        """
+        mirror = self._mirror()
+        if self._live:
+            return
+        now = round(time.time())
+        for line, row in enumerate(read_lines(self._metrics)):
+            if row["stage"] == stage:
+                numbers = {name: float(v) if v in _INFINITE else v for name, v in manifest.row(row).items()}
+                mirror.log(numbers, line, now)
+
     def privacy(self, record: Mapping[str, Any]) -> None:
-        """Writes `record` to privacy.json and to W&B's summary as `privacy`."""
+        """Writes `record` to privacy.json, and to W&B's summary as `privacy`.
+
+        W&B does not get the record of a private training that is not `complete`.
+        """
         write_json(self._directory / "privacy.json", record)
-        self._mirror.summarise({"privacy": _plain(record)})
+        if self._begun is not None or record.get("complete"):
+            self._summarise_privacy(record)
 
     def result(self, record: Mapping[str, Any]) -> None:
         """Writes `record` to result.json; W&B's summary gets its metrics by name and a table of baselines.
@@ -158,18 +193,18 @@ class Tracker:
         Which metrics no epsilon covers is said in all three.
         """
         write_json(self._directory / "result.json", record)
-        metrics: dict[str, Any] = dict(record.get("metrics", {}))
-        rest = {key: value for key, value in record.items() if key != "metrics"}
+        released = manifest.result(record, with_uncovered=True)
+        metrics: dict[str, Any] = dict(released.pop("metrics", {}))
         private = record.get("private_metrics", [])
-        shown = {**_plain(rest), "private_metrics": ", ".join(private)}
-        self._mirror.summarise({**_plain(metrics), "result": shown})
+        shown = {**_plain(released), "private_metrics": ", ".join(private)}
+        self._mirror().summarise({**_plain(metrics), "result": shown})
         if metrics:
             columns, rows = baseline_table(metrics)
             if private:
                 columns = [*columns, "note"]
                 note = record["private_metrics_note"]
                 rows = [[*row, note if row[0] in private else ""] for row in rows]
-            self._mirror.table("baselines", columns, rows, line=self._rows)
+            self._mirror().table("baselines", columns, rows, line=self._rows)
 
     def images(self, name: str, path_to_png: Path) -> None:
         """Shows an image file of generated images in W&B.
@@ -183,7 +218,7 @@ class Tracker:
             raise PrivateValueError(
                 f"{path_to_png.name} may not leave the run: expected {GENERATED_IMAGES}*.png of its directory"
             )
-        self._mirror.image(name, path_to_png, line=self._rows)
+        self._mirror().image(name, path_to_png, line=self._rows)
 
     def status(self, state: str, error: str | None = None, **progress: Any) -> None:
         """Writes status.json: state (running, done or failed), time, error if any, and `progress`.
@@ -213,16 +248,18 @@ class Tracker:
                     f"{path.name} may not leave the run: expected only {', '.join(sorted(ADAPTER_SUFFIXES))} "
                     "files in the adapter"
                 )
-        if self._mirror.mode == "online" or also_offline:
-            self._mirror.artifact(folder, files)
+        if self._mirror().mode == "online" or also_offline:
+            self._mirror().artifact(folder, files)
 
     def preempting(self) -> None:
         """Tells W&B that the job is being preempted and will be back; call before `close`."""
-        self._mirror.preempting()
+        if self._begun is not None:
+            self._begun.preempting()
 
     def close(self, exit_code: int = 0) -> None:
-        """Ends the W&B run; the files need no end. A second call does nothing."""
-        self._mirror.close(exit_code)
+        """Ends the W&B run, if it has begun; the files need no end. A second call does nothing."""
+        if self._begun is not None:
+            self._begun.close(exit_code)
 
     def __enter__(self) -> Tracker:
         return self
@@ -276,57 +313,15 @@ def baseline_table(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[Any
     return ["metric", "value", *words], rows
 
 
-def wandb_mode(setting: str) -> Mode:
-    """online, offline or disabled, from `tracking.wandb`.
+def wandb_id(folder: Path) -> str:
+    """The run's id in W&B: eight random hexadecimal digits, made once and kept in its private `folder`.
 
-    `auto` takes WANDB_MODE where it is set, else online where an API key is there, else offline.
-    Raises UserError when `online` is asked for and there is no key, because W&B would stop to ask for one.
+    A fingerprint would confirm a guess of the settings that W&B does not get.
     """
-    if setting == "auto":
-        wanted = os.environ.get("WANDB_MODE")
-        if wanted in ("offline", "disabled"):
-            return cast(Mode, wanted)
-        return "online" if _has_key() else "offline"
-    if setting == "online" and not _has_key():
-        raise UserError(
-            "tracking.wandb='online': no API key found; expected WANDB_API_KEY, `wandb login` or "
-            "tracking.wandb=auto"
-        )
-    assert setting in ("online", "offline", "disabled"), setting
-    return cast(Mode, setting)
-
-
-def _has_key() -> bool:
-    """Whether W&B would find a key, by the environment or netrc, without the time its import takes."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
-    try:
-        return path.is_file() and host in netrc.netrc(path).hosts
-    except netrc.NetrcParseError as error:
-        _log.warning("W&B: no key taken from %s (line %s cannot be read)", path.name, error.lineno)
-        return False
-
-
-_PRIVATE_CONFIG = {
-    "data": ("source",),
-    "public_data": ("source",),
-    "model": ("pretrained",),
-    "privacy": ("insecure_seed",),
-    "evaluation": ("inception_weights", "dinov2"),
-}
-
-
-def _shown_config(config: Config) -> dict[str, Any]:
-    """The configuration without folders, which may name people, and without the seed of private noise."""
-    values = dataclasses.asdict(config)
-    del values["paths"]
-    for group, names in _PRIVATE_CONFIG.items():
-        for name in names:
-            del values[group][name]
-    values["privacy"]["insecure"] = config.privacy.insecure_seed is not None
-    return values
+    path = private_directory(folder) / "wandb_id"
+    if not path.exists():
+        write_atomic(path, secrets.token_hex(4), mode=0o600)
+    return path.read_text(encoding="ascii").strip()
 
 
 class _Mirror:
@@ -358,7 +353,7 @@ class _Mirror:
                 resume="allow",
                 dir=str(directory),
                 mode=self.mode,
-                config=_shown_config(config),
+                config=manifest.settings(config),
                 settings=_settings(),
             )
         except Exception as error:
@@ -382,9 +377,9 @@ class _Mirror:
         for name in ("update_norm", "signal_to_noise"):
             run.define_metric(name, step_metric="epsilon" if spends else "step")
 
-    def log(self, row: Mapping[str, Any], line: int) -> None:
+    def log(self, row: Mapping[str, Any], line: int, now: int) -> None:
         shown = {key: value for key, value in row.items() if key != "time"}
-        self._do(lambda run: run.log({**shown, "_timestamp": row["time"]}, step=line, commit=True))
+        self._do(lambda run: run.log({**shown, "_timestamp": now}, step=line, commit=True))
 
     def summarise(self, values: Mapping[str, Any]) -> None:
         self._do(lambda run: run.summary.update(values))

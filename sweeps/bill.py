@@ -8,26 +8,22 @@ runs (`dp_lora.privacy.selection`), and what the ledger beside the data counts o
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dp_lora.errors import UserError
 from dp_lora.files import json_ready, read_json
-from dp_lora.privacy.accounting import (
-    ADJACENCIES,
-    MANY,
-    Mechanism,
-    composed,
-    epsilon_of_divergences,
-    renyi_divergences,
-)
-from dp_lora.privacy.ledger import Charge, Ledger, spent
+from dp_lora.image_index import ImageIndex
+from dp_lora.privacy.accounting import ADJACENCIES, MANY, Mechanism, composed
+from dp_lora.privacy.ledger import Charge, Ledger, spent, spent_adaptively
+from dp_lora.privacy.renyi import epsilon_of_divergences, least_budget, renyi_divergences
 from dp_lora.privacy.selection import best_of
-from dp_lora.spending import begun, ledger_beside, private_set, read_receipt
+from dp_lora.spending import begun, begun_by_all, ledger_beside, private_set, read_receipt, releases_of
 from sweeps.folders import read_settings
 
 
@@ -59,6 +55,10 @@ class SetBill:
     ledger_runs: int | None = None
     ledger_epsilon: float | None = None
     """Of all runs that the ledger counts for this set."""
+    adaptive_epsilon: float | None = None
+    """Of the runs with privacy together, also if later ones were chosen after seeing earlier ones."""
+    ledger_adaptive_epsilon: float | None = None
+    """Of all runs that the ledger counts, likewise."""
 
     def lines(self) -> list[str]:
         """The bill in words, each number with what it needs to be read."""
@@ -72,7 +72,8 @@ class SetBill:
         if private:
             them = "all" if private == self.runs else f"the other {private}"
             lines += [
-                f"{them} together: epsilon {self.private_epsilon:.4g} {self._reading()}",
+                f"{them} together: epsilon {self.private_epsilon:.4g} {self._reading()}"
+                + self._adaptively(self.adaptive_epsilon),
                 f"the largest of one run alone: epsilon {self.largest_epsilon:.4g} at delta {self.delta:g}",
             ]
         if self.best_of_epsilon is not None:
@@ -86,11 +87,20 @@ class SetBill:
             lines.append(
                 f"{self.ledger} counts {_count(self.ledger_runs, 'run')} over all time: epsilon "
                 f"{self.ledger_epsilon:.4g} at delta {self.delta:g}"
+                f"{self._adaptively(self.ledger_adaptive_epsilon)}"
             )
         return [f"{self.private_set}: {line}" for line in lines]
 
     def _reading(self) -> str:
         return f"at delta {self.delta:g} ({self.accountant}; {self.adjacency})"
+
+    def _adaptively(self, epsilon: float | None) -> str:
+        if epsilon is None or not math.isfinite(epsilon):
+            return ""
+        return (
+            f" if all were fixed beforehand, {epsilon:.4g} also if later runs were chosen after seeing "
+            "earlier ones (Renyi filter)"
+        )
 
 
 @dataclass(frozen=True)
@@ -121,6 +131,12 @@ class _Run:
     """On held-out images, each of which may be of somebody who is in the training too."""
     ledger: Path | None = None
     digest: str | None = None
+    checkpoint: Path | None = None
+    """The private folder, where it can be read: it tells which steps and releases copies have in common."""
+    index: Path | None = None
+    """The user's index of images, which knows whether its images are in other sets too."""
+    copies: tuple[_Run, ...] = ()
+    """The other copies of its directory, which may be charged to another ledger."""
 
     @property
     def mechanisms(self) -> tuple[Mechanism, ...]:
@@ -134,9 +150,29 @@ def bill(directories: Sequence[Path]) -> Bill:
     Raises UserError for a directory that holds a trained adapter and does not say what was spent on it, for
     files that cannot be read, and for a ledger that was edited.
     """
-    found = [run for directory in dict.fromkeys(directories) if (run := _read(directory)) is not None]
-    # A copy of a run directory is no second run.
-    return _bill(list({run.charge.run: run for run in found}.values()))
+    copies: dict[str, list[_Run]] = {}
+    for directory in dict.fromkeys(directories):
+        if (run := _read(directory)) is not None:
+            copies.setdefault(run.charge.run, []).append(run)
+    return _bill(_by_shared_images([_united(of_one) for of_one in copies.values()]))
+
+
+def _by_shared_images(runs: Sequence[_Run]) -> list[_Run]:
+    """The runs, with one owner for all sets that share images, whatever these are called."""
+    folders = {run.index for run in runs if run.index is not None}
+    shared = {run: name for folder in folders for run, name in ImageIndex(folder).set_of_runs().items()}
+    above: dict[str, str] = {}
+
+    def top(name: str) -> str:
+        return top(above[name]) if name in above else name
+
+    for run in runs:
+        if run.charge.run in shared:
+            owner, name = top(run.owner), top(f"images {shared[run.charge.run]}")
+            if owner != name:
+                above[owner] = name
+    first: dict[str, str] = {}
+    return [replace(run, owner=first.setdefault(top(run.owner), run.owner)) for run in runs]
 
 
 def planned(charges: Iterable[Charge]) -> Bill:
@@ -161,6 +197,23 @@ def of_rows(rows: Iterable[Mapping[str, Any]]) -> Bill:
         private = mechanism.noise_multiplier > 0 and not row["reproducible_noise"]
         charges.append(Charge(f"{number}", private_set(row["data"]), mechanism, float(row["delta"]), private))
     return planned(charges)
+
+
+def _united(copies: Sequence[_Run]) -> _Run:
+    """One run of all `copies` of its directory, with every step and release that one of them made.
+
+    Copies have in common what their records had when they were made. What they did after that counts for
+    each of them: whether it drew the same noise cannot be seen.
+    """
+    last = copies[-1]
+    folders = [copy.checkpoint for copy in copies if copy.checkpoint is not None]
+    if len(copies) == 1 or len(folders) < len(copies):
+        return last
+    steps = max(begun_by_all(folders), *(copy.charge.mechanism.steps for copy in copies))
+    releases = {json.dumps(one, sort_keys=True): one for folder in folders for one in releases_of(folder)}
+    mechanisms = tuple(Mechanism(float(one["noise_multiplier"]), 1.0, 1) for one in releases.values())
+    whole = replace(last.charge, mechanism=replace(last.charge.mechanism, steps=steps))
+    return replace(last, charge=whole, releases=mechanisms, copies=tuple(copies[:-1]))
 
 
 def _bill(runs: Sequence[_Run]) -> Bill:
@@ -192,11 +245,20 @@ def _bill_of_set(name: str, runs: Sequence[_Run]) -> SetBill:
         largest_epsilon=_largest(private, delta),
         delta=delta,
         accountant=of_private.accountant if private else "none",
-        adjacency=ADJACENCIES["add_or_remove"],
+        # What is stated of all: a run whose relation is add_or_remove keeps this promise too.
+        adjacency=ADJACENCIES["zero_out"],
         best_of_epsilon=selection.epsilon if selection else None,
         best_of_distribution=selection.distribution if selection else None,
+        adaptive_epsilon=_adaptively(private, delta),
         **_ledgers(runs, delta),
     )
+
+
+def _adaptively(runs: Sequence[_Run], delta: float) -> float | None:
+    """The smallest budget that has room for two or more runs that were chosen one after the other."""
+    if len(runs) < 2:
+        return None
+    return least_budget(renyi_divergences([part for run in runs for part in run.mechanisms]), delta)
 
 
 def _largest(runs: Sequence[_Run], delta: float) -> float:
@@ -218,7 +280,9 @@ def _largest(runs: Sequence[_Run], delta: float) -> float:
 
 def _ledgers(runs: Sequence[_Run], delta: float) -> dict[str, Any]:
     """What the ledgers of these runs say about their set; nothing where there is none to be seen."""
-    name, counted = runs[0].charge.private_set, dict[str, Charge]()
+    counted = dict[tuple[str, str], Charge]()
+    runs = [one for run in runs for one in (run, *run.copies)]
+    names = {run.charge.private_set for run in runs}
     paths = sorted({run.ledger for run in runs if run.ledger is not None and run.ledger.exists()})
     for path in paths:
         ledger = Ledger(path)
@@ -228,13 +292,18 @@ def _ledgers(runs: Sequence[_Run], delta: float) -> dict[str, Any]:
                 f"{path}: lines of runs that were charged here are not there: the ledger was edited or "
                 "replaced; expected the file as it was written"
             )
-        counted.update((c.run, c) for c in ledger.charges() if c.private_set == name and c.mechanism.steps)
+        # A copy that was charged to another ledger has the number of the run that it was copied from.
+        place = str(path.resolve())
+        counted.update(
+            ((place, c.run), c) for c in ledger.charges() if c.private_set in names and c.mechanism.steps
+        )
     if not counted:
         return {}
     return {
         "ledger": ", ".join(dict.fromkeys(path.name for path in paths)),
         "ledger_runs": len(counted),
         "ledger_epsilon": spent(list(counted.values()), delta).epsilon,
+        "ledger_adaptive_epsilon": spent_adaptively(list(counted.values()), delta),
     }
 
 
@@ -280,6 +349,8 @@ def _read_files(directory: Path) -> _Run | None:
         releases=_releases(privacy),
         ledger=ledger,
         digest=receipt.digest if receipt is not None else None,
+        checkpoint=checkpoint if visible else None,
+        index=Path(receipt.index) if receipt is not None and receipt.index is not None else None,
     )
 
 

@@ -83,7 +83,7 @@ def _scancel(ledger: Ledger) -> list[str]:
     from hydra_plugins.dp_lora_launcher._slurm import use_box
 
     use_box()
-    names = {*ledger.submissions, f"{ledger.folder.name}-report"}
+    names = {*ledger.submissions, ledger.report_name}
     queued = [
         line.split(" ", 1)
         for line in _run(["squeue", "-h", "-u", str(os.getuid()), "-o", "%F %j"]).splitlines()

@@ -169,7 +169,8 @@ def _result(result: Mapping[str, Any]) -> Row:
 def _reference(reference: Any, *, with_number: bool) -> str | None:
     if not isinstance(reference, Mapping):
         return reference if isinstance(reference, str) else None
-    return f"{reference['split']}, n={reference['n']}" if with_number else str(reference["split"])
+    number = reference.get("n") if with_number else None
+    return str(reference["split"]) if number is None else f"{reference['split']}, n={number}"
 
 
 def _version(extractor: Any) -> str:

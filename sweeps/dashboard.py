@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from dp_lora.errors import UserError
 from dp_lora.files import read_json, write_json
-from dp_lora.tracking import GENERATED_IMAGES, baseline_table, wandb_mode
+from dp_lora.tracking import GENERATED_IMAGES, baseline_table
+from dp_lora.wandb_mode import wandb_mode
 from sweeps.bill import Bill, bill
 from sweeps.folders import read_settings
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dp_lora.config import Config, ResourcesConfig, pretrained_fingerprint
 from dp_lora.data import expected_train_size
 from dp_lora.errors import UserError
-from dp_lora.job import steps_of
+from dp_lora.job import public_number, steps_of
 from sweeps.collect import configuration
 from sweeps.folders import read_record, runs
 
@@ -130,13 +130,15 @@ def _mechanism_of(config: Config) -> Mechanism | None:
     """What a run will release; None where only the data would tell, or it will be refused."""
     from dp_lora.privacy.plan import mechanism_of
 
-    size = expected_train_size(config.data)
-    if size is None:
+    size = public_number(config, expected_train_size(config.data))
+    rate = config.train.sample_rate
+    if size is None and rate is None:
         return None
     privacy = config.privacy
     try:
         return mechanism_of(
             num_examples=size,
+            sample_rate=rate,
             expected_batch_size=config.train.expected_batch_size,
             steps=steps_of(config, size),
             noise_multiplier=privacy.noise_multiplier,

@@ -6,15 +6,16 @@ import logging
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 os.environ["WANDB_MODE"] = "disabled"
 os.environ["HF_HUB_OFFLINE"] = "1"
-# No test writes to the ledger beside the user's data.
+# No test writes to the ledger beside the user's data, nor to the user's index of images.
 os.environ["DP_LORA_LEDGER"] = tempfile.mkdtemp(prefix="dp_lora_ledger") + "/privacy_ledger.jsonl"
+os.environ["XDG_DATA_HOME"] = str(Path(os.environ["DP_LORA_LEDGER"]).parent / "share")
 
 from collections.abc import Callable
-from pathlib import Path
 
 import absl.logging
 import hypothesis
@@ -62,7 +63,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_unconfigure() -> None:
-    """Removes the ledger of the jobs that named none of their own."""
+    """Removes the ledger and the index of the jobs that named none of their own."""
     shutil.rmtree(Path(os.environ["DP_LORA_LEDGER"]).parent)
 
 
@@ -95,7 +96,13 @@ def tiny(cache: Path, tmp_path: Path) -> Callable[..., Config]:
 def words(cache: Path, outputs: Path) -> list[str]:
     """The command line of a tiny job."""
     ledger = outputs.with_name(f"{outputs.name}.privacy_ledger.jsonl")
-    return [*TINY, f"paths.cache={cache}", f"paths.outputs={outputs}", f"paths.ledger={ledger}"]
+    places = {
+        "cache": cache,
+        "outputs": outputs,
+        "ledger": ledger,
+        "index": outputs.with_name(f"{outputs.name}.image_index"),
+    }
+    return [*TINY, *(f"paths.{name}={place}" for name, place in places.items())]
 
 
 @pytest.fixture

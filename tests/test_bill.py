@@ -205,3 +205,44 @@ def test_the_words_and_the_record_say_the_same(tmp_path: Path) -> None:
     assert all(line.startswith("mnist: ") for line in lines)
     told: list[Any] = [line for line in lines if "epsilon" in line and "inf" not in line]
     assert told and all("delta" in line for line in told)
+
+
+def executed(directory: Path, steps: range, name: str) -> None:
+    for step in steps:
+        record = {"step": step, "execution": f"{name}{step}"}
+        append_line(directory / "checkpoint" / "executions.jsonl", record)
+
+
+def test_copies_of_a_run_are_one_run_with_all_that_each_of_them_did(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "privacy_ledger.jsonl")
+    first = charge(make(tmp_path / "a", 30, begun=30), ledger, "a", 60)
+    copies = [Path(shutil.copytree(first, tmp_path / name)) for name in "bc"]
+    executed(first, range(30, 60), "first")
+    executed(copies[0], range(30, 60), "second")
+    found = only(bill([first, *copies]))
+    # 30 that all three have in common, and 30 more in each of two.
+    assert (found.runs, found.steps) == (1, 90)
+    assert found.epsilon == pytest.approx(spent(90)) and found.epsilon > spent(60)
+    assert only(bill([first, copies[1]])).steps == 60 == only(bill([first])).steps
+
+
+def test_releases_of_copies_count_each_unless_they_are_the_same(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "privacy_ledger.jsonl")
+    first = charge(make(tmp_path / "a"), ledger, "a")
+    second = Path(shutil.copytree(first, tmp_path / "b"))
+    one, other = ({"inputs": name, "noise_multiplier": 4.0, "metrics": {"m": 1.0}} for name in "xy")
+    for directory, releases in ((first, [one]), (second, [one, other])):
+        write_json(directory / "checkpoint" / "releases.json", releases)
+    found = only(bill([first, second]))
+    assert (found.runs, found.steps) == (1, 80)
+    everything = [Mechanism(SIGMA, RATE, 80), Mechanism(4.0, 1.0, 2)]
+    assert found.epsilon == pytest.approx(composed(everything, DELTA).epsilon)
+
+
+def test_a_copy_that_was_charged_to_another_ledger_is_not_lost(tmp_path: Path) -> None:
+    ledgers = [Ledger(tmp_path / name / "privacy_ledger.jsonl") for name in "xy"]
+    runs = [
+        charge(make(tmp_path / name, begun=80), one, "a") for name, one in zip("ab", ledgers, strict=True)
+    ]
+    found = only(bill(runs))
+    assert found.ledger_runs == 2 and found.ledger_epsilon == pytest.approx(spent(160))

@@ -58,6 +58,13 @@ def test_the_front_matter_is_what_the_hub_reads() -> None:
     assert "differential-privacy" in front["tags"]
 
 
+def test_the_card_says_in_plain_words_which_sets_are_neighbours() -> None:
+    zero_out = "zero out one image, the number of images is public, Poisson sampling"
+    text = card({**RECORD, "adjacency": zero_out})
+    assert zero_out in text and "The number of training images is public." in text
+    assert "number of training images is public." not in card() and "which is in one of them only" in card()
+
+
 def test_the_card_states_the_guarantee_and_its_limits() -> None:
     _, text = front_matter_and_text(card())
     for needed in (

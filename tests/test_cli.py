@@ -15,7 +15,8 @@ from conftest import words
 from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 
-from dp_lora.__main__ import hydra_words, main
+from dp_lora.__main__ import main
+from dp_lora.command_line import hydra_words
 from dp_lora.files import read_json
 
 Run = Callable[..., tuple[int, str, str]]
@@ -188,13 +189,13 @@ def test_help_and_the_composed_configuration(dp_lora: Run, outputs: Path) -> Non
 
 
 def test_in_a_sweep_the_other_jobs_finish_and_the_failure_is_named(dp_lora: Run, outputs: Path) -> None:
-    status, _, errors = dp_lora("lora.rank=17,4", "stages=[finetune]", "-m", "train.max_steps=2")
+    status, _, errors = dp_lora("data.classes=[0,ten],[0,1]", "stages=[finetune]", "-m", "train.max_steps=2")
     assert status == 2
     lines = [line for line in errors.splitlines() if line.startswith("dp-lora: ")]
-    assert len(lines) == 1 and lines[0].startswith("dp-lora: job 0 (") and "lora.rank=17: beyond" in lines[0]
+    assert len(lines) == 1 and lines[0].startswith("dp-lora: job 0 (") and "ten" in lines[0]
     assert "Traceback" not in errors
     (directory,) = (outputs / "default").iterdir()
-    assert "lora.rank=4" in directory.name
+    assert "data.classes=_0,1_" in directory.name
     assert read_json(directory / "status.json")["state"] == "done"
 
 

@@ -83,7 +83,7 @@ def test_every_preset_is_overridden_by_value() -> None:
         "lora.rank=3",
         "lora.alpha=2",
         "privacy.epsilon=3",
-        "privacy.adjacency=zero_out",
+        "privacy.adjacency=add_or_remove train.sample_rate=0.25",
         "tracking.private_loss=true",
         "privacy.delta=1e-6",
         "privacy.insecure_seed=1",
@@ -96,7 +96,7 @@ def test_every_preset_is_overridden_by_value() -> None:
     ],
 )
 def test_the_fingerprint_changes_with_what_can_change_the_result(override: str, default: Config) -> None:
-    assert fingerprint(composed(override)) != fingerprint(default)
+    assert fingerprint(composed(*override.split())) != fingerprint(default)
 
 
 @pytest.mark.parametrize(
@@ -144,6 +144,39 @@ def test_the_run_directory_is_readable_and_the_same_however_the_run_is_asked_for
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "prompt": ({"model.prompt": "a photo"}, "model.prompt='a photo': expected {}"),
     "adjacency": ({"privacy.adjacency": "replace"}, "privacy.adjacency='replace'"),
+    "add or remove without a rate": (
+        {"privacy.adjacency": "add_or_remove"},
+        "train.sample_rate=null with privacy.adjacency=add_or_remove: expected a number in (0, 1]",
+    ),
+    "add or remove by passes": (
+        {"privacy.adjacency": "add_or_remove", "train.sample_rate": 0.25, "train.epochs": 2.0},
+        "train.epochs=2.0 with privacy.adjacency=add_or_remove: expected null and train.max_steps",
+    ),
+    "add or remove of a number that is said": (
+        {"privacy.adjacency": "add_or_remove", "train.sample_rate": 0.25, "data.train_size": 300},
+        "data.train_size=300 with privacy.adjacency=add_or_remove: expected null or a fraction",
+    ),
+    "a fraction of one": (
+        {"data.test_size": 1.0},
+        "data.test_size=1.0: expected a whole number, or a fraction",
+    ),
+    "range of one value": ({"data.value_range": [0.0]}, "data.value_range=[0.0]: expected the values of"),
+    "range upside down": ({"data.value_range": [255.0, 0.0]}, "data.value_range=[255.0, 0.0]"),
+    "range without an end": ({"data.value_range": [0.0, float("inf")]}, "data.value_range=[0.0, inf]"),
+    "background": ({"data.background": "whit"}, "data.background='whit': expected white, grey, black or"),
+    "layout": (
+        {"data.layout": "folder"},
+        "data.layout='folder': expected one of folders, tables, or null; did",
+    ),
+    "a rate beside a public number": ({"train.sample_rate": 0.25}, "train.sample_rate=0.25 with"),
+    "sample rate": (
+        {"privacy.adjacency": "add_or_remove", "train.sample_rate": 1.5},
+        "train.sample_rate=1.5",
+    ),
+    "sample rate NaN": (
+        {"privacy.adjacency": "add_or_remove", "train.sample_rate": float("nan")},
+        "train.sample_rate=nan",
+    ),
     "epsilon zero": ({"privacy.epsilon": 0.0}, "privacy.epsilon=0"),
     "epsilon negative": ({"privacy.epsilon": -1.0}, "privacy.epsilon=-1"),
     "epsilon NaN": ({"privacy.epsilon": float("nan")}, "privacy.epsilon=nan"),

@@ -14,7 +14,8 @@ from test_tracking import job
 
 from dp_lora.errors import UserError
 from dp_lora.files import read_json, write_json
-from dp_lora.tracking import RELEASED, _shown_config
+from dp_lora.manifest import settings
+from dp_lora.tracking import RELEASED
 from sweeps import dashboard as dashboards
 from sweeps.dashboard import SETTINGS, Shown, dashboard, look
 
@@ -81,7 +82,7 @@ def test_without_a_key_the_workspace_is_a_file(runs: list[Path], tmp_path: Path)
 
 
 def test_panels_ask_for_values_that_a_job_logs(runs: list[Path]) -> None:
-    config = _shown_config(job())
+    config = settings(job())
     for place in SETTINGS.values():
         where, _, name = place.partition(":")
         group, _, field = name.partition(".")

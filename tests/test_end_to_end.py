@@ -15,8 +15,8 @@ import pytest
 from architectures import stable_diffusion
 from conftest import words
 from hydra.core.global_hydra import GlobalHydra
+from image_files import write_parquet
 from PIL import Image
-from test_data import write_parquet
 from test_notebooks import executed
 
 from dp_lora import sample
@@ -133,7 +133,7 @@ def test_captions_train_a_text_to_image_model_and_stay_private(
         f"data.source={tmp_path / 'x.parquet'}",
         "data.image_size=8",
         "data.channels=3",
-        "data.test_size=10",
+        "data.test_size=0.2",
     )
     small = ("train.expected_batch_size=10", "sampler.num_samples=4", "stages=[finetune,sample]")
     captions = "data.caption_column=text"

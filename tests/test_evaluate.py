@@ -296,7 +296,9 @@ def test_the_cache_tells_other_data_seeds_and_epochs_apart(
 
 
 @pytest.mark.parametrize("damage", ["one byte", "cut", "another key"])
-def test_a_damaged_file_of_the_cache_is_refused(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_file_of_the_cache_is_said_so_and_made_again(
+    tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     def compute() -> dict[str, Tensor]:
         return {"features": torch.arange(6.0)}
 
@@ -312,8 +314,11 @@ def test_a_damaged_file_of_the_cache_is_refused(tmp_path: Path, damage: str) -> 
         cached(tmp_path, {"n": 2}, compute)
         (other,) = (tmp_path / "evaluation").iterdir()
         other.rename(path)
-    with pytest.raises(UserError, match=r"paths\.cache: .* is damaged .*delete it"):
-        cached(tmp_path, {"n": 1}, compute)
+    assert torch.equal(cached(tmp_path, {"n": 1}, compute)["features"], torch.arange(6.0))
+    said = capsys.readouterr().err
+    assert said == f"{tmp_path / 'evaluation'}: a damaged file; it is made again\n"
+    cached(tmp_path, {"n": 1}, compute)
+    assert capsys.readouterr().err == ""
 
 
 def test_the_metadata_says_what_was_compared_and_what_is_not_covered(

@@ -154,7 +154,7 @@ def test_a_lock_keeps_other_processes_out_until_its_holder_dies(tmp_path: Path) 
         holder.kill()
 
     with file_lock(path, waiting=kill_holder):
-        holder.wait(timeout=10)
+        holder.wait(timeout=600)
     holder.stdin.close()
     holder.stdout.close()
     assert waited == [None]

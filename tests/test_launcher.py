@@ -20,7 +20,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
 from omegaconf import OmegaConf, open_dict
-from slurm.jobs import counted, starts
+from slurm.jobs import counted, go, starts
 
 from dp_lora.__main__ import main
 from dp_lora.config import (
@@ -384,7 +384,7 @@ def pool(tmp_path: Path) -> Driver:
     return Driver(tmp_path / "pool")
 
 
-def until(condition: Callable[[], Any], timeout: float = 60) -> None:
+def until(condition: Callable[[], Any], timeout: float = 600) -> None:
     end = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < end, "it did not happen"
@@ -396,7 +396,7 @@ def test_the_pool_keeps_to_its_size_and_hands_out_gpus(pool: Driver) -> None:
         "seed=0,1,2,3", "resources.gpus=1", "tracking.tags=[3-raise]", "hydra.launcher.max_parallel=3",
         CUDA_VISIBLE_DEVICES="4,7",
     )  # fmt: skip
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=900)
     assert process.returncode == 1, said
     assert pool.right() == [True, True, True, False]
     assert "failed: cell 3" in said and "no such luck" in said and "1 of 4 cells failed" in said
@@ -408,27 +408,32 @@ def test_the_pool_keeps_to_its_size_and_hands_out_gpus(pool: Driver) -> None:
 
 
 def test_a_killed_driver_of_the_pool_is_replaced_and_a_killed_job_is_started_again(pool: Driver) -> None:
-    first = pool.start("seed=0,1,2", "hydra.launcher.max_parallel=2")
+    words = ("seed=0,1,2", "hydra.launcher.max_parallel=2", "tracking.tags=[0-hold,1-hold,2-hold]")
+    first = pool.start(*words)
     until(lambda: sum(map(len, pool.starts())) == 2)
     first.kill()
     first.communicate()
-    second = pool.start("seed=0,1,2", "hydra.launcher.max_parallel=2")
+    second = pool.start(*words)
+    go(pool.cells()[0])
     until(lambda: sum(map(len, pool.starts())) == 3)
     os.kill(pool.starts()[2][0]["pid"], signal.SIGKILL)
-    _, said = second.communicate(timeout=120)
+    for directory in pool.cells():
+        go(directory)
+    _, said = second.communicate(timeout=900)
     assert second.returncode == 0, said
     assert pool.right() == [True, True, True]
     assert [len(rows) for rows in pool.starts()] == [1, 1, 2]
 
 
 def test_ctrl_c_lets_the_jobs_of_the_pool_save(pool: Driver) -> None:
-    first = pool.start("seed=0")
+    first = pool.start("seed=0", "tracking.tags=[0-hold]")
     until(lambda: any((directory / "now").exists() for directory in pool.cells()))
     first.send_signal(signal.SIGINT)
-    _, said = first.communicate(timeout=60)
+    _, said = first.communicate(timeout=900)
     assert first.returncode == 130, said
     assert said.splitlines()[-1].endswith("its jobs have saved and stopped; the same command continues")
-    again = pool.start("seed=0")
-    _, said = again.communicate(timeout=120)
+    go(pool.cells()[0])
+    again = pool.start("seed=0", "tracking.tags=[0-hold]")
+    _, said = again.communicate(timeout=900)
     assert again.returncode == 0, said
     assert pool.right() == [True] and pool.starts()[0][1]["from"] > 0

@@ -281,7 +281,7 @@ def in_processes(count: int, cache: Path) -> list[subprocess.CompletedProcess[st
         }  # fmt: skip
         arguments = [sys.executable, "-m", "dp_lora", *COMMAND, f"paths.cache={cache}"]
         running.append(subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True))
-    ended = [(process, process.communicate(timeout=300)[1]) for process in running]
+    ended = [(process, process.communicate(timeout=1800)[1]) for process in running]
     return [subprocess.CompletedProcess([], process.returncode, "", said) for process, said in ended]
 
 
@@ -429,7 +429,7 @@ def test_the_first_loss_of_the_diffusion_model_is_near_one(public: ImageSplits) 
 
 def test_a_set_of_ones_own_runs_through_all_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`experiment=cifar10 data.source=...` with small networks: class folders and a parquet file."""
-    from test_data import write_parquet
+    from image_files import write_parquet
 
     generator = np.random.default_rng(0)
     for role, count in (("train", 12), ("test", 6)):

@@ -32,6 +32,20 @@ with joined(torch.device("cpu")) as team:
     if team.first:
         torch.save(sums, {out!r})
 """
+IMAGES = """
+import sys, torch
+sys.path[:0] = [{tests!r}]
+from image_sets import private_images
+from dp_lora.content import agree
+from dp_lora.errors import UserError
+from dp_lora.processes import joined
+with joined(torch.device("cpu")) as team:
+    agree(private_images(0))
+    try:
+        agree(private_images(team.rank))
+    except UserError:
+        sys.exit(7)
+"""
 GONE = """
 import sys, torch
 from dp_lora.processes import joined
@@ -93,6 +107,10 @@ def test_one_example_moves_the_sum_of_two_processes_by_c_and_no_more(tmp_path: P
     assert len(moved) == EXAMPLES
     # Gradients far above C: each example moves the sum by C itself.
     assert float(moved.max()) <= C and float(moved.min()) >= C * (1 - 1e-4)
+
+
+def test_processes_that_read_different_images_all_end() -> None:
+    assert both(IMAGES.format(tests=str(Path(__file__).parent))) == [7, 7]
 
 
 def test_when_the_first_process_is_gone_the_others_end() -> None:

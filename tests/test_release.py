@@ -25,7 +25,8 @@ from dp_lora.files import read_json
 from dp_lora.privacy.accounting import Mechanism, epsilon, noise_multiplier_for
 from dp_lora.privacy.randomness import Randomness
 from dp_lora.queries import AccuracyQuery, FrechetFrame, FrechetQuery, Query, Questions
-from dp_lora.release import evaluate_privately, keep, noised_sum, release_record, releases
+from dp_lora.release import evaluate_privately, keep, noised_sum, release_record
+from dp_lora.spending import releases_of
 
 
 def features(n: int, dimension: int, seed: int, shift: float = 0.0) -> Tensor:
@@ -171,7 +172,7 @@ def test_releases_are_kept_for_their_owner_alone(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
     for name in ("one", "two"):
         keep(folder, name, 2.0, Evaluation({"dp_accuracy_cnn": 0.5}, {}))
-    assert [one["inputs"] for one in releases(folder)] == ["one", "two"]
+    assert [one["inputs"] for one in releases_of(folder)] == ["one", "two"]
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert stat.S_IMODE((folder / "releases.json").stat().st_mode) == 0o600
 
@@ -230,10 +231,10 @@ def test_a_release_meets_its_budget_and_is_near_what_it_hides(config: Config, tm
     assert abs(metadata["reference"]["n"] - 300) < 5 * sigma / (0.5 * 0.11) ** 0.5
     assert not any("300" in line for line in said)
     said.clear()
-    assert run().metrics == metrics and len(releases(tmp_path)) == 1 and not said
+    assert run().metrics == metrics and len(releases_of(tmp_path)) == 1 and not said
     # Another question draws anew, and both are counted.
     config.seed += 1
-    assert run().metrics != metrics and len(releases(tmp_path)) == 2
+    assert run().metrics != metrics and len(releases_of(tmp_path)) == 2
 
 
 def test_the_record_composes_the_releases_with_the_training(config: Config, tmp_path: Path) -> None:

@@ -13,15 +13,18 @@ from typing import Any
 import pytest
 from conftest import words
 from hydra.core.global_hydra import GlobalHydra
+from image_sets import private_images
 
 from dp_lora import finetune, run, spending
 from dp_lora.__main__ import main
 from dp_lora.config import Config, DataConfig, PathsConfig, check, fingerprint, run_directory
+from dp_lora.data import ImageSplits
 from dp_lora.errors import UserError
 from dp_lora.files import append_line, read_json, read_lines
 from dp_lora.privacy.accounting import Mechanism
 from dp_lora.privacy.ledger import Ledger
 from dp_lora.privacy.plan import PrivacyPlan, make_plan
+from dp_lora.privacy.renyi import least_budget, renyi_divergences
 from dp_lora.signals import Interrupted, Preempted
 from dp_lora.spending import charge_release, charged, ledger_path, read_receipt, refusal
 
@@ -30,7 +33,8 @@ FINETUNE = "stages=[finetune]"
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    paths = PathsConfig(outputs=str(tmp_path / "outputs"), data=str(tmp_path / "data"))
+    places = {name: str(tmp_path / name) for name in ("outputs", "data", "index")}
+    paths = PathsConfig(**places)
     return Config(data=DataConfig("mnist5k"), paths=paths)
 
 
@@ -40,6 +44,11 @@ def plan() -> PrivacyPlan:
         num_examples=1000, expected_batch_size=100, steps=80, noise_multiplier=1.0, target_epsilon=None,
         delta=1e-5, noise_multiplicity=1, max_grad_norm=0.1,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def images() -> ImageSplits:
+    return private_images()
 
 
 @pytest.fixture
@@ -93,12 +102,12 @@ def test_ledger_and_budget_do_not_change_which_run_it_is(config: Config) -> None
 
 
 def test_a_run_is_charged_its_plan_first_and_what_it_began_at_last(
-    config: Config, plan: PrivacyPlan, folder: Path
+    config: Config, plan: PrivacyPlan, folder: Path, images: ImageSplits
 ) -> None:
-    with charged(config, plan, folder):
+    with charged(config, plan, folder, images):
         assert steps_of(config) == [80]
         begin_steps(folder, 80)
-    assert steps_of(config) == [80] and len(read_lines(ledger_path(config))) == 1
+    assert steps_of(config) == [80]
     (line,) = Ledger(ledger_path(config)).charges()
     assert (line.private_set, line.private, line.mechanism) == ("mnist", True, plan.mechanism)
 
@@ -107,34 +116,44 @@ def test_a_run_is_charged_its_plan_first_and_what_it_began_at_last(
     ("error", "charge"), [(ValueError, 30), (Interrupted, 30), (Preempted, 80), (SystemExit, 30)]
 )
 def test_a_run_that_ends_early_is_charged_what_it_began_unless_it_will_go_on(
-    error: type[BaseException], charge: int, config: Config, plan: PrivacyPlan, folder: Path
+    error: type[BaseException],
+    charge: int,
+    config: Config,
+    plan: PrivacyPlan,
+    folder: Path,
+    images: ImageSplits,
 ) -> None:
     def stop() -> None:
         begin_steps(folder, 30)
         raise error
 
-    with pytest.raises(error), charged(config, plan, folder):
+    with pytest.raises(error), charged(config, plan, folder, images):
         stop()
     assert steps_of(config) == [charge]
-    with charged(config, plan, folder):
+    with charged(config, plan, folder, images):
         assert steps_of(config) == [80], "the same run, with all that it may still begin"
         begin_steps(folder, 80)
     assert steps_of(config) == [80]
 
 
 def test_a_run_whose_directory_was_removed_is_another_run(
-    config: Config, plan: PrivacyPlan, tmp_path: Path
+    config: Config, plan: PrivacyPlan, tmp_path: Path, images: ImageSplits
 ) -> None:
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
-        with charged(config, plan, tmp_path / name):
+        with charged(config, plan, tmp_path / name, images):
             begin_steps(tmp_path / name, 80)
     assert steps_of(config) == [80, 80]
 
 
 @pytest.mark.parametrize("boundary", ["before the charge", "after the charge"])
 def test_a_crash_around_the_charge_charges_once(
-    boundary: str, config: Config, plan: PrivacyPlan, folder: Path, monkeypatch: pytest.MonkeyPatch
+    boundary: str,
+    config: Config,
+    plan: PrivacyPlan,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    images: ImageSplits,
 ) -> None:
     enter = Ledger.enter
 
@@ -145,73 +164,81 @@ def test_a_crash_around_the_charge_charges_once(
 
     with monkeypatch.context() as patched:
         patched.setattr(Ledger, "enter", crash)
-        with pytest.raises(KeyboardInterrupt), charged(config, plan, folder):
+        with pytest.raises(KeyboardInterrupt), charged(config, plan, folder, images):
             raise AssertionError("nothing may begin that was not charged")
-    with charged(config, plan, folder):
+    with charged(config, plan, folder, images):
         begin_steps(folder, 80)
     assert steps_of(config) == [80]
 
 
-def test_public_data_is_not_charged(config: Config, plan: PrivacyPlan, folder: Path) -> None:
+def test_public_data_is_not_charged(
+    config: Config, plan: PrivacyPlan, folder: Path, images: ImageSplits
+) -> None:
     config.data.public = True
     config.privacy.budget_epsilon = 1e-3
-    assert refusal(config, plan, folder.parent) is None
-    with charged(config, plan, folder):
+    assert refusal(config, plan, folder.parent, images) is None
+    with charged(config, plan, folder, images):
         pass
     assert not ledger_path(config).exists() and not list(folder.iterdir())
-    assert spending.line_of_all_runs(config, 1e-5) is None
+    assert spending.line_of_all_runs(config, 1e-5, images) is None
 
 
 def test_noise_that_a_seed_gives_away_is_charged_as_no_privacy(
-    config: Config, plan: PrivacyPlan, folder: Path
+    config: Config, plan: PrivacyPlan, folder: Path, images: ImageSplits
 ) -> None:
     config.privacy.insecure_seed = 3
-    with charged(config, plan, folder):
+    with charged(config, plan, folder, images):
         begin_steps(folder, 80)
     (line,) = Ledger(ledger_path(config)).charges()
     assert not line.private
     config.privacy.insecure_seed, config.privacy.budget_epsilon = None, 1e6
-    reason = refusal(config, plan, folder.parent / "another")
+    reason = refusal(config, plan, folder.parent / "another", images)
     assert reason is not None and "1 run on mnist spent epsilon inf" in reason
 
 
 def test_a_release_on_held_out_images_is_charged_once_and_asks_the_budget(
-    config: Config, plan: PrivacyPlan, folder: Path
+    config: Config, plan: PrivacyPlan, folder: Path, images: ImageSplits
 ) -> None:
     release = Mechanism(4.0, 1.0, 1)
-    with charged(config, plan, folder):
+    with charged(config, plan, folder, images):
         begin_steps(folder, 80)
     for number in (0, 0, 1):
-        charge_release(config, release, 1e-6, folder, number)
+        with charge_release(config, release, 1e-6, folder, number, images):
+            pass
     assert [c.mechanism for c in Ledger(ledger_path(config)).charges()] == [plan.mechanism, release, release]
     config.privacy.budget_epsilon = 0.1
-    charge_release(config, release, 1e-6, folder, 1)
-    with pytest.raises(UserError, match=r"privacy\.budget_epsilon=0\.1: 3 runs on mnist"):
-        charge_release(config, release, 1e-6, folder, 2)
+    with charge_release(config, release, 1e-6, folder, 1, images):
+        pass
+    third = charge_release(config, release, 1e-6, folder, 2, images)
+    with pytest.raises(UserError, match=r"privacy\.budget_epsilon=0\.1: 3 runs on mnist"), third:
+        raise AssertionError("it was made")
     config.data.public = True
-    charge_release(config, release, 1e-6, folder, 2)
+    with charge_release(config, release, 1e-6, folder, 2, images):
+        pass
     assert len(Ledger(ledger_path(config)).charges()) == 3
 
 
 def test_a_run_that_moves_to_another_ledger_is_charged_there_too(
-    config: Config, plan: PrivacyPlan, folder: Path, tmp_path: Path
+    config: Config, plan: PrivacyPlan, folder: Path, tmp_path: Path, images: ImageSplits
 ) -> None:
-    with pytest.raises(Preempted), charged(config, plan, folder):
+    with pytest.raises(Preempted), charged(config, plan, folder, images):
         raise Preempted
     receipt = read_receipt(folder)
     config.paths.ledger = str(tmp_path / "elsewhere.jsonl")
-    with charged(config, plan, folder):
+    with charged(config, plan, folder, images):
         begin_steps(folder, 80)
     moved = read_receipt(folder)
     assert receipt is not None and moved is not None and receipt.run == moved.run
     assert steps_of(config) == [80]
 
 
-def test_a_run_whose_line_was_cut_off_does_not_go_on(config: Config, plan: PrivacyPlan, folder: Path) -> None:
-    with pytest.raises(Preempted), charged(config, plan, folder):
+def test_a_run_whose_line_was_cut_off_does_not_go_on(
+    config: Config, plan: PrivacyPlan, folder: Path, images: ImageSplits
+) -> None:
+    with pytest.raises(Preempted), charged(config, plan, folder, images):
         raise Preempted
     ledger_path(config).write_text("")
-    with pytest.raises(UserError, match="edited or replaced"), charged(config, plan, folder):
+    with pytest.raises(UserError, match="edited or replaced"), charged(config, plan, folder, images):
         raise AssertionError("it went on")
 
 
@@ -226,36 +253,43 @@ def epsilon_of(plan: PrivacyPlan, runs: int) -> float:
     ).epsilon
 
 
+def budget_for(plan: PrivacyPlan, runs: int, above: float = 0.0) -> float:
+    """The smallest with room for so many runs that are chosen one after the other."""
+    one = Mechanism(plan.noise_multiplier, plan.sample_rate, plan.steps)
+    return least_budget(renyi_divergences([one] * runs), plan.delta, above)
+
+
 def test_a_budget_for_two_runs_refuses_the_third_before_anything_is_written(
-    config: Config, plan: PrivacyPlan, tmp_path: Path
+    config: Config, plan: PrivacyPlan, tmp_path: Path, images: ImageSplits
 ) -> None:
-    config.privacy.budget_epsilon = epsilon_of(plan, 2)
+    config.privacy.budget_epsilon = budget_for(plan, 2)
+    assert epsilon_of(plan, 2) < budget_for(plan, 2) < 1.25 * epsilon_of(plan, 2)
     for name in ("one", "two"):
         (tmp_path / name / "checkpoint").mkdir(parents=True)
-        assert refusal(config, plan, tmp_path / name) is None
-        with charged(config, plan, tmp_path / name / "checkpoint"):
+        assert refusal(config, plan, tmp_path / name, images) is None
+        with charged(config, plan, tmp_path / name / "checkpoint", images):
             begin_steps(tmp_path / name / "checkpoint", 80)
     before = ledger_path(config).read_bytes()
-    reason = refusal(config, plan, tmp_path / "three")
+    reason = refusal(config, plan, tmp_path / "three", images)
     assert reason is not None and "\n" not in reason
     for word in (
         "privacy.budget_epsilon=",
         "2 runs on mnist",
-        f"{epsilon_of(plan, 3):.4g}",
+        f"would make it {budget_for(plan, 3, above=budget_for(plan, 2)):.4g}",
         "1e-05",
         "expected",
     ):
         assert word in reason
     assert not (tmp_path / "three").exists() and ledger_path(config).read_bytes() == before
-    assert refusal(config, plan, tmp_path / "two") is None, "a run that is charged already"
+    assert refusal(config, plan, tmp_path / "two", images) is None, "a run that is charged already"
     other = dataclasses.replace(config, data=DataConfig("digits"))
-    assert refusal(other, plan, tmp_path / "three") is None, "another set in the same ledger"
+    assert refusal(other, plan, tmp_path / "three", private_images(1)) is None, "another set in this ledger"
     config.privacy.budget_epsilon = None
-    assert refusal(config, plan, tmp_path / "three") is None
+    assert refusal(config, plan, tmp_path / "three", images) is None
 
 
 def test_of_two_that_begin_at_once_one_finds_the_budget_spent(
-    config: Config, plan: PrivacyPlan, tmp_path: Path
+    config: Config, plan: PrivacyPlan, tmp_path: Path, images: ImageSplits
 ) -> None:
     config.privacy.budget_epsilon = epsilon_of(plan, 1) * 1.01
     outcomes: list[str] = []
@@ -263,10 +297,10 @@ def test_of_two_that_begin_at_once_one_finds_the_budget_spent(
 
     def work(name: str) -> None:
         (tmp_path / name).mkdir()
-        assert refusal(config, plan, tmp_path / name) is None
+        assert refusal(config, plan, tmp_path / name, images) is None
         ready.wait()
         try:
-            with charged(config, plan, tmp_path / name):
+            with charged(config, plan, tmp_path / name, images):
                 begin_steps(tmp_path / name, 80)
                 outcomes.append("ran")
         except UserError:
@@ -280,21 +314,23 @@ def test_of_two_that_begin_at_once_one_finds_the_budget_spent(
     assert sorted(outcomes) == ["ran", "refused"] and steps_of(config) == [80]
 
 
-def test_an_edited_ledger_refuses_a_job(config: Config, plan: PrivacyPlan, folder: Path) -> None:
-    with charged(config, plan, folder):
+def test_an_edited_ledger_refuses_a_job(
+    config: Config, plan: PrivacyPlan, folder: Path, images: ImageSplits
+) -> None:
+    with charged(config, plan, folder, images):
         begin_steps(folder, 80)
     path = ledger_path(config)
     path.write_text(path.read_text().replace('"steps": 80', '"steps": 8'))
-    reason = refusal(config, plan, folder.parent / "another")
+    reason = refusal(config, plan, folder.parent / "another", images)
     assert reason is not None and "line 1: the ledger was edited" in reason
 
 
 def test_a_ledger_that_has_no_place_refuses_a_job_before_it_begins(
-    config: Config, plan: PrivacyPlan, tmp_path: Path
+    config: Config, plan: PrivacyPlan, tmp_path: Path, images: ImageSplits
 ) -> None:
     (tmp_path / "file").touch()
     config.paths.ledger = str(tmp_path / "file" / "ledger.jsonl")
-    reason = refusal(config, plan, tmp_path / "run")
+    reason = refusal(config, plan, tmp_path / "run", images)
     assert reason is not None and reason.startswith(f"paths.ledger={config.paths.ledger}: ")
 
 
@@ -324,7 +360,8 @@ def test_jobs_of_one_set_add_up_and_a_budget_stops_them(cache: Path, tmp_path: P
     call(*given, "seed=1")
     assert "of 2 runs on digits together" in capsys.readouterr().out
     lines = read_lines(tmp_path / "ledger.jsonl")
-    assert [(line["steps"], line["set"]) for line in lines] == [(2, "digits"), (2, "digits")]
+    told = [(line["steps"], line["set"], line["open"]) for line in lines]
+    assert told == [(2, "digits", True), (2, "digits", False)] * 2, "each start and each end"
     call(*given, "seed=1")
     assert read_lines(tmp_path / "ledger.jsonl") == lines, "a finished job is not charged again"
     before = sorted(tmp_path.rglob("*"))

@@ -153,7 +153,7 @@ from pathlib import Path
 from dp_lora.files import file_lock
 with file_lock(Path(sys.argv[1])):
     print("held", flush=True)
-    time.sleep(60)
+    time.sleep(3600)
 """
     driver = subprocess.Popen(
         [sys.executable, "-c", holds, str(sweep / "lock")], stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -161,7 +161,7 @@ with file_lock(Path(sys.argv[1])):
     assert driver.stdout is not None and driver.stdout.readline() == b"held\n"
     (sweep / "driver").write_text(f"process {driver.pid} on {os.uname().nodename}\n")
     assert main(["cancel", str(sweep)]) == 0
-    driver.communicate(timeout=30)
+    driver.communicate(timeout=600)
     assert driver.returncode == -signal.SIGINT
     assert f"interrupted its driver, process {driver.pid}" in capsys.readouterr().out
     assert main(["cancel", str(sweep)]) == 0, "the number may be another process's by now"
@@ -177,8 +177,8 @@ def test_cancel_leaves_a_driver_of_another_machine_alone(sweep: Path, capsys: An
 
 def test_cancel_ends_the_jobs_that_a_dead_driver_left(sweep: Path, capsys: Any) -> None:
     folder = sweep / "logs" / "dp-lora-rank-1"
-    job = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", str(folder)])
-    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    job = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)", str(folder)])
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
     for name, process in (("a", job), ("b", other)):
         rows: list[dict[str, Any]] = [
             {"event": "submitting", "name": name, "cells": [name], "time": 0.0},
@@ -191,7 +191,7 @@ def test_cancel_ends_the_jobs_that_a_dead_driver_left(sweep: Path, capsys: Any) 
         words = Path(f"/proc/{job.pid}/cmdline").read_bytes()
         assert os.fsencode(sweep / "logs") in words
         assert main(["cancel", str(sweep)]) == 0
-        assert job.wait(timeout=30) == -signal.SIGTERM
+        assert job.wait(timeout=600) == -signal.SIGTERM
         assert other.poll() is None, "a process that is none of its jobs"
         assert f"its jobs have saved and stopped: {job.pid}" in capsys.readouterr().out
     finally:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import base64
 import os
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from axe_core_python.selenium import Axe
+from packages import install
 from PIL import Image
 from selenium.webdriver import Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
@@ -31,25 +31,9 @@ STATES = ["done"] * 10 + ["failed", "missing"]
 PACKAGES = ("chromium", "chromium-driver")
 
 
-def installed() -> None:
-    """Sees to Debian's Chromium and its driver; skips where they cannot be had, and fails in CI."""
-    if shutil.which("chromium") and shutil.which("chromedriver"):
-        return
-    words = ["apt-get", "install", "-qq", "-y", "--no-install-recommends", *PACKAGES]
-    quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    try:
-        for command in (["apt-get", "update", "-qq"], words):
-            subprocess.run(command, env=quiet, check=True, capture_output=True, text=True, timeout=600)
-    except (OSError, subprocess.SubprocessError) as error:
-        reason = " ".join((getattr(error, "stderr", None) or str(error)).split())[-200:]
-        if os.environ.get("CI"):
-            pytest.fail(f"the test needs Chromium, which could not be installed: {reason}")
-        pytest.skip(f"no Chromium here: {reason}")
-
-
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Chrome]:
-    installed()
+    install(PACKAGES, lambda: bool(shutil.which("chromium") and shutil.which("chromedriver")))
     options = ChromeOptions()
     for word in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1280,1000"):
         options.add_argument(word)
@@ -79,7 +63,7 @@ def opened(browser: Chrome, page: Path, width: int, height: int) -> None:
     browser.execute_cdp_cmd("Network.emulateNetworkConditions", nothing)
     browser.get(page.as_uri())
     state = "return document.documentElement.dataset.plots"
-    WebDriverWait(browser, 30).until(lambda driver: driver.execute_script(state))
+    WebDriverWait(browser, 300).until(lambda driver: driver.execute_script(state))
     assert browser.execute_script(state) == "drawn"
 
 
@@ -143,7 +127,7 @@ def test_a_plot_answers_to_the_pointer_and_has_every_mark(browser: Chrome, page:
     assert (len(squares), len(circles)) == (4, 10)
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", squares[1])
     ActionChains(browser).move_to_element(squares[1]).perform()
-    tip = WebDriverWait(browser, 10).until(
+    tip = WebDriverWait(browser, 300).until(
         lambda driver: driver.find_element(By.CSS_SELECTOR, "#vg-tooltip-element.visible")
     )
     assert "lora.rank=4" in tip.text and "mean ± std" in tip.text

@@ -17,7 +17,8 @@ from hydra.types import HydraContext, RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from dp_lora.__main__ import hydra_words, main
+from dp_lora.__main__ import main
+from dp_lora.command_line import hydra_words
 from dp_lora.config import config_directory, fingerprint, run_directory
 from dp_lora.errors import UserError
 from hydra_plugins.dp_lora_sweeper.grid import jobs

@@ -22,6 +22,7 @@ MAX_ARRAY=${SLURM_BOX_MAX_ARRAY:-1001}
 HOST=$(hostname -s)
 ME=$(id -un)
 PACKAGES=(munge slurmctld slurmd slurm-client slurmdbd mariadb-server-core mariadb-client-core)
+APT_LOCK=/var/tmp/dp-lora-apt.lock # that of tests/packages.py too
 export PATH=$PATH:/usr/sbin:/sbin SLURM_CONF=$BOX/slurm.conf
 
 say() { echo "slurm-box: $*" >&2; }
@@ -64,13 +65,28 @@ only_loopback() { # none of the three ports is open on any other address than 12
   done
 }
 
-cmd_install() {
-  local missing=() package policy=/usr/sbin/policy-rc.d status=0
+find_missing() { # sets `missing` to the packages that are not installed
+  local package
+  missing=()
   for package in "${PACKAGES[@]}"; do
     dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$package")
   done
+}
+
+apt() { # apt WORDS...: apt-get, which waits for the locks of others
+  DEBIAN_FRONTEND=noninteractive LC_ALL=C apt-get -o DPkg::Lock::Timeout=300 -qq "$@"
+}
+
+cmd_install() {
+  local missing policy=/usr/sbin/policy-rc.d status=1 attempt
+  find_missing
   [ ${#missing[@]} -gt 0 ] || return 0
   [ "$(id -u)" = 0 ] || die "not installed: ${missing[*]}; as root: apt-get install ${missing[*]}"
+  # One at a time: of two apt-get at once the second gives up. The first may have done the work of both.
+  exec 9>"$APT_LOCK"
+  flock 9
+  find_missing
+  [ ${#missing[@]} -gt 0 ] || return 0
   say "installing ${missing[*]}"
   # Without it the packages would start daemons of their own.
   if [ ! -e $policy ]; then
@@ -79,8 +95,12 @@ cmd_install() {
     trap 'rm -f /usr/sbin/policy-rc.d' EXIT
   fi
   mkdir -p "$BOX"
-  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-    "${missing[@]}"; } >"$BOX/apt.log" 2>&1 || status=$?
+  for attempt in 1 2 3 4 5; do
+    status=0
+    { apt update && apt install -y --no-install-recommends "${missing[@]}"; } >"$BOX/apt.log" 2>&1 9>&- || status=$?
+    [ "$status" != 0 ] && grep -qE 'Could not get lock|Unable to (lock|acquire)' "$BOX/apt.log" || break
+    sleep $((attempt * 5))
+  done
   [ "$status" = 0 ] || { tail -n 5 "$BOX/apt.log" >&2; die "apt-get could not install ${missing[*]}"; }
 }
 

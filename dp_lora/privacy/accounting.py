@@ -4,22 +4,19 @@ Every function speaks of the Poisson-subsampled Gaussian mechanism under the rel
 image", for which zeroing one image out gives the same pair of distributions and the same epsilon.
 
 Three accountants bound the same epsilon from above:
-    pld  dp-accounting's privacy loss distributions, connect-the-dots discretisation, both directions of
-         the relation (Doroshenko et al. 2022): rigorous for every interval, the tightest in practice.
-    prv  Opacus' numerical composition (Gopi et al. 2021), its upper bound; an independent cross-check.
-    rdp  Renyi differential privacy (Mironov et al. 2019): looser by 5 to 10 %, and never fails.
+    pld  privacy loss distributions (`dp_lora.privacy.loss_distribution`): never below the truth, within 1 %
+         of it down to a delta of `LEAST_DELTA`, below which it gives no bound.
+    rdp  Renyi differential privacy (`dp_lora.privacy.renyi`): looser by 5 to 10 %, for every delta.
+    prv  Opacus' numerical composition (Gopi et al. 2021): a cross-check by other people's code. It lowers no
+         epsilon, and is inf where its own rounding would be felt.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import importlib
-import importlib.util
 import json
 import math
 import os
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -31,10 +28,18 @@ import numpy as np
 import numpy.typing as npt
 
 from dp_lora.errors import UserError
+from dp_lora.privacy.loss_distribution import delta_bounds, epsilon_bound
+from dp_lora.privacy.renyi import (
+    FEW_ORDERS,
+    ORDERS,
+    delta_of_divergences,
+    divergences_of,
+    epsilon_of_divergences,
+)
 
 ADJACENCIES = {
     "add_or_remove": "add or remove one image, Poisson sampling",
-    "zero_out": "one image contributes nothing instead, Poisson sampling",
+    "zero_out": "zero out one image, the number of images is public, Poisson sampling",
 }
 """The relations of neighbours, in words; both have the same epsilon."""
 
@@ -42,23 +47,15 @@ MAX_STEPS = 10**7
 MANY = 24
 """Different mechanisms that are composed by their privacy loss distributions, a fraction of a second each."""
 
-ORDERS: tuple[float, ...] = (
-    *(1.01, 1.02, 1.05),
-    *(1 + x / 10 for x in range(1, 60)),
-    *(7 + x / 4 for x in range(16)),
-    *range(11, 64),
-    *(64, 80, 96, 128, 192, 256, 512, 1024),
-)
-"""Where Renyi divergences are computed."""
+LEAST_DELTA = 1e-12
+"""The smallest delta with bounds from privacy loss distributions."""
 
-# Enough for an order of magnitude: the orders take most of an accountant's time.
-_FEW_ORDERS: tuple[float, ...] = (1.05, 1.2, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256, 512, 1024)
-# Wider cells for a whole profile: measured, they raise delta by 6e-5 at most and take a tenth of the time.
-_COARSER = 16.0
 # About the most cells of a privacy loss distribution.
-_CELLS = 1 << 22
+_CELLS = 1 << 20
 # The longest distribution that the PRV accountant may convolve: about half a second.
 _PRV_POINTS = 1 << 19
+# The smallest delta at which its bound is looked at: its transform's rounding moved it from 1e-10 down.
+_PRV_DELTA = 1e-9
 
 
 @dataclass(frozen=True)
@@ -89,8 +86,9 @@ class Spent:
 def epsilon_by_accountant(mechanisms: Sequence[Mechanism], delta: float) -> dict[str, float]:
     """Upper bounds on epsilon of all `mechanisms` together, by accountant: prv, pld, rdp.
 
-    0 for an empty history, inf without noise. prv is inf where that accountant fails or would take more
-    than about a second (large epsilon, tiny noise, full batches).
+    0 for an empty history, inf without noise. prv is inf where that accountant fails, cannot be trusted
+    (delta below 1e-9, very many steps) or would take more than about a second (large epsilon, tiny noise,
+    full batches); pld is inf below `LEAST_DELTA`.
 
     >>> bounds = epsilon_by_accountant([Mechanism(1.4899, 4096 / 50000, 1000)], 1e-5)
     >>> {name: round(bound, 1) for name, bound in bounds.items()}
@@ -106,15 +104,15 @@ def epsilon_by_accountant(mechanisms: Sequence[Mechanism], delta: float) -> dict
 
 
 def epsilon(mechanisms: Sequence[Mechanism], delta: float) -> Spent:
-    """The smallest valid bound of the three, and whose it is.
-
-    A prv below pld by more than its own error cannot be valid and is left aside.
-    """
+    """The smaller of pld and rdp, and whose it is."""
     return smallest(epsilon_by_accountant(mechanisms, delta))
 
 
 def composed(mechanisms: Sequence[Mechanism], delta: float, cache: Path | None = None) -> Spent:
     """An upper bound on epsilon of many runs together: pld, or rdp where that is smaller at a few orders.
+
+    It holds for runs whose parameters were fixed before the first of them; `renyi.least_budget` is for runs
+    that were chosen after seeing what the others released.
 
     More than `MANY` different mechanisms have the rdp bound alone.
 
@@ -134,7 +132,7 @@ def composed(mechanisms: Sequence[Mechanism], delta: float, cache: Path | None =
     if any(m.noise_multiplier == 0 for m in merged):
         return Spent(math.inf, "none")
     if len(merged) <= MANY:
-        question = {"version": 1, "delta": delta, "mechanisms": [list(astuple(m)) for m in merged]}
+        question = {"version": 2, "delta": delta, "mechanisms": [list(astuple(m)) for m in merged]}
         bound = _kept(cache, "composed", question, lambda: _pld_below_rdp(merged, delta))
         if math.isfinite(bound):
             return Spent(bound, "pld")
@@ -144,37 +142,12 @@ def composed(mechanisms: Sequence[Mechanism], delta: float, cache: Path | None =
 def _pld_below_rdp(mechanisms: Sequence[Mechanism], delta: float) -> float:
     """`_pld`, or inf where rdp at the few orders that it needed anyway is smaller."""
     bound = _pld(mechanisms, delta)
-    return bound if bound <= _rdp(mechanisms, delta, _FEW_ORDERS) else math.inf
+    return bound if bound <= _rdp(mechanisms, delta, FEW_ORDERS) else math.inf
 
 
 def smallest(bounds: dict[str, float]) -> Spent:
-    """The smallest valid of the bounds of `epsilon_by_accountant`."""
-    valid = {"pld": bounds["pld"], "rdp": bounds["rdp"]}
-    if bounds["prv"] >= bounds["pld"] * (1 - 1e-3):
-        valid["prv"] = bounds["prv"]
-    accountant = min(valid, key=lambda name: valid[name])
-    return Spent(valid[accountant], accountant)
-
-
-def renyi_divergences(mechanisms: Sequence[Mechanism]) -> npt.NDArray[np.float64]:
-    """Renyi divergences of all `mechanisms` together, at `ORDERS`; inf where one has no noise."""
-    merged = _merged(mechanisms)
-    if any(m.noise_multiplier == 0 for m in merged):
-        return np.full(len(ORDERS), math.inf)
-    return np.asarray(np.sum([np.zeros(len(ORDERS)), *map(_rdp_of, merged)], axis=0))
-
-
-def epsilon_of_divergences(divergences: npt.NDArray[np.float64], delta: float) -> float:
-    """Epsilon that Renyi divergences at `ORDERS` give for `delta` (Canonne, Kamath and Steinke 2020)."""
-    _check_delta(delta)
-    return _spent(divergences, delta)
-
-
-def delta_of_divergences(divergences: npt.NDArray[np.float64], epsilon: float) -> float:
-    """Delta that Renyi divergences at `ORDERS` give for `epsilon`; it inverts `epsilon_of_divergences`."""
-    alpha = np.asarray(ORDERS)
-    exponents = (alpha - 1) * (divergences - epsilon + np.log((alpha - 1) / alpha)) - np.log(alpha)
-    return min(1.0, math.exp(min(0.0, float(np.min(exponents)))))
+    """The smaller of the two proven bounds of `epsilon_by_accountant`: prv only confirms them."""
+    return min((Spent(bounds[name], name) for name in ("pld", "rdp")), key=lambda spent: spent.epsilon)
 
 
 def privacy_profile(
@@ -192,9 +165,14 @@ def privacy_profile(
     (True, True)
     """
     _check_delta(delta)
-    composed = _composed([mechanism], delta, coarser=_COARSER)
-    deltas: npt.NDArray[np.float64] = np.asarray(composed.get_delta_for_epsilon(epsilons), dtype=np.float64)
-    return deltas
+    merged = _merged([mechanism])
+    if not merged:
+        return np.zeros(len(epsilons))
+    divergences = divergences_of(mechanism)
+    deltas = np.array([delta_of_divergences(divergences, value) for value in epsilons])
+    if delta < LEAST_DELTA:
+        return deltas
+    return np.asarray(np.minimum(deltas, delta_bounds(merged, epsilons, delta, _interval(merged, delta))))
 
 
 def noise_multiplier_for(
@@ -216,7 +194,7 @@ def noise_multiplier_for(
     if not 0 < target_epsilon < math.inf:
         raise ValueError(f"target_epsilon={target_epsilon}: expected a finite number above 0")
     question = {
-        "version": 1,
+        "version": 2,
         "target_epsilon": target_epsilon,
         "delta": delta,
         "sample_rate": sample_rate,
@@ -236,19 +214,23 @@ def steps_for(target_epsilon: float, delta: float, sample_rate: float, noise_mul
     _check_delta(delta)
 
     def fits(steps: int) -> bool:
-        return _pld([Mechanism(noise_multiplier, sample_rate, steps)], delta) <= target_epsilon
+        return _bound([Mechanism(noise_multiplier, sample_rate, steps)], delta) <= target_epsilon
 
     name = f"privacy.noise_multiplier={noise_multiplier:g}"
     if noise_multiplier == 0 or not fits(1):
         raise UserError(f"{name}: one step passes privacy.epsilon={target_epsilon:g}: expected more noise")
     # What RDP allows, PLD allows; and RDP is cheap and not far off.
-    once = _rdp_of(Mechanism(noise_multiplier, sample_rate, 1))
+    once = divergences_of(Mechanism(noise_multiplier, sample_rate, 1))
     low, high = 1, 2
-    while high < MAX_STEPS and _spent(once * high, delta) <= target_epsilon:
+    while high < MAX_STEPS and epsilon_of_divergences(once * high, delta) <= target_epsilon:
         low, high = high, 2 * high
     while high - low > max(low // 64, 1):
         middle = (low + high) // 2
-        low, high = (middle, high) if _spent(once * middle, delta) <= target_epsilon else (low, middle)
+        low, high = (
+            (middle, high)
+            if epsilon_of_divergences(once * middle, delta) <= target_epsilon
+            else (low, middle)
+        )
     while high < MAX_STEPS and fits(high):
         low, high = high, high + high // 8 + 1
     if high >= MAX_STEPS:
@@ -288,8 +270,8 @@ class EpsilonCurve:
         if noiseless:
             self._rdp, self._rdp_before = None, np.zeros(len(ORDERS))
         else:
-            self._rdp = _rdp_of(Mechanism(mechanism.noise_multiplier, mechanism.sample_rate, 1))
-            self._rdp_before = np.sum([np.zeros(len(ORDERS)), *map(_rdp_of, self._before)], axis=0)
+            self._rdp = divergences_of(Mechanism(mechanism.noise_multiplier, mechanism.sample_rate, 1))
+            self._rdp_before = np.sum([np.zeros(len(ORDERS)), *map(divergences_of, self._before)], axis=0)
 
     def __call__(self, steps: int) -> float:
         """An upper bound on epsilon after `steps` steps."""
@@ -301,7 +283,8 @@ class EpsilonCurve:
         if end not in self._pld_after:
             part = Mechanism(self._mechanism.noise_multiplier, self._mechanism.sample_rate, end)
             self._pld_after[end] = _pld(_merged([*self._before, part]), self._delta)
-        return min(self._pld_after[end], _spent(self._rdp_before + self._rdp * steps, self._delta))
+        after = epsilon_of_divergences(self._rdp_before + self._rdp * steps, self._delta)
+        return min(self._pld_after[end], after)
 
 
 # The accountants
@@ -322,59 +305,22 @@ def _check_delta(delta: float) -> None:
         raise ValueError(f"delta={delta}: expected a number in (0, 1)")
 
 
-@functools.lru_cache(maxsize=256)
-def _rdp_of_one_step(
-    noise_multiplier: float, sample_rate: float, orders: tuple[float, ...]
-) -> npt.NDArray[np.float64]:
-    """Renyi divergences at `orders`, by Opacus."""
-    divergences = _opacus_rdp().compute_rdp(
-        q=sample_rate, noise_multiplier=noise_multiplier, steps=1, orders=orders
-    )
-    return np.asarray(divergences)
-
-
-@functools.cache
-def _opacus_rdp() -> Any:
-    """`opacus.accountants.analysis.rdp`, which needs numpy alone, without the two seconds of the rest."""
-    name = "opacus.accountants.analysis.rdp"
-    package = importlib.util.find_spec("opacus")
-    assert package is not None and package.origin is not None
-    path = Path(package.origin).parent / "accountants" / "analysis" / "rdp.py"
-    if name in sys.modules or not path.exists():
-        return importlib.import_module(name)
-    spec = importlib.util.spec_from_file_location(f"_{name.replace('.', '_')}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _rdp_of(mechanism: Mechanism, orders: tuple[float, ...] = ORDERS) -> npt.NDArray[np.float64]:
-    """Renyi divergences at `orders`; they add up over the steps."""
-    return mechanism.steps * _rdp_of_one_step(mechanism.noise_multiplier, mechanism.sample_rate, orders)
-
-
-def _spent(rdp: npt.NDArray[np.float64], delta: float, orders: tuple[float, ...] = ORDERS) -> float:
-    """Epsilon of Renyi divergences at `orders` (Canonne, Kamath and Steinke 2020, proposition 12)."""
-    alpha = np.asarray(orders)
-    bounds = rdp - (math.log(delta) + np.log(alpha)) / (alpha - 1) + np.log((alpha - 1) / alpha)
-    return max(0.0, float(np.min(bounds)))
-
-
 def _rdp(mechanisms: Sequence[Mechanism], delta: float, orders: tuple[float, ...] = ORDERS) -> float:
-    return _spent(np.sum([_rdp_of(m, orders) for m in mechanisms], axis=0), delta, orders)
+    divergences = np.sum([divergences_of(m, orders) for m in mechanisms], axis=0)
+    return epsilon_of_divergences(divergences, delta, orders)
 
 
-@functools.lru_cache(maxsize=16)
-def _pld_of_one_step(noise_multiplier: float, sample_rate: float, interval: float) -> Any:
-    from dp_accounting.pld import privacy_loss_distribution
+def _pld(mechanisms: Sequence[Mechanism], delta: float) -> float:
+    """The bound of the privacy loss distributions; inf where they give none."""
+    if delta < LEAST_DELTA:
+        return math.inf
+    return epsilon_bound(mechanisms, delta, _interval(mechanisms, delta))
 
-    return privacy_loss_distribution.from_gaussian_mechanism(
-        standard_deviation=noise_multiplier,
-        sampling_prob=sample_rate,
-        value_discretization_interval=interval,
-        pessimistic_estimate=True,
-    )
+
+def _bound(mechanisms: Sequence[Mechanism], delta: float) -> float:
+    """The pld bound, and the rdp bound where there is none."""
+    bound = _pld(mechanisms, delta)
+    return bound if math.isfinite(bound) else _rdp(mechanisms, delta)
 
 
 def _interval(mechanisms: Sequence[Mechanism], delta: float) -> float:
@@ -384,7 +330,7 @@ def _interval(mechanisms: Sequence[Mechanism], delta: float) -> float:
     loss (the first bound), and about interval to epsilon once a step's loss is far from Gaussian. There are
     about `_CELLS` at most: where epsilon is near 0, its relative error matters to nobody and memory does.
     """
-    steps, rough = sum(m.steps for m in mechanisms), _rdp(mechanisms, delta, _FEW_ORDERS)
+    steps, rough = sum(m.steps for m in mechanisms), _rdp(mechanisms, delta, FEW_ORDERS)
     least = min(m.noise_multiplier for m in mechanisms)
     wanted = min(0.01 * rough / math.sqrt(steps), rough / 2e4, 0.05 / least)
     # Ten standard deviations to each side: of one step's loss and, about, of all steps' together.
@@ -393,37 +339,23 @@ def _interval(mechanisms: Sequence[Mechanism], delta: float) -> float:
     return float(2.0 ** math.floor(math.log2(max(wanted, finest))))
 
 
-def _composed(mechanisms: Sequence[Mechanism], delta: float, coarser: float = 1.0) -> Any:
-    """The pessimistic privacy loss distribution of all together, on cells made for a bound at `delta`."""
-    interval = _interval(mechanisms, delta) * coarser
-    parts = [
-        _pld_of_one_step(m.noise_multiplier, m.sample_rate, interval).self_compose(m.steps)
-        for m in mechanisms
-    ]
-    return functools.reduce(lambda one, other: one.compose(other), parts)
-
-
-def _pld(mechanisms: Sequence[Mechanism], delta: float) -> float:
-    """dp-accounting's pessimistic bound; valid for every interval."""
-    return float(_composed(mechanisms, delta).get_epsilon_for_delta(delta))
-
-
 def _prv(mechanisms: Sequence[Mechanism], delta: float) -> float:
-    """Opacus' upper bound, or inf where it fails or is slow."""
-    from opacus.accountants import PRVAccountant
-
-    if any(m.sample_rate == 1 for m in mechanisms):
-        return math.inf
+    """Opacus' upper bound, or inf where it fails, is slow, or its transform's rounding is felt."""
     rough, steps = _rdp(mechanisms, delta), sum(m.steps for m in mechanisms)
+    # A step adds about one rounding to every probability.
+    if delta < _PRV_DELTA or steps * 2.0**-52 > delta / 100 or any(m.sample_rate == 1 for m in mechanisms):
+        return math.inf
     delta_error = delta / 1000
     # The accountant's own rule for the size of what it convolves.
     once = [Mechanism(m.noise_multiplier, m.sample_rate, 1) for m in mechanisms]
-    single = max(_spent(_rdp_of(m), delta_error / (8 * steps)) for m in once)
+    single = max(_rdp([m], delta_error / (8 * steps)) for m in once)
     reach = 3 + max(_rdp(mechanisms, delta_error / 4), single)
     finest = 2 * reach / _PRV_POINTS * len(mechanisms) * math.sqrt(steps * math.log(12 / delta_error) / 2)
     error = max(finest, min(0.01, rough / 1000))
     if error > 0.02 * max(rough, 1.0) or error >= 1:
         return math.inf
+    from opacus.accountants import PRVAccountant
+
     accountant = PRVAccountant()
     accountant.history = [astuple(m) for m in mechanisms]
     try:
@@ -443,7 +375,7 @@ def _calibrate(target: float, delta: float, sample_rate: float, steps: int) -> f
     """Regula falsi on (log sigma, log epsilon), which is close to a straight line."""
 
     def log_epsilon(log_sigma: float) -> float:
-        spent = _pld([Mechanism(math.exp(log_sigma), sample_rate, steps)], delta)
+        spent = _bound([Mechanism(math.exp(log_sigma), sample_rate, steps)], delta)
         return math.log(max(spent, 1e-300))
 
     wanted = math.log(target * (1 - 2e-3))
@@ -479,7 +411,7 @@ def _rdp_sigma(target: float, delta: float, sample_rate: float, steps: int) -> f
     low, high = math.log(1e-3), math.log(1e6)
     for _ in range(24):
         middle = (low + high) / 2
-        spent = _rdp([Mechanism(math.exp(middle), sample_rate, steps)], delta, _FEW_ORDERS)
+        spent = _rdp([Mechanism(math.exp(middle), sample_rate, steps)], delta, FEW_ORDERS)
         low, high = (low, middle) if spent <= target else (middle, high)
     return math.exp(high)
 

@@ -27,13 +27,20 @@ from dp_lora.privacy.layers import (
     refuse_unsupported_adapter,
     tapped_forward,
 )
-from dp_lora.privacy.plan import CLIPPINGS
+from dp_lora.privacy.plan import CLIPPINGS, LEAST_GRAD_NORM
 
 AUTOMATIC_GAMMA = 0.01
 """The stability constant of automatic clipping (Bu et al. 2022)."""
 
-# Norms are taken in float32: this much of C is given up so that no rounding lets a contribution pass C.
+# Norms are taken in the gradients' own precision over blocks of so many entries, then over as many blocks,
+# and from there in float64. The squares of n float32 numbers, added up in any order, are off by n 2^-24 of
+# themselves at most (Higham 2002, section 3.1), their root by half of it: 65 x 2^-24 for each of the two.
+_BLOCK = 128
+# So much of C is given up that no rounding lets a contribution pass C: 130 x 2^-24 for the norm, and 2^-24
+# each for the factor and for its product with the gradient.
 _ROUNDING = 1 + 1e-5
+# A larger norm counts as not finite: C over it would not be a normal float32 any more.
+_LARGEST = 1e27
 
 _PART = 1 << 16
 
@@ -42,14 +49,16 @@ class ClippedGradientSum:
     """The sum of clipped per-example gradients of the trainable parameters of `module`.
 
     Guarantees, for the neighbouring relation "add or remove one image":
-        * One example changes `total()` by at most `max_grad_norm` in Euclidean norm over all parameters
-          together, for every noise multiplicity, microbatch and precision, with each `clipping`:
+        * One example adds at most `max_grad_norm` to `total()` in Euclidean norm over all parameters
+          together, for every noise multiplicity, microbatch, precision and size of a layer, its own rounding
+          included (sums of examples are float32 within a microbatch), with each `clipping`:
             flat       g min(1, C / |g|): sensitivity C.
             automatic  g C / (|g| + 0.01), Bu et al. 2022: sensitivity C; every example has a say near C.
             per_layer  each of the L layers clipped to C / sqrt(L): sensitivity sqrt(L (C / sqrt(L))^2) = C.
         * With a `loss_share` rho the sum has one more coordinate, to which an example adds rho C times its
           loss, clamped to [0, 1], and its gradient is clipped to C sqrt(1 - rho^2): together at most C.
-        * An example of weight 0 (padding), or whose gradient or loss is not finite, contributes exactly 0.
+        * An example of weight 0 (padding), or whose gradient or loss is not finite, contributes exactly 0;
+          so does one whose gradient is longer than 1e27.
         * Nothing that is computed decides a branch; `nonfinite` is private and must not be logged.
 
     Args:
@@ -57,7 +66,7 @@ class ClippedGradientSum:
             Linear, Conv1d, Conv2d, Embedding, GroupNorm, LayerNorm or RMSNorm, once or several times in
             a forward. Train or eval mode does not matter here. Anything else is refused.
         noise_multiplicity: k, the number of consecutive rows that belong to one example.
-        max_grad_norm: C; inf sums without clipping.
+        max_grad_norm: C, at least `LEAST_GRAD_NORM`; inf sums without clipping.
         clipping: one of the three above.
         loss_share: rho in [0, 1), for a private reading of the mean loss; 0 leaves the coordinate out.
 
@@ -75,6 +84,11 @@ class ClippedGradientSum:
     ) -> None:
         if clipping not in CLIPPINGS:
             raise UserError(f"privacy.clipping={clipping!r}: expected one of {', '.join(CLIPPINGS)}")
+        if not max_grad_norm >= LEAST_GRAD_NORM:
+            raise UserError(
+                f"privacy.max_grad_norm={max_grad_norm:g}: expected at least {LEAST_GRAD_NORM:g}, since "
+                "norms are taken in float32"
+            )
         self.noise_multiplicity = noise_multiplicity
         self.max_grad_norm = max_grad_norm
         self.clipping = clipping
@@ -89,7 +103,7 @@ class ClippedGradientSum:
         self._sizes = sizes
         self._index = {id(p): i for i, p in enumerate(self.parameters.values())}
         self._buffers = Buffers(module)
-        # Per-example gradients of each parameter and their norms [M], while a backward runs.
+        # Per-example gradients of each parameter and the norms of their blocks, while a backward runs.
         self._samples: list[_Dense | _RankOne | None] | None = None
         self._norms: list[Tensor] = []
         self._examples = 0
@@ -234,7 +248,7 @@ class ClippedGradientSum:
             sample = _Dense(before.dense() + sample.dense())
         self._samples[index] = sample
         # Here, while the gradients are still in the processor's cache.
-        self._norms[index] = sample.norms()
+        self._norms[index] = sample.block_norms()
 
     # One microbatch
 
@@ -263,12 +277,12 @@ class ClippedGradientSum:
 
     @torch.no_grad()
     def _clip_and_add(self, samples: list[_Dense | _RankOne], losses: Tensor, weights: Tensor | None) -> None:
-        norms = torch.stack(self._norms).double()
-        finite = norms.sum(0).isfinite() & losses.isfinite()
+        norms = _norms_of_blocks(self._norms)
+        finite = (norms.sum(0) <= _LARGEST) & losses.isfinite()
         asked = torch.ones_like(finite) if weights is None else weights > 0
         self._nonfinite += (asked & ~finite).sum()
         factors = self._factors(norms.masked_fill(~finite, 0.0)) * (asked & finite)
-        factors = factors.to(self._norms[0].dtype).unsqueeze(1)
+        factors = factors.to(next(iter(self.parameters.values())).dtype).unsqueeze(1)
         # 0 * nan is nan: the rows themselves have to go.
         spoilt = (~finite).nonzero().squeeze(1)
         partial = factors.new_empty(1, self.num_parameters)
@@ -306,6 +320,30 @@ def loss_unit(max_grad_norm: float, loss_share: float) -> float:
 # The gradients of one parameter, for each example
 
 
+def _norms_of_blocks(blocks: list[Tensor]) -> Tensor:
+    """Norms [parameters, M] in float64 from those of each parameter's blocks, [M, blocks] each."""
+    counts = torch.tensor([part.shape[1] for part in blocks])
+    parameter = torch.repeat_interleave(torch.arange(len(blocks)), counts).to(blocks[0].device)
+    squares = torch.cat([part.double() for part in blocks], dim=1).square_()
+    norms = squares.new_zeros(squares.shape[0], len(blocks))
+    return norms.scatter_add_(1, parameter.expand_as(squares), squares).sqrt_().t()
+
+
+def _over_blocks(value: Tensor) -> Tensor:
+    """Norms [M, blocks] of `value` [M, size] over blocks of `_BLOCK`, and of the rest."""
+    rest = value.shape[1] % _BLOCK
+    if not rest:
+        even: Tensor = torch.linalg.vector_norm(value.reshape(value.shape[0], -1, _BLOCK), dim=2)
+        return even
+    last = value[:, value.shape[1] - rest :]
+    if rest == value.shape[1]:
+        alone: Tensor = torch.linalg.vector_norm(last, dim=1, keepdim=True)
+        return alone
+    whole = value[:, : value.shape[1] - rest].unflatten(1, (-1, _BLOCK))
+    norms: Tensor = torch.linalg.vector_norm(whole, dim=2)
+    return torch.cat([norms, torch.linalg.vector_norm(last, dim=1, keepdim=True)], dim=1)
+
+
 class _Dense:
     """[M, size]."""
 
@@ -315,9 +353,10 @@ class _Dense:
     def dense(self) -> Tensor:
         return self._value
 
-    def norms(self) -> Tensor:
-        norms: Tensor = torch.linalg.vector_norm(self._value, dim=1)
-        return norms
+    def block_norms(self) -> Tensor:
+        """[M, blocks], whose squares add up to the squared norms."""
+        norms = _over_blocks(self._value)
+        return norms if norms.shape[1] <= _BLOCK else _over_blocks(norms)
 
     def weighted_sum(self, factors: Tensor, spoilt: Tensor, out: Tensor) -> None:
         """Writes the sum of factors [1, M] x gradients, without the rows `spoilt`, as [1, size]."""
@@ -333,9 +372,11 @@ class _RankOne:
     def dense(self) -> Tensor:
         return torch.einsum("ma,mb->mab", self._left, self._right).flatten(1)
 
-    def norms(self) -> Tensor:
-        norms: Tensor = torch.linalg.vector_norm(self._left, dim=1)
-        return norms.mul(torch.linalg.vector_norm(self._right, dim=1))
+    def block_norms(self) -> Tensor:
+        """[M, 1], to the precision of a double: the two factors are small."""
+        left: Tensor = torch.linalg.vector_norm(self._left, dim=1, keepdim=True, dtype=torch.float64)
+        right: Tensor = torch.linalg.vector_norm(self._right, dim=1, keepdim=True, dtype=torch.float64)
+        return left * right
 
     def weighted_sum(self, factors: Tensor, spoilt: Tensor, out: Tensor) -> None:
         """Writes the sum of factors [1, M] x gradients, without the rows `spoilt`, as [1, size]."""

@@ -3,7 +3,8 @@
 Each line is a JSON object and holds what a run costs the set: its mechanism with the steps that it began, or
 may still begin. A run is entered before its first step with all the steps of its plan, and again at its end
 with those that it began; its last line counts, so that a run that is resumed is charged once. Nothing is in
-it but numbers that privacy.json has too, the set's public name, and a random number for each run.
+it but numbers that privacy.json has too, the set's public name, and random numbers: one for each run, and one
+for each of its starts and ends, its nonce.
 
 Guarantees:
     * Two processes that write at once both succeed, one after the other (flock), and what is written is on
@@ -13,6 +14,9 @@ Guarantees:
     * Each line holds a digest of itself and of the line before. A line that was changed, removed or put in
       between is noticed. Lines missing at the end are noticed by the runs that they belong to, which keep
       the digest of theirs.
+    * A run goes on only from where the ledger saw it last: of two copies of a run directory one goes on, and
+      so neither the steps of the other nor those behind an older state that was brought back go uncharged.
+      While a run is open, a mark beside the ledger says how far it has come (`privacy.marks`).
 """
 
 from __future__ import annotations
@@ -23,17 +27,19 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dp_lora.errors import UserError
 from dp_lora.files import append_line, read_lines
 from dp_lora.privacy import accounting
 from dp_lora.privacy.accounting import Mechanism, Spent
+from dp_lora.privacy.marks import Mark, Superseded
+from dp_lora.privacy.renyi import admits, least_budget, renyi_divergences
 
 PATIENCE_S = 300.0
 """How long to wait for a ledger that others write to, each of them for less than a second."""
@@ -53,14 +59,63 @@ class Charge:
     """False without noise, and with noise that a seed in the configuration gives away."""
 
 
+class Turn(NamedTuple):
+    """A start or an end of a run, by which the ledger tells the run from its copies."""
+
+    owner: str
+    """The number of the run."""
+    nonce: str
+    """A random number, which the run keeps in its directory before the ledger has it."""
+    follows: Collection[str]
+    """What the run's last nonce in the ledger may be: one that this directory knows for its own."""
+    progress: int | None = None
+    """Bytes of the write-ahead record of a run that begins or goes on; None at its end."""
+
+
 def spent(charges: Sequence[Charge], delta: float) -> Spent:
     """Epsilon of all `charges` together for `delta`; infinite if one of them has no privacy.
 
-    The composition is that of mechanisms that were chosen without a look at private results of the others.
+    The composition is that of mechanisms that were fixed before the first of them; see `spent_adaptively`.
     """
     if any(not charge.private and charge.mechanism.steps for charge in charges):
         return Spent(math.inf, "none")
     return accounting.composed([charge.mechanism for charge in charges], delta)
+
+
+def spent_adaptively(charges: Sequence[Charge], delta: float, above: float = 0.0) -> float:
+    """The smallest budget above `above` that has room for all `charges`, each chosen after those before it.
+
+    At least epsilon of `spent`; infinite if one of them has no privacy.
+    """
+    if any(not charge.private and charge.mechanism.steps for charge in charges):
+        return math.inf
+    divergences = renyi_divergences([charge.mechanism for charge in charges])
+    return least_budget(divergences, delta, above)
+
+
+def fits(charge: Charge, others: Sequence[Charge], budget: float) -> bool:
+    """Whether the budget of epsilon, at the charge's delta, has room for it after what `others` spent.
+
+    Guarantee: everything that is released is (budget, delta)-private, even if each run is chosen with a look
+    at what the earlier ones released, for a budget and a delta that were fixed before the first. The Renyi
+    filter has room (`dp_lora.privacy.renyi.admits`), or `fills` and there are no others.
+    """
+    if any(not c.private and c.mechanism.steps for c in (charge, *others)):
+        return False
+    others = [c for c in others if c.mechanism.steps]
+    divergences = renyi_divergences([c.mechanism for c in (charge, *others)])
+    return admits(divergences, budget, charge.delta) or (not others and fills(charge, budget))
+
+
+def fills(charge: Charge, budget: float) -> bool:
+    """Whether a first run fits into a budget by its epsilon, and leaves the filter no room for any other.
+
+    Its steps are fixed before anything was seen. So that no other run is ever admitted, whatever comes out,
+    it has to stay charged with all of them.
+    """
+    if admits(renyi_divergences([charge.mechanism]), budget, charge.delta):
+        return False
+    return spent([charge], charge.delta).epsilon <= budget
 
 
 class Ledger:
@@ -80,11 +135,20 @@ class Ledger:
         """Of all lines."""
         return {entry["digest"] for entry in self._entries()}
 
+    def check(self, turn: Turn) -> str | None:
+        """The last nonce of the run, None where it has none; raises Superseded unless `turn` follows it."""
+        return self._check(turn, self._entries())
+
+    def mark(self, owner: str) -> Mark:
+        """How far the run `owner` has come, while it has not ended."""
+        return Mark(self.path.with_name(f"{self.path.name}.{owner}"))
+
     def enter(
         self,
         charge: Charge,
         admit: Callable[[Sequence[Charge]], None] = lambda others: None,
         known: str | None = None,
+        turn: Turn | None = None,
     ) -> str:
         """Makes `charge` the one in force of its run, on disk before this returns.
 
@@ -93,8 +157,9 @@ class Ledger:
             admit: called with the charges of all other runs on the set while nobody else can write; what it
                 raises is raised, and nothing is written.
             known: digest of an earlier line of the run, which must still be there.
+            turn: the start or end that this charge belongs to; it is written even if the charge is not new.
 
-        Returns the digest of the run's last line.
+        Returns the digest of the run's last line. Raises Superseded when the run has gone on elsewhere.
         """
         with self._locked():
             entries = self._entries()
@@ -103,13 +168,46 @@ class Ledger:
                     f"{self.path}: the line with which this run was charged is not there: the ledger was "
                     "edited or replaced; expected the file as it was written"
                 )
+            if turn is not None:
+                self._check(turn, entries)
             charges = _in_force(entries)
             admit([c for c in charges if c.private_set == charge.private_set and c.run != charge.run])
-            if charge in charges:
+            if turn is None and charge in charges:
                 return str(next(e["digest"] for e in reversed(entries) if e["run"] == charge.run))
-            return self._append(charge, entries[-1]["digest"] if entries else "")
+            if turn is not None and turn.progress is not None:
+                self.mark(turn.owner).begin(turn.nonce, turn.progress)
+            digest = self._append(charge, entries[-1]["digest"] if entries else "", turn)
+            if turn is not None and turn.progress is None:
+                self.mark(turn.owner).end()
+            return digest
 
-    def _append(self, charge: Charge, previous: str) -> str:
+    def enter_all(
+        self, charges: Sequence[Charge], admit: Callable[[Sequence[Charge]], None] = lambda others: None
+    ) -> None:
+        """Makes each of `charges` the one in force of its run; `admit` is called with all in force before."""
+        with self._locked():
+            entries = self._entries()
+            in_force = _in_force(entries)
+            admit(in_force)
+            previous = entries[-1]["digest"] if entries else ""
+            for charge in charges:
+                if charge not in in_force:
+                    previous = self._append(charge, previous)
+
+    def _check(self, turn: Turn, entries: Sequence[Mapping[str, Any]]) -> str | None:
+        last = next((e for e in reversed(entries) if "nonce" in e and e["owner"] == turn.owner), None)
+        if last is not None and last["nonce"] not in turn.follows:
+            raise Superseded(f"{self.path}: the run {turn.owner} has gone on elsewhere")
+        if turn.progress is not None:
+            self.mark(turn.owner).check(turn.progress, expected=last is not None and last["open"])
+        return None if last is None else str(last["nonce"])
+
+    def _append(self, charge: Charge, previous: str, turn: Turn | None = None) -> str:
+        start = (
+            {}
+            if turn is None
+            else {"owner": turn.owner, "nonce": turn.nonce, "open": turn.progress is not None}
+        )
         record = {
             # No finer: how long a training took tells how large its batches were.
             "time": datetime.now(UTC).isoformat(timespec="minutes"),
@@ -120,6 +218,7 @@ class Ledger:
             "steps": charge.mechanism.steps,
             "delta": charge.delta,
             "private": charge.private,
+            **start,
             "previous": previous,
         }
         digest = _digest(record)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import struct
 from collections.abc import Iterator
 
 import torch
@@ -37,37 +39,56 @@ def microbatches(indices: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield torch.cat([part, part[:1].expand(size - len(part))]), weights
 
 
-def noised_mean(
-    total: Tensor,
-    plan: PrivacyPlan,
-    randomness: Randomness,
-    step: int,
-    group: dist.ProcessGroup | None = None,
-) -> Tensor:
-    """(sum + sigma C N(0, I)) / expected_batch_size, float32: what one step releases.
-
-    [P], or [P + 1] when the plan has a `loss_share`: `private_loss` reads the last coordinate.
-
-    Guarantees:
-        * Every coordinate gets noise, of std exactly `plan.noise_std` before the division, from the
-          stream ("noise", step), which nothing else reads.
-        * An empty batch (a zero sum) is released like any other.
-        * Sum and noise meet in float64 and are rounded together, once.
-        * With a process group the clipped sums are added over its processes and the noise is added once:
-          each process draws the same noise and holds the same result.
+def all_reduced(total: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """The clipped sums of all processes of `group` added up, float64, the same on every process.
 
     Args:
         total: the clipped sum of this process, from `ClippedGradientSum.total`.
-        plan: the numbers of the run.
-        randomness: the run's key.
-        step: number of the step, the same on every process.
         group: the processes that share the batch; None for one process.
     """
     total = total.double()
     if group is not None:
         total = total.clone()
         dist.all_reduce(total, group=group)
+    return total
+
+
+def sum_digest(total: Tensor, plan: PrivacyPlan) -> bytes:
+    """SHA-256 of the sum float64 [P], bit for bit, and of the scale of the noise that it gets.
+
+    The scale belongs to it: one sum that is released under two scales of one noise can be solved for.
+    """
+    scale = struct.pack("<3d", plan.noise_std, plan.expected_batch_size, total.numel())
+    hashed = hashlib.sha256(scale)
+    hashed.update(total.double().cpu().contiguous().numpy().data)
+    return hashed.digest()
+
+
+def noised_mean(total: Tensor, plan: PrivacyPlan, randomness: Randomness, step: int) -> Tensor:
+    """(sum + sigma C N(0, I)) / expected_batch_size, float32: what one step releases.
+
+    [P], or [P + 1] when the plan has a `loss_share`: `private_loss` reads the last coordinate.
+
+    Guarantees:
+        * Every coordinate gets noise, of std exactly `plan.noise_std` before the division, from the
+          stream ("noise", step) of this sum, which nothing else reads.
+        * No two different sums meet the same noise, nor one sum at two scales, whatever `randomness` and
+          `step` they come with: the stream is derived from the sum's digest. So the difference of two
+          releases never is the difference of their sums. The same sum is released once more as it was.
+          (Not under a seed, whose run has no privacy.)
+        * An empty batch (a zero sum) is released like any other.
+        * Sum and noise meet in float64 and are rounded together, once.
+        * Each process that holds the sum draws the same noise and holds the same result.
+
+    Args:
+        total: the clipped sum of the whole batch, from `all_reduced`.
+        plan: the numbers of the run.
+        randomness: of this execution of the step.
+        step: its number, the same on every process.
+    """
+    total = total.double()
     if plan.noise_std:
+        randomness = randomness.bound_to(f"sum {sum_digest(total, plan).hex()}")
         noise = randomness.secure_normal("noise", step, total.numel()).to(total.device)
         total = total + plan.noise_std * noise
     return (total / plan.expected_batch_size).float()

@@ -14,25 +14,36 @@ from dp_lora.privacy.accounting import ADJACENCIES, Mechanism
 
 CLIPPINGS = ("flat", "automatic", "per_layer")
 
+LEAST_NOISE, MOST_NOISE = 1e-3, 1e9
+"""Where a noise multiplier can be: one step's epsilon is 500,000 at the one, and 0 at the other."""
+
+LEAST_GRAD_NORM = 1e-10
+"""The smallest C: below it, gradients whose squares underflow in float32 could be longer than C."""
+
 
 @dataclass(frozen=True)
 class PrivacyPlan:
     """The numbers of a run, fixed before it begins; every part of the mechanism reads them from here.
 
-    One step: each of `num_examples` images joins the batch with probability `sample_rate`; each image's
-    gradient, the mean over its `noise_multiplicity` draws, is clipped to `max_grad_norm`; Gaussian noise
-    of std `noise_std` = noise_multiplier x max_grad_norm is added to their sum, once.
+    One step: each image joins the batch with probability `sample_rate`; each image's gradient, the mean
+    over its `noise_multiplicity` draws, is clipped to `max_grad_norm`; Gaussian noise of std
+    `noise_std` = noise_multiplier x max_grad_norm is added to their sum, once.
 
-    Sensitivity: adding or removing one image changes the sum by at most `max_grad_norm`, whatever
-    `noise_multiplicity`, `clipping`, the microbatches and the number of processes are. It is the sum that
-    is released; dividing by `expected_batch_size`, a constant, is post-processing. With a `loss_share` the
-    sum has one more coordinate, an example's clamped loss, inside the same bound and the same epsilon.
+    Sensitivity: an image that is added, removed or replaced by nothing changes the sum by at most
+    `max_grad_norm`, whatever `noise_multiplicity`, `clipping`, the microbatches and the number of processes
+    are. It is the sum that is released; dividing by `expected_batch_size`, a constant, is post-processing.
+    With a `loss_share` the sum has one more coordinate, an example's clamped loss, inside the same bound and
+    the same epsilon.
+
+    Under zero_out the number of images N is the same for neighbours: it is public, `num_examples` says it,
+    and `sample_rate` is `expected_batch_size` / N. Under add_or_remove N is private: `num_examples` is None,
+    and no field is a function of N.
 
     `epsilon` is the smallest valid upper bound of `epsilon_by_accountant` after all `steps`, for `delta`,
     and `accountant` is whose it is. A plan with `private` false has neither noise nor clip, epsilon inf.
     """
 
-    num_examples: int
+    num_examples: int | None
     sample_rate: float
     expected_batch_size: float
     steps: int
@@ -76,7 +87,6 @@ def _plain(value: Any) -> Any:
 
 def make_plan(
     *,
-    num_examples: int,
     expected_batch_size: float,
     steps: int | None,
     noise_multiplier: float | None,
@@ -84,25 +94,30 @@ def make_plan(
     delta: float,
     noise_multiplicity: int,
     max_grad_norm: float,
+    num_examples: int | None = None,
+    sample_rate: float | None = None,
     clipping: str = "flat",
-    adjacency: str = "add_or_remove",
+    adjacency: str = "zero_out",
     loss_share: float = 0.0,
     cache: Path | None = None,
 ) -> PrivacyPlan:
     """The plan in which, of epsilon, noise multiplier and steps, two have determined the third.
 
     Args:
-        num_examples: N. Under "add or remove" N itself is not public; the sample rate is.
-        expected_batch_size: q N, a constant, the divisor of every update.
+        expected_batch_size: a constant, the divisor of every update; under zero_out it is q N.
         steps: None: as many as `target_epsilon` allows with `noise_multiplier`.
         noise_multiplier: None: the smallest that meets `target_epsilon` in `steps`.
         target_epsilon: None reports what the other two spend; inf is the baseline without privacy.
-        delta: in (0, 1 / N).
+        delta: under zero_out in (0, 1 / N); under add_or_remove, where N must not decide, in
+            (0, sample_rate / expected_batch_size).
         noise_multiplicity: k, draws per example.
         max_grad_norm: C.
+        num_examples: N, which zero_out makes public. None under add_or_remove.
+        sample_rate: q, a constant that is chosen without a look at the images, under add_or_remove. None
+            under zero_out, where it follows from N.
         clipping: flat, automatic or per_layer.
-        adjacency: add or remove one image, or replace one by a null that contributes nothing; both have
-            the same epsilon.
+        adjacency: zero_out: one image is replaced by a null that contributes nothing; add_or_remove: one
+            image is added or removed. Both have the same epsilon.
         loss_share: rho, the share of C that the coordinate of the loss may take; 0: no such coordinate.
         cache: folder for calibrated noise multipliers.
 
@@ -110,13 +125,16 @@ def make_plan(
         UserError: a value out of range, too few of the three, or three that disagree: epsilon of the
             noise multiplier and the steps passes the target, or stays below 99 % of it.
     """
-    _check(num_examples, expected_batch_size, steps, noise_multiplier, target_epsilon)
-    _check_mechanism(num_examples, delta, noise_multiplicity, max_grad_norm, clipping)
+    _check_relation(adjacency, num_examples, sample_rate)
+    _check(num_examples, sample_rate, expected_batch_size, steps, noise_multiplier, target_epsilon)
+    _check_delta(delta, num_examples, sample_rate, expected_batch_size)
+    _check_mechanism(noise_multiplicity, max_grad_norm, clipping)
     private = target_epsilon != math.inf
     if not private:
         max_grad_norm = math.inf
     mechanism = mechanism_of(
         num_examples=num_examples,
+        sample_rate=sample_rate,
         expected_batch_size=expected_batch_size,
         steps=steps,
         noise_multiplier=noise_multiplier,
@@ -150,50 +168,77 @@ def make_plan(
 @functools.lru_cache(maxsize=256)
 def mechanism_of(
     *,
-    num_examples: int,
     expected_batch_size: float,
     steps: int | None,
     noise_multiplier: float | None,
     target_epsilon: float | None,
     delta: float,
+    num_examples: int | None = None,
+    sample_rate: float | None = None,
     cache: Path | None = None,
 ) -> Mechanism:
     """The noisy steps of the plan that `make_plan` makes of these, without the bounds on what they spend.
 
-    Args, Raises: as of `make_plan`.
+    Args, Raises: as of `make_plan`; of `num_examples` and `sample_rate` one is given.
     """
-    _check(num_examples, expected_batch_size, steps, noise_multiplier, target_epsilon)
-    rate = expected_batch_size / num_examples
+    _check(num_examples, sample_rate, expected_batch_size, steps, noise_multiplier, target_epsilon)
+    if sample_rate is None:
+        assert num_examples is not None
+        sample_rate = expected_batch_size / num_examples
     if target_epsilon == math.inf:
         noise_multiplier = 0.0
     elif steps is None:
         assert noise_multiplier is not None and target_epsilon is not None
-        steps = accounting.steps_for(target_epsilon, delta, rate, noise_multiplier)
+        steps = accounting.steps_for(target_epsilon, delta, sample_rate, noise_multiplier)
     elif noise_multiplier is None:
         assert target_epsilon is not None
-        noise_multiplier = accounting.noise_multiplier_for(target_epsilon, delta, rate, steps, cache)
+        noise_multiplier = accounting.noise_multiplier_for(target_epsilon, delta, sample_rate, steps, cache)
     assert noise_multiplier is not None and steps is not None
-    return Mechanism(noise_multiplier, rate, steps)
+    return Mechanism(noise_multiplier, sample_rate, steps)
+
+
+def _check_relation(adjacency: str, num_examples: int | None, sample_rate: float | None) -> None:
+    if adjacency not in ADJACENCIES:
+        raise UserError(f"privacy.adjacency={adjacency!r}: expected one of {', '.join(ADJACENCIES)}")
+    if adjacency == "add_or_remove" and (sample_rate is None or num_examples is not None):
+        raise UserError(
+            "privacy.adjacency=add_or_remove: the number of images is private, so that neither the sample "
+            "rate nor the noise may follow from it; expected train.sample_rate beside "
+            "train.expected_batch_size, or privacy.adjacency=zero_out"
+        )
+    if adjacency == "zero_out" and (num_examples is None or sample_rate is not None):
+        raise UserError(
+            f"train.sample_rate={sample_rate} with privacy.adjacency=zero_out: expected null, since the rate "
+            "is train.expected_batch_size over the public number of images"
+        )
 
 
 def _check(
-    num_examples: int,
+    num_examples: int | None,
+    sample_rate: float | None,
     expected_batch_size: float,
     steps: int | None,
     noise_multiplier: float | None,
     target_epsilon: float | None,
 ) -> None:
-    if num_examples < 1:
+    if num_examples is not None and num_examples < 1:
         raise UserError(f"data: {num_examples} training images: expected at least 1")
-    if not 0 < expected_batch_size <= num_examples:
+    if num_examples is not None and not 0 < expected_batch_size <= num_examples:
         raise UserError(
             f"train.expected_batch_size={expected_batch_size:g}: expected a number in (0, {num_examples}], "
             "the number of training images"
         )
-    if steps is not None and steps < 1:
-        raise UserError(f"train.max_steps={steps}: expected at least 1")
-    if noise_multiplier is not None and not 0 < noise_multiplier < math.inf:
-        raise UserError(f"privacy.noise_multiplier={noise_multiplier}: expected a finite number above 0")
+    if not 0 < expected_batch_size < math.inf:
+        raise UserError(f"train.expected_batch_size={expected_batch_size}: expected a finite number above 0")
+    if sample_rate is not None and not 0 < sample_rate <= 1:
+        raise UserError(f"train.sample_rate={sample_rate}: expected a number in (0, 1]")
+    if steps is not None and not 1 <= steps <= accounting.MAX_STEPS:
+        raise UserError(f"train.max_steps={steps}: expected 1 to {accounting.MAX_STEPS}")
+    if noise_multiplier is not None and not LEAST_NOISE <= noise_multiplier <= MOST_NOISE:
+        raise UserError(
+            f"privacy.noise_multiplier={noise_multiplier:g}: expected a number from {LEAST_NOISE:g} to "
+            f"{MOST_NOISE:g}"
+        )
     if target_epsilon is not None and not target_epsilon > 0:
         raise UserError(f"privacy.epsilon={target_epsilon}: expected a number above 0, inf or none")
     if target_epsilon == math.inf and noise_multiplier is not None:
@@ -210,20 +255,35 @@ def _check(
         )
 
 
-def _check_mechanism(
-    num_examples: int, delta: float, noise_multiplicity: int, max_grad_norm: float, clipping: str
+def _check_delta(
+    delta: float, num_examples: int | None, sample_rate: float | None, expected_batch_size: float
 ) -> None:
-    if not 0 < delta < 1 / num_examples:
+    if num_examples is not None:
+        if not 0 < delta < 1 / num_examples:
+            raise UserError(
+                f"privacy.delta={delta:g}: expected a number in (0, 1/N) = (0, {1 / num_examples:.3g}), or "
+                "one image in N may be given away whole"
+            )
+        return
+    assert sample_rate is not None
+    # Not against N: whether a job is refused would tell it.
+    bound = sample_rate / expected_batch_size
+    if not 0 < delta < bound:
         raise UserError(
-            f"privacy.delta={delta:g}: expected a number in (0, 1/N) = (0, {1 / num_examples:.3g}), or one "
-            "image in N may be given away whole"
+            f"privacy.delta={delta:g}: expected a number in (0, {bound:.3g}), train.sample_rate over "
+            "train.expected_batch_size: one over the number of images that these two were chosen for"
         )
+
+
+def _check_mechanism(noise_multiplicity: int, max_grad_norm: float, clipping: str) -> None:
     if noise_multiplicity < 1:
         raise UserError(f"privacy.noise_multiplicity={noise_multiplicity}: expected at least 1")
     if clipping not in CLIPPINGS:
         raise UserError(f"privacy.clipping={clipping!r}: expected one of {', '.join(CLIPPINGS)}")
-    if not 0 < max_grad_norm < math.inf:
-        raise UserError(f"privacy.max_grad_norm={max_grad_norm}: expected a finite number above 0")
+    if not LEAST_GRAD_NORM <= max_grad_norm < math.inf:
+        raise UserError(
+            f"privacy.max_grad_norm={max_grad_norm}: expected a finite number, {LEAST_GRAD_NORM:g} or more"
+        )
 
 
 def _check_agreement(target: float, spent: float, mechanism: Mechanism) -> None:

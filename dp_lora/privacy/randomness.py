@@ -1,13 +1,15 @@
 """All private randomness of a run: one key, one stream for every (purpose, step), from a stream cipher.
 
-A stream is AES-256 in counter mode under a key that HMAC-SHA256 derives from (run key, purpose, step).
+A stream is AES-256 in counter mode under a key that HMAC-SHA256 derives from (run key, purpose, step), after
+what the key was `derive`d for: the execution of a step, and for the noise the sum that it protects.
 Its words can be read from any row on, so that a slice of a tensor is the same whoever draws it: a
 resumed run replays a step exactly, every process of a job draws the same batch and the same noise
 without talking, and the size of the microbatches changes no draw.
 
 Guarantees:
     * Without the key, the words cannot be told from uniform ones by anybody who cannot break AES-256.
-    * Two different (purpose, step) never share a word; nor do a run and its `derive`d re-executions.
+    * Two different (purpose, step) never share a word; nor do two different labels of `derive` or `bound_to`.
+    * A `keyed_digest` tells nothing about its content to whoever does not have the key.
     * The key appears in no repr and cannot be pickled; `checkpoint/` stores `key` by name or not at all.
 """
 
@@ -61,6 +63,18 @@ class Randomness:
     def derive(self, label: str) -> Randomness:
         """An independent `Randomness` for `label`: what a step that must not replay draws from."""
         return Randomness(self._subkey("derive", label, 0), secure=self.secure)
+
+    def bound_to(self, label: str) -> Randomness:
+        """`derive`d for `label`, so that nothing with another label meets the same words.
+
+        The streams of a seed stay those of (purpose, step): they protect nothing, and they are the same
+        whatever rounds differently.
+        """
+        return self.derive(label) if self.secure else self
+
+    def keyed_digest(self, purpose: str, content: bytes) -> str:
+        """Hexadecimal HMAC-SHA256 of `content`: nobody without the key can tell by it what the content is."""
+        return hmac.new(self._subkey("digest", purpose, 0), content, hashlib.sha256).hexdigest()
 
     def __repr__(self) -> str:
         return f"Randomness(key=<hidden>, secure={self.secure})"

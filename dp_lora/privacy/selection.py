@@ -23,16 +23,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dp_lora.privacy.accounting import (
-    ORDERS,
-    Mechanism,
-    delta_of_divergences,
-    epsilon_of_divergences,
-    renyi_divergences,
-)
+from dp_lora.privacy.accounting import Mechanism
+from dp_lora.privacy.renyi import ORDERS, delta_of_divergences, epsilon_of_divergences, renyi_divergences
 
 Divergences = npt.NDArray[np.float64]
-"""At the orders of `accounting.ORDERS`."""
+"""At the orders of `renyi.ORDERS`."""
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dp_lora.config import Config, check, from_omegaconf, run_directory
 from dp_lora.errors import UserError
-from dp_lora.files import read_json
-from dp_lora.job import OUTPUTS
+from dp_lora.outputs import OUTPUTS, state
 
 
 @dataclass(frozen=True)
@@ -47,13 +46,9 @@ class Cell:
 
     def is_done(self) -> bool:
         """Whether the run directory holds the outputs of all stages asked for, and says that it is done."""
-        status = self.directory / "status.json"
         outputs = [OUTPUTS[stage] for stage in self.config.stages if stage in OUTPUTS]
-        return (
-            status.exists()
-            and read_json(status)["state"] == "done"
-            and all((self.directory / output).exists() for output in outputs)
-        )
+        done = state(self.directory) == "done"
+        return done and all((self.directory / output).exists() for output in outputs)
 
 
 class _ReadOnce(CachingConfigRepository):
@@ -206,11 +201,27 @@ def compose_cells(
         for name in ("outputs", "cache", "data"):
             folder = Path(getattr(config.paths, name)).expanduser().absolute()
             setattr(config.paths, name, str(folder))
-        if config.paths.ledger is not None:
-            config.paths.ledger = str(Path(config.paths.ledger).expanduser().absolute())
+        for name in ("ledger", "index"):
+            if (place := getattr(config.paths, name)) is not None:
+                setattr(config.paths, name, str(Path(place).expanduser().absolute()))
         directory = run_directory(config, list(words))
         cells.setdefault(directory, Cell(number, tuple(words), config, directory))
+    _check_settings(list(cells.values()))
     return list(cells.values())
+
+
+def _check_settings(cells: Sequence[Cell]) -> None:
+    """Raises UserError for the first cell that cannot work, so that none of the sweep begins."""
+    from dp_lora.settings import check_settings
+
+    for cell in cells:
+        if not cell.is_done():
+            try:
+                check_settings(cell.config)
+            except UserError as error:
+                raise UserError(
+                    f"{error} (cell {cell.number}: {' '.join(cell.words) or 'defaults'})"
+                ) from error
 
 
 def code_version() -> str:

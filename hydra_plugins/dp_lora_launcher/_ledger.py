@@ -87,7 +87,7 @@ class Ledger:
                 "it and give the same command again"
             )
 
-        self.folder.mkdir(parents=True, exist_ok=True)
+        private_directory(self.folder)
         with file_lock(self.folder / "lock", waiting=refuse):
             write_atomic(holder, f"process {os.getpid()} on {socket.gethostname()}\n")
             yield
@@ -178,8 +178,11 @@ class Ledger:
                 self.submissions[name].given_up = True
 
     def submitting(self, cells: Sequence[str]) -> Submission:
-        """Records that these cells are about to be submitted, under a name of their own."""
-        name = f"dp-lora-{self.folder.name[-8:]}-{secrets.token_hex(3)}"
+        """Records that these cells are about to be submitted, under a name of their own.
+
+        It is random: everybody on the cluster can read it, and the folder's name is made from the command.
+        """
+        name = f"dp-lora-{secrets.token_hex(6)}"
         submission = Submission(name, list(cells), time.time())
         self._append(
             {"event": "submitting", "name": name, "cells": submission.cells, "time": submission.made}
@@ -196,6 +199,11 @@ class Ledger:
         """Records that the cluster never took the submission."""
         submission.given_up = True
         self._append({"event": "given up", "name": submission.name})
+
+    @property
+    def report_name(self) -> str:
+        """Name of the job that writes the report: that of the first submission with a word behind it."""
+        return f"{next(iter(self.submissions), 'dp-lora-none')}-report"
 
     def open_submissions(self) -> list[Submission]:
         """Those of which it is not known whether the cluster took them."""

@@ -19,6 +19,9 @@ from hydra_plugins.dp_lora_launcher._cells import Cell
 from hydra_plugins.dp_lora_launcher._ledger import Ledger, Submission
 from hydra_plugins.dp_lora_launcher._node import run_cell
 
+STOP_S = 300.0
+"""How long the driver waits for its jobs to save when it is interrupted."""
+
 FOREVER_MIN = 60 * 24 * 365
 
 
@@ -166,13 +169,21 @@ class Pool:
         """Of submitit's files, by which a process of this job is known."""
         return self.ledger.logs / submission.name
 
+    def drop(self) -> set[str]:
+        """Gives up the cells that wait for room, and says which."""
+        dropped = {cell.identity for cell in self._waiting}
+        self._waiting = []
+        return dropped
+
     def stop(self) -> str:
         """Stops the jobs, which save first, and says so."""
         for job in self.live():
             os.kill(int(job), signal.SIGTERM)
-        end = time.monotonic() + 30
+        end = time.monotonic() + STOP_S
         while self.live() and time.monotonic() < end:
             time.sleep(0.1)
+        if left := self.live():
+            return f"its jobs were told to save and stop; {len(left)} of them still run"
         return "its jobs have saved and stopped"
 
 

@@ -147,7 +147,7 @@ class Slurm:
             cpus=1, memory_gb=2.0, time_limit_min=10, partition=kept["partition"], account=kept["account"],
             qos=kept["qos"], sbatch=others, setup=kept["setup"],
         )  # fmt: skip
-        executor = self._executor(f"{self.ledger.folder.name}-report", small)
+        executor = self._executor(self.ledger.report_name, small)
         executor.update_parameters(dependency="afterany:" + ":".join(arrays))
         with _own_environment(), _passing_on():
             executor.submit(write_report, str(self.ledger.folder))
@@ -257,6 +257,16 @@ class Slurm:
     def log(self, job: str) -> Path:
         """What the job's first process prints."""
         return JobPaths(self.ledger.logs, job).stdout
+
+    def drop(self) -> set[str]:
+        """Takes the sweep's jobs that wait off the cluster, and says which cells they were."""
+        live = self.live() or {}
+        waiting = {
+            cell: job for cell, job in self.ledger.jobs().items() if live.get(job, "").startswith("PENDING")
+        }
+        if waiting and _run(["scancel", "--state=PENDING", *waiting.values()]).returncode == 0:
+            return set(waiting)
+        return set()
 
     def stop(self) -> str:
         """What to tell a user who interrupts the driver."""

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 FILES_ARRIVE_S = 60.0
 """How long a network file system may hide a file that another machine has written."""
 
+ALIKE = 2
+"""After so many failures for the same reason, and no success, the cells that wait are not started."""
+
 LOG_LINES = 8
 """Of a failed job, shown at the end."""
 
@@ -48,6 +51,8 @@ class Cluster(Protocol):
     def ended(self, jobs: Sequence[str]) -> dict[str, str]: ...
 
     def log(self, job: str) -> Path: ...
+
+    def drop(self) -> set[str]: ...
 
     def stop(self) -> str: ...
 
@@ -136,6 +141,7 @@ class Drive:
         self.ledger, self.cluster, self.settings = ledger, cluster, settings
         self.hydra_words = hydra_words
         self.failed: dict[str, str] = {}
+        self.dropped: set[str] = set()
         self.missing: dict[str, float] = {}
 
     def run(self) -> None:
@@ -199,6 +205,7 @@ class Drive:
                 _say("SLURM does not answer; the jobs go on")
             else:
                 self._settle_ended(live)
+                self._drop_if_all_fail_alike()
                 for job in self.cluster.release(live):
                     _say(f"released {job}, which SLURM held because its launch had failed")
                 self._fill()
@@ -221,6 +228,20 @@ class Drive:
             if how != "COMPLETED" or now - self.missing[job] > FILES_ARRIVE_S:
                 self.pending.discard(gone[job])
                 self.failed[gone[job]] = how
+
+    def _reason(self, cell: str) -> str:
+        """The line with which the cell's job ended; empty where it left none."""
+        path = self.ledger.failure(cell)
+        return path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else ""
+
+    def _drop_if_all_fail_alike(self) -> None:
+        """Takes back the cells that wait, once the first ones have all failed for one reason."""
+        none_done = len(self.pending) + len(self.failed) + len(self.dropped) == len(self.cells)
+        reasons = {self._reason(cell) for cell in self.failed}
+        if none_done and len(self.failed) >= ALIKE and len(reasons) == 1 and "" not in reasons:
+            dropped = self.cluster.drop() & self.pending
+            self.dropped |= dropped
+            self.pending -= dropped
 
     def _fill(self) -> None:
         """Starts what has room now, where jobs need the driver for it."""
@@ -247,6 +268,11 @@ class Drive:
             # The runs are over, whatever somebody did to their files.
             where = "without a report"
             _say(f"no report: {error}")
+        if self.dropped:
+            raise SweepFailed(
+                f"the first {len(self.failed)} of {len(self.cells)} cells failed for one reason and the "
+                f"other {len(self.dropped)} were not started: {self._reason(next(iter(self.failed)))}"
+            )
         if self.failed:
             for cell, how in self.failed.items():
                 _say(self._failure(self.cells[cell], how))

@@ -6,13 +6,16 @@ import shlex
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Optional
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from omegaconf import open_dict
 
+from dp_lora.config import from_omegaconf
 from dp_lora.errors import UserError
 
 
@@ -51,11 +54,25 @@ class GridSweeper(BasicSweeper):
                 self.config = given
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
-        """Composes all jobs, unless the launcher does so itself before any of them starts."""
+        """Composes and checks all jobs, unless the launcher does so itself before any of them starts.
+
+        Raises UserError for the first one whose settings cannot work.
+        """
+        from dp_lora.job import check_writable
+        from dp_lora.settings import check_settings
         from hydra_plugins.dp_lora_launcher.launcher import SweepLauncher
 
-        if not isinstance(self.launcher, SweepLauncher):
-            super().validate_batch_is_legal(batch)
+        if isinstance(self.launcher, SweepLauncher):
+            return
+        assert self.hydra_context is not None and self.config is not None
+        for words in batch:
+            composed = self.hydra_context.config_loader.load_sweep_config(self.config, list(words))
+            with open_dict(composed):
+                del composed["hydra"]
+            config = from_omegaconf(composed)
+            check_writable(Path(config.paths.outputs).expanduser(), f"paths.outputs={config.paths.outputs}")
+            if config.stages != ["pretrain"]:
+                check_settings(config)
 
     def split_arguments(  # type: ignore[override]  # there it is static, and called on the instance
         self, overrides: list[Override], max_batch_size: int | None

@@ -16,6 +16,7 @@ from dp_lora.privacy import accounting
 from dp_lora.privacy.accounting import (
     EpsilonCurve,
     Mechanism,
+    Spent,
     composed,
     epsilon,
     epsilon_by_accountant,
@@ -146,9 +147,9 @@ def test_tiny_noise_takes_seconds_and_stays_valid(q: float, sigma: float, steps:
     assert math.isfinite(smallest(bounds).epsilon)
 
 
-def test_an_invalid_prv_is_left_aside() -> None:
+def test_prv_lowers_no_epsilon() -> None:
     assert smallest({"prv": 4.0, "pld": 5.0, "rdp": 6.0}).epsilon == 5.0
-    assert smallest({"prv": 4.999, "pld": 5.0, "rdp": 6.0}).accountant == "prv"
+    assert smallest({"prv": 4.999, "pld": 5.0, "rdp": 6.0}) == Spent(5.0, "pld"), "only confirms"
     assert smallest({"prv": math.inf, "pld": math.inf, "rdp": 6.0}).accountant == "rdp"
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from scipy import stats
 
 from dp_lora.privacy.batches import poisson_batch
@@ -84,3 +89,61 @@ def test_extreme_rates() -> None:
     for rate in (0.0, -0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="sample_rate"):
             poisson_batch(SEED, 0, 10, rate)
+
+
+# Properties of any batch
+
+RATES = st.floats(2**-20, 1, exclude_min=True)
+SIZES = st.integers(0, 2000)
+LABELS = st.text(max_size=8)
+STEPS_BEGUN = st.integers(0, 2**40)
+
+
+def two_sided(successes: int, trials: int, rate: float) -> float:
+    """A bound on the probability of so many or so few successes among independent trials (exact, doubled)."""
+    law = stats.binom(trials, rate)
+    return float(2 * min(law.cdf(successes), law.sf(successes - 1)))
+
+
+@given(RATES, STEPS_BEGUN, LABELS)
+@settings(max_examples=25)
+def test_a_batch_has_as_many_examples_as_independent_coins_give(rate: float, step: int, label: str) -> None:
+    """Each of the 25 rates fails by chance once in 10^8; keys and rates are fixed."""
+    batch = poisson_batch(SEED.derive(label), step, 20_000, rate)
+    assert two_sided(len(batch), 20_000, rate) > 1e-8
+    # The broken twin: a quarter more than asked for.
+    more = poisson_batch(SEED.derive(label), step, 20_000, min(1.0, 1.25 * rate))
+    assert not 0.02 < rate <= 0.8 or two_sided(len(more), 20_000, rate) < 1e-8
+
+
+@given(RATES, SIZES, SIZES, STEPS_BEGUN, LABELS)
+def test_who_is_in_a_batch_does_not_depend_on_how_many_there_are(
+    rate: float, fewer: int, more: int, step: int, label: str
+) -> None:
+    fewer, more = sorted((fewer, more))
+    large, small = (poisson_batch(SEED.derive(label), step, size, rate) for size in (more, fewer))
+    assert torch.equal(large[large < fewer], small)
+    assert torch.equal(large, large.unique()) and (not len(large) or int(large[-1]) < more)
+
+
+@given(RATES, STEPS_BEGUN, st.integers(0, 99))
+def test_an_example_is_in_exactly_when_its_word_is_below_the_rate(
+    rate: float, step: int, example: int
+) -> None:
+    """Never more often than the rate: it is rounded down to a multiple of 2^-64."""
+    word = int(SEED.bits64("batch", step, range(example, example + 1))[0, 0])
+    threshold = math.floor(Fraction(rate) * 2**64)
+    assert Fraction(threshold, 2**64) <= Fraction(rate) < Fraction(threshold + 1, 2**64)
+    assert (example in poisson_batch(SEED, step, 100, rate).tolist()) == (word < threshold)
+
+
+@given(LABELS, LABELS, STEPS_BEGUN, STEPS_BEGUN)
+@settings(max_examples=25)
+def test_batches_of_two_executions_are_independent(one: str, other: str, step: int, later: int) -> None:
+    """Both in: a coin of q^2. Fails by chance once in 10^8 for each of the 25 pairs, which are fixed."""
+    assume((one, step) != (other, later))
+    a = poisson_batch(SEED.derive(one), step, 20_000, 0.3)
+    b = poisson_batch(SEED.derive(other), later, 20_000, 0.3)
+    assert two_sided(len(set(a.tolist()) & set(b.tolist())), 20_000, 0.09) > 1e-8
+    # The broken twin: the same batch once more.
+    assert two_sided(len(a), 20_000, 0.09) < 1e-8

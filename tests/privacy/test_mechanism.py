@@ -17,7 +17,13 @@ from scipy import stats
 
 from dp_lora.privacy.batches import poisson_batch
 from dp_lora.privacy.gradients import ClippedGradientSum
-from dp_lora.privacy.mechanism import microbatches, noised_mean, signal_to_noise, slice_of_batch
+from dp_lora.privacy.mechanism import (
+    all_reduced,
+    microbatches,
+    noised_mean,
+    signal_to_noise,
+    slice_of_batch,
+)
 from dp_lora.privacy.plan import PrivacyPlan
 from dp_lora.privacy.randomness import Randomness
 
@@ -97,6 +103,53 @@ def test_the_mean_is_over_the_expected_batch_size_and_noise_is_drawn_once() -> N
     assert torch.equal(noised_mean(total, baseline, SEED, 4), (total / 25).float())
 
 
+KEY = Randomness(bytes(range(32)), secure=True)
+SUM = torch.arange(2000, dtype=torch.float64)
+
+
+def noise_of(total: torch.Tensor, fixed: PrivacyPlan, step: int = 0, key: Randomness = KEY) -> torch.Tensor:
+    """[P] in units of its standard deviation."""
+    released = noised_mean(total, fixed, key, step).double() * fixed.expected_batch_size
+    return (released - total) / fixed.noise_std
+
+
+# What each differs in from the release of SUM at step 0 under `plan()`.
+OTHERS = {
+    "one bit of one number": (SUM + torch.eye(1, 2000, dtype=torch.float64)[0] * 2**-52, plan(), 0),
+    "another sum": (SUM.flip(0), plan(), 0),
+    "the noise multiplier": (SUM, plan(noise_multiplier=1.6), 0),
+    "the bound": (SUM, plan(max_grad_norm=0.021), 0),
+    "the expected size": (SUM, plan(expected_batch_size=26), 0),
+    "the step": (SUM, plan(), 1),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_no_two_sums_and_no_two_scales_meet_the_same_noise(other: str) -> None:
+    """The correlation of 2,000 independent pairs is below 0.13 but once in 10^8; the key is fixed."""
+
+    def correlation(key: Randomness) -> float:
+        total, fixed, step = OTHERS[other]
+        pair = torch.stack([noise_of(SUM, plan(), 0, key), noise_of(total, fixed, step, key)])
+        return abs(float(torch.corrcoef(pair)[0, 1]))
+
+    assert correlation(KEY) < 0.13
+    # The broken twin is what a seed does, and says of itself: its streams know the step alone.
+    assert (correlation(SEED) > 0.9) == (other != "the step")
+
+
+def test_the_same_sum_is_released_as_it_was() -> None:
+    again = Randomness(KEY.key, secure=True)
+    assert torch.equal(noised_mean(SUM, plan(), KEY, 0), noised_mean(SUM.clone(), plan(), again, 0))
+
+
+def test_noise_bound_to_a_sum_has_its_standard_deviation() -> None:
+    """chi-square over 40 sums of 2,000 numbers, 1e-6 in all; the key is fixed."""
+    noise = torch.stack([noise_of(SUM * (1 + 1e-9 * i), plan()) for i in range(40)])
+    below = stats.chi2(noise.numel()).cdf(float(noise.square().sum()))
+    assert FALSE_FAILURE_RATE / 2 < below < 1 - FALSE_FAILURE_RATE / 2
+
+
 def test_signal_to_noise_is_an_unbiased_post_processing() -> None:
     fixed, signal = plan(), torch.full((2000,), 0.01, dtype=torch.float64)
     expected = float(signal.square().sum()) / (2000 * fixed.noise_std**2)
@@ -163,7 +216,7 @@ sys.path[:0] = [{tests!r}]
 import test_mechanism
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method="file://" + {store!r}, rank=1, world_size=2,
-                        timeout=datetime.timedelta(seconds=60))
+                        timeout=datetime.timedelta(seconds=900))
 torch.save(test_mechanism.three_steps(1, 2, dist.group.WORLD), {out!r})
 dist.destroy_process_group()  # gloo's threads may abort a process that ends without it
 """
@@ -182,7 +235,7 @@ def three_steps(rank: int, world_size: int, group: Any) -> torch.Tensor:
         for indices, weights in microbatches(batch, 4):
             rows = images[indices].repeat_interleave(2, 0)
             engine.add(model(rows).square().sum(1).view(-1, 2).mean(1), weights)
-        engine.write_gradients(noised_mean(engine.total(), fixed, SEED, step, group))
+        engine.write_gradients(noised_mean(all_reduced(engine.total(), group), fixed, SEED, step))
         optimizer.step()
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
@@ -192,7 +245,7 @@ def test_two_processes_end_where_one_does(tmp_path: Path) -> None:
     code = PROCESS.format(tests=str(Path(__file__).parent), store=str(store), out=str(out))
     other = subprocess.Popen([sys.executable, "-c", code])
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=0, world_size=2, timeout=datetime.timedelta(seconds=60)
+        "gloo", init_method=f"file://{store}", rank=0, world_size=2, timeout=datetime.timedelta(seconds=900)
     )
     try:
         both = three_steps(0, 2, dist.group.WORLD)

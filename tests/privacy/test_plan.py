@@ -29,6 +29,10 @@ def planned(**changes: Any) -> PrivacyPlan:
     return make_plan(**values | changes)
 
 
+HIDDEN: dict[str, Any] = {"adjacency": "add_or_remove", "num_examples": None, "sample_rate": 0.2}
+"""The number of images is private."""
+
+
 @pytest.fixture(scope="module")
 def calibrated() -> PrivacyPlan:
     return planned()
@@ -50,14 +54,32 @@ def test_the_numbers_of_a_plan_belong_together(calibrated: PrivacyPlan) -> None:
     assert plan.private and plan.sample_rate == 0.2 and plan.noise_std == plan.noise_multiplier * 0.01
     assert plan.epsilon == epsilon([plan.mechanism], plan.delta).epsilon
     assert plan.epsilon == plan.epsilon_by_accountant[plan.accountant]
-    assert "add or remove" in plan.adjacency
+    assert plan.adjacency.startswith("zero out one image, the number of images is public")
     with pytest.raises(dataclasses.FrozenInstanceError):
         plan.delta = 0.5  # type: ignore[misc]
 
 
-def test_multiplicity_clipping_and_zero_out_have_the_same_epsilon(calibrated: PrivacyPlan) -> None:
-    other = planned(noise_multiplicity=32, max_grad_norm=3.0, clipping="automatic", adjacency="zero_out")
-    assert other.epsilon == calibrated.epsilon and other.adjacency != calibrated.adjacency
+def test_multiplicity_clipping_and_relation_do_not_change_epsilon(calibrated: PrivacyPlan) -> None:
+    other = planned(noise_multiplicity=32, max_grad_norm=3.0, clipping="automatic", **HIDDEN)
+    assert other.epsilon == calibrated.epsilon and other.noise_multiplier == calibrated.noise_multiplier
+    assert other.adjacency == "add or remove one image, Poisson sampling"
+
+
+def test_a_plan_under_add_or_remove_knows_no_number_of_images() -> None:
+    plan = planned(**HIDDEN)
+    assert plan.num_examples is None and (plan.sample_rate, plan.expected_batch_size) == (0.2, 200)
+    assert planned(**HIDDEN | {"expected_batch_size": 7}).noise_multiplier == plan.noise_multiplier
+
+
+def test_delta_is_checked_against_public_numbers_only() -> None:
+    given = {"noise_multiplier": 4.0, "target_epsilon": None, "steps": 1}
+    assert planned(**given, delta=0.00099).delta == 0.00099
+    with pytest.raises(UserError, match=r"privacy.delta=0.0011: expected a number in \(0, 1/N\)"):
+        planned(delta=0.0011)
+    # 0.2 / 200: the size of a set for which the rate and the divisor agree.
+    assert planned(**HIDDEN, **given, delta=0.00099).delta == 0.00099
+    with pytest.raises(UserError, match=r"privacy.delta=0.0011: expected a number in \(0, 0.001\)"):
+        planned(**HIDDEN | {"delta": 0.0011})
 
 
 def test_the_baseline_has_no_noise_no_clip_and_no_guarantee() -> None:
@@ -102,6 +124,15 @@ def test_a_plan_becomes_plain_json(target: float) -> None:
         ({"max_grad_norm": math.inf}, "privacy.max_grad_norm"),
         ({"num_examples": 0}, "data"),
         ({"clipping": "none"}, "privacy.clipping"),
+        ({"adjacency": "replace"}, "privacy.adjacency"),
+        ({"adjacency": "add_or_remove"}, "privacy.adjacency=add_or_remove"),
+        (HIDDEN | {"num_examples": 1000}, "privacy.adjacency=add_or_remove"),
+        (HIDDEN | {"sample_rate": None}, "privacy.adjacency=add_or_remove"),
+        (HIDDEN | {"sample_rate": 1.1}, "train.sample_rate=1.1"),
+        (HIDDEN | {"sample_rate": 0.0}, "train.sample_rate=0.0"),
+        (HIDDEN | {"expected_batch_size": 0}, "train.expected_batch_size"),
+        ({"sample_rate": 0.2}, "train.sample_rate=0.2 with privacy.adjacency=zero_out"),
+        ({"num_examples": None}, "train.sample_rate"),
         ({"noise_multiplier": 0.5}, "privacy.epsilon"),
         ({"noise_multiplier": 20.0}, "privacy.epsilon"),
     ],

@@ -15,6 +15,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 
 from dp_lora.privacy.randomness import Randomness
@@ -81,6 +83,56 @@ def test_no_two_streams_share_a_block() -> None:
                 words = source.bits64(purpose, step, range(100), 2)
                 blocks |= {row.tobytes() for row in words}
     assert len(blocks) == len(sources) * 4 * 4 * 100
+
+
+# How a stream is reached from the key: labels of `derive`, then its purpose and step.
+PATHS = st.tuples(st.lists(st.text(max_size=6), max_size=3), st.text(max_size=6), st.integers(0, 2**64 - 1))
+
+
+@given(PATHS, PATHS)
+def test_two_ways_from_the_key_lead_to_two_streams(
+    one: tuple[list[str], str, int], other: tuple[list[str], str, int]
+) -> None:
+    def words(labels: list[str], purpose: str, step: int) -> bytes:
+        source = SEED
+        for label in labels:
+            source = source.derive(label)
+        return source.bits64(purpose, step, range(2)).tobytes()
+
+    assert (words(*one) == words(*other)) == (one == other)
+
+
+@given(st.text(max_size=6), st.text(max_size=6), st.integers(0, 12))
+def test_no_name_runs_into_another_one(purpose: str, label: str, split: int) -> None:
+    """Purposes, labels and digests that read alike when they are put together."""
+    text = f"{purpose}{label}"
+    left, right = text[:split], text[split:]
+    ways = {((), text), ((text,), ""), ((left,), right), (("",), text)}
+    found = {SEED.keyed_digest(text, b"")[:32]}
+    for labels, last in ways:
+        source = SEED
+        for name in labels:
+            source = source.derive(name)
+        found.add(source.bits64(last, 0, range(2)).tobytes().hex())
+    assert len(found) == len(ways) + 1
+
+
+def test_a_seed_binds_its_streams_to_nothing_and_a_key_does() -> None:
+    system = Randomness.from_system()
+    assert SEED.bound_to("x") is SEED
+    assert system.bound_to("x").key == system.derive("x").key != system.bound_to("y").key
+    assert system.bound_to("x").secure and system.key not in (system.bound_to("x").key, b"")
+
+
+def test_a_digest_needs_the_key_its_purpose_and_its_content() -> None:
+    digests = {
+        source.keyed_digest(purpose, content)
+        for source in (SEED, Randomness.from_seed(12))
+        for purpose in ("sum", "file")
+        for content in (b"", b"a", b"b")
+    }
+    assert len(digests) == 12 and all(len(bytes.fromhex(digest)) == 32 for digest in digests)
+    assert SEED.keyed_digest("sum", b"a") == Randomness.from_seed(11).keyed_digest("sum", b"a")
 
 
 @pytest.mark.parametrize("width", [(1,), (7, 5), (4, 8, 8), (3, 16, 16)])

@@ -9,13 +9,8 @@ import numpy as np
 import pytest
 
 from dp_lora.privacy import selection
-from dp_lora.privacy.accounting import (
-    ORDERS,
-    Mechanism,
-    delta_of_divergences,
-    epsilon_of_divergences,
-    renyi_divergences,
-)
+from dp_lora.privacy.accounting import Mechanism
+from dp_lora.privacy.renyi import ORDERS, delta_of_divergences, epsilon_of_divergences, renyi_divergences
 from dp_lora.privacy.selection import (
     BOUNDS,
     best_of,

@@ -1,6 +1,8 @@
 """A job for the launcher that counts: it saves, stops and resumes as a training does, and starts in no time.
 
-`tracking.tags` says what is to happen to which seed, as in `1-raise`.
+`tracking.tags` says what is to happen to which seed, as in `1-raise`. A job that is to `hold` waits after its
+third step for `go`, or for the word to leave: so a test acts on a job that has begun and not ended, however
+slow the machine is.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from dp_lora.files import append_line, read_json, write_atomic, write_json
 from dp_lora.signals import listening
 
 STEP_S = 0.2
+GO = "go"
 
 
 def counted(seed: int, steps: int) -> str:
@@ -53,6 +56,8 @@ def counting(config: Config, words: Sequence[str]) -> None:
     assert config.train.max_steps is not None
     with listening() as requests:
         while step < config.train.max_steps:
+            while fate == "hold" and step >= 3 and not ((directory / GO).exists() or requests.leave):
+                time.sleep(0.05)
             time.sleep(STEP_S)
             state = hashlib.sha256(f"{state}/{step}".encode()).hexdigest()
             step += 1
@@ -61,7 +66,7 @@ def counting(config: Config, words: Sequence[str]) -> None:
                 write_atomic(saved, json.dumps([step, state]))
             if requests.leave:
                 raise requests.leave.error(f"stopped after step {step}")
-            if step == 3 and fate:
+            if step == 3 and fate not in (None, "hold"):
                 _meet(fate)
     (directory / "adapter").mkdir(exist_ok=True)
     privacy = {
@@ -76,7 +81,7 @@ def counting(config: Config, words: Sequence[str]) -> None:
     write_json(directory / "status.json", {"state": "done"})
 
 
-def _meet(fate: str) -> None:
+def _meet(fate: str | None) -> None:
     if fate == "raise":
         raise RuntimeError("no such luck")
     if fate == "kill":
@@ -85,6 +90,12 @@ def _meet(fate: str) -> None:
         taken = bytearray(900 * 2**20)
         taken[::4096] = b"x" * len(taken[::4096])
         time.sleep(20)
+
+
+def go(directory: Path) -> None:
+    """Lets the job of this run directory go on after its third step."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / GO).touch()
 
 
 def starts(directory: Path) -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ def limited(start: Start) -> Sweep:
 
 
 def test_a_killed_driver_is_replaced_by_the_next_and_no_job_comes_twice(start: Start) -> None:
-    words = ("seed=0,1,2", "train.max_steps=60")
+    words = ("seed=0,1,2", "train.max_steps=60", "tracking.tags=[0-hold,1-hold,2-hold]")
     first = start(*words)
     cells = first.begun()
     until(lambda: min(map(now, cells.values())) >= 1, first)
@@ -49,6 +49,7 @@ def test_a_killed_driver_is_replaced_by_the_next_and_no_job_comes_twice(start: S
     assert third.wait() == 2
     (line,) = third.said().splitlines()
     assert f"process {second.process.pid}" in line and "driving this sweep already" in line
+    second.let_go()
     assert second.wait() == 0, second.said()
     assert all(is_right(directory, 60) for directory in cells.values())
     assert len(submitted_jobs(second)) == 3
@@ -68,13 +69,15 @@ def test_a_driver_killed_around_its_submission_submits_nothing_twice(
     lines = {"before": [kill, f'exec {sbatch} "$@"'], "after": [f'{sbatch} "$@"', kill]}[moment]
     script.write_text("\n".join(["#!/bin/sh", *lines]))
     script.chmod(0o755)
-    words = ("seed=0,1", "train.max_steps=10")
+    words = ("seed=0,1", "train.max_steps=10", "tracking.tags=[0-hold,1-hold]")
     first = start(*words, PATH=f"{tmp_path}:{os.environ['PATH']}")
     assert first.wait() == -signal.SIGKILL
     # As if the driver had died a minute ago: by then no sbatch is on its way any more.
     path = first.ledger.folder / "jobs.jsonl"
     path.write_text(re.sub(r'"time": (\d+)', lambda found: f'"time": {int(found[1]) - 60}', path.read_text()))
     second = start(*words, outputs=first.outputs)
+    until(lambda: "to submit" in second.said() or second.process.poll() is not None, second)
+    second.let_go()
     assert second.wait() == 0, second.said()
     expected = {"before": "0 under way, 2 to submit", "after": "2 under way, 0 to submit"}[moment]
     assert expected in second.said()
@@ -84,15 +87,16 @@ def test_a_driver_killed_around_its_submission_submits_nothing_twice(
 
 
 def test_cancel_takes_a_sweep_and_its_report_off_the_cluster(start: Start) -> None:
-    words = ("seed=0,1", "train.max_steps=40")
+    words = ("seed=0,1", "train.max_steps=40", "tracking.tags=[0-hold,1-hold]")
     first = start(*words)
     cells = first.begun()
     until(lambda: min(map(now, cells.values())) >= 1, first)
     assert sweeps(["cancel", str(first.ledger.folder)]) == 0
     assert first.wait() == 130, first.said()
-    names = {*first.ledger.submissions, f"{first.ledger.folder.name}-report"}
+    names = {*first.ledger.submissions, first.ledger.report_name}
     until(lambda: not names & set(run("squeue", "-h", "-o", "%j").split()), first)
     assert max(map(now, cells.values())) < 40
+    first.let_go()
     again = start(*words, outputs=first.outputs)
     assert again.wait() == 0, again.said()
     assert all(is_right(directory, 40) for directory in cells.values())
@@ -136,7 +140,7 @@ def test_edits_after_the_submission_change_nothing(start: Start, tmp_path: Path)
     assert [row["max_steps"] for directory in cells.values() for row in starts(directory)] == [10, 10]
     # Nobody waited: the table comes from the job that SLURM started after the others.
     report = first.ledger.folder / "runs.csv"
-    until(report.exists, first, timeout=60)
+    until(report.exists, first)
     assert report.read_text().count(",done,") == 2
 
 
@@ -165,7 +169,7 @@ def test_one_array_for_each_kind_of_resources(start: Start) -> None:
 
 
 def test_a_time_limit_is_no_end(limited: Sweep) -> None:
-    assert limited.wait(150) == 0, limited.said()
+    assert limited.wait() == 0, limited.said()
     (directory,) = limited.cells().values()
     rows = starts(directory)
     assert len(rows) >= 2 and is_right(directory, 300)

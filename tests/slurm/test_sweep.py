@@ -35,10 +35,11 @@ def is_right(directory: Path, steps: int = STEPS) -> bool:
 @pytest.fixture(scope="module")
 def treated(start: Start) -> Sweep:
     """Nine jobs, each of which something else happens to; the driver has ended."""
+    holds = ",".join(f"{number}-hold" for number in (USR2, REQUEUED, CANCELLED, KILLED_ONCE, TERMINATED))
     sweep = start(
         f"seed={','.join(map(str, range(9)))}",
         f"train.max_steps={STEPS}",
-        f"tracking.tags=[{RAISES}-raise,{KILLS}-kill,{MEMORY}-memory]",
+        f"tracking.tags=[{RAISES}-raise,{KILLS}-kill,{MEMORY}-memory,{holds}]",
         "hydra.launcher.max_kills=1",
     )
     cells = sweep.begun()
@@ -52,6 +53,7 @@ def treated(start: Start) -> Sweep:
     for number, act in acts.items():
         until(lambda number=number: now(cells[number]) >= 3, sweep)
         act()
+    sweep.let_go()
     sweep.wait()
     return sweep
 

@@ -1,0 +1,317 @@
+"""What may leave a run, in one place: files, their fields, and what Weights & Biases is sent, each with why.
+
+Everything that is named here is covered by epsilon, is public, or is marked as what epsilon does not cover.
+Everything else in a run directory is private: the directory has mode 0700, and a field that is not listed
+stays behind, whoever adds it. `dp_lora.tracking` sends, and `dp-lora export` copies, what this module lets
+through.
+
+Where the number of training images N appears: `num_examples` in privacy.json, and N sample rates are the
+expected batch size; the sizes of the splits among the settings; the numbers of reference images in
+result.json. N is public under the relation `zero_out`. Under `add_or_remove` these fields are left out.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from dp_lora.config import PRIVATE_SETTINGS, Config, fingerprint, readable
+
+SIZES = ("data.train_size", "data.validation_size", "data.test_size")
+"""Settings that tell how many private images there are."""
+
+_WEIGHTS = Path(__file__).parent / "weights"
+
+
+class Why(StrEnum):
+    """Why something may leave."""
+
+    NOISED = "a function of the noised sums of the training, which epsilon covers"
+    GENERATED = "computed from the adapter, labels of a public prior and settings: epsilon covers it"
+    SETTING = "chosen before the training, or follows from what was: no function of an image"
+    SIZE = "tells the number of images, which zero_out takes as public; left out under add_or_remove"
+    OWN_BUDGET = "read from a sum with noise of its own: the budget under `release` covers it"
+    MACHINE = "says with what it was made: no function of an image"
+    COARSE = "rounded so far that the sizes of the private batches do not show"
+    LABEL = "a word that its owner gave to be shown"
+    AFTER = "a clock that starts when the private training has ended"
+    UNCOVERED = "no epsilon covers it: left out, or marked where its owner asks for it"
+
+
+ADAPTER_SUFFIXES = frozenset({".safetensors", ".json", ".md"})
+
+FILES: Mapping[str, Why] = {
+    "adapter": Why.NOISED,
+    "samples.npz": Why.GENERATED,
+    "samples.png": Why.GENERATED,
+    "privacy.json": Why.SETTING,
+    "metrics.jsonl": Why.NOISED,
+    "result.json": Why.GENERATED,
+    "config.yaml": Why.SETTING,
+    "provenance.json": Why.MACHINE,
+}
+"""Files and folders of a run that may leave; of those that hold fields, the fields below."""
+
+KEPT_FILES: Mapping[str, str] = {
+    "checkpoint": "the noise key, the write-ahead record, scores and pictures of private images",
+    "status.json": "times, and errors that may name private files",
+    "wandb": "W&B's own logs name folders and machine; what it sends is below",
+}
+"""Files and folders of a run that stay, with what they hold."""
+
+ADAPTER: frozenset[str] = frozenset(
+    {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "pytorch_lora_weights.safetensors",
+        "trained.safetensors",
+    }
+)
+SAMPLES = frozenset({"images", "labels", "classes"})
+
+ROWS: Mapping[str, Why] = {
+    "epsilon": Why.SETTING,
+    "delta": Why.SETTING,
+    "step": Why.SETTING,
+    "learning_rate": Why.SETTING,
+    "update_norm": Why.NOISED,
+    "signal_to_noise": Why.NOISED,
+    "private_loss": Why.NOISED,
+}
+"""What a stage that sees private data may log: metrics.jsonl, the rows of W&B, lines of progress.
+
+`update_norm` and `signal_to_noise` are of the noised update, `private_loss` is read from the noised sum. A
+row holds no time: how long a step takes follows the size of its batch, which no noise protects.
+"""
+
+PRIVACY: Mapping[str, Why] = {
+    **dict.fromkeys(
+        (
+            "accountant", "adjacency", "clipping", "complete", "covers", "delta", "does_not_cover", "epsilon",
+            "epsilon_by_accountant", "expected_batch_size", "loss_share", "max_grad_norm",
+            "noise_multiplicity", "noise_multiplier", "planned_steps", "private", "release",
+            "reproducible_noise", "sample_rate", "steps", "target_epsilon", "unit",
+        ),
+        Why.SETTING,
+    ),
+    "num_examples": Why.SIZE,
+}  # fmt: skip
+"""Fields of privacy.json; `steps` counts the executions that were begun, by a schedule without images."""
+
+RESULT: Mapping[str, Why] = {
+    "metrics": Why.UNCOVERED,
+    "intervals": Why.UNCOVERED,
+    "reference": Why.UNCOVERED,
+    "tested_on": Why.UNCOVERED,
+    "real_baseline": Why.UNCOVERED,
+    "private_metrics": Why.SETTING,
+    "private_metrics_note": Why.SETTING,
+    "intervals_note": Why.SETTING,
+    "n_samples": Why.SETTING,
+    "n_before": Why.SETTING,
+    "n_note": Why.SETTING,
+    "classifiers": Why.SETTING,
+    "extractors": Why.SETTING,
+    "neighbours": Why.SETTING,
+    "values": Why.SETTING,
+    "seed": Why.SETTING,
+    "trainable_parameters": Why.SETTING,
+    "trainable_parameters_by_component": Why.SETTING,
+    "noise": Why.OWN_BUDGET,
+    "release": Why.OWN_BUDGET,
+    "audit": Why.NOISED,
+    "seconds": Why.COARSE,
+    "peak_memory_bytes": Why.COARSE,
+    "device": Why.MACHINE,
+}
+"""Fields of result.json. `metrics` and `intervals` keep the metrics that epsilon, or a budget of their own,
+covers; `audit` loses what was measured on private images. Both name that under `private_metrics`."""
+
+PROVENANCE: Mapping[str, Why] = dict.fromkeys(
+    ("git", "versions", "hardware", "seeds", "reproducible_noise"), Why.MACHINE
+)
+HARDWARE = ("system", "cpu", "gpu")
+
+KEPT_FIELDS: Mapping[str, Mapping[str, str]] = {
+    "privacy.json": {},
+    "result.json": {},
+    "metrics.jsonl": {},
+    "provenance.json": {
+        "start": "start and end tell how long the training took",
+        "end": "start and end tell how long the training took",
+        "restarts": "how often a cluster interrupted it is nobody's business",
+        "seconds": "result.json has it",
+        "slurm": "numbers and partitions of the owner's cluster",
+    },
+}
+"""Fields that runs write and that stay, with the reason."""
+
+WANDB: Mapping[str, Why] = {
+    "run id": Why.MACHINE,
+    "run name": Why.SETTING,
+    "project": Why.LABEL,
+    "group": Why.LABEL,
+    "tags": Why.LABEL,
+    "job type": Why.SETTING,
+    "config": Why.SETTING,
+    "history: the columns of ROWS": Why.NOISED,
+    "history: _step": Why.SETTING,
+    "history: _timestamp, _runtime": Why.AFTER,
+    "summary: privacy": Why.SETTING,
+    "summary: metrics and result": Why.UNCOVERED,
+    "media: samples": Why.GENERATED,
+    "table: baselines": Why.UNCOVERED,
+    "artifact: adapter": Why.NOISED,
+}
+"""What W&B is sent. The run begins there when the private training has ended, and its rows arrive together:
+neither its clocks nor the times of arrival see a step. Metrics that epsilon does not cover carry a note. The
+run's id is random."""
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """The configuration as W&B gets it: without what `_hidden` lists.
+
+    `privacy.insecure` says whether there was a seed of the noise.
+    """
+    values = dataclasses.asdict(config)
+    for setting in _hidden(config):
+        *path, name = setting.split(".")
+        group = values
+        for part in path:
+            group = group[part]
+        del group[name]
+    values["privacy"]["insecure"] = config.privacy.insecure_seed is not None
+    return values
+
+
+def exported_settings(config: Config) -> dict[str, Any]:
+    """The settings of an export: those of `settings` that can change the result, as a job takes them."""
+    values = settings(config)
+    del values["resources"], values["privacy"]["insecure"]
+    values["tracking"] = {"private_loss": config.tracking.private_loss}
+    return values
+
+
+def shown_fingerprint(config: Config) -> str:
+    """The fingerprint with the defaults in place of what may not leave, so that it confirms no guess of that.
+
+    It is the run directory's where nothing of that kind was given.
+    """
+    shown, default = copy.deepcopy(config), Config()
+    for setting in _hidden(config):
+        *path, name = setting.split(".")
+        setattr(_at(shown, path), name, getattr(_at(default, path), name))
+    return fingerprint(shown)
+
+
+def run_name(config: Config, overrides: Sequence[str]) -> str:
+    """What W&B shows as the run's name: the words that may be shown, and the fingerprint of what may be."""
+    public = _size_is_public(config.privacy.adjacency)
+    words = [word for word in overrides if public or word.lstrip("+~").partition("=")[0] not in SIZES]
+    return f"{readable(words)}-{shown_fingerprint(config)}"
+
+
+def privacy(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What may leave of privacy.json."""
+    public = _size_is_public(str(record.get("adjacency")))
+    return {
+        name: value
+        for name, value in record.items()
+        if name in PRIVACY and (public or PRIVACY[name] is not Why.SIZE)
+    }
+
+
+def result(record: Mapping[str, Any], *, with_uncovered: bool) -> dict[str, Any]:
+    """What may leave of result.json.
+
+    Args:
+        record: the whole content.
+        with_uncovered: also what no epsilon covers, named under `private_metrics` with a note; else its names
+            are listed under `left_out`.
+    """
+    shown = {name: value for name, value in record.items() if name in RESULT}
+    if "seconds" in shown:
+        shown["seconds"] = {stage: coarse(seconds) for stage, seconds in shown["seconds"].items()}
+    if "peak_memory_bytes" in shown:
+        shown["peak_memory_bytes"] = power_of_two(shown["peak_memory_bytes"])
+    private = list(record.get("private_metrics", []))
+    if with_uncovered or not private:
+        return shown
+    for name in ("tested_on", "real_baseline"):
+        shown.pop(name, None)
+    if isinstance(shown.get("reference"), Mapping):
+        shown["reference"] = {"split": shown["reference"].get("split")}
+    for group, prefix in (("metrics", ""), ("intervals", ""), ("audit", "audit.")):
+        if group in shown:
+            shown[group] = {k: v for k, v in shown[group].items() if f"{prefix}{k}" not in private}
+    note = record.get("private_metrics_note", "")
+    return {**shown, "private_metrics": [], "private_metrics_note": "", "left_out": private,
+            "left_out_note": note}  # fmt: skip
+
+
+def row(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What may leave of a line of metrics.jsonl that a private stage wrote."""
+    return {name: value for name, value in record.items() if name == "stage" or name in ROWS}
+
+
+def provenance(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What may leave of provenance.json."""
+    shown = {name: value for name, value in record.items() if name in PROVENANCE}
+    if "hardware" in shown:
+        shown["hardware"] = {name: shown["hardware"].get(name) for name in HARDWARE}
+    return shown
+
+
+def coarse(seconds: float) -> float:
+    """One significant digit.
+
+    How long a training takes follows the sum of the sizes of its T batches, whose spread is
+    sqrt((1 - q) / (q N T)) of its mean: 0.3 % in the default job, 2 % in one of 40 batches of 50. One digit
+    is a step of 10 to 100 %.
+
+    >>> coarse(149.2), coarse(0.0347)
+    (100.0, 0.03)
+    """
+    return float(f"{seconds:.1g}")
+
+
+def power_of_two(size: int) -> int:
+    """The smallest power of two that is at least `size`: memory follows the largest of the batches.
+
+    >>> power_of_two(1_000_000_000), power_of_two(1 << 20)
+    (1073741824, 1048576)
+    """
+    return 1 << max(0, int(size) - 1).bit_length()
+
+
+def _hidden(config: Config) -> list[str]:
+    """Settings that may not leave.
+
+    They are `PRIVATE_SETTINGS`, but for the name of weights that ship with the package, and under
+    `add_or_remove` the sizes of the private splits.
+    """
+    hidden = [name for name in PRIVATE_SETTINGS if not (name == "model.pretrained" and is_shipped(config))]
+    return hidden if _size_is_public(config.privacy.adjacency) else [*hidden, *SIZES]
+
+
+def _at(config: Any, path: Sequence[str]) -> Any:
+    for name in path:
+        config = getattr(config, name)
+    return config
+
+
+def is_shipped(config: Config) -> bool:
+    """Whether `model.pretrained` names weights of this package."""
+    name = config.model.pretrained
+    return name is not None and re.fullmatch(r"[\w-]+", name) is not None and (_WEIGHTS / name).is_dir()
+
+
+def _size_is_public(adjacency: str) -> bool:
+    """Of the relation as the configuration or as privacy.json calls it."""
+    return adjacency.replace("_", " ").startswith(("zero out", "one image contributes nothing"))

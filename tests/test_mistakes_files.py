@@ -1,0 +1,169 @@
+"""Damaged files of a run: what costs nothing is made again, everything else is one line before anything."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import words
+from hydra.core.global_hydra import GlobalHydra
+
+from dp_lora.__main__ import main
+from dp_lora.files import Damaged, read_json, read_lines
+
+Run = Callable[..., tuple[int, list[str]]]
+
+
+@pytest.fixture(scope="module")
+def finished(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The outputs and the ledger of a finished job; each test damages a copy."""
+    folder = tmp_path_factory.mktemp("finished")
+    GlobalHydra.instance().clear()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(
+            sys, "argv", ["dp-lora", *words(cache, folder / "outputs"), "stages=[finetune,sample]"]
+        )
+        main()
+    GlobalHydra.instance().clear()
+    return folder
+
+
+@pytest.fixture
+def directory(finished: Path, tmp_path: Path) -> Path:
+    """The run directory of the copy."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True, symlinks=True)
+    (found,) = (tmp_path / "outputs" / "default").iterdir()
+    return found
+
+
+@pytest.fixture
+def dp_lora(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> Run:
+    """Gives the job's command again: its exit status and the lines of stderr."""
+
+    def call(stages: str = "finetune,sample") -> tuple[int, list[str]]:
+        GlobalHydra.instance().clear()
+        given = [*words(cache, tmp_path / "outputs"), f"stages=[{stages}]"]
+        monkeypatch.setattr(sys, "argv", ["dp-lora", *given])
+        capfd.readouterr()
+        try:
+            main()
+            status = 0
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        GlobalHydra.instance().clear()
+        return status, capfd.readouterr().err.splitlines()
+
+    return call
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+JSON = "no JSON (it is empty); expected what this program wrote there"
+ADAPTER = (
+    "expected the files that the training left: put them back, or remove the folder, and the same command "
+    "writes it again from checkpoint/ at no further epsilon"
+)
+REFUSED = {
+    "privacy.json empty": ("privacy.json", b"", f"/privacy.json: {JSON}"),
+    "privacy.json a list": (
+        "privacy.json", b"[]", "/privacy.json: expected a JSON object as this program writes it"
+    ),
+    "provenance.json empty": ("provenance.json", b"", f"/provenance.json: {JSON}"),
+    "charge.json empty": ("checkpoint/charge.json", b"", f"/checkpoint/charge.json: {JSON}"),
+    "plan.json empty": ("checkpoint/plan.json", b"\n", f"/checkpoint/plan.json: {JSON}"),
+    "config.yaml empty": ("config.yaml", b"", "/config.yaml: says no longer what this run is ("),
+    "config.yaml else": ("config.yaml", b"a: [", "/config.yaml: says no longer what this run is ("),
+    "metrics.jsonl": ("metrics.jsonl", b"no json\n{}\n", "/metrics.jsonl, line 1: no JSON ("),
+    "adapter description": (
+        "adapter/adapter_config.json", b"", f"/adapter: adapter_config.json is missing or damaged; {ADAPTER}"
+    ),
+    "adapter weights empty": (
+        "adapter/adapter_model.safetensors", b"", f"/adapter: adapter_model.safetensors is damaged; {ADAPTER}"
+    ),
+    "adapter weights cut off": (
+        "adapter/trained.safetensors", None, f"/adapter: trained.safetensors is damaged; {ADAPTER}"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_made_again_is_refused(
+    name: str, directory: Path, dp_lora: Run, tmp_path: Path
+) -> None:
+    file, damage, expected = REFUSED[name]
+    path = directory / file
+    path.write_bytes(path.read_bytes()[:-7] if damage is None else damage)
+    before = content(tmp_path)
+    status, lines = dp_lora()
+    assert status == 2 and len(lines) == 1, lines
+    assert lines[0].startswith(f"dp-lora: {directory}{expected}")
+    assert content(tmp_path) == before, "nothing was written and nothing charged"
+
+
+def test_an_adapter_that_is_gone_is_written_again_at_no_epsilon(
+    directory: Path, dp_lora: Run, tmp_path: Path
+) -> None:
+    adapter, ledger = content(directory / "adapter"), tmp_path / "outputs.privacy_ledger.jsonl"
+    spent = read_lines(ledger)[-1]["steps"]
+    for path in (directory / "adapter").iterdir():
+        path.unlink()
+    status, lines = dp_lora()
+    assert (status, lines) == (2, [f"dp-lora: {directory}/adapter: it holds no weights; {ADAPTER}"])
+    (directory / "adapter").rmdir()
+    status, _ = dp_lora()
+    assert status == 0
+    assert content(directory / "adapter") == adapter
+    assert {row["steps"] for row in read_lines(ledger)} == {spent}
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 half", None])
+def test_damaged_samples_are_drawn_again(damage: bytes | None, directory: Path, dp_lora: Run) -> None:
+    path = directory / "samples.npz"
+    with np.load(path) as saved:
+        images = saved["images"]
+    path.write_bytes(path.read_bytes()[:-30] if damage is None else damage)
+    status, lines = dp_lora("evaluate")
+    assert status == 2 and len(lines) == 1
+    assert lines[0].endswith(f"evaluate needs {path}; expected sample among the stages")
+    status, lines = dp_lora()
+    assert status == 0 and f"sample: {path} is damaged and is made again" in lines
+    with np.load(path) as saved:
+        assert (saved["images"] == images).all()
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"state": "do', b"[]", b"{}"])
+def test_a_damaged_status_is_written_again(damage: bytes, directory: Path, dp_lora: Run) -> None:
+    (directory / "status.json").write_bytes(damage)
+    (directory / "result.json").write_bytes(b"")
+    status, lines = dp_lora()
+    assert status == 0 and not any("Traceback" in line for line in lines)
+    assert read_json(directory / "status.json")["state"] == "done"
+
+
+def test_half_a_line_of_metrics_is_cut_off(directory: Path, dp_lora: Run) -> None:
+    path = directory / "metrics.jsonl"
+    rows = read_lines(path)
+    with path.open("ab") as file:
+        file.write(b'{"stage": "finetune", "st')
+    (directory / "status.json").write_bytes(b"")
+    assert dp_lora()[0] == 0
+    assert read_lines(path) == rows and path.read_bytes().endswith(b"}\n")
+
+
+def test_what_is_no_json_says_why(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    for text, reason in (
+        (b"", "it is empty"),
+        (b'{"a": ', "Expecting value"),
+        (b"\xff", "codec can't decode"),
+    ):
+        path.write_bytes(text)
+        with pytest.raises(Damaged, match=f"a.json: no JSON .*{reason}"):
+            read_json(path)
