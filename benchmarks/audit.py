@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.linear_audit import DEFECTS, FACTORS, correct, judge, noise_times, plan_of, train
+from benchmarks.linear_audit import DEFECTS, FACTORS, correct, judge, noise_times, plan_of, silent, train
 from dp_lora.files import append_line, read_lines
 from dp_lora.privacy.plan import PrivacyPlan
 from dp_lora.privacy.randomness import Randomness
@@ -70,7 +70,8 @@ def measure(name: str, engine: str, index: int, together: int) -> dict[str, obje
     key = Randomness.from_seed(index).derive(f"{name} {engine}")
     with ENGINES[engine]():
         trained = train(plan, together, setting.canaries, key, setting.empty)
-    found = [judge(one, plan) for one in trained]
+        steps = [silent(plan, setting.canaries, key.derive(str(i)), setting.empty) for i in range(together)]
+    found = [judge(one, plan, own) for one, own in zip(trained, steps, strict=True)]
     return {
         "plan": name,
         "engine": engine,
