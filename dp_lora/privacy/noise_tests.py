@@ -211,6 +211,11 @@ class ReleasedNoise:
         # One place of 2^n is kept, chosen by the values there: a repetition is kept wherever it is.
         self._thinned = max(0, math.ceil(math.log2(max(1, steps * sum(sizes)) / KEPT)))
 
+    @property
+    def coordinates(self) -> int:
+        """Number of them."""
+        return len(self._by_coordinate)
+
     def add(self, values: npt.NDArray[np.float32]) -> None:
         """Takes one step.
 

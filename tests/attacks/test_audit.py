@@ -13,8 +13,9 @@ import pytest
 from conftest import words
 from hydra.core.global_hydra import GlobalHydra
 
-from benchmarks.linear_audit import noise_times
+from benchmarks.linear_audit import DEFECTS, noise_times
 from dp_lora import __main__, audit_command
+from dp_lora.files import read_json
 from dp_lora.privacy.randomness import Randomness
 
 PLAN = ("train.expected_batch_size=350", "train.max_steps=12", "lora.rank=1", "stages=[finetune]")
@@ -58,8 +59,13 @@ def _engine(factor: float) -> AbstractContextManager[object]:
 
 def audited(directory: Path, factor: float = 1.0) -> int:
     """The exit status of an audit on a machine whose engine adds `factor` times the noise that it claims."""
+    return audited_with(directory, _engine(factor))
+
+
+def audited_with(directory: Path, engine: AbstractContextManager[object]) -> int:
+    """The exit status of an audit on a machine with such an engine."""
     command = ["dp-lora-audit", str(directory), "--canaries", "300", "--images", "0", "--device", "cpu"]
-    with pytest.MonkeyPatch.context() as patched, _engine(factor):
+    with pytest.MonkeyPatch.context() as patched, engine:
         patched.setattr(sys, "argv", command)
         try:
             audit_command.main()
@@ -84,6 +90,25 @@ def test_an_engine_with_too_little_noise_does_not_pass(
     assert audited(directory, factor) == 1
     assert "The audit accuses the noise" in capsys.readouterr().out
     assert "The audit accuses the noise" in (directory / "adapter" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("defect", "test"),
+    [
+        ("one tensor without noise", "weakest_trained_coordinate"),
+        ("noise that repeats every 300 coordinates", "repeated_noise"),
+    ],
+)
+def test_noise_that_fails_only_where_no_canary_is_does_not_pass(
+    defect: str, test: str, right: Path, tmp_path: Path
+) -> None:
+    """No coordinate of a canary is among them, or none of one repetition: see the last line."""
+    directory = shutil.copytree(right, tmp_path / right.name)
+    assert audited_with(directory, DEFECTS[defect]()) == 1
+    found = read_json(directory / "result.json")["audit"]["noise_test"]
+    assert test in found["accused_by"]
+    apart = ("weakest_tensor", "weakest_trained_coordinate", "repeated_noise")
+    assert set(found["accused_by"]) <= set(apart), "without the steps on no example it would pass"
 
 
 def test_a_run_with_too_little_noise_does_not_pass_a_right_engine(run: Callable[[float], Path]) -> None:
