@@ -12,7 +12,8 @@ import contextlib
 import functools
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dp_lora import finetune
-from dp_lora.canaries import EMPTY, Trained, Watch, coins
+from dp_lora.canaries import EMPTY, Trained, Watch, coins, released_noise
 from dp_lora.config import TrainConfig
 from dp_lora.latents import Latents
 from dp_lora.privacy import audit
@@ -113,7 +114,9 @@ def train(
             replace(plan, num_examples=examples),
             key,
             TrainConfig(),
-            256 if plan.noise_multiplicity > 1 else min(1024, 16 + int(1.2 * plan.sample_rate * examples)),
+            256
+            if plan.noise_multiplicity > 1
+            else min(1024, max(256, int(1.2 * plan.sample_rate * examples))),
             Executions(Path(folder) / "executions.jsonl", {}),
         )
 
@@ -128,6 +131,22 @@ def train(
         for index in range(plan.steps):
             step(index)
     return [watch.trained() for watch in watches]
+
+
+def silent(plan: PrivacyPlan, canaries: int, key: Randomness, empty: int = EMPTY) -> dict[str, float]:
+    """The p-values of the steps on no example of one audit."""
+    with tempfile.TemporaryDirectory() as folder:
+        step = LinearStep(
+            LinearModel(torch.zeros(0, dtype=torch.int64), canaries + empty),  # type: ignore[arg-type]
+            Latents(torch.zeros(0, 1), torch.zeros(0, 1)),
+            torch.zeros(0, dtype=torch.int64),
+            plan,
+            key.derive("silent steps"),
+            TrainConfig(),
+            1,
+            Executions(Path(folder) / "executions.jsonl", {}),
+        )
+        return released_noise(step).p_values()
 
 
 @dataclass(frozen=True)
@@ -145,11 +164,13 @@ class Found:
         return self.noise or self.bounds
 
 
-def judge(trained: Trained, plan: PrivacyPlan, confidence: float = 0.95) -> Found:
+def judge(
+    trained: Trained, plan: PrivacyPlan, silent: Mapping[str, float], confidence: float = 0.95
+) -> Found:
     """The verdicts of `dp-lora-audit`, without the logged update norms of a run."""
     assert trained.noise is not None
     each = 1 - (1 - confidence) / 2
-    verdict = Verdict(trained.noise.p_values())
+    verdict = Verdict({**trained.noise.p_values(), **silent})
     at = audit.thresholds(plan.mechanism, trained.noise_factor)
     outcomes = [audit.Outcome.of(trained.scores, trained.included, threshold) for threshold in at]
     # What `one_run` would find is above the claim if and only if the claim is refuted.
@@ -235,10 +256,12 @@ def noise_of(
     """What is released is the sum and `choose(step, noise, the noise of the steps before)`."""
 
     def planted() -> AbstractContextManager[object]:
-        noised_mean, before = finetune.noised_mean, list[Tensor]()
+        noised_mean, releases = finetune.noised_mean, defaultdict[int, list[Tensor]](list)
 
         def other(total: Tensor, plan: PrivacyPlan, *rest: Any, **named: Any) -> Tensor:
             noise = noised_mean(torch.zeros_like(total), plan, *rest, **named)
+            # The steps on no example are those of a smaller model.
+            before = releases[len(total)]
             chosen = choose(len(before), noise, before)
             before.append(noise)
             return (total / plan.expected_batch_size).float() + chosen
@@ -264,6 +287,15 @@ def _not_everywhere(step: int, noise: Tensor, before: list[Tensor]) -> Tensor:
     return noise * (torch.arange(len(noise)) % 10 > 0)
 
 
+def _not_the_last(step: int, noise: Tensor, before: list[Tensor]) -> Tensor:
+    # In the linear model, the tensor that bystanders share.
+    return torch.cat([noise[: -(_FEATURES**2)], torch.zeros(_FEATURES**2)])
+
+
+def _wrapped(step: int, noise: Tensor, before: list[Tensor]) -> Tensor:
+    return noise[torch.arange(len(noise)) % 300]
+
+
 FACTORS = (0.0, 0.1, 0.3, 0.5, 0.8)
 """Of the noise that was accounted."""
 
@@ -277,4 +309,6 @@ DEFECTS: dict[str, Callable[[], AbstractContextManager[object]]] = {
     "one step with the noise of another": noise_of(_twice),
     "one step without noise": noise_of(_not_once),
     "every tenth coordinate without noise": noise_of(_not_everywhere),
+    "one tensor without noise": noise_of(_not_the_last),
+    "noise that repeats every 300 coordinates": noise_of(_wrapped),
 }

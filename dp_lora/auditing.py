@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from yaml import YAMLError
 
 from dp_lora import adapters
 from dp_lora.audit_command import Options
-from dp_lora.canaries import Trained, train_with_canaries
+from dp_lora.canaries import SILENT_STEPS, Trained, silent_noise, train_with_canaries
 from dp_lora.card import no_guarantee, with_audit
 from dp_lora.config import Config, from_omegaconf
 from dp_lora.errors import UserError
@@ -82,8 +82,11 @@ def audit(directory: Path, options: Options) -> dict[str, Any]:
         _check_power(job.plan, options)
         _check_images(job, options)
         norms = _update_norms(directory)
-        trained = _trained(job, options)
-        record = {**_bounds(job.plan, trained, options), "noise_test": _noise_test(job, trained, norms)}
+        folder = _folder(job, options)
+        silent = _silent(job, folder)
+        trained = _trained(job, options, folder)
+        noise_test = _noise_test(job, trained, norms, silent)
+        record = {**_bounds(job.plan, trained, options), "noise_test": noise_test}
         private = _membership(job, options) if options.images else {}
         return _write(job, {**record, **private})
 
@@ -218,15 +221,19 @@ def _bounds(plan: PrivacyPlan, trained: Trained, options: Options) -> dict[str, 
     return record
 
 
-def _noise_test(job: Job, trained: Trained, norms: Sequence[float]) -> dict[str, Any]:
-    """What the noise of both trainings says; a function of released values and of the canaries' coins."""
+def _noise_test(
+    job: Job, trained: Trained, norms: Sequence[float], silent: Mapping[str, float]
+) -> dict[str, Any]:
+    """What all noise says; a function of released values and of the canaries' coins."""
     plan = job.plan
     parameters = adapters.count(_model(job))
     p_values = update_norm_p_values(norms, parameters, plan.noise_std / plan.expected_batch_size)
+    p_values |= silent
     record: dict[str, Any] = {
         "noise_multiplier": plan.noise_multiplier,
         "update_norms": len(norms),
         "parameters": parameters,
+        "silent_steps": SILENT_STEPS,
     }
     if trained.noise is not None:
         p_values |= trained.noise.p_values()
@@ -246,13 +253,29 @@ def _estimated(noise_multiplier: float, noise: SilentNoise, confidence: float = 
     }
 
 
-def _trained(job: Job, options: Options) -> Trained:
-    """What a training with canaries came to, from checkpoint/ if it has been done."""
+def _folder(job: Job, options: Options) -> Path:
+    """Where the audit is kept; what was kept of another one is gone."""
     folder = job.directory / "checkpoint" / f"audit_{options.kind}"
     settings = json_ready({"version": _VERSION, "canaries": options.canaries, **job.plan.to_dict()})
     if folder.exists() and _settings(folder) != settings:
         shutil.rmtree(folder)
     write_json(private_directory(folder) / "settings.json", settings, mode=0o600)
+    return folder
+
+
+def _silent(job: Job, folder: Path) -> dict[str, float]:
+    """The p-values of steps on no example, from `folder` if they have been taken."""
+    done = folder / "silent.json"
+    if not done.exists():
+        # Neither batches nor noise of the training with canaries, whatever its key is.
+        randomness = Randomness.from_system().derive("silent steps")
+        noise = silent_noise(job.config, _model(job), job.plan, randomness)
+        write_json(done, noise.p_values(), mode=0o600)
+    return dict(read_json(done))
+
+
+def _trained(job: Job, options: Options, folder: Path) -> Trained:
+    """What a training with canaries came to, from `folder` if it has been done."""
     done = folder / "scores.npz"
     if not done.exists():
         _save(done, **_train(job, options, folder).arrays())

@@ -11,6 +11,7 @@ sets can be refuted on any of them, so this costs no privacy, and what comes out
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +30,8 @@ from dp_lora.latents import Latents, to_unit_range
 from dp_lora.membership import losses
 from dp_lora.privacy.audit import Bools, Floats, evidence, noise_factor
 from dp_lora.privacy.executions import Executions
-from dp_lora.privacy.noise_tests import SilentNoise
+from dp_lora.privacy.gradients import loss_unit
+from dp_lora.privacy.noise_tests import ReleasedNoise, SilentNoise
 from dp_lora.privacy.plan import PrivacyPlan
 from dp_lora.privacy.randomness import Randomness
 from dp_lora.progress import Progress
@@ -42,6 +44,9 @@ BYSTANDERS = 128
 
 EMPTY = 512
 """Coordinates at least where no example has a gradient: what is released there is noise and nothing else."""
+
+SILENT_STEPS = 4
+"""Steps on no example at all, of which every trained coordinate is looked at."""
 
 _PULL = 100.0
 """Norm of a gradient canary before the clip, in units of max(C, 1): far beyond what may pass."""
@@ -169,6 +174,65 @@ def train_with_canaries(
     """
     train = _train_on_images if kind == "image" else _train_on_gradients
     return train(config, model, plan, coins(randomness, count), randomness, folder)
+
+
+# Steps on no example
+
+
+def silent_noise(
+    config: Config, model: LatentDiffusion, plan: PrivacyPlan, randomness: Randomness
+) -> ReleasedNoise:
+    """What the run's own step releases of no example: noise alone, at every coordinate that is trained.
+
+    Canaries have coordinates of their own; this looks at those of the run. `model` is left as it was.
+
+    Args:
+        config: of the run.
+        model: its trainable parameters chosen, as at the start of the run.
+        plan: of the run, private.
+        randomness: a key of the audit's own.
+    """
+    nothing = torch.zeros(0, *model.latent_shape)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    with tempfile.TemporaryDirectory() as folder:
+        step = finetune.PrivateStep(
+            model,
+            Latents(nothing, nothing),
+            torch.zeros(0, dtype=torch.int64),
+            plan,
+            randomness,
+            config.train,
+            1,
+            Executions(Path(folder) / "executions.jsonl", {"audit": True}),
+            learning_rate_factor=config.trainable.learning_rate_factor,
+        )
+        noise = released_noise(step)
+    step.release()
+    for name, parameter in model.named_parameters():
+        if name in before:
+            parameter.data.copy_(before[name])
+    return noise
+
+
+def released_noise(step: finetune.PrivateStep) -> ReleasedNoise:
+    """What `SILENT_STEPS` steps give to the optimiser, and the loss that they log; `step` has no example."""
+    plan, seen = step.plan, list[np.ndarray]()
+    trained = [p for group in step.optimizer.param_groups for p in group["params"]]
+
+    def see(*_: Any) -> None:
+        seen[:] = [p.grad.flatten().float().cpu().numpy() for p in trained]
+
+    hook = step.optimizer.register_step_pre_hook(see)
+    sizes = [p.numel() for p in trained] + [1] * (plan.loss_share > 0)
+    noise = ReleasedNoise(sizes, plan.noise_std / plan.expected_batch_size, SILENT_STEPS)
+    for index in range(SILENT_STEPS):
+        logged = step(index)
+        if plan.loss_share:
+            loss = logged["private_loss"] * loss_unit(plan.max_grad_norm, plan.loss_share)
+            seen.append(np.array([loss], dtype=np.float32))
+        noise.add(np.concatenate(seen))
+    hook.remove()
+    return noise
 
 
 # Gradient canaries

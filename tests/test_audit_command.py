@@ -98,7 +98,7 @@ def test_the_noise_of_both_trainings_is_tested_apart_from_the_bounds(audited: Pa
     claimed = read_json(audited / "privacy.json")["noise_multiplier"]
     assert found["accused"] is False and found["accused_by"] == [] and found["false_alarm"] == 0.01
     assert found["p_values"].keys() == noise_tests.TESTS.keys()
-    assert found["p_value"] == min(1, 7 * min(found["p_values"].values())) > 0.01
+    assert found["p_value"] == min(1, 10 * min(found["p_values"].values())) > 0.01
     assert found["noise_multiplier"] == claimed
     low, high = found["interval"]
     assert low < found["estimated_noise_multiplier"] < high < 1.1 * low
@@ -154,7 +154,12 @@ def test_scores_stay_in_the_private_folder(audited: Path, whole: Path) -> None:
         return {str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()}
 
     new = names(audited) - names(whole)
-    kept = ("audit_gradient/settings.json", "audit_gradient/scores.npz", "membership.npz")
+    kept = (
+        "audit_gradient/settings.json",
+        "audit_gradient/scores.npz",
+        "audit_gradient/silent.json",
+        "membership.npz",
+    )
     assert new == {f"checkpoint/{name}" for name in kept}
     for name in new:
         assert (audited / name).stat().st_mode & 0o077 == 0, name
@@ -164,7 +169,8 @@ def test_a_second_call_trains_nothing_and_says_the_same(
     audited: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = (audited / "result.json").read_text(), (audited / "adapter" / "README.md").read_text()
-    monkeypatch.setattr(auditing, "train_with_canaries", lambda *args, **kwargs: pytest.fail("trained again"))
+    for name in ("train_with_canaries", "silent_noise"):
+        monkeypatch.setattr(auditing, name, lambda *args, **kwargs: pytest.fail("trained again"))
     assert call(audited, *OPTIONS) == 0
     assert before == ((audited / "result.json").read_text(), (audited / "adapter" / "README.md").read_text())
     said = capsys.readouterr().out

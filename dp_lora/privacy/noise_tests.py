@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
+Words = npt.NDArray[np.uint64]
 
 FALSE_ALARM = 0.01
 """How often all tests together accuse an engine that does what it claims, at most."""
@@ -34,6 +35,9 @@ TESTS = {
     "weakest_coordinate": "the coordinate with the least noise",
     "alike_steps": "the two steps whose noise is most alike",
     "alike_coordinates": "the two coordinates whose noise is most alike",
+    "weakest_tensor": "the trained tensor with the least noise, in steps on no example",
+    "weakest_trained_coordinate": "the trained coordinate with the least noise, in steps on no example",
+    "repeated_noise": "noise that came twice at any place, in steps on no example",
     "run_update_norms": "the update norms that the run has logged, together",
     "run_smallest_update_norm": "the smallest update norm that the run has logged",
 }
@@ -41,6 +45,15 @@ TESTS = {
 
 WATCHED = 256
 """Coordinates whose noise is kept for every step, to see whether some of it came twice."""
+
+KEPT = 1 << 22
+"""Neighbouring values that are kept of about so many places at most, to see whether some came twice."""
+
+_SAME = 2.0**-72
+"""Largest probability that three neighbouring values of one place are, signs aside, those of another."""
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+"""An odd number whose multiples have first bits that look drawn (Knuth's multiplicative hashing)."""
 
 _FLOAT32_LOSS = 1e-10
 """Relative loss of a norm in float32, for each square in its sum: measured for up to 5e7 of them."""
@@ -178,6 +191,92 @@ def most_alike(rows: Floats) -> float:
     pairs = count * (count - 1) / 2
     p_value: float = pairs * float(beta.sf(min(1.0, largest**2), 0.5, (n - 1) / 2))
     return min(1.0, p_value)
+
+
+class ReleasedNoise:
+    """What steps on no example released, at every coordinate that is trained: noise and nothing else.
+
+    Args:
+        sizes: number of coordinates of each trained tensor, in the order of a release; each at least 1.
+        noise_std: standard deviation of the noise on each coordinate of a release, as claimed.
+        steps: how many will be taken.
+    """
+
+    def __init__(self, sizes: Sequence[int], noise_std: float, steps: int) -> None:
+        self._starts = np.cumsum([0, *sizes[:-1]])
+        self._sizes, self._noise_std, self._steps = np.array(sizes), noise_std, 0
+        self._by_coordinate = np.zeros(sum(sizes))
+        self._triples = 0
+        self._kept: list[tuple[Words, Words]] = []
+        # One place of 2^n is kept, chosen by the values there: a repetition is kept wherever it is.
+        self._thinned = max(0, math.ceil(math.log2(max(1, steps * sum(sizes)) / KEPT)))
+
+    @property
+    def coordinates(self) -> int:
+        """Number of them."""
+        return len(self._by_coordinate)
+
+    def add(self, values: npt.NDArray[np.float32]) -> None:
+        """Takes one step.
+
+        Args:
+            values: float32 [coordinates], as released. What is not finite is no noise and counts as 0.
+        """
+        values = np.ascontiguousarray(values, dtype=np.float32)
+        scaled = np.where(np.isfinite(values), values, 0).astype(np.float64) / self._noise_std
+        self._by_coordinate += np.square(scaled)
+        self._steps += 1
+        # Without the sign: what is turned around is repeated, too.
+        bits = (values.view(np.uint32) & np.uint32(0x7FFFFFFF)).astype(np.uint64)
+        pairs, third = bits[:-2] << np.uint64(32) | bits[1:-1], bits[2:]
+        # Where there is no noise it is missing, not repeated: other tests see that.
+        chosen = pairs > 0
+        self._triples += len(pairs)
+        if self._thinned:
+            chosen &= pairs * _GOLDEN >> np.uint64(64 - self._thinned) == 0
+        self._kept.append((pairs[chosen], third[chosen]))
+
+    def p_values(self) -> dict[str, float]:
+        """The tests of too little noise, one-sided, and of noise that came twice.
+
+        The first two are chi-square tests of the squares of each tensor and of each coordinate; the smallest
+        p-value is multiplied by their number. With few steps, that of a coordinate sees no more than a
+        coordinate that has no noise at all, or almost none.
+
+        The third counts pairs of places, of one step or of two, at which three neighbouring values are equal
+        but for their signs. The magnitude of a normal number that is rounded to float32 has any given value
+        with a probability of at most max x f(x) 2^-23 = 0.484 x 2^-23 < 2^-24, f its density. In the order of
+        the later place, each of three equalities is one of a new value with one that is given, so two places
+        are alike with a probability of at most 2^-72, even if they overlap. By Markov's inequality the
+        expected number of such pairs over the number found is a p-value.
+        """
+        from scipy.stats import chi2
+
+        by_tensor = np.add.reduceat(self._by_coordinate, self._starts)
+        tensors = chi2.cdf(by_tensor, self._steps * self._sizes)
+        coordinate = chi2.cdf(self._by_coordinate.min(), self._steps)
+        found = _equal_pairs(*(np.concatenate(part) for part in zip(*self._kept, strict=True)))
+        expected = self._triples * (self._triples - 1) / 2 * _SAME
+        return {
+            "weakest_tensor": min(1.0, len(self._sizes) * float(tensors.min())),
+            "weakest_trained_coordinate": min(1.0, len(self._by_coordinate) * float(coordinate)),
+            "repeated_noise": min(1.0, expected / found) if found else 1.0,
+        }
+
+
+def _equal_pairs(first: Words, second: Words) -> int:
+    """Number of pairs i < j with first[i] = first[j] and second[i] = second[j]."""
+    ordered = np.sort(first)
+    twice = ordered[1:][ordered[1:] == ordered[:-1]]
+    if not len(twice):
+        return 0
+    suspected = np.isin(first, twice)
+    first, second = first[suspected], second[suspected]
+    order = np.lexsort((second, first))
+    first, second = first[order], second[order]
+    new = np.flatnonzero((np.diff(first) != 0) | (np.diff(second) != 0)) + 1
+    counts = np.diff([0, *new, len(first)])
+    return int((counts * (counts - 1) // 2).sum())
 
 
 def update_norm_p_values(norms: Sequence[float], parameters: int, noise_std: float) -> dict[str, float]:

@@ -10,11 +10,14 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import words
 from hydra.core.global_hydra import GlobalHydra
+from torch import Tensor
 
-from benchmarks.linear_audit import noise_times
+from benchmarks.linear_audit import DEFECTS, noise_of, noise_times
 from dp_lora import __main__, audit_command
+from dp_lora.files import read_json
 from dp_lora.privacy.randomness import Randomness
 
 PLAN = ("train.expected_batch_size=350", "train.max_steps=12", "lora.rank=1", "stages=[finetune]")
@@ -58,8 +61,13 @@ def _engine(factor: float) -> AbstractContextManager[object]:
 
 def audited(directory: Path, factor: float = 1.0) -> int:
     """The exit status of an audit on a machine whose engine adds `factor` times the noise that it claims."""
+    return audited_with(directory, _engine(factor))
+
+
+def audited_with(directory: Path, engine: AbstractContextManager[object]) -> int:
+    """The exit status of an audit on a machine with such an engine."""
     command = ["dp-lora-audit", str(directory), "--canaries", "300", "--images", "0", "--device", "cpu"]
-    with pytest.MonkeyPatch.context() as patched, _engine(factor):
+    with pytest.MonkeyPatch.context() as patched, engine:
         patched.setattr(sys, "argv", command)
         try:
             audit_command.main()
@@ -84,6 +92,32 @@ def test_an_engine_with_too_little_noise_does_not_pass(
     assert audited(directory, factor) == 1
     assert "The audit accuses the noise" in capsys.readouterr().out
     assert "The audit accuses the noise" in (directory / "adapter" / "README.md").read_text()
+
+
+def _not_in_between(step: int, noise: Tensor, before: list[Tensor]) -> Tensor:
+    # The canaries have the last coordinates of their training; these belong to the adapter.
+    place = torch.arange(len(noise))
+    return noise * ((place < 100) | (place >= 164))
+
+
+@pytest.mark.parametrize(
+    ("defect", "test"),
+    [
+        (noise_of(_not_in_between), "weakest_trained_coordinate"),
+        (DEFECTS["noise that repeats every 300 coordinates"], "repeated_noise"),
+    ],
+    ids=["a tensor", "repeated"],
+)
+def test_noise_that_fails_only_where_no_canary_is_does_not_pass(
+    defect: Callable[[], AbstractContextManager[object]], test: str, right: Path, tmp_path: Path
+) -> None:
+    """No coordinate of a canary is among them, or none of one repetition: see the last line."""
+    directory = shutil.copytree(right, tmp_path / right.name)
+    assert audited_with(directory, defect()) == 1
+    found = read_json(directory / "result.json")["audit"]["noise_test"]
+    assert test in found["accused_by"]
+    apart = ("weakest_tensor", "weakest_trained_coordinate", "repeated_noise")
+    assert set(found["accused_by"]) <= set(apart), "without the steps on no example it would pass"
 
 
 def test_a_run_with_too_little_noise_does_not_pass_a_right_engine(run: Callable[[float], Path]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.linear_audit import DEFECTS, Found, correct, judge, noise_times, plan_of, train
+from benchmarks.linear_audit import DEFECTS, Found, correct, judge, noise_times, plan_of, silent, train
 from dp_lora.canaries import Trained, Watch
 from dp_lora.privacy import audit
 from dp_lora.privacy.plan import PrivacyPlan
@@ -23,8 +23,10 @@ def _plan(name: str, k: int = 1) -> PrivacyPlan:
 
 
 def _audits(plan: PrivacyPlan, audits: int, seed: int = 0) -> tuple[list[Trained], list[Found]]:
-    trained = train(plan, audits, 400, Randomness.from_seed(seed))
-    return trained, [judge(one, plan) for one in trained]
+    key = Randomness.from_seed(seed)
+    trained = train(plan, audits, 400, key)
+    steps = [silent(plan, 400, key.derive(str(i))) for i in range(audits)]
+    return trained, [judge(one, plan, own) for one, own in zip(trained, steps, strict=True)]
 
 
 @pytest.mark.parametrize("name", PLANS)
