@@ -127,15 +127,14 @@ def admit(config: Config, mine: Charge, others: Sequence[Charge]) -> None:
     budget, others = config.privacy.budget_epsilon, [c for c in others if c.private_set == mine.private_set]
     if budget is None or fits(mine, others, budget):
         return
-    delta = smallest_delta(mine, others)
+    delta, path = smallest_delta(mine, others), ledger_path(config)
     before = spent_adaptively(others, delta)
     after = spent_adaptively([*others, mine], delta, above=budget)
     raise UserError(
         f"privacy.budget_epsilon={budget:g}: {_runs(len(others))} on {mine.private_set} spent epsilon "
         f"{before:.4g}, this one would make it {after:.4g}, counted by the Renyi filter, which counts "
         "more than a run's own epsilon since runs may be chosen after seeing earlier ones, at the "
-        f"smallest delta of all, {delta:g} ({ledger_path(config)}); expected a run that spends less, or a larger "
-        "budget"
+        f"smallest delta of all, {delta:g} ({path}); expected a run that spends less, or a larger budget"
     )
 
 

@@ -88,6 +88,8 @@ class Executions:
         self._folder_synced = False
         for number, row in enumerate(read_lines(path), start=1):
             try:
+                if not isinstance(row["step"], int) or not isinstance(row["execution"], str):
+                    raise TypeError
                 self._note(row)
             except (KeyError, TypeError, ValueError) as error:
                 raise Damaged(
