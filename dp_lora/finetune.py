@@ -8,7 +8,6 @@ sums of `privacy.mechanism.noised_mean`, so epsilon of the plan covers it.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from dp_lora.config import Config, TrainConfig
 from dp_lora.diffusion import per_example_loss
 from dp_lora.divergence import Watch
 from dp_lora.errors import UserError
-from dp_lora.files import private_directory, read_json, write_atomic, write_json
+from dp_lora.files import private_directory, write_atomic, write_json
 from dp_lora.latents import Latents
 from dp_lora.models import LatentDiffusion
 from dp_lora.numerics import digest, numerics
@@ -44,6 +43,7 @@ from dp_lora.privacy.preflight import preflight
 from dp_lora.privacy.randomness import KEY_BYTES, Randomness
 from dp_lora.processes import agreed, everyone, largest
 from dp_lora.progress import Progress
+from dp_lora.receipts import PLAN, check_same_plan
 from dp_lora.train import Checkpoint, learning_rate, resume, run_steps
 
 _BFLOAT16_TOLERANCE = 0.1
@@ -307,7 +307,7 @@ def finetune(
     device = next(model.unet.parameters()).device
     if first:
         private_directory(folder)
-        _same_plan(plan, folder / "plan.json")
+        _same_plan(plan, folder)
         run_key(config, folder)
     if dist.is_initialized():
         dist.barrier()
@@ -420,20 +420,11 @@ def _spent(executions: Executions, finished: int, plan: PrivacyPlan) -> UserErro
     )
 
 
-def _same_plan(plan: PrivacyPlan, path: Path) -> None:
+def _same_plan(plan: PrivacyPlan, folder: Path) -> None:
     """Keeps the plan of the run's first start. Raises UserError when the run goes on under another one."""
-    values = plan.to_dict()
-    if not path.exists():
-        write_json(path, values, mode=0o600)
-    before = read_json(path)
-    for name in ("num_examples", "steps", "noise_multiplier"):
-        if values[name] is None and before[name] is None:
-            continue  # the number of images, where it is private
-        if not math.isclose(float(values[name]), float(before[name]), rel_tol=1e-6):
-            raise UserError(
-                f"data: this run began with {name}={before[name]} and now has {values[name]}: the private "
-                "images have changed since; expected the same ones, or another paths.outputs"
-            )
+    check_same_plan(plan, folder)
+    if not (folder / PLAN).exists():
+        write_json(folder / PLAN, plan.to_dict(), mode=0o600)
 
 
 def run_key(config: Config, folder: Path) -> Randomness:

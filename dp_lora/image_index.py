@@ -9,6 +9,13 @@ It knows images by their decoded pixels (`dp_lora.digests`) under a key that nev
 what another user or machine spent, images that were cropped, resized or compressed anew, or what was spent
 before it was deleted. An image of one colour identifies nobody and is left out.
 
+Guarantees:
+    * Like the ledger of a set, the index knows where each run has come to: a copy of a run that brings its
+      ledger along is behind the index, whatever that ledger says.
+    * A file of the index that is missing, cut or changed is noticed, and is never taken for less spent: the
+      digests of a set by its name, which is a keyed digest of them; the ledger by the file `head`, which
+      names its last line; the list of sets by the ledger.
+
 The folder has mode 0700, key and digests 0600: whoever has both can confirm a guess of an image.
 """
 
@@ -16,7 +23,8 @@ from __future__ import annotations
 
 import hmac
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -28,7 +36,8 @@ from dp_lora.data import ImageSet, ImageSplits
 from dp_lora.digests import SIZE
 from dp_lora.errors import UserError
 from dp_lora.files import append_line, file_lock, private_directory, read_lines, write_atomic
-from dp_lora.privacy.ledger import Charge, Ledger
+from dp_lora.privacy.ledger import Charge, CutShort, Ledger, Settled, Turn
+from dp_lora.privacy.marks import Mark
 
 _DTYPE = np.dtype("<u8")
 """Eight bytes an image: of two sets of a million images each, one pair in 2e7 seems to share one."""
@@ -53,7 +62,7 @@ class ImageIndex:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._ledger = Ledger(folder / "privacy_ledger.jsonl")
+        self._ledger = Ledger(folder / "privacy_ledger.jsonl", head=folder / "head")
 
     def find(self, images: ImageSplits) -> KnownSet | None:
         """`images` as the index knows them, without a change to it; None while it knows nothing at all."""
@@ -66,6 +75,7 @@ class ImageIndex:
             with file_lock(self.folder / "lock"):
                 if self._is_new():
                     write_atomic(self.folder / "sets.jsonl", "", mode=0o600)
+                    write_atomic(self.folder / "head", "", mode=0o600)
                     write_atomic(self.folder / "key", os.urandom(_KEY_BYTES), mode=0o600)
                 found = self._find(images, self._key())
                 path = self._path(found.name)
@@ -88,7 +98,22 @@ class ImageIndex:
 
     def charges(self) -> list[Charge]:
         """All charges, each with the run's own number and the set's name in the index."""
-        return [_by_run(charge) for charge in self._ledger.charges()]
+        with self._whole():
+            return [_by_run(charge) for charge in self._ledger.charges()]
+
+    def check(self, turn: Turn) -> str | None:
+        """As `Ledger.check`; a run that the index does not know may go on."""
+        with self._whole():
+            return self._ledger.check(turn)
+
+    def settled(self, owner: str) -> Settled:
+        """As `Ledger.settled`."""
+        with self._whole():
+            return self._ledger.settled(owner)
+
+    def mark(self, owner: str) -> Mark:
+        """As `Ledger.mark`."""
+        return self._ledger.mark(owner)
 
     def set_of_runs(self) -> dict[str, str]:
         """For each run that was charged a name that it shares with all runs on images that meet its own."""
@@ -106,25 +131,27 @@ class ImageIndex:
         mine: Charge,
         others: Sequence[Charge],
         admit: Callable[[Sequence[Charge]], None],
+        turn: Turn | None = None,
     ) -> None:
         """Enters `mine` for the set `found`; `admit` is asked, with `charges`, while nobody else can write.
 
         Of `others`, charges of the same set in its ledger, those are entered too that the index does not
-        know: they were made before there was an index, or by another user.
+        know: they were made before there was an index, or by another user. `turn` is as in `Ledger.enter`.
         """
         known = {charge.run for charge in self.charges()}
         new = [*(charge for charge in others if charge.run not in known), mine]
         # The set is part of the number: one run may stand under several sets.
         rows = [replace(c, run=f"{c.run}@{found.name}", private_set=found.name) for c in new]
-        self._ledger.enter_all(rows, lambda indexed: admit([_by_run(charge) for charge in indexed]))
+        with self._whole():
+            self._ledger.enter_all(rows, lambda indexed: admit([_by_run(c) for c in indexed]), turn)
 
     def _find(self, images: ImageSplits, key: bytes) -> KnownSet:
         own = np.unique(np.concatenate([_keyed(part, key) for part in images]))
-        name = hmac.digest(key, own.tobytes(), "sha256").hex()[:16]
+        name = _name(own, key)
         neighbours = self._neighbours()
         if name in neighbours:
             return KnownSet(name, own, neighbours[name])
-        return KnownSet(name, own, {other for other in neighbours if self._shares(other, own)})
+        return KnownSet(name, own, {other for other in neighbours if self._shares(other, own, key)})
 
     def _neighbours(self) -> dict[str, set[str]]:
         """For each set those that share an image with it."""
@@ -141,12 +168,14 @@ class ImageIndex:
             raise self._damaged("sets.jsonl") from error
         return found
 
-    def _shares(self, other: str, own: np.ndarray) -> bool:
+    def _shares(self, other: str, own: np.ndarray, key: bytes) -> bool:
         path = self._path(other)
         try:
             known = np.fromfile(path, _DTYPE)
         except OSError as error:
             raise self._damaged(f"sets/{path.name}") from error
+        if _name(known, key) != other:
+            raise self._damaged(f"sets/{path.name}")
         few, many = sorted((own, known), key=len)
         at = np.searchsorted(many, few)
         return bool((many[np.minimum(at, len(many) - 1)] == few).any()) if len(few) else False
@@ -155,7 +184,27 @@ class ImageIndex:
         return self.folder / "sets" / f"{name}.u64"
 
     def _is_new(self) -> bool:
-        return not (self.folder / "key").exists() and not (self.folder / "sets").exists()
+        """Without a key, and with nothing that needed one: a crash may have left the first files of it."""
+        ledger = self._ledger.path
+        charged = ledger.exists() and ledger.stat().st_size > 0
+        return not charged and not (self.folder / "key").exists() and not (self.folder / "sets").exists()
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """What is said of the ledger inside of the block is said of a whole one."""
+        try:
+            if not self._is_new():
+                # The charges first: somebody may add a set, and then a charge.
+                charged = {charge.private_set for charge in self._ledger.charges()}
+                names = self._neighbours()
+                if not charged <= names.keys():
+                    raise self._damaged("sets.jsonl")
+                # Only an index of before has no head, and none has sets without a charge.
+                if names and not charged and not (self.folder / "head").exists():
+                    raise self._damaged("privacy_ledger.jsonl")
+            yield
+        except CutShort as error:
+            raise self._damaged("privacy_ledger.jsonl") from error
 
     def _key(self) -> bytes:
         path = self.folder / "key"
@@ -194,6 +243,11 @@ def _reached(name: str, neighbours: Mapping[str, Iterable[str]]) -> set[str]:
             reached.add(other)
             left += neighbours[other]
     return reached
+
+
+def _name(images: np.ndarray, key: bytes) -> str:
+    """The name of the set of these keyed digests, sorted."""
+    return hmac.digest(key, images.tobytes(), "sha256").hex()[:16]
 
 
 def _by_run(charge: Charge) -> Charge:

@@ -48,7 +48,7 @@ from dp_lora.queries import (
     Query,
     Questions,
 )
-from dp_lora.spending import charge_release, releases_of
+from dp_lora.spending import charge_release, next_release, releases_of
 
 COVERS = (
     "The metrics that begin with dp_ in result.json: (epsilon, delta)-differentially private with respect to "
@@ -78,7 +78,9 @@ def _randomness(config: Config, inputs: str) -> Randomness:
     return Randomness.from_system() if seed is None else Randomness.from_seed(seed).derive(inputs)
 
 
-def keep(folder: Path, inputs: str, noise_multiplier: float, evaluation: Evaluation) -> None:
+def keep(
+    folder: Path, inputs: str, noise_multiplier: float, evaluation: Evaluation, number: int | None = None
+) -> None:
     """Adds a release to `folder`/releases.json, which only the owner can read; it may not be shown yet.
 
     Args:
@@ -86,15 +88,17 @@ def keep(folder: Path, inputs: str, noise_multiplier: float, evaluation: Evaluat
         inputs: names everything that the release depends on.
         noise_multiplier: sigma.
         evaluation: what is shown, whenever the same is asked, once the release was confirmed.
+        number: under which it is charged; None: its place in the file.
     """
     entry = {"inputs": inputs, "noise_multiplier": noise_multiplier, **evaluation._asdict(), "charged": False}
+    entry |= {} if number is None else {"number": number}
     write_json(private_directory(folder) / "releases.json", [*releases_of(folder), entry], mode=0o600)
 
 
-def confirm(folder: Path, number: int) -> None:
-    """Notes that release `number` in `folder` is charged to this run and no copy of it: it may be shown."""
+def confirm(folder: Path, place: int) -> None:
+    """Notes that the release at `place` in `folder` is charged to this run alone: it may be shown."""
     rows = releases_of(folder)
-    rows[number] = {**rows[number], "charged": True}
+    rows[place] = {**rows[place], "charged": True}
     write_json(folder / "releases.json", rows, mode=0o600)
 
 
@@ -152,22 +156,23 @@ def evaluate_privately(
         evaluation.release_epsilon, _delta(config), 1.0, 1, Path(config.paths.cache).expanduser()
     )
     inputs = _inputs(generated, earlier, real.reference, config, sigma)
-    asked = [one["inputs"] for one in releases_of(folder)]
-    number = asked.index(inputs) if inputs in asked else len(asked)
-    if inputs in asked and releases_of(folder)[number].get("charged", True):
-        return _kept(folder, number)
+    made = releases_of(folder)
+    asked = [one["inputs"] for one in made]
+    place = asked.index(inputs) if inputs in asked else len(asked)
+    if inputs in asked and made[place].get("charged", True):
+        return _kept(folder, place)
+    number = made[place].get("number", place) if inputs in asked else next_release(config, folder, references)
     with charge_release(config, Mechanism(sigma, 1.0, 1), _delta(config), folder, number, references):
         if inputs not in asked:
             instruments = Instruments(evaluation, config.seed, torch.device(device), progress)
-            keep(
-                folder, inputs, sigma, _release(generated, earlier, real, instruments, config, inputs, sigma)
-            )
-    confirm(folder, number)
-    return _kept(folder, number)
+            released = _release(generated, earlier, real, instruments, config, inputs, sigma)
+            keep(folder, inputs, sigma, released, number)
+    confirm(folder, place)
+    return _kept(folder, place)
 
 
-def _kept(folder: Path, number: int) -> Evaluation:
-    one = releases_of(folder)[number]
+def _kept(folder: Path, place: int) -> Evaluation:
+    one = releases_of(folder)[place]
     return Evaluation(one["metrics"], one["metadata"])
 
 

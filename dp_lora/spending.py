@@ -7,8 +7,11 @@ another file. Public data is not charged. The same charges stand in the user's i
 images with it.
 
 A run keeps a receipt, which names its last start or end by a random nonce. The receipt is written before the
-ledger and the ledger before anything is drawn, so one of two copies of a run is always found behind the
-ledger and refused, and a kill between the two writes is no copy.
+index, the index before the ledger, and the ledger before anything is drawn, so one of two copies of a run is
+always found behind them and refused, and a kill between two of the writes is no copy. Both have to know a run
+that goes on for where they saw it last: a ledger that was copied along with a run says what the copy says.
+
+What was once charged at the end of a training is never taken back, whatever the directory says later.
 """
 
 from __future__ import annotations
@@ -18,27 +21,33 @@ import secrets
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dp_lora.config import Config
 from dp_lora.errors import UserError
-from dp_lora.files import private_directory, read_json, write_json
+from dp_lora.files import Damaged, private_directory, read_json, write_json
 from dp_lora.job import check_writable
 from dp_lora.outputs import OUTPUTS
+from dp_lora.receipts import (
+    RECEIPT,
+    Receipt,
+    check_record,
+    check_same_mechanism,
+    check_same_plan,
+    read_receipt,
+)
 from dp_lora.signals import Preempted
 
 if TYPE_CHECKING:
     from dp_lora.data import ImageSplits
     from dp_lora.image_index import ImageIndex, KnownSet
     from dp_lora.privacy.accounting import Mechanism
-    from dp_lora.privacy.ledger import Charge, Ledger, Turn
+    from dp_lora.privacy.ledger import Charge, Ledger, Settled, Turn
     from dp_lora.privacy.plan import PrivacyPlan
 
 NAME = "privacy_ledger.jsonl"
-RECEIPT = "charge.json"
-"""The receipt's name in the private `checkpoint/`."""
 
 SAME_IMAGES = {
     "mnist5k": "mnist",
@@ -101,7 +110,7 @@ def refusal(config: Config, plan: PrivacyPlan, directory: Path, images: ImageSpl
         check_writable(index, f"paths.index={index}")
         account.check(account.turn(progress_of(folder) if trains else None))
         if trains:
-            mine = charge_of(config, plan, account.receipt.run)
+            mine = account.planned(plan)
             admit(config, mine, account.books.others(mine))
     except UserError as error:
         return str(error)
@@ -113,18 +122,19 @@ def admit(config: Config, mine: Charge, others: Sequence[Charge]) -> None:
 
     The budget holds for runs that are chosen after seeing results of earlier ones (`ledger.fits`).
     """
-    from dp_lora.privacy.ledger import fits, spent_adaptively
+    from dp_lora.privacy.ledger import fits, smallest_delta, spent_adaptively
 
     budget, others = config.privacy.budget_epsilon, [c for c in others if c.private_set == mine.private_set]
     if budget is None or fits(mine, others, budget):
         return
-    before = spent_adaptively(others, mine.delta)
-    after = spent_adaptively([*others, mine], mine.delta, above=budget)
+    delta, path = smallest_delta(mine, others), ledger_path(config)
+    before = spent_adaptively(others, delta)
+    after = spent_adaptively([*others, mine], delta, above=budget)
     raise UserError(
         f"privacy.budget_epsilon={budget:g}: {_runs(len(others))} on {mine.private_set} spent epsilon "
-        f"{before:.4g}, this one would make it {after:.4g}, at delta {mine.delta:g} and for runs that may be "
-        f"chosen after seeing earlier ones ({ledger_path(config)}); expected a run that spends less, or a "
-        "larger budget"
+        f"{before:.4g}, this one would make it {after:.4g}, counted by the Renyi filter, which counts "
+        "more than a run's own epsilon since runs may be chosen after seeing earlier ones, at the "
+        f"smallest delta of all, {delta:g} ({path}); expected a run that spends less, or a larger budget"
     )
 
 
@@ -163,9 +173,26 @@ class Books:
                 if not admitted:
                     admit(self.config, charge, self._together(charge, others, indexed, found))
 
-            self.index.enter(found, charge, others, ask_both)
+            self.index.enter(found, charge, others, ask_both, turn)
 
         return self.ledger.enter(charge, ask, known, turn)
+
+    def of_run(self, run: str) -> list[Charge]:
+        """What both say of the run `run`: its training and its releases."""
+        found = [*self.ledger.charges(), *self.index.charges()]
+        return [charge for charge in found if charge.run == run or charge.run.startswith(f"{run}-release-")]
+
+    def settled(self, run: str) -> Settled:
+        """The larger of what both say."""
+        from dp_lora.privacy.ledger import Settled
+
+        both = (self.ledger.settled(run), self.index.settled(run))
+        return Settled(max(one.steps for one in both), max(one.begun for one in both))
+
+    def note(self, turn: Turn, progress: int) -> None:
+        """Notes in both how far the run has come; see `Mark.note`."""
+        for one in (self.index, self.ledger):
+            one.mark(turn.owner).note(turn.nonce, progress)
 
     def _together(
         self, mine: Charge, others: Sequence[Charge], indexed: Sequence[Charge], found: KnownSet | None
@@ -197,35 +224,51 @@ class Account:
         """The next start of the run, with the bytes of its record so far, or (None) its end or a release."""
         from dp_lora.privacy.ledger import Turn
 
-        known = [nonce for nonce in (self.receipt.nonce, self.receipt.previous) if nonce is not None]
-        return Turn(self.receipt.run, secrets.token_hex(8), known, progress)
+        mine = self.receipt
+        known = [nonce for nonce in (mine.nonce, mine.previous, mine.index_previous) if nonce is not None]
+        return Turn(mine.run, secrets.token_hex(8), known, progress)
 
-    def check(self, turn: Turn) -> str | None:
-        """The run's last nonce in the ledger; UserError when it is none that this directory knows."""
+    def check(self, turn: Turn) -> tuple[str | None, str | None]:
+        """The run's last nonces in ledger and index; UserError when one is none that this directory knows."""
         from dp_lora.privacy.marks import Superseded
 
         try:
-            return self.books.ledger.check(turn)
+            return self.books.ledger.check(turn), self.books.index.check(turn)
         except Superseded as error:
             raise self.gone_on() from error
+
+    def planned(self, plan: PrivacyPlan) -> Charge:
+        """What a start of the run is charged: its whole plan, and no less than at an earlier end.
+
+        Raises UserError when the run does not go on as it began (`dp_lora.receipts`).
+        """
+        check_same_plan(plan, self.folder)
+        charge = charge_of(self.books.config, plan, self.receipt.run)
+        settled = self.books.settled(charge.run)
+        check_same_mechanism(charge, self.books.of_run(charge.run), self.folder)
+        check_record(begun(self.folder), settled.begun, self.folder)
+        steps = max(plan.steps, settled.steps)
+        return replace(charge, mechanism=replace(charge.mechanism, steps=steps))
 
     def enter(self, charge: Charge, turn: Turn, *, admitted: bool = False) -> None:
         """Writes `turn` into the receipt, then `charge` with it into the books, on disk before this returns.
 
-        A kill in between leaves a receipt that knows the ledger's nonce, old or new.
+        A kill in between leaves a receipt that knows the nonces of both, old or new.
         """
         from dp_lora.privacy.marks import Superseded
 
         before, here = self.receipt, str(self.books.ledger.path)
         known = before.digest if before.ledger == here else None
+        in_ledger, in_index = self.check(turn)
         self._keep(
             replace(
                 before,
                 ledger=here,
                 digest=known,
                 nonce=turn.nonce,
-                previous=self.check(turn),
+                previous=in_ledger,
                 index=str(self.books.index.folder),
+                index_previous=in_index,
             )
         )
         try:
@@ -239,10 +282,12 @@ class Account:
         """The error of a copy."""
         here, there = str(self.books.ledger.path), self.receipt.ledger
         moved = "" if there in (None, here) else f" Its last charge is in {there}: paths.ledger names it."
+        index = self.books.index.folder
         return UserError(
-            f"{self.folder}: this run has gone on elsewhere ({here}): this is a copy of it, or an older "
-            f"state that was brought back, and what it takes would not be charged.{moved} Go on where the "
-            f"run went on; or remove {self.folder}: the same command then begins a new run, charged in full"
+            f"{self.folder}: this run has gone on elsewhere ({here}; paths.index={index}): this is a copy of "
+            f"it, or an older state that was brought back, and what it takes would not be charged.{moved} "
+            f"Go on where the run went on; or remove {self.folder}: the same command then begins a new run, "
+            "charged in full"
         )
 
     def _keep(self, receipt: Receipt) -> None:
@@ -257,9 +302,10 @@ def charged(
     """Charges the plan to the ledger before the training begins, and what it began when it ends.
 
     A job that a cluster will start again, or that is killed, stays charged with its whole plan until it is
-    continued and ends; so does, for good, one that fills its budget (`ledger.fills`). Gives a function that
-    has to be called before anything of a step leaves the process: it notes how far the run has come and
-    raises UserError when a copy of the run has taken its place.
+    continued and ends; so does, for good, one that fills its budget (`ledger.fills`). What it was charged at
+    an earlier end is never taken back. Gives a function that has to be called before anything of a step
+    leaves the process: it notes how far the run has come and raises UserError when a copy of the run has
+    taken its place.
 
     Args:
         config: the job; public data is not charged.
@@ -267,8 +313,8 @@ def charged(
         folder: the run's private `checkpoint/`; it keeps the run's number.
         images: private.
 
-    Raises UserError when the budget would be passed, when the ledger or the index cannot be used, and when
-    the run has gone on elsewhere.
+    Raises UserError when the budget would be passed, when the ledger or the index cannot be used, when the
+    run has gone on elsewhere, and as `Account.planned`; then nothing was charged.
     """
     from dp_lora.privacy.ledger import fills
     from dp_lora.privacy.marks import Superseded
@@ -278,22 +324,24 @@ def charged(
         return
     account = Account(config, folder, images)
     turn = account.turn(progress_of(folder))
-    plan_charge = charge_of(config, plan, account.receipt.run)
+    account.check(turn)
+    plan_charge, settled = account.planned(plan), account.books.settled(turn.owner)
     account.enter(plan_charge, turn)
-    mark = account.books.ledger.mark(turn.owner)
 
     def note() -> None:
         try:
-            mark.note(turn.nonce, progress_of(folder))
+            account.books.note(turn, progress_of(folder))
         except Superseded as error:
             raise account.gone_on() from error
 
     def settle() -> None:
-        steps, budget = begun(folder), config.privacy.budget_epsilon
+        taken, budget = begun(folder), config.privacy.budget_epsilon
+        steps = max(taken, settled.steps)
         if budget is not None and plan_charge.private and fills(plan_charge, budget):
             steps = max(steps, plan.steps)
         mechanism = replace(plan_charge.mechanism, steps=steps)
-        account.enter(replace(plan_charge, mechanism=mechanism), account.turn(None), admitted=True)
+        end = account.turn(None)._replace(begun=taken)
+        account.enter(replace(plan_charge, mechanism=mechanism), end, admitted=True)
 
     try:
         yield note
@@ -320,10 +368,10 @@ def charge_release(
         config: the job; public data is not charged.
         mechanism, delta: of the release.
         folder: the run's private `checkpoint/`.
-        number: of the release, from 0, in this run.
+        number: of the release, from 0, in this run (`next_release`).
         images: private.
 
-    Raises UserError as `charged`.
+    Raises UserError as `charged`, and when another release was charged under the number.
     """
     from dp_lora.privacy.ledger import Charge
 
@@ -334,6 +382,11 @@ def charge_release(
     private = mechanism.noise_multiplier > 0 and config.privacy.insecure_seed is None
     name = f"{account.receipt.run}-release-{number}"
     mine = Charge(name, account.receipt.private_set, mechanism, delta, private)
+    if any(c.run == name and c.mechanism != mechanism for c in account.books.of_run(account.receipt.run)):
+        raise UserError(
+            f"{account.folder / 'releases.json'}: another release was charged as number {number} "
+            f"({account.books.ledger.path}); expected the file as it was written"
+        )
     account.enter(mine, account.turn(None), admitted=mine in account.books.ledger.charges())
     yield
     account.enter(mine, account.turn(None), admitted=True)
@@ -413,35 +466,29 @@ def _lines(folder: Path) -> list[bytes]:
 def releases_of(folder: Path) -> list[dict[str, Any]]:
     """The releases on held-out images that were made in the run of the private `folder`, in their order."""
     path = folder / "releases.json"
-    found: list[dict[str, Any]] = read_json(path) if path.exists() else []
+    found = read_json(path) if path.exists() else []
+    if not isinstance(found, list) or not all(
+        isinstance(one, dict) and {"inputs", "noise_multiplier"} <= one.keys() for one in found
+    ):
+        raise Damaged(f"{path}: no list of releases; expected what this program wrote there")
     return found
+
+
+def next_release(config: Config, folder: Path, images: ImageSplits) -> int:
+    """The number of a release that is to be made: no release has it in `folder`, in the ledger or the index.
+
+    A release whose record was lost was seen, so its number and its charge stay.
+    """
+    used = len(releases_of(folder))
+    if config.data.public:
+        return used
+    account = Account(config, folder, images)
+    names = [charge.run for charge in account.books.of_run(account.receipt.run)]
+    charged = [int(name.rpartition("-")[2]) for name in names if name != account.receipt.run]
+    return max([used, *(number + 1 for number in charged)])
 
 
 def progress_of(folder: Path) -> int:
     """Bytes of the write-ahead record in `folder`, which is only ever added to."""
     path = folder / "executions.jsonl"
     return path.stat().st_size if path.exists() else 0
-
-
-@dataclass(frozen=True)
-class Receipt:
-    """What a run keeps of its charge: its number, the set, the ledger, and the digest of its line there.
-
-    `nonce` is that of its last start or end, `previous` the one that the ledger had before: the ledger has
-    one of the two last. Receipts of earlier versions have neither.
-    """
-
-    run: str
-    private_set: str
-    ledger: str | None = None
-    digest: str | None = None
-    nonce: str | None = None
-    previous: str | None = None
-    index: str | None = None
-    """Folder of the user's index that has the charge too."""
-
-
-def read_receipt(folder: Path) -> Receipt | None:
-    """The receipt in a run's private `checkpoint/`; None when it has none."""
-    path = folder / RECEIPT
-    return Receipt(**read_json(path)) if path.exists() else None

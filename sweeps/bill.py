@@ -23,7 +23,8 @@ from dp_lora.privacy.accounting import ADJACENCIES, MANY, Mechanism, composed
 from dp_lora.privacy.ledger import Charge, Ledger, spent, spent_adaptively
 from dp_lora.privacy.renyi import epsilon_of_divergences, least_budget, renyi_divergences
 from dp_lora.privacy.selection import best_of
-from dp_lora.spending import begun, begun_by_all, ledger_beside, private_set, read_receipt, releases_of
+from dp_lora.receipts import read_receipt
+from dp_lora.spending import begun, begun_by_all, ledger_beside, private_set, releases_of
 from sweeps.folders import read_settings
 
 

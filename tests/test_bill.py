@@ -16,7 +16,7 @@ from dp_lora.files import append_line, read_json, write_json
 from dp_lora.privacy.accounting import Mechanism, composed
 from dp_lora.privacy.ledger import Charge, Ledger
 from dp_lora.privacy.selection import best_of
-from dp_lora.spending import Receipt
+from dp_lora.receipts import Receipt
 from sweeps.bill import Bill, SetBill, bill, planned
 
 SIGMA, RATE, DELTA = 1.5, 0.1, 1e-5

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from image_sets import pixels, private_images, splits_of
 
-from dp_lora import spending
 from dp_lora.config import Config, DataConfig, PathsConfig, fingerprint, pretrained_fingerprint
 from dp_lora.data import ImageSplits
 from dp_lora.errors import UserError
@@ -18,6 +17,7 @@ from dp_lora.files import append_line, read_json, read_lines, write_json
 from dp_lora.privacy.accounting import Mechanism, composed
 from dp_lora.privacy.ledger import Charge, Ledger
 from dp_lora.privacy.plan import PrivacyPlan, make_plan
+from dp_lora.receipts import RECEIPT, read_receipt
 from dp_lora.signals import Preempted
 from dp_lora.spending import (
     begun_by_all,
@@ -25,7 +25,6 @@ from dp_lora.spending import (
     charged,
     ledger_path,
     line_of_all_runs,
-    read_receipt,
     refusal,
 )
 from sweeps.bill import bill
@@ -48,12 +47,13 @@ def plan() -> PrivacyPlan:
     )  # fmt: skip
 
 
-def preempted(config: Config, plan: PrivacyPlan, folder: Path, steps: int = 30) -> None:
+def preempted(config: Config, plan: PrivacyPlan, folder: Path, steps: int = 30, first: int = 0) -> None:
     """A run that a cluster takes off its machine."""
 
     def train() -> None:
-        with charged(config, plan, folder, IMAGES):
-            executions(folder, range(steps))
+        with charged(config, plan, folder, IMAGES) as note:
+            executions(folder, range(first, steps))
+            note()
             raise Preempted
 
     with pytest.raises(Preempted):
@@ -169,23 +169,90 @@ def test_a_mark_that_was_removed_or_edited_is_noticed(
             raise AssertionError("it went on")
 
 
-def test_a_copy_under_another_ledger_is_charged_there_in_full(
-    config: Config, plan: PrivacyPlan, tmp_path: Path
+def with_paths(config: Config, **paths: Path) -> Config:
+    """The same job with other paths."""
+    places = {**vars(config.paths), **{name: str(path) for name, path in paths.items()}}
+    return Config(data=config.data, paths=PathsConfig(**places))
+
+
+@pytest.mark.parametrize("place", ["ledger", "data"])
+def test_a_copy_under_another_ledger_is_refused_by_the_index(
+    place: str, config: Config, plan: PrivacyPlan, tmp_path: Path
 ) -> None:
-    first = tmp_path / "a"
+    first, second = tmp_path / "a", tmp_path / "b"
     preempted(config, plan, first)
-    shutil.copytree(first, tmp_path / "b")
+    shutil.copytree(first, second)
     with charged(config, plan, first, IMAGES):
         executions(first, range(30, 80))
-    other = Config(
-        data=config.data, paths=PathsConfig(**{**vars(config.paths), "ledger": str(tmp_path / "l")})
-    )
-    with charged(other, plan, tmp_path / "b", IMAGES):
-        executions(tmp_path / "b", range(30, 80), "y")
-    assert [c.mechanism.steps for c in (*charges(config), *charges(other))] == [80, 80]
-    elsewhere = pytest.raises(UserError, match=r"Its last charge is in .*paths\.ledger names it")
-    with elsewhere, charged(config, plan, tmp_path / "b", IMAGES):
-        raise AssertionError("it went on")
+    other = with_paths(config, **{place: tmp_path / "l"})
+    elsewhere = pytest.raises(UserError, match=r"gone on elsewhere.*Its last charge is in .*paths\.ledger")
+    with elsewhere, charged(other, plan, second, IMAGES):
+        raise AssertionError("it trained for free")
+    assert refusal(other, plan, tmp_path / "new", IMAGES) is None and not charges(other)
+    # Who has neither the ledger nor the index cannot know, and charges the whole run.
+    stranger = with_paths(config, **{place: tmp_path / "l", "index": tmp_path / "another index"})
+    with charged(stranger, plan, second, IMAGES):
+        executions(second, range(30, 80), "y")
+    assert [c.mechanism.steps for c in (*charges(config), *charges(stranger))] == [80, 80]
+
+
+def test_of_two_copies_with_their_ledgers_one_trains(
+    config: Config, plan: PrivacyPlan, tmp_path: Path
+) -> None:
+    """A project is copied as a whole: run, ledger and mark."""
+    one, two = (with_paths(config, data=tmp_path / name / "data") for name in ("one", "two"))
+    first, second = (tmp_path / name / "run" for name in ("one", "two"))
+    preempted(one, plan, first)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    with charged(one, plan, first, IMAGES):
+        executions(first, range(30, 80))
+    reason = refusal(two, plan, tmp_path / "two", IMAGES)
+    assert reason is None, "another run of that project"
+    with pytest.raises(UserError, match="gone on elsewhere"), charged(two, plan, second, IMAGES):
+        raise AssertionError("it trained for free")
+    shutil.rmtree(second)
+    with charged(two, plan, second, IMAGES):
+        executions(second, range(80))
+    # Of both, as a third place on the same images sees them.
+    found = line_of_all_runs(with_paths(config, data=tmp_path / "three"), 1e-5, IMAGES)
+    assert found is not None and "of 2 runs" in found
+
+
+def test_of_two_copies_with_their_ledgers_one_releases(
+    config: Config, plan: PrivacyPlan, tmp_path: Path
+) -> None:
+    one, two = (with_paths(config, data=tmp_path / name / "data") for name in ("one", "two"))
+    first, second = (tmp_path / name / "run" for name in ("one", "two"))
+    trained(one, plan, first)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    with charge_release(one, RELEASE, 1e-5, first, 0, IMAGES):
+        pass
+    elsewhere = pytest.raises(UserError, match="gone on elsewhere")
+    with elsewhere, charge_release(two, RELEASE, 1e-5, second, 0, IMAGES):
+        raise AssertionError("it was made")
+
+
+def test_a_backup_of_run_and_ledger_does_not_go_on_from_where_it_was(
+    config: Config, plan: PrivacyPlan, tmp_path: Path
+) -> None:
+    here = with_paths(config, data=tmp_path / "p" / "data")
+    preempted(here, plan, tmp_path / "p" / "run")
+    shutil.copytree(tmp_path / "p", tmp_path / "backup")
+    preempted(here, plan, tmp_path / "p" / "run", 40, first=30)
+    shutil.rmtree(tmp_path / "p")
+    shutil.copytree(tmp_path / "backup", tmp_path / "p")
+    elsewhere = pytest.raises(UserError, match="gone on elsewhere")
+    with elsewhere, charged(here, plan, tmp_path / "p" / "run", IMAGES):
+        raise AssertionError("it trained for free")
+
+
+def test_a_run_goes_on_under_an_index_that_is_new(config: Config, plan: PrivacyPlan, tmp_path: Path) -> None:
+    preempted(config, plan, tmp_path / "run")
+    shutil.rmtree(tmp_path / "index")
+    with charged(config, plan, tmp_path / "run", IMAGES) as note:
+        executions(tmp_path / "run", range(30, 80))
+        note()
+    assert [c.mechanism.steps for c in charges(config)] == [80]
 
 
 def test_the_lines_that_records_have_in_common_count_once(tmp_path: Path) -> None:
@@ -293,9 +360,18 @@ def test_a_receipt_is_the_owners_alone_and_holds_no_digest_of_an_image(
     config: Config, plan: PrivacyPlan, tmp_path: Path
 ) -> None:
     folder = trained(config, plan, tmp_path / "a")
-    receipt = read_json(folder / spending.RECEIPT)
-    assert (folder / spending.RECEIPT).stat().st_mode & 0o777 == 0o600
-    assert receipt.keys() == {"run", "private_set", "ledger", "digest", "nonce", "previous", "index"}
+    receipt = read_json(folder / RECEIPT)
+    assert (folder / RECEIPT).stat().st_mode & 0o777 == 0o600
+    assert receipt.keys() == {
+        "run",
+        "private_set",
+        "ledger",
+        "digest",
+        "nonce",
+        "previous",
+        "index",
+        "index_previous",
+    }
     found = read_receipt(folder)
     assert found is not None and len(found.nonce or "") == 16 and found.nonce != found.previous
     assert json.loads(json.dumps(receipt)) == receipt

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from image_sets import pixels, private_images, splits_of
 
+from dp_lora.data import ImageSplits
 from dp_lora.digests import array_digests, pixel_digest
 from dp_lora.errors import UserError
 from dp_lora.image_index import ImageIndex, default_folder
@@ -97,22 +98,59 @@ def test_the_index_is_its_owners_and_confirms_no_guess_without_its_key(index: Im
     assert stored.stat().st_size == 8 * len(A)
 
 
-@pytest.mark.parametrize("lost", ["key", "sets.jsonl", "sets.jsonl emptied", "sets"])
+LOSSES = [
+    "key", "sets.jsonl", "sets.jsonl emptied", "sets.jsonl cut", "sets", "sets cut", "sets changed",
+    "privacy_ledger.jsonl", "privacy_ledger.jsonl cut", "privacy_ledger.jsonl and head", "key and sets",
+]  # fmt: skip
+
+
+def damage(index: ImageIndex, lost: str) -> None:
+    """Removes the files that `lost` names, empties them, cuts them to nothing or changes a digest."""
+    names, _, how = lost.replace(" and ", "+").partition(" ")
+    for path in (index.folder / name for name in names.split("+")):
+        for inner in [*path.iterdir()] if path.is_dir() else [path]:
+            if how == "emptied":
+                inner.write_text("{}\n")
+            elif how == "changed":
+                inner.write_bytes(b"\1" + inner.read_bytes()[1:])
+            elif how == "cut":
+                inner.write_bytes(inner.read_bytes()[: 0 if inner.suffix == ".jsonl" else 8])
+            else:
+                inner.unlink()
+        if path.is_dir() and not how:
+            path.rmdir()
+
+
+@pytest.mark.parametrize("lost", LOSSES)
 def test_a_damaged_index_is_one_line_and_never_a_new_one(lost: str, index: ImageIndex) -> None:
-    index.register(splits_of(A))
-    path = index.folder / lost.split()[0]
-    for inner in path.iterdir() if path.is_dir() else ():
-        inner.unlink()
-    if path.is_dir():
-        path.rmdir()
-    elif lost.endswith("emptied"):
-        path.write_text("{}\n")
-    else:
-        path.unlink()
-    for action in (index.find, index.register):
+    index.enter(index.register(splits_of(A)), charge("a"), [], lambda charges: None)
+    damage(index, lost)
+
+    def spent(images: ImageSplits) -> None:
+        index.find(images)
+        index.charges()
+
+    def enter(images: ImageSplits) -> None:
+        index.enter(index.register(images), charge("b"), [], lambda charges: None)
+
+    for action in (spent, enter):
         with pytest.raises(UserError, match=r"paths\.index=.*not there or damaged.*expected") as caught:
             action(splits_of(np.concatenate([A[:1], B])))
         assert "\n" not in str(caught.value)
+
+
+def test_an_index_without_a_head_goes_on_and_has_one_from_then_on(index: ImageIndex) -> None:
+    """As earlier versions left it; and as a kill leaves it between the line and the head."""
+    found = index.register(splits_of(A))
+    index.enter(found, charge("a"), [], lambda charges: None)
+    head = index.folder / "head"
+    old = head.read_text()
+    head.unlink()
+    index.enter(found, charge("b"), [], lambda charges: None)
+    assert head.exists() and [c.run for c in index.charges()] == ["a", "b"]
+    head.write_text(old)
+    index.enter(found, charge("c"), [], lambda charges: None)
+    assert [c.run for c in index.charges()] == ["a", "b", "c"]
 
 
 def test_who_registers_at_once_loses_nothing(index: ImageIndex) -> None:

@@ -25,8 +25,9 @@ from dp_lora.privacy.accounting import Mechanism
 from dp_lora.privacy.ledger import Ledger
 from dp_lora.privacy.plan import PrivacyPlan, make_plan
 from dp_lora.privacy.renyi import least_budget, renyi_divergences
+from dp_lora.receipts import read_receipt
 from dp_lora.signals import Interrupted, Preempted
-from dp_lora.spending import charge_release, charged, ledger_path, read_receipt, refusal
+from dp_lora.spending import charge_release, charged, ledger_path, refusal
 
 FINETUNE = "stages=[finetune]"
 

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dp_lora.files import append_line, read_lines
+from dp_lora.files import Damaged, append_line, read_lines
 
 ORIGIN = "origin"
 """The lineage of a run before its first step."""
@@ -72,6 +72,8 @@ class Executions:
         most: number of executions that the plan accounts for; None for as many as come.
         writes: false on all processes of a job but the first; they read the record once and then follow
             it without writing, since every process begins the same steps and has the same sums.
+
+    Raises Damaged when the file is not as it was written.
     """
 
     def __init__(
@@ -84,8 +86,16 @@ class Executions:
         # The name of the execution that was begun last, until it has a sum; None when it is a replay.
         self._new: str | None = None
         self._folder_synced = False
-        for row in read_lines(path):
-            self._note(row)
+        for number, row in enumerate(read_lines(path), start=1):
+            try:
+                if not isinstance(row["step"], int) or not isinstance(row["execution"], str):
+                    raise TypeError
+                self._note(row)
+            except (KeyError, TypeError, ValueError) as error:
+                raise Damaged(
+                    f"{path}, line {number}: no execution of a step, or one in place of another that was not "
+                    "begun; expected the file as it was written"
+                ) from error
 
     @property
     def count(self) -> int:

@@ -13,10 +13,12 @@ Guarantees:
       the next writer removes; the run of that line has not begun a step.
     * Each line holds a digest of itself and of the line before. A line that was changed, removed or put in
       between is noticed. Lines missing at the end are noticed by the runs that they belong to, which keep
-      the digest of theirs.
+      the digest of theirs; a ledger with a head, a file that names its last line, notices them itself.
     * A run goes on only from where the ledger saw it last: of two copies of a run directory one goes on, and
       so neither the steps of the other nor those behind an older state that was brought back go uncharged.
       While a run is open, a mark beside the ledger says how far it has come (`privacy.marks`).
+    * The end of a training says how many executions were on record, so that a record which was removed or
+      cut since is noticed, and with how many it was charged, which is never taken back.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dp_lora.errors import UserError
-from dp_lora.files import append_line, read_lines
+from dp_lora.files import append_line, read_lines, write_atomic
 from dp_lora.privacy import accounting
 from dp_lora.privacy.accounting import Mechanism, Spent
 from dp_lora.privacy.marks import Mark, Superseded
@@ -70,6 +72,21 @@ class Turn(NamedTuple):
     """What the run's last nonce in the ledger may be: one that this directory knows for its own."""
     progress: int | None = None
     """Bytes of the write-ahead record of a run that begins or goes on; None at its end."""
+    begun: int | None = None
+    """Executions on record at the end of a training; None at a start, and around a release."""
+
+
+class Settled(NamedTuple):
+    """What the ends of a run's trainings left, the largest of all of them."""
+
+    steps: int = 0
+    """With which the run was charged."""
+    begun: int = 0
+    """Executions on record. Lines of earlier versions say no more than whether there was one."""
+
+
+class CutShort(UserError):
+    """The line that a ledger's head names is not there."""
 
 
 def spent(charges: Sequence[Charge], delta: float) -> Spent:
@@ -94,17 +111,24 @@ def spent_adaptively(charges: Sequence[Charge], delta: float, above: float = 0.0
 
 
 def fits(charge: Charge, others: Sequence[Charge], budget: float) -> bool:
-    """Whether the budget of epsilon, at the charge's delta, has room for it after what `others` spent.
+    """Whether the budget of epsilon, at the smallest delta of all, has room for `charge` after `others`.
 
-    Guarantee: everything that is released is (budget, delta)-private, even if each run is chosen with a look
-    at what the earlier ones released, for a budget and a delta that were fixed before the first. The Renyi
-    filter has room (`dp_lora.privacy.renyi.admits`), or `fills` and there are no others.
+    Guarantee: everything that is released is (budget, that delta)-private, even if each run is chosen with a
+    look at what the earlier ones released, for a budget and a delta that were fixed before the first. The
+    Renyi filter has room (`dp_lora.privacy.renyi.admits`), or `fills` and there are no others. A budget is a
+    pair of numbers: who asks with a larger delta of their own is judged at the smallest all the same.
     """
     if any(not c.private and c.mechanism.steps for c in (charge, *others)):
         return False
     others = [c for c in others if c.mechanism.steps]
     divergences = renyi_divergences([c.mechanism for c in (charge, *others)])
-    return admits(divergences, budget, charge.delta) or (not others and fills(charge, budget))
+    delta = smallest_delta(charge, others)
+    return admits(divergences, budget, delta) or (not others and fills(charge, budget))
+
+
+def smallest_delta(charge: Charge, others: Sequence[Charge]) -> float:
+    """Of `charge` and of those of `others` that spent something: the delta that a budget is judged at."""
+    return min([charge.delta, *(c.delta for c in others if c.mechanism.steps)])
 
 
 def fills(charge: Charge, budget: float) -> bool:
@@ -124,8 +148,9 @@ class Ledger:
     All methods raise UserError when the file was edited, or cannot be read, locked or written.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, head: Path | None = None) -> None:
+        """`head`: a file that keeps the digest of the last line; without that line CutShort is raised."""
+        self.path, self.head = path, head
 
     def charges(self) -> list[Charge]:
         """The charge in force of each run, in the order in which the runs began."""
@@ -138,6 +163,18 @@ class Ledger:
     def check(self, turn: Turn) -> str | None:
         """The last nonce of the run, None where it has none; raises Superseded unless `turn` follows it."""
         return self._check(turn, self._entries())
+
+    def settled(self, owner: str) -> Settled:
+        """What the ends of the trainings of the run `owner` left; nothing of a run that has not ended."""
+        ends = [
+            (entry["steps"], entry.get("begun", min(1, entry["steps"])))
+            for entry in self._entries()
+            # The set is part of the number of a line in the index; a release has a number of its own.
+            if entry["run"].partition("@")[0] == entry.get("owner") == owner and not entry["open"]
+        ]
+        return (
+            Settled(max(steps for steps, _ in ends), max(begun for _, begun in ends)) if ends else Settled()
+        )
 
     def mark(self, owner: str) -> Mark:
         """How far the run `owner` has come, while it has not ended."""
@@ -174,25 +211,41 @@ class Ledger:
             admit([c for c in charges if c.private_set == charge.private_set and c.run != charge.run])
             if turn is None and charge in charges:
                 return str(next(e["digest"] for e in reversed(entries) if e["run"] == charge.run))
-            if turn is not None and turn.progress is not None:
-                self.mark(turn.owner).begin(turn.nonce, turn.progress)
-            digest = self._append(charge, entries[-1]["digest"] if entries else "", turn)
-            if turn is not None and turn.progress is None:
-                self.mark(turn.owner).end()
-            return digest
+            previous = entries[-1]["digest"] if entries else ""
+            return self._append(charge, previous) if turn is None else self._take(turn, charge, previous)
 
     def enter_all(
-        self, charges: Sequence[Charge], admit: Callable[[Sequence[Charge]], None] = lambda others: None
+        self,
+        charges: Sequence[Charge],
+        admit: Callable[[Sequence[Charge]], None] = lambda others: None,
+        turn: Turn | None = None,
     ) -> None:
-        """Makes each of `charges` the one in force of its run; `admit` is called with all in force before."""
+        """Makes each of `charges` the one in force of its run; `admit` is called with all in force before.
+
+        The last of `charges` is that of `turn`; it is then as in `enter`.
+        """
         with self._locked():
             entries = self._entries()
+            if turn is not None:
+                self._check(turn, entries)
             in_force = _in_force(entries)
             admit(in_force)
             previous = entries[-1]["digest"] if entries else ""
-            for charge in charges:
+            rest = charges if turn is None else charges[:-1]
+            for charge in rest:
                 if charge not in in_force:
                     previous = self._append(charge, previous)
+            if turn is not None:
+                self._take(turn, charges[-1], previous)
+
+    def _take(self, turn: Turn, charge: Charge, previous: str) -> str:
+        """Writes the line of a start or an end, and the mark before or after it."""
+        if turn.progress is not None:
+            self.mark(turn.owner).begin(turn.nonce, turn.progress)
+        digest = self._append(charge, previous, turn)
+        if turn.progress is None:
+            self.mark(turn.owner).end()
+        return digest
 
     def _check(self, turn: Turn, entries: Sequence[Mapping[str, Any]]) -> str | None:
         last = next((e for e in reversed(entries) if "nonce" in e and e["owner"] == turn.owner), None)
@@ -203,11 +256,10 @@ class Ledger:
         return None if last is None else str(last["nonce"])
 
     def _append(self, charge: Charge, previous: str, turn: Turn | None = None) -> str:
-        start = (
-            {}
-            if turn is None
-            else {"owner": turn.owner, "nonce": turn.nonce, "open": turn.progress is not None}
-        )
+        start: dict[str, Any] = {}
+        if turn is not None:
+            start = {"owner": turn.owner, "nonce": turn.nonce, "open": turn.progress is not None}
+            start |= {} if turn.begun is None else {"begun": turn.begun}
         record = {
             # No finer: how long a training took tells how large its batches were.
             "time": datetime.now(UTC).isoformat(timespec="minutes"),
@@ -225,11 +277,16 @@ class Ledger:
         append_line(self.path, {**record, "digest": digest})
         for path in (self.path, self.path.parent):
             _sync(path)
+        # After the line: a crash in between leaves the name of an earlier one.
+        if self.head is not None:
+            write_atomic(self.head, digest, mode=0o600)
         return digest
 
     def _entries(self) -> list[dict[str, Any]]:
         """All whole lines, in order, each checked against the one before."""
         try:
+            # Before the lines, to which somebody may add.
+            head = self.head.read_text() if self.head is not None and self.head.exists() else ""
             entries = read_lines(self.path)
         except (OSError, ValueError) as error:
             raise UserError(f"{self.path}: the ledger cannot be read ({error})") from error
@@ -242,6 +299,11 @@ class Ledger:
                     "from the one before; expected the file as it was written"
                 )
             previous = entry["digest"]
+        if head and not any(entry["digest"] == head for entry in entries):
+            raise CutShort(
+                f"{self.path}: its last lines are not there: the ledger was removed, cut or replaced; "
+                "expected the file as it was written"
+            )
         return entries
 
     @contextmanager

@@ -48,8 +48,9 @@ class Mark:
                 self._check(descriptor, progress)
         elif expected:
             raise UserError(
-                f"{self.path}: is not there, though its run has not ended: the ledger was edited or moved "
-                "without it; expected the file beside the ledger as it was written"
+                f"{self.path}: is not there, though its run has not ended: it says how far the run has come, "
+                "and the ledger was edited or moved without it; expected this file beside the ledger: bring "
+                "it back from where the ledger was"
             )
 
     def begin(self, nonce: str, progress: int) -> None:

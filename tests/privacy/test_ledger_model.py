@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from dp_lora.privacy import ledger as ledgers
 from dp_lora.privacy.ledger import Ledger
 from dp_lora.privacy.marks import Mark
 from dp_lora.privacy.plan import make_plan
+from dp_lora.receipts import read_receipt
 from dp_lora.spending import charged
 
 STEPS = 4
@@ -77,10 +79,13 @@ class World:
     def __init__(self, root: Path) -> None:
         places = {name: str(root / name) for name in ("outputs", "data", "index", "cache")}
         self.root, self.config = root, Config(data=DataConfig("mnist5k"), paths=PathsConfig(**places))
+        self.projects: dict[str, str] = {}
+        """Of runs that were copied with their ledger: the folder that it lies in."""
         self.faults, self.patch = Faults(), pytest.MonkeyPatch()
         for owner, name in (
             (spending, "write_json"), (ledgers, "append_line"), (image_index, "append_line"),
             (image_index, "write_atomic"), (Mark, "_write"), (Mark, "end"),
+            (ledgers, "write_atomic"),
         ):  # fmt: skip
             self.patch.setattr(owner, name, self.faults.around(getattr(owner, name)))
         self.open: dict[str, tuple[AbstractContextManager[Any], Callable[[], None]]] = {}
@@ -97,6 +102,10 @@ class World:
     def folder(self, name: str) -> Path:
         return self.root / name / "checkpoint"
 
+    def config_of(self, name: str) -> Config:
+        data = str(self.root / self.projects.get(name, "data"))
+        return replace(self.config, paths=replace(self.config.paths, data=data))
+
     def make(self) -> str:
         name = f"run{next(self.numbers)}"
         self.folder(name).mkdir(parents=True)
@@ -105,7 +114,7 @@ class World:
     def start(self, name: str, dies_at: int | None = None) -> None:
         if name in self.open:
             return
-        context = charged(self.config, PLAN, self.folder(name), IMAGES)
+        context = charged(self.config_of(name), PLAN, self.folder(name), IMAGES)
         self.faults.left = dies_at
         try:
             note = context.__enter__()
@@ -126,7 +135,7 @@ class World:
         self.faults.left = dies_at
         try:
             self.open[name][1]()
-            receipt = spending.read_receipt(self.folder(name))
+            receipt = read_receipt(self.folder(name))
             assert receipt is not None
             self.released.setdefault(receipt.run, set()).add(execution)
         except Killed:
@@ -159,6 +168,16 @@ class World:
     def copy(self, name: str) -> str:
         self.copied, other = True, f"run{next(self.numbers)}"
         shutil.copytree(self.root / name, self.root / other)
+        self.projects[other] = self.projects.get(name, "data")
+        return other
+
+    def copy_with_ledger(self, name: str) -> str:
+        """A project is copied as a whole: the run, the ledger beside its data, and the marks."""
+        other = self.copy(name)
+        self.projects[other] = f"data_{other}"
+        data = self.root / self.projects.get(name, "data")
+        if data.exists():
+            shutil.copytree(data, self.root / self.projects[other])
         return other
 
     def bring_back(self, name: str, backup: str) -> None:
@@ -176,7 +195,12 @@ class World:
             self.folder(name).mkdir()
 
     def charged(self) -> dict[str, int]:
-        return {c.run: c.mechanism.steps for c in Ledger(spending.ledger_path(self.config)).charges()}
+        """By the ledgers of all projects: for each run the most that one of them says."""
+        found: dict[str, int] = {}
+        for data in {"data", *self.projects.values()}:
+            for charge in Ledger(self.root / data / spending.NAME).charges():
+                found[charge.run] = max(charge.mechanism.steps, found.get(charge.run, 0))
+        return found
 
     def indexed(self) -> dict[str, int]:
         assert self.config.paths.index is not None
@@ -224,10 +248,11 @@ class Interleavings(RuleBasedStateMachine):
         if len(self.names) < 4:
             self.names.append(self.world.make())
 
-    @rule(which=which)
-    def copy(self, which: int) -> None:
+    @rule(which=which, with_ledger=st.booleans())
+    def copy(self, which: int, *, with_ledger: bool) -> None:
         if len(self.names) < 4:
-            self.names.append(self.world.copy(self.name(which)))
+            copy = self.world.copy_with_ledger if with_ledger else self.world.copy
+            self.names.append(copy(self.name(which)))
 
     @rule(which=which, other=which)
     def bring_back(self, which: int, other: int) -> None:
@@ -260,15 +285,28 @@ def test_whatever_happens_in_whatever_order_is_charged() -> None:
 
 def test_the_model_finds_a_ledger_that_knows_no_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     know_no_copies(monkeypatch)
+    more = settings(EXAMPLES, phases=[Phase.generate], max_examples=200)
     with pytest.raises(AssertionError, match="nobody paid"):
-        run_state_machine_as_test(Interleavings, settings=settings(EXAMPLES, phases=[Phase.generate]))
+        run_state_machine_as_test(Interleavings, settings=more)
 
 
 def know_no_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The ledger and the marks as they were before they knew copies."""
+    """The ledger, the marks and the record as they were before they knew copies."""
     monkeypatch.setattr(Ledger, "_check", lambda self, turn, entries: None)
+    monkeypatch.setattr(spending, "check_record", lambda *args: None)
     for name in ("note", "begin", "check"):
         monkeypatch.setattr(Mark, name, lambda self, *args, **named: None)
+
+
+def index_knows_no_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The index as it was before it knew copies: the ledger beside the data has the only word."""
+    enter = ImageIndex.enter
+    monkeypatch.setattr(ImageIndex, "check", lambda self, turn: None)
+    monkeypatch.setattr(ImageIndex, "settled", lambda self, owner: ledgers.Settled())
+    monkeypatch.setattr(ImageIndex, "enter", lambda self, *args: enter(self, *args[:4]))
+    monkeypatch.setattr(
+        spending.Books, "note", lambda self, turn, size: self.ledger.mark(turn.owner).note(turn.nonce, size)
+    )
 
 
 # The same in a few words, with the twins that have to fail
@@ -335,10 +373,48 @@ def an_older_state_is_brought_back(world: World) -> None:
     steps(world, first, 3)
 
 
+def copied_with_its_ledger(world: World) -> None:
+    first = world.make()
+    world.start(first)
+    steps(world, first, 2)
+    world.kill(first)
+    second = world.copy_with_ledger(first)
+    for name in (first, second):
+        world.start(name)
+        steps(world, name, 2)
+        world.end(name)
+
+
+def copied_with_its_ledger_while_it_runs(world: World) -> None:
+    first = world.make()
+    world.start(first)
+    steps(world, first, 1)
+    second = world.copy_with_ledger(first)
+    steps(world, first, 2)
+    world.kill(first)
+    world.start(second)
+    steps(world, second, 3)
+    world.end(second)
+
+
+def both_at_once_with_their_ledgers(world: World) -> None:
+    first = world.make()
+    world.start(first)
+    steps(world, first, 1)
+    second = world.copy_with_ledger(first)
+    world.start(second)
+    for _ in range(3):
+        world.step(first)
+        world.step(second)
+    world.end(first)
+    world.end(second)
+
+
+WITH_LEDGERS = [copied_with_its_ledger, copied_with_its_ledger_while_it_runs, both_at_once_with_their_ledgers]
 ATTACKS = [copied_after_a_kill, copied_while_it_runs, both_at_once, an_older_state_is_brought_back]
 
 
-@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize("attack", [*ATTACKS, *WITH_LEDGERS])
 def test_a_copy_never_trains_for_free(attack: Callable[[World], None], world: World) -> None:
     attack(world)
     world.check()
@@ -350,6 +426,16 @@ def test_a_ledger_that_knows_no_copies_lets_them_train_for_free(
     attack: Callable[[World], None], world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     know_no_copies(monkeypatch)
+    attack(world)
+    with pytest.raises(AssertionError, match="nobody paid"):
+        world.check()
+
+
+@pytest.mark.parametrize("attack", WITH_LEDGERS)
+def test_an_index_that_knows_no_copies_lets_a_copied_ledger_speak_for_itself(
+    attack: Callable[[World], None], world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index_knows_no_copies(monkeypatch)
     attack(world)
     with pytest.raises(AssertionError, match="nobody paid"):
         world.check()
