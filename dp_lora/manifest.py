@@ -257,8 +257,9 @@ def run_name(config: Config, overrides: Sequence[str]) -> str:
 def privacy(record: Mapping[str, Any]) -> dict[str, Any]:
     """What may leave of privacy.json. Raises UserError for a value of another kind than its field's."""
     public = _size_is_public(str(record.get("adjacency")))
+    number: Callable[[str, Any], Any] = field_kinds.number
     shown = {
-        name: None if value is None else _KINDS.get(name, field_kinds.number)(name, value)
+        name: None if value is None else _KINDS.get(name, number)(name, value)
         for name, value in record.items()
         if name in PRIVACY and (public or PRIVACY[name] is not Why.SIZE)
     }
