@@ -159,7 +159,7 @@ def _relation(record: Mapping[str, Any]) -> str:
         )
     if adjacency.startswith("add or remove"):
         return (
-            "Take two sets of images that are the same, except that one image is in one of them only: the "
+            "Take two sets of images that are the same but for one image, which is in one of them only: the "
             "adapter hardly tells which of the two it was trained on."
         )
     return ""
