@@ -158,6 +158,7 @@ def test_a_source_of_one_word_is_looked_for(
     config.data.source = "patients"
     OmegaConf.save(config, run / "config.yaml")
     export(run, tmp_path / "out")
+    capsys.readouterr()
     (run / "adapter" / "README.md").write_text("## Privacy\n\nOf patients.\n")
     assert "README.md: names data.source" in refused(capsys, run, tmp_path / "again")
     config.data.source = "images"  # which every card has
