@@ -16,15 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from dp_lora import adapters
 from dp_lora.audit_command import Options
 from dp_lora.canaries import SILENT_STEPS, Trained, silent_noise, train_with_canaries
 from dp_lora.card import no_guarantee, with_audit
-from dp_lora.config import Config, from_omegaconf
+from dp_lora.config import Config
 from dp_lora.errors import UserError
 from dp_lora.evaluate import PRIVATE_METRICS_NOTE
 from dp_lora.files import (
@@ -55,6 +52,7 @@ from dp_lora.privacy.plan import PrivacyPlan
 from dp_lora.privacy.randomness import Randomness
 from dp_lora.progress import Progress
 from dp_lora.run import finetuned_model, model_before
+from dp_lora.saved import read_config
 
 _VERSION = 2
 """Of what is kept of a training with canaries: of another version it is trained again."""
@@ -104,10 +102,10 @@ def _finished_run(directory: Path) -> tuple[Config, dict[str, Any]]:
     try:
         state = read_json(directory / "status.json")["state"]
         claim = dict(read_json(directory / "privacy.json"))
-        config = from_omegaconf(OmegaConf.load(directory / "config.yaml"))  # type: ignore[arg-type]
+        config = read_config(directory / "config.yaml")
         reproducible = bool(claim["reproducible_noise"])
         nothing = no_guarantee(claim, reproducible_noise=reproducible)
-    except (ValueError, KeyError, TypeError, YAMLError, OmegaConfBaseException) as error:
+    except (ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{directory}: its records cannot be read ({reason}); expected those of dp-lora"

@@ -153,15 +153,28 @@ def _relation(record: Mapping[str, Any]) -> str:
     adjacency = str(record["adjacency"])
     if adjacency.startswith("zero out"):
         return (
-            "It can hardly be told from it which of two sets was trained on that are the same but for one "
-            "image, which contributes nothing in one of them. The number of training images is public."
+            "Take two sets of images that are the same, except that one image contributes nothing in one of "
+            "them: the adapter hardly tells which of the two it was trained on. The number of training "
+            "images is public."
         )
     if adjacency.startswith("add or remove"):
         return (
-            "It can hardly be told from it which of two sets was trained on that are the same but for one "
-            "image, which is in one of them only."
+            "Take two sets of images that are the same but for one image, which is in one of them only: the "
+            "adapter hardly tells which of the two it was trained on."
         )
     return ""
+
+
+def with_public_number(card: str, record: Mapping[str, Any]) -> str:
+    """The card of an earlier version with the relation that holds, since its sample rate tells their number.
+
+    Args:
+        card: from `model_card` of an earlier version, which named the relation "add or remove one image".
+        record: of privacy.json, with the relation that holds.
+    """
+    card = re.sub(r"(\| adjacency [^|]*\| )add or remove[^|]*\|", rf"\g<1>{record['adjacency']} |", card)
+    claim = re.compile(r"(-differential privacy\*\* \(epsilon, delta\)\.)[^\n]*")
+    return claim.sub(rf"\g<1> {_relation(record)}", card)
 
 
 _BOUNDS = (("epsilon", "epsilon"), ("delta", "delta"))

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dp_lora import manifest
 from dp_lora.classifier import DEEP, RECIPES, correct, train_classifier
 from dp_lora.config import EvaluationConfig
 from dp_lora.data import ImageSplits
@@ -40,13 +41,10 @@ from dp_lora.features import check_extractors, extract_features, load_extractors
 from dp_lora.metrics import LEVEL, Interval, Measured, Options, Reference, interval, measure
 from dp_lora.pairs import DENSITY_NEIGHBOURS, MANIFOLD_NEIGHBOURS
 
-PRIVATE_METRICS_NOTE = "computed on private data; releasing it is not covered by epsilon"
+PRIVATE_METRICS_NOTE = manifest.UNCOVERED_NOTE
 
 _REVISION = 2
 """Part of every cache key: to be raised when the code behind a cached value changes."""
-
-_NO_REAL_IMAGES = frozenset({"inception_score", "inception_score_before"})
-"""Metrics of generated images alone: epsilon of the adapter covers them."""
 
 Say = Callable[[str], None]
 
@@ -260,7 +258,7 @@ def evaluate_all(
     sets["_real"] = run.real_baseline(len(generated.images))
     metrics = {f"{name}{end}": value for end, found in sets.items() for name, value in found.metrics.items()}
     intervals = {f"{name}{end}": x for end, found in sets.items() for name, x in found.intervals.items()}
-    private = [] if real.public else [name for name in metrics if name not in _NO_REAL_IMAGES]
+    private = [] if real.public else [name for name in metrics if name not in manifest.GENERATED_METRICS]
     metadata = {
         "n_samples": len(generated.images),
         "n_before": None if earlier is None else len(earlier.images),

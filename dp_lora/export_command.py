@@ -1,16 +1,21 @@
 """The command `dp-lora export` (= `dp-lora-export`): copies what may leave a finished run, and nothing else.
 
 `dp_lora.manifest` says what that is and why. The folder appears whole or not at all, it names neither folders
-nor people of this machine, and all its files have one date.
+nor people of this machine, and all its files have one date. Until it is complete and checked, only its owner
+can enter it, under another name; what a kill leaves of that, the next export to the same folder removes.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
+import hashlib
 import io
 import os
+import re
 import secrets
 import shutil
+import signal
 import sys
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,9 +25,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dp_lora import manifest
-from dp_lora.config import Config, from_omegaconf
+from dp_lora.config import Config
 from dp_lora.errors import UserError
 from dp_lora.files import file_lock, json_ready, read_json, read_lines, write_atomic, write_json, write_lines
+from dp_lora.outputs import is_whole
+from dp_lora.privacy.accounting import ADJACENCIES
+from dp_lora.saved import read_config
 
 DATE = 315532800
 """1 January 1980, the earliest that a zip file knows: the time of modification of all that is exported."""
@@ -36,6 +44,13 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists what there is")
 
 
+class _Stopped(BaseException):
+    """The command was told to end by a signal."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
 @dataclass(frozen=True)
 class _Run:
     """The records of a finished run."""
@@ -43,6 +58,9 @@ class _Run:
     directory: Path
     config: Config
     privacy: Mapping[str, Any]
+    """privacy.json, with the relation of neighbours that holds."""
+    restated: bool
+    """Whether the run, of an earlier version, calls its relation by another name."""
     covered: bool
     """Whether a guarantee covers the training, or its images are public."""
 
@@ -53,8 +71,8 @@ def main(words: Sequence[str] | None = None) -> None:
         prog="dp-lora export",
         description="Copies what may leave a finished run into a new folder, and nothing else.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory")
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a new or an empty folder")
+    parser.add_argument("run", type=_folder, metavar="RUN", help="a run directory")
+    parser.add_argument("folder", type=_folder, metavar="FOLDER", help="a new or an empty folder")
     parser.add_argument(
         "--with-uncovered",
         action="store_true",
@@ -62,9 +80,8 @@ def main(words: Sequence[str] | None = None) -> None:
     )
     try:
         given = parser.parse_args(words)
-        folder = export(
-            given.run.expanduser(), given.folder.expanduser(), with_uncovered=given.with_uncovered
-        )
+        with _signals():
+            folder = export(given.run, given.folder, with_uncovered=given.with_uncovered)
     except UserError as error:
         print(f"dp-lora export: {error}", file=sys.stderr)
         sys.exit(2)
@@ -74,9 +91,36 @@ def main(words: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("dp-lora export: interrupted; nothing was written", file=sys.stderr)
         sys.exit(130)
+    except _Stopped as stopped:
+        print("dp-lora export: was told to stop; nothing was written", file=sys.stderr)
+        sys.exit(128 + stopped.number)
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             print(path)
+
+
+def _folder(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("expected a folder, found an empty name")
+    return Path(text).expanduser()
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """While this holds, a signal to end is an exception, so that what is half done is removed."""
+
+    def stop(number: int, frame: object) -> None:
+        raise _Stopped(number)
+
+    # What its caller ignores, as under nohup, stays ignored.
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def export(directory: Path, folder: Path, *, with_uncovered: bool = False) -> Path:
@@ -98,21 +142,64 @@ def export(directory: Path, folder: Path, *, with_uncovered: bool = False) -> Pa
             "expected a run with one, or --with-uncovered"
         )
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
-    try:
+    with _partial(folder) as partial:
         with _still(directory):
-            partial.mkdir()
             _write(run, partial, with_uncovered=with_uncovered)
         _check_names(run, partial)
+        partial.chmod(0o777 & ~_umask())
         _date(partial)
         _put(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return folder
 
 
+@contextmanager
+def _partial(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder`, its owner's alone; it is gone at the end unless it was given its name.
+
+    Those that earlier exports to `folder` left when they were killed are removed. The lock on each, which
+    the system frees when its holder dies, tells them from one that is being written.
+    """
+    name = hashlib.sha256(folder.name.encode()).hexdigest()[:8]
+    beside = folder.absolute().parent
+    for stale in beside.glob(f".dp-lora-export.{name}.*.partial"):
+        with _locked(stale) as is_free:
+            if is_free:
+                shutil.rmtree(stale, ignore_errors=True)
+    partial = beside / f".dp-lora-export.{name}.{secrets.token_hex(4)}.partial"
+    try:
+        partial.mkdir(mode=0o700)
+        with _locked(partial):
+            yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Holds the lock of the folder; gives whether it was free."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    """Of this process; to read it is to set it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
 def _check_folder(directory: Path, folder: Path) -> None:
+    if folder.is_symlink():
+        raise UserError(f"{folder}: is a link; expected a new or an empty folder")
     if folder.resolve().is_relative_to(directory.resolve()):
         raise UserError(f"{folder}: lies in the run directory, which is private; expected another place")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -120,10 +207,6 @@ def _check_folder(directory: Path, folder: Path) -> None:
 
 
 def _finished(directory: Path) -> _Run:
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
     from dp_lora.card import no_guarantee
 
     for name in ("config.yaml", "status.json", "privacy.json", "adapter"):
@@ -131,20 +214,33 @@ def _finished(directory: Path) -> _Run:
             raise UserError(
                 f"{directory}: no {name} in it; expected the run directory of a finished dp-lora job"
             )
+    config = read_config(directory / "config.yaml")
     try:
-        state = read_json(directory / "status.json")["state"]
-        privacy = read_json(directory / "privacy.json")
-        config = from_omegaconf(OmegaConf.load(directory / "config.yaml"))  # type: ignore[arg-type]
-        complete = bool(privacy["complete"])
-        nothing = no_guarantee(privacy, reproducible_noise=bool(privacy["reproducible_noise"]))
-    except (ValueError, KeyError, TypeError, YAMLError, OmegaConfBaseException) as error:
+        state = _record(directory / "status.json")["state"]
+        privacy = _record(directory / "privacy.json")
+        complete = privacy["complete"] is True
+        nothing = no_guarantee(privacy, reproducible_noise=privacy["reproducible_noise"] is not False)
+        restated = config.privacy.adjacency == "zero_out" and privacy["adjacency"].startswith("add or remove")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{directory}: its records cannot be read ({reason})") from error
     if state != "done" or not complete:
         raise UserError(
-            f"{directory}: the run is {state}; expected a finished one: give its command again first"
+            f"{directory}: the run is {state if complete else 'not complete'}; expected a finished one: give "
+            "its command again first"
         )
-    return _Run(directory, config, privacy, covered=config.data.public or nothing is None)
+    if restated:
+        privacy = {**privacy, "adjacency": ADJACENCIES["zero_out"]}
+    is_covered = config.data.public or nothing is None
+    return _Run(directory, config, privacy, restated=restated, covered=is_covered)
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """The JSON object of a file. Raises UserError when it holds something else."""
+    record = read_json(path)
+    if not isinstance(record, dict):
+        raise UserError(f"{path}: expected a JSON object as the job wrote it, found {type(record).__name__}")
+    return record
 
 
 @contextmanager
@@ -167,24 +263,50 @@ def _write(run: _Run, folder: Path, *, with_uncovered: bool) -> None:
     from omegaconf import OmegaConf
 
     source = run.directory
-    _copy_adapter(source / "adapter", folder / "adapter")
+    _copy_adapter(run, folder / "adapter")
     for name in ("samples.npz", "samples.png"):
-        if (source / name).exists():
+        if (source / name).exists() or (source / name).is_symlink():
             _copy_file(source / name, folder / name)
-    write_json(folder / "privacy.json", manifest.privacy(run.privacy))
-    rows = [manifest.row(row) for row in read_lines(source / "metrics.jsonl")]
-    write_lines(folder / "metrics.jsonl", rows)
+    with _named(source / "privacy.json"):
+        write_json(folder / "privacy.json", manifest.privacy(run.privacy))
+    rows = read_lines(source / "metrics.jsonl")
+    with _named(source / "metrics.jsonl"):
+        write_lines(folder / "metrics.jsonl", [manifest.row(row) for row in rows])
     if (source / "result.json").exists():
-        shown = manifest.result(read_json(source / "result.json"), with_uncovered=with_uncovered)
+        result = _record(source / "result.json")
+        with _named(source / "result.json"):
+            shown = manifest.result(
+                result,
+                public=run.config.data.public,
+                released=manifest.is_released(run.privacy),
+                with_uncovered=with_uncovered,
+            )
         write_json(folder / "result.json", shown)
-    settings = OmegaConf.create(json_ready(manifest.exported_settings(run.config)))
+    settings = OmegaConf.create(_settings(run))
     write_atomic(folder / "config.yaml", OmegaConf.to_yaml(settings))
     if (source / "provenance.json").exists():
-        write_json(folder / "provenance.json", manifest.provenance(read_json(source / "provenance.json")))
+        record = _record(source / "provenance.json")
+        with _named(source / "provenance.json"):
+            write_json(folder / "provenance.json", manifest.provenance(record))
     assert {path.name for path in folder.iterdir()} <= manifest.FILES.keys()
 
 
-def _copy_adapter(source: Path, folder: Path) -> None:
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Puts the name of the file before what is wrong with one of its values."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}, so this is not what the job wrote") from error
+
+
+def _copy_adapter(run: _Run, folder: Path) -> None:
+    from dp_lora.card import with_public_number
+
+    source = run.directory / "adapter"
+    if source.is_symlink():
+        raise UserError(f"{source}: is a link; expected the folder that the job wrote")
+    is_whole(run.directory, "finetune")
     folder.mkdir()
     for path in sorted(source.iterdir()):
         if path.name not in manifest.ADAPTER or not path.is_file():
@@ -192,14 +314,24 @@ def _copy_adapter(source: Path, folder: Path) -> None:
                 f"{path}: does not belong to an adapter; expected only {', '.join(sorted(manifest.ADAPTER))}"
             )
         _copy_file(path, folder / path.name)
+    card = folder / "README.md"
+    if run.restated and card.exists():
+        write_atomic(card, with_public_number(card.read_text(encoding="utf-8"), run.privacy))
 
 
 def _copy_file(source: Path, copy: Path) -> None:
-    if source.is_symlink():
-        raise UserError(f"{source}: is a link; expected the file that the job wrote")
+    if source.is_symlink() or not source.is_file():
+        what = "a link" if source.is_symlink() else "no file"
+        raise UserError(f"{source}: is {what}; expected the file that the job wrote")
     content = source.read_bytes()
     if source.suffix == ".npz":
-        names = {name.removesuffix(".npy") for name in zipfile.ZipFile(io.BytesIO(content)).namelist()}
+        try:
+            names = {name.removesuffix(".npy") for name in zipfile.ZipFile(io.BytesIO(content)).namelist()}
+        except zipfile.BadZipFile as error:
+            raise UserError(
+                f"{source}: the samples cannot be read ({error}); remove the file, and the run's own command "
+                "draws them again"
+            ) from error
         if names != manifest.SAMPLES:
             raise UserError(f"{source}: holds {', '.join(sorted(names))}; expected images, labels, classes")
     write_atomic(copy, content)
@@ -212,12 +344,15 @@ def _check_names(run: _Run, folder: Path) -> None:
     """
     for path in _files(folder):
         content = path.read_bytes()
-        for field, name in _private_paths(run):
-            if name.encode() in content:
-                raise UserError(
-                    f"{run.directory / path.relative_to(folder)}: names {field}, which may not leave; "
-                    "expected what a run of this version writes, where no folder is named"
-                )
+        named = [field for field, name in _private_paths(run) if name.encode() in content]
+        if path.suffix in (".md", ".yaml", ".jsonl", ".json") and path.name != "adapter_config.json":
+            found = set(re.findall(r"[\w-]+", content.decode(errors="replace")))
+            named += [field for field, word in _private_words(run) if word in found]
+        for field in named:
+            raise UserError(
+                f"{run.directory / path.relative_to(folder)}: names {field}, which may not leave; "
+                "expected what a run of this version writes, where no folder is named"
+            )
 
 
 def _private_paths(run: _Run) -> Iterator[tuple[str, str]]:
@@ -242,6 +377,39 @@ def _private_paths(run: _Run) -> Iterator[tuple[str, str]]:
         for name in {value, resolved}:
             if os.sep in name and len(name) >= _SHORTEST:
                 yield field, name
+
+
+def _private_words(run: _Run) -> Iterator[tuple[str, str]]:
+    """Sources that are named by one word, as folders of the working directory are, with the setting.
+
+    A word that the card or the settings use anyway, such as "images", tells nothing and is none of them.
+    """
+    from dp_lora import card
+
+    fields = (*manifest.FILES, *manifest.ROWS, *manifest.PRIVACY, *manifest.RESULT, *manifest.PROVENANCE)
+    text = Path(card.__file__).read_text(encoding="utf-8")
+    known = set(re.findall(r"[\w-]+", " ".join([*_texts(_settings(run)), *fields, text])))
+    for field in ("data", "public_data"):
+        source = getattr(run.config, field).source
+        if source and re.fullmatch(r"[\w-]{3,}", source) and source not in known:
+            yield f"{field}.source", source
+
+
+def _settings(run: _Run) -> Any:
+    return json_ready(manifest.exported_settings(run.config))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in nested settings, and every name of one."""
+    if isinstance(value, Mapping):
+        yield from value
+        for item in value.values():
+            yield from _texts(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
+    elif isinstance(value, str):
+        yield value
 
 
 def _files(folder: Path) -> Iterable[Path]:

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dp_lora import manifest
-from dp_lora.config import Config, fingerprint, from_omegaconf, pretrained_fingerprint
+from dp_lora.config import Config, fingerprint, pretrained_fingerprint
 from dp_lora.errors import UserError
 from dp_lora.files import append_line, file_lock
 from dp_lora.outputs import OUTPUTS, check_records, is_whole
 from dp_lora.processes import agreed, rank
+from dp_lora.saved import read_config
 from dp_lora.wandb_mode import wandb_mode
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def _check_directory(config: Config, directory: Path) -> None:
     """Refuses a place that cannot be written and a run directory that belongs to another configuration."""
     saved = directory / "config.yaml"
     if saved.exists():
-        other = fingerprint(_saved_config(saved))
+        other = fingerprint(read_config(saved))
         if other != fingerprint(config):
             raise UserError(
                 f"{directory}: this run directory belongs to another configuration ({other}, expected "
@@ -99,21 +100,6 @@ def _check_directory(config: Config, directory: Path) -> None:
     check_records(directory)
     check_writable(directory, f"paths.outputs={config.paths.outputs}")
     check_writable(Path(config.paths.cache).expanduser(), f"paths.cache={config.paths.cache}")
-
-
-def _saved_config(path: Path) -> Config:
-    """What a run was asked for. Raises UserError when the file is damaged."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    try:
-        return from_omegaconf(OmegaConf.load(path))  # type: ignore[arg-type]
-    except (UserError, OmegaConfBaseException, YAMLError, ValueError, AssertionError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{path}: says no longer what this run is ({reason}); expected what this program wrote there"
-        ) from error
 
 
 def check_writable(folder: Path, field: str) -> None:

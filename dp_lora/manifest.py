@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from dp_lora.config import PRIVATE_SETTINGS, Config, fingerprint, readable
+from dp_lora import field_kinds
+from dp_lora.config import PRIVATE_SETTINGS, STAGES, Config, fingerprint, readable
+from dp_lora.errors import UserError
 
 SIZES = ("data.train_size", "data.validation_size", "data.test_size")
 """Settings that tell how many private images there are."""
@@ -37,7 +40,7 @@ class Why(StrEnum):
     SIZE = "tells the number of images, which zero_out takes as public; left out under add_or_remove"
     OWN_BUDGET = "read from a sum with noise of its own: the budget under `release` covers it"
     MACHINE = "says with what it was made: no function of an image"
-    COARSE = "rounded so far that the sizes of the private batches do not show"
+    COARSE = "rounded to one digit, or to a power of two: no noise protects it, and rounding adds none"
     LABEL = "a word that its owner gave to be shown"
     AFTER = "a clock that starts when the private training has ended"
     UNCOVERED = "no epsilon covers it: left out, or marked where its owner asks for it"
@@ -84,10 +87,12 @@ ROWS: Mapping[str, Why] = {
     "signal_to_noise": Why.NOISED,
     "private_loss": Why.NOISED,
 }
-"""What a stage that sees private data may log: metrics.jsonl, the rows of W&B, lines of progress.
+"""What a stage that sees private data may log: metrics.jsonl and the rows of W&B.
 
 `update_norm` and `signal_to_noise` are of the noised update, `private_loss` is read from the noised sum. A
-row holds no time: how long a step takes follows the size of its batch, which no noise protects.
+row holds no time: how long a step takes follows the size of its batch, which no noise protects. Lines of
+progress show the same values, with times beside them: they go to stderr, which is the owner's, and are not
+released.
 """
 
 PRIVACY: Mapping[str, Why] = {
@@ -103,6 +108,33 @@ PRIVACY: Mapping[str, Why] = {
     "num_examples": Why.SIZE,
 }  # fmt: skip
 """Fields of privacy.json; `steps` counts the executions that were begun, by a schedule without images."""
+
+_KINDS: Mapping[str, Callable[[str, Any], Any]] = {
+    **dict.fromkeys(("complete", "private", "reproducible_noise"), field_kinds.flag),
+    **dict.fromkeys(("accountant", "adjacency", "clipping", "unit"), field_kinds.words),
+    **dict.fromkeys(("covers", "does_not_cover"), field_kinds.sentences),
+    "epsilon_by_accountant": field_kinds.numbers,
+    "release": field_kinds.mapping,
+}
+"""Of the fields of privacy.json that are no numbers."""
+
+GENERATED_METRICS = frozenset({"inception_score", "inception_score_before"})
+"""Metrics of generated images alone: epsilon of the adapter covers them."""
+
+RELEASED_METRICS = "dp_"
+"""How the names of metrics begin that `evaluation.release=dp` reads from a noised sum."""
+
+AUDIT = frozenset(
+    {
+        "epsilon", "delta", "epsilon_lower_bound", "epsilon_lower_bound_if_gaussian", "contradicted",
+        "confidence", "kind", "canaries", "most_that_could_be_shown", "guesses", "correct",
+        "scored_for_noise_multiplier", "noise_test", "true_positives", "positives", "false_positives",
+        "negatives",
+    }
+)  # fmt: skip
+"""What an audit finds without a private image: canaries are trained without one."""
+
+UNCOVERED_NOTE = "computed on private data; releasing it is not covered by epsilon"
 
 RESULT: Mapping[str, Why] = {
     "metrics": Why.UNCOVERED,
@@ -130,8 +162,8 @@ RESULT: Mapping[str, Why] = {
     "peak_memory_bytes": Why.COARSE,
     "device": Why.MACHINE,
 }
-"""Fields of result.json. `metrics` and `intervals` keep the metrics that epsilon, or a budget of their own,
-covers; `audit` loses what was measured on private images. Both name that under `private_metrics`."""
+"""Fields of result.json. `metrics` and `intervals` keep the metrics that are known to be covered by epsilon,
+or by a budget of their own; `audit` keeps what is known to be measured without private images."""
 
 PROVENANCE: Mapping[str, Why] = dict.fromkeys(
     ("git", "versions", "hardware", "seeds", "reproducible_noise"), Why.MACHINE
@@ -163,6 +195,7 @@ WANDB: Mapping[str, Why] = {
     "history: the columns of ROWS": Why.NOISED,
     "history: _step": Why.SETTING,
     "history: _timestamp, _runtime": Why.AFTER,
+    "run: start time, runtime at exit": Why.AFTER,
     "summary: privacy": Why.SETTING,
     "summary: metrics and result": Why.UNCOVERED,
     "media: samples": Why.GENERATED,
@@ -171,7 +204,11 @@ WANDB: Mapping[str, Why] = {
 }
 """What W&B is sent. The run begins there when the private training has ended, and its rows arrive together:
 neither its clocks nor the times of arrival see a step. Metrics that epsilon does not cover carry a note. The
-run's id is random."""
+run's id is random.
+
+The start time is of what comes after the training. Where jobs run one after another, the time from one run's
+start to the next one's bounds the duration of a training from above.
+"""
 
 
 def settings(config: Config) -> dict[str, Any]:
@@ -218,54 +255,150 @@ def run_name(config: Config, overrides: Sequence[str]) -> str:
 
 
 def privacy(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What may leave of privacy.json."""
+    """What may leave of privacy.json. Raises UserError for a value of another kind than its field's."""
     public = _size_is_public(str(record.get("adjacency")))
-    return {
-        name: value
+    number: Callable[[str, Any], Any] = field_kinds.number
+    shown = {
+        name: None if value is None else _KINDS.get(name, number)(name, value)
         for name, value in record.items()
         if name in PRIVACY and (public or PRIVACY[name] is not Why.SIZE)
     }
+    for name, value in (shown.get("release") or {}).items():
+        _check_plain(f"release.{name}", value)
+    return shown
 
 
-def result(record: Mapping[str, Any], *, with_uncovered: bool) -> dict[str, Any]:
-    """What may leave of result.json.
+def is_released(record: Mapping[str, Any]) -> bool:
+    """Whether privacy.json states a budget of its own for the metrics, with noise that is secret."""
+    release = record.get("release")
+    if not isinstance(release, Mapping) or release.get("reproducible_noise") is not False:
+        return False
+    epsilon = release.get("epsilon")
+    return isinstance(epsilon, int | float) and math.isfinite(epsilon) and not isinstance(epsilon, bool)
+
+
+def uncovered(record: Mapping[str, Any], *, public: bool, released: bool) -> list[str]:
+    """The metrics of result.json that are not known to be covered: what nobody knows is not covered.
 
     Args:
         record: the whole content.
+        public: all images are public, so that nothing needs to be covered.
+        released: see `is_released`.
+
+    Raises UserError for a metric that is no number.
+    """
+    said = record.get("private_metrics")
+    named = {str(name) for name in said} if isinstance(said, list | tuple) else set()
+    metrics = [*_numbers(record, "metrics"), *_intervals(record)]
+    audit = [f"audit.{name}" for name in _audit(record) if name not in AUDIT]
+    if public:
+        return []
+    covered = {
+        name
+        for name in metrics
+        if name in GENERATED_METRICS or (released and name.startswith(RELEASED_METRICS))
+    }
+    return [name for name in dict.fromkeys([*metrics, *audit]) if name not in covered - named]
+
+
+def result(
+    record: Mapping[str, Any], *, public: bool, released: bool, with_uncovered: bool
+) -> dict[str, Any]:
+    """What may leave of result.json.
+
+    Guarantee: on private data a metric leaves unmarked only if it is known to be computed from generated
+    images alone, or read from a sum with noise of its own. A record that does not say which metrics are
+    private, or says that none is, makes no metric covered.
+
+    Args:
+        record: the whole content.
+        public: all images are public.
+        released: see `is_released`.
         with_uncovered: also what no epsilon covers, named under `private_metrics` with a note; else its names
             are listed under `left_out`.
+
+    Raises UserError for a value of another kind than its field's.
     """
+    private = uncovered(record, public=public, released=released)
     shown = {name: value for name, value in record.items() if name in RESULT}
     if "seconds" in shown:
-        shown["seconds"] = {stage: coarse(seconds) for stage, seconds in shown["seconds"].items()}
-    if "peak_memory_bytes" in shown:
-        shown["peak_memory_bytes"] = power_of_two(shown["peak_memory_bytes"])
-    private = list(record.get("private_metrics", []))
-    if with_uncovered or not private:
-        return shown
-    for name in ("tested_on", "real_baseline"):
-        shown.pop(name, None)
-    if isinstance(shown.get("reference"), Mapping):
-        shown["reference"] = {"split": shown["reference"].get("split")}
+        seconds = field_kinds.mapping("seconds", shown["seconds"])
+        shown["seconds"] = {k: coarse(field_kinds.finite(f"seconds.{k}", v)) for k, v in seconds.items()}
+    if shown.get("peak_memory_bytes") is not None:
+        memory = field_kinds.finite("peak_memory_bytes", shown["peak_memory_bytes"])
+        shown["peak_memory_bytes"] = power_of_two(int(memory))
+    note = UNCOVERED_NOTE if private else ""
+    if with_uncovered:
+        return {**shown, "private_metrics": private, "private_metrics_note": note}
+    if not public:
+        _leave_sizes_out(shown, released=released)
     for group, prefix in (("metrics", ""), ("intervals", ""), ("audit", "audit.")):
         if group in shown:
             shown[group] = {k: v for k, v in shown[group].items() if f"{prefix}{k}" not in private}
-    note = record.get("private_metrics_note", "")
-    return {**shown, "private_metrics": [], "private_metrics_note": "", "left_out": private,
-            "left_out_note": note}  # fmt: skip
+    shown |= {"private_metrics": [], "private_metrics_note": ""}
+    return {**shown, "left_out": private, "left_out_note": note} if private else shown
+
+
+def _leave_sizes_out(shown: dict[str, Any], *, released: bool) -> None:
+    """Leaves out how many private images were compared with, unless the number is read from a noised sum."""
+    for name in ("tested_on", "real_baseline", *(() if released else ("noise", "release", "n_note"))):
+        shown.pop(name, None)
+    if "reference" in shown:
+        reference = field_kinds.mapping("reference", shown["reference"])
+        shown["reference"] = {"split": field_kinds.name("reference.split", reference.get("split"))}
+        if released:
+            shown["reference"]["n"] = field_kinds.finite("reference.n", reference.get("n"))
+
+
+def _numbers(record: Mapping[str, Any], field: str) -> dict[str, Any]:
+    return field_kinds.numbers(field, record.get(field, {}))
+
+
+def _intervals(record: Mapping[str, Any]) -> dict[str, Any]:
+    found = field_kinds.mapping("intervals", record.get("intervals", {}))
+    return {
+        field_kinds.name("intervals", name): field_kinds.interval(f"intervals.{name}", ends)
+        for name, ends in found.items()
+    }
+
+
+def _audit(record: Mapping[str, Any]) -> dict[str, Any]:
+    found = field_kinds.mapping("audit", record.get("audit", {}))
+    return {field_kinds.name("audit", name): value for name, value in found.items()}
 
 
 def row(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What may leave of a line of metrics.jsonl that a private stage wrote."""
-    return {name: value for name, value in record.items() if name == "stage" or name in ROWS}
+    """What may leave of a line of metrics.jsonl that a private stage wrote.
+
+    Raises UserError for a value that is no number.
+    """
+    shown = {name: field_kinds.number(name, value) for name, value in record.items() if name in ROWS}
+    if record.get("stage") not in STAGES:
+        raise UserError(f"stage: expected one of {', '.join(STAGES)}")
+    return {"stage": record["stage"], **shown}
 
 
 def provenance(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What may leave of provenance.json."""
+    """What may leave of provenance.json. Raises UserError for a value of another kind than its field's."""
     shown = {name: value for name, value in record.items() if name in PROVENANCE}
     if "hardware" in shown:
-        shown["hardware"] = {name: shown["hardware"].get(name) for name in HARDWARE}
+        hardware = field_kinds.mapping("hardware", shown["hardware"])
+        shown["hardware"] = {name: hardware.get(name) for name in HARDWARE}
+        for name, value in shown["hardware"].items():
+            _check_plain(f"hardware.{name}", value)
     return shown
+
+
+def _check_plain(field: str, value: Any) -> None:
+    """Raises UserError unless the value is text, number, flag, nothing, or a mapping or list of these."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            _check_plain(f"{field}.{name}", item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _check_plain(field, item)
+    elif value is not None and not isinstance(value, str | int | float):
+        raise UserError(f"{field}: expected numbers and words, found {type(value).__name__}")
 
 
 def coarse(seconds: float) -> float:

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from dp_lora.config import Config, from_omegaconf
+from dp_lora.config import Config
 from dp_lora.errors import UserError
 from dp_lora.files import private_directory, write_atomic, write_json
+from dp_lora.saved import read_config
 
 if TYPE_CHECKING:
     import numpy as np
@@ -114,18 +115,10 @@ def inspect(directory: Path, folder: Path, *, extractor: str, images: int, count
 
 
 def _config(directory: Path) -> Config:
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
     path = directory / "config.yaml"
     if not path.is_file() or not (directory / "samples.npz").is_file():
         raise UserError(f"{directory}: expected a run directory with config.yaml and samples.npz")
-    try:
-        return from_omegaconf(OmegaConf.load(path))  # type: ignore[arg-type]
-    except (OmegaConfBaseException, YAMLError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: cannot be read ({reason}); expected the settings of a run") from error
+    return read_config(path)
 
 
 def _check_place(directory: Path, folder: Path) -> None:

@@ -17,8 +17,9 @@ SECONDS_BETWEEN_LINES = 10.0
 class Progress:
     """Shows steps done, rate, time left and a few values of one stage; silent on all ranks but the first.
 
-    What it shows may end in a log that others read, so the values obey the rule of `tracking`: on private
-    data only what `tracking.RELEASED` names.
+    Its stream is the owner's. Rate, time left and the total follow the sizes of the private batches, which no
+    noise protects, so that a log of it is as private as the run directory and must not be released. The
+    values obey the rule of `tracking` even so: on private data only what `tracking.RELEASED` names.
 
     Args:
         total: steps of the whole stage.

@@ -190,19 +190,25 @@ class Tracker:
     def result(self, record: Mapping[str, Any]) -> None:
         """Writes `record` to result.json; W&B's summary gets its metrics by name and a table of baselines.
 
-        Which metrics no epsilon covers is said in all three.
+        Which metrics are not known to be covered by an epsilon is said in W&B's, which `manifest` decides.
         """
         write_json(self._directory / "result.json", record)
-        released = manifest.result(record, with_uncovered=True)
+        path = self._directory / "privacy.json"
+        released = manifest.result(
+            record,
+            public=self._public,
+            released=path.exists() and manifest.is_released(read_json(path)),
+            with_uncovered=True,
+        )
         metrics: dict[str, Any] = dict(released.pop("metrics", {}))
-        private = record.get("private_metrics", [])
+        private = released["private_metrics"]
         shown = {**_plain(released), "private_metrics": ", ".join(private)}
         self._mirror().summarise({**_plain(metrics), "result": shown})
         if metrics:
             columns, rows = baseline_table(metrics)
             if private:
                 columns = [*columns, "note"]
-                note = record["private_metrics_note"]
+                note = released["private_metrics_note"]
                 rows = [[*row, note if row[0] in private else ""] for row in rows]
             self._mirror().table("baselines", columns, rows, line=self._rows)
 

@@ -62,7 +62,7 @@ class Sweep:
 def find(folders: Sequence[Path]) -> list[Sweep]:
     """The sweeps in `folders`, or in `outputs/sweeps` when there are none, by their names.
 
-    A folder is that of a sweep, one with sweeps in it, or one of runs (`outputs/<experiment>`).
+    A folder is that of a sweep, one with sweeps in it, one of runs (`outputs/<experiment>`), or a run's.
 
     Raises UserError for a folder that is none of these, and as `read` does.
     """
@@ -77,6 +77,8 @@ def _in(folder: Path) -> list[Sweep]:
     if inside:
         return [read(path) for path in inside]
     runs = sorted(path for path in folder.iterdir() if is_run(path)) if folder.is_dir() else []
+    if not runs and is_run(folder):
+        runs = [folder.absolute()]
     if runs:
         return [Sweep(folder, tuple(Cell(identity(run), (), run) for run in runs))]
     raise UserError(

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
+from safetensors.numpy import save_file
 
 from dp_lora import export_command, manifest
 from dp_lora.__main__ import main
@@ -27,9 +28,10 @@ PLAN = {
     "epsilon": 2.0, "adjacency": "one image contributes nothing instead, Poisson sampling", "complete": True,
     "reproducible_noise": False, "label_counts": [700, 800],
 }  # fmt: skip
+NOTE = "computed on private data; releasing it is not covered by epsilon"
 RESULT: dict[str, Any] = {
     "metrics": {"accuracy_cnn": 0.8, "inception_score": 2.0}, "intervals": {"accuracy_cnn": [0.7, 0.9]},
-    "private_metrics": ["accuracy_cnn", "audit.membership_inference"], "private_metrics_note": "not covered",
+    "private_metrics": ["accuracy_cnn", "audit.membership_inference"], "private_metrics_note": NOTE,
     "reference": {"split": "test", "n": 311}, "tested_on": {"split": "test", "n": 311}, "n_samples": 40,
     "seconds": {"finetune": 144.0, "sample": 3.1}, "peak_memory_bytes": 1_000_000_001, "batch_sizes": [3, 4],
     "audit": {"epsilon": 2.0, "membership_inference": {"auc": 0.75}},
@@ -44,8 +46,9 @@ def run(tmp_path: Path, tiny: Callable[..., Config]) -> Path:
     (directory / "checkpoint").mkdir()
     (directory / "checkpoint" / "key").write_bytes(b"secret")
     (directory / "wandb").mkdir()
-    for name in ("adapter_model.safetensors", "adapter_config.json", "README.md"):
-        (directory / "adapter" / name).write_text("{}")
+    save_file({"w": np.zeros(2, np.float32)}, directory / "adapter" / "adapter_model.safetensors")
+    (directory / "adapter" / "adapter_config.json").write_text('{"r": 8}')
+    (directory / "adapter" / "README.md").write_text("## Privacy\n")
     config = tiny("privacy.adjacency=zero_out")
     (directory / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
     write_json(directory / "status.json", {"state": "done"})
@@ -101,7 +104,7 @@ def test_exactly_what_the_manifest_lists_is_copied(run: Path, tmp_path: Path) ->
         "private_metrics_note": "", "reference": {"split": "test"}, "n_samples": 40,
         "seconds": {"finetune": 100.0, "sample": 3.0}, "peak_memory_bytes": 1 << 30,
         "audit": {"epsilon": 2.0},
-        "left_out": ["accuracy_cnn", "audit.membership_inference"], "left_out_note": "not covered",
+        "left_out": ["accuracy_cnn", "audit.membership_inference"], "left_out_note": NOTE,
     }  # fmt: skip
 
 
@@ -109,7 +112,7 @@ def test_what_is_not_covered_is_marked_when_it_is_asked_for(run: Path, tmp_path:
     result = read_json(export(run, tmp_path / "out", "--with-uncovered") / "result.json")
     assert result["metrics"] == RESULT["metrics"] and result["reference"] == RESULT["reference"]
     assert result["private_metrics"] == RESULT["private_metrics"]
-    assert result["private_metrics_note"] == "not covered" and "batch_sizes" not in result
+    assert result["private_metrics_note"] == NOTE and "batch_sizes" not in result
 
 
 def test_the_number_of_images_is_nowhere_under_add_or_remove(run: Path, tmp_path: Path) -> None:

@@ -195,3 +195,10 @@ def test_one_delta_a_private_set(tmp_path: Path) -> None:
     assert len(collect([read(folder)], mixed=True)) == 2
     apart = [{**choice, "data.name": name} for choice, name in zip(two, ("mnist", "cifar10"), strict=True)]
     assert len(collect([read(write_sweep(tmp_path / "apart", "mine", apart))])) == 2
+
+
+def test_a_run_directory_is_a_folder_of_one_run(sweep: Path) -> None:
+    (found,) = find([sweep])
+    run = found.cells[0].directory
+    (alone,) = find([run])
+    assert [cell.directory.resolve() for cell in alone.cells] == [run.resolve()] and not alone.launched

@@ -103,7 +103,7 @@ class Mark:
 
     @contextmanager
     def _locked(self, flags: int) -> Iterator[int]:
-        descriptor = os.open(self.path, os.O_RDWR | flags, 0o666)
+        descriptor = os.open(self.path, os.O_RDWR | flags, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield descriptor

@@ -1,0 +1,88 @@
+"""Of what kind the values of a record are that may leave a run: a list of numbers is no place for a text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from dp_lora.errors import UserError
+
+_NON_FINITE = ("inf", "-inf", "nan")
+"""How the files hold what JSON has no number for."""
+
+_NAME = re.compile(r"[\w.-]{1,80}")
+_WORDS = re.compile(r"[\w ,()+.-]{1,120}")
+
+
+def number(field: str, value: Any) -> float | str:
+    """A number, or a word for one that JSON cannot hold. Raises UserError otherwise."""
+    if isinstance(value, bool) or not (isinstance(value, int | float) or value in _NON_FINITE):
+        raise _wrong(field, "a number", value)
+    return value  # type: ignore[no-any-return]
+
+
+def finite(field: str, value: Any) -> float:
+    """A number that is not infinite. Raises UserError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
+        raise _wrong(field, "a finite number", value)
+    return value
+
+
+def flag(field: str, value: Any) -> bool:
+    """True or false. Raises UserError otherwise."""
+    if not isinstance(value, bool):
+        raise _wrong(field, "true or false", value)
+    return value
+
+
+def words(field: str, value: Any) -> str:
+    """A few plain words, in which there is no path. Raises UserError otherwise."""
+    if not isinstance(value, str) or not _WORDS.fullmatch(value):
+        raise _wrong(field, "a few plain words", value)
+    return value
+
+
+def name(field: str, value: Any) -> str:
+    """One word of letters, digits, dots and hyphens. Raises UserError otherwise."""
+    if not isinstance(value, str) or not _NAME.fullmatch(value):
+        raise _wrong(field, "a name", value)
+    return value
+
+
+def sentences(field: str, value: Any) -> str | list[str]:
+    """A text, or a list of them. Raises UserError otherwise."""
+    if not isinstance(value, str) and not (isinstance(value, list | tuple) and all(map(_is_text, value))):
+        raise _wrong(field, "a list of sentences", value)
+    return value if isinstance(value, str) else list(value)
+
+
+def mapping(field: str, value: Any) -> Mapping[str, Any]:
+    """Values by their names. Raises UserError otherwise."""
+    if not isinstance(value, Mapping):
+        raise _wrong(field, "values by name", value)
+    for key in value:
+        if not _is_text(key):
+            raise _wrong(field, "values by name", value)
+    return value
+
+
+def numbers(field: str, value: Any) -> dict[str, float | str]:
+    """Numbers by their names. Raises UserError otherwise."""
+    return {name(field, key): number(f"{field}.{key}", item) for key, item in mapping(field, value).items()}
+
+
+def interval(field: str, value: Any) -> list[float | str]:
+    """Two numbers. Raises UserError otherwise."""
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise _wrong(field, "two numbers", value)
+    return [number(field, end) for end in value]
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _wrong(field: str, expected: str, value: Any) -> UserError:
+    # The value is not shown: it is of no known kind, and may be anything.
+    return UserError(f"{field}: expected {expected}, found {type(value).__name__}")
