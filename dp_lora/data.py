@@ -26,7 +26,7 @@ from dp_lora.config import DataConfig, PathsConfig
 from dp_lora.digests import array_digests
 from dp_lora.errors import PrivateRefusal, UserError, did_you_mean
 from dp_lora.images import ROLES, Part, Request, Source, say, wanted_classes
-from dp_lora.sources import LOADERS
+from dp_lora.sources import LOADERS, check_fields
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -104,6 +104,7 @@ def load(data: DataConfig, paths: PathsConfig, field: str = "data") -> ImageSpli
     if data.name not in LOADERS:
         hint = did_you_mean(data.name, LOADERS)
         raise UserError(f"{field}.name={data.name!r}: expected one of {', '.join(LOADERS)}{hint}")
+    check_fields(data, field)
     folders = (Path(paths.data).expanduser(), Path(paths.cache).expanduser())
     request = Request(data, field, *folders)
     source = _held_out(LOADERS[data.name](request))

@@ -257,6 +257,7 @@ def _labels(tables: dict[str, Table], request: Request) -> tuple[tuple[str, ...]
         values = {role: table.column(column) for role, table in tables.items()}
         labels = {role: np.array([int(v) > 0 for v in found], np.int64) for role, found in values.items()}
         return attribute_classes(data.attribute), labels
+    _refuse_attribute(request, columns)
     if data.label_column == "none":
         image = _image_column(columns, request)
         return ("image",), {r: np.zeros(_length(t, image), np.int64) for r, t in tables.items()}
@@ -267,6 +268,22 @@ def _labels(tables: dict[str, Table], request: Request) -> tuple[tuple[str, ...]
             f"none for images without classes{did_you_mean(data.label_column or 'label', columns)}"
         )
     return _classes_of(tables, named[0], field)
+
+
+def _refuse_attribute(request: Request, columns: Sequence[str]) -> None:
+    """Refuses `data.attribute` where the classes are read from another column; CelebA's presets set it."""
+    data, field = request.data, request.field
+    if data.attribute is None or data.name in ("celeba", "celebahq"):
+        return
+    if data.label_column is not None:
+        raise UserError(
+            f"{field}.attribute={data.attribute}: {field}.label_column={data.label_column} says the classes; "
+            "expected null"
+        )
+    raise UserError(
+        f"{field}.attribute={data.attribute}: expected one of {', '.join(columns)}, or null"
+        f"{did_you_mean(data.attribute, columns)}"
+    )
 
 
 def _length(table: Table, image: str) -> int:
