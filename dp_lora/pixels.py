@@ -16,6 +16,7 @@ statistics, and programs write there the largest value of each single image.
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import stat
@@ -102,6 +103,10 @@ def decode(opened: Any, decoding: Decoding) -> Decoded:
         NoRange: values without a range of their own, or with another depth than `value_range`.
         What Pillow raises for a damaged file.
     """
+    from PIL.ImageFile import StubImageFile
+
+    if isinstance(opened, StubImageFile):  # HDF5 and the like, which Pillow knows and does not read
+        raise OSError("no pixels that can be read")
     deep = _deep_range(opened, decoding)
     image = _upright(opened)
     if deep is None:
@@ -299,9 +304,13 @@ def _on_background(image: Any, decoding: Decoding) -> tuple[Any, bool]:
 
 
 def shown(path: Path | str) -> str:
-    """A name as it can be printed: bytes that are not UTF-8, and control characters, escaped."""
+    """A name as it can be printed: bytes that are not UTF-8, and what no terminal shows, escaped."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return re.sub(r"[\x00-\x1f\x7f]", lambda found: f"\\x{ord(found[0]):02x}", text)
+    return "".join(char if char.isprintable() else _escaped(ord(char)) for char in text)
+
+
+def _escaped(code: int) -> str:
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def check_file(path: Path) -> None:
@@ -314,6 +323,8 @@ def check_file(path: Path) -> None:
         raise Unreadable("a folder")
     if not stat.S_ISREG(mode):
         raise Unreadable("no regular file")
+    if path.suffix.lower() in _RAW:  # of which Pillow would read the small picture inside
+        raise Unreadable("a raw file of a camera; expected PNG or JPEG")
 
 
 _REASONS = {
@@ -321,7 +332,15 @@ _REASONS = {
     ENOENT: "a link to nothing",
     EACCES: "it may not be read (permission denied)",
 }
+_RAW = (".dng", ".nef", ".arw", ".cr2", ".cr3", ".orf", ".rw2", ".raf", ".pef", ".srw")
 _BEGINNINGS = (
+    (rb".{128}DICM", "DICOM; expected its pixels as PNG or TIFF"),
+    (rb".{344}(n\+1|ni1)\0", "NIfTI, a volume; expected its slices as PNG or TIFF"),
+    (rb"\x93NUMPY", "an array of NumPy (.npy); expected PNG or TIFF"),
+    (rb"\x89HDF\r\n\x1a\n", "HDF5; expected PNG or TIFF, or a parquet file"),
+    (rb"7z\xbc\xaf\x27\x1c", "a 7z archive"),
+    (rb"Rar!\x1a\x07", "a rar archive"),
+    (rb"II\*\0....CR|FUJIFILM|II(U\0|RO)", "a raw file of a camera; expected PNG or JPEG"),
     (rb"\s*(<!--.*-->\s*)?<(!doctype\s+html|html|head|body)", "an HTML page"),
     (rb"version https://git-lfs", "a pointer of Git LFS; `git lfs pull` fetches the file"),
     (rb"\s*(<\?xml.*)?<svg", "a drawing (SVG); expected pixels"),
@@ -330,6 +349,7 @@ _BEGINNINGS = (
     (rb"\x1f\x8b", "a gzip archive"),
     (rb"PAR1", "a parquet table"),
     (rb"....ftyp(heic|heix|mif1|msf1)", "HEIC, which cannot be read; expected PNG or JPEG"),
+    (rb"....ftyp(?!avi[fs]|hei|mif1|msf1)", "a film (MP4); expected single images"),
     (rb"\x00+$", "nothing but zero bytes"),
     (rb"[\t\n\r\x20-\x7e]+$", "text"),
 )
@@ -351,12 +371,34 @@ def reason(content: Content, error: Exception) -> str:
         return _REASONS.get(unreadable.errno or 0, str(unreadable.strerror))
     if not beginning:
         return "empty (0 bytes)"
+    if isinstance(content, Path) and content.name.lower().endswith(".nii.gz"):
+        return "NIfTI, a volume; expected its slices as PNG or TIFF"
     for pattern, what in _BEGINNINGS:
         if re.match(pattern, beginning, re.DOTALL | re.IGNORECASE):
             return what
+    if floats := _floats_of_tiff(content):
+        return f"a TIFF of {floats}, expected 32 bits and one value a pixel"
     if isinstance(error, UnidentifiedImageError):
         return "of no format that is known, or cut off at its beginning"
     return f"cut short or damaged ({str(error) or type(error).__name__})"
+
+
+def _floats_of_tiff(content: Path | bytes) -> str | None:
+    """What floating-point numbers a TIFF holds; None for another file. Pillow reads 32 bits alone."""
+    from PIL.TiffImagePlugin import ImageFileDirectory_v2
+
+    try:
+        with content.open("rb") if isinstance(content, Path) else io.BytesIO(content) as file:
+            tags = ImageFileDirectory_v2(file.read(8))
+            file.seek(tags.next)
+            tags.load(file)
+            bits, kinds = tags.get(_BITS, (0,)), tags.get(_SAMPLE_FORMAT, (0,))
+    except Exception:  # no TIFF, or a damaged one: it fails in every way there is
+        return None
+    if set(kinds) != {3}:
+        return None
+    several = f"{len(bits)} " if len(bits) > 1 else ""
+    return f"{several}{bits[0]}-bit floating-point numbers"
 
 
 def _first_bytes(path: Path) -> bytes:

@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import importlib.util
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -78,6 +79,11 @@ def check_fields(data: DataConfig, field: str) -> None:
     Such a field is a mistake about what is trained on, and it makes another run of the same job, which is
     charged once more. What only the files tell, the loaders check before they decode an image.
     """
+    if data.source is not None and re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", data.source):
+        raise UserError(
+            f"{field}.source={shown(data.source)}: an address, from which nothing is fetched; expected a "
+            "folder or file of this machine, or a name on the hub where the set has one"
+        )
     if data.name in _OWN_IMAGES:
         if data.source is not None:
             group = "data" if field == "data" else f"data@{field}"
@@ -402,11 +408,20 @@ def _load_imagefolder(request: Request) -> Source:
     if files:
         return tables.read_parquet(root, files, request, preprocessing)
     if not root.is_dir():
-        raise UserError(
-            f"{field}.source={shown(data.source)}: no such folder; expected a folder of class folders"
-        )
+        what = _no_folder(root)
+        raise UserError(f"{field}.source={shown(data.source)}: {what}; expected a folder of class folders")
     _refuse_columns(data, field)
     return folders.read_folders(root, request, preprocessing)
+
+
+def _no_folder(path: Path) -> str:
+    """What lies where a folder was expected."""
+    if not path.exists():
+        return "no such folder"
+    name = path.name.lower()
+    if name.endswith((".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")):
+        return "an archive, which has to be unpacked"
+    return "one image" if name.endswith(folders.PICTURES) else "a file"
 
 
 LOADERS: dict[str, Callable[[Request], Source]] = {

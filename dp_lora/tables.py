@@ -18,7 +18,16 @@ import numpy as np
 
 from dp_lora.archives import attribute_classes
 from dp_lora.errors import UserError, did_you_mean
-from dp_lora.images import Preprocessing, Request, Source, Unread, identity_of, prepare_roles, say
+from dp_lora.images import (
+    Preprocessing,
+    Request,
+    Source,
+    Unread,
+    check_class_names,
+    identity_of,
+    prepare_roles,
+    say,
+)
 from dp_lora.pixels import Content, shown
 
 IMAGE_COLUMNS = ("image", "img")
@@ -186,6 +195,7 @@ def _source(tables: dict[str, Table], request: Request, preprocessing: Preproces
         raise UserError(f"{request.field}.source: no training rows, only {', '.join(tables)}")
     image = _image_column(tables["train"].columns, request)
     classes, labels = _labels(tables, request)
+    check_class_names(classes, f"{request.field}.label_column={request.data.label_column or 'null'}")
     # ImageNet's test images have no labels (-1), so its validation images test.
     labels = {role: found for role, found in labels.items() if role == "train" or (found != -1).any()}
     if "test" not in labels and "validation" in labels:
