@@ -26,7 +26,7 @@ from dp_lora.config import DataConfig, PathsConfig
 from dp_lora.digests import array_digests
 from dp_lora.errors import PrivateRefusal, UserError, did_you_mean
 from dp_lora.images import ROLES, Part, Request, Source, say, wanted_classes
-from dp_lora.sources import LOADERS
+from dp_lora.sources import LOADERS, check_fields
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -104,6 +104,7 @@ def load(data: DataConfig, paths: PathsConfig, field: str = "data") -> ImageSpli
     if data.name not in LOADERS:
         hint = did_you_mean(data.name, LOADERS)
         raise UserError(f"{field}.name={data.name!r}: expected one of {', '.join(LOADERS)}{hint}")
+    check_fields(data, field)
     folders = (Path(paths.data).expanduser(), Path(paths.cache).expanduser())
     request = Request(data, field, *folders)
     source = _held_out(LOADERS[data.name](request))
@@ -135,31 +136,50 @@ TRAIN_SIZES = {
 """Training images of the sets as they are published; CelebA-HQ is published with several splits."""
 
 
-FLAT = 16
-"""Of 256 levels: what 12 bits fill where 16 were expected."""
+FLAT, NARROW = 16, 64
+"""Of 256 levels: what 12 bits fill where 16 were expected, and what 14 bits do."""
 NEARLY_ALL = 0.95
+TAIL = 0.01
+"""Share of an image's pixels, at either end, that does not count: dead pixels, a marker in a corner."""
 
 
 def refuse_flat(images: ImageSet, field: str = "data") -> None:
     """Raises PrivateRefusal for a set in which nearly all images are constant or fill a sliver of the scale.
 
-    Such a set was read with a wrong range: it would be trained on, and spend epsilon, for nothing. Looks at
-    no more than 4,096 images, evenly spaced, and tells the owner of some flat ones on stderr.
+    Such a set was read with a wrong range: it would be trained on, and spend epsilon, for nothing. What an
+    image fills is counted from its 1st to its 99th percentile. Looks at no more than 4,096 images, evenly
+    spaced, and tells the owner on stderr of some flat ones, and of nearly all filling under a quarter.
     """
     chosen = np.unique(np.linspace(0, len(images) - 1, 4096).astype(np.int64))
-    pixels = images.images[chosen].reshape(len(chosen), -1)
-    spread = pixels.max(axis=1).astype(np.int64) - pixels.min(axis=1)
+    low, high = np.array([_filled(images.images[index]) for index in chosen]).T
+    spread = high - low
     flat = float((spread < FLAT).mean())
+    asked = f"{field}.value_range=[black,white] of the files"
     if flat >= NEARLY_ALL:
         constant = float((spread <= 1).mean())
         raise PrivateRefusal(
             f"{field}: {constant:.0%} of the images are constant, and {flat:.0%} fill less than a sixteenth "
-            f"of the scale (brightest pixel {pixels.max()} of 255): they seem to be read with a wrong range, "
-            f"and training would spend epsilon on nothing; expected {field}.value_range=[black,white] of the "
-            "files, such as [0,4095] for 12 bits"
+            f"of the scale (99% of the pixels of each are at most {high.max()} of 255): they seem to be read "
+            f"with a wrong range, and training would spend epsilon on nothing; expected {asked}, such as "
+            "[0,4095] for 12 bits in 16 of grey; files of 16 bits a colour have to be written again, as 8 "
+            "bits a colour or over all 16"
         )
-    if flat > 1 - NEARLY_ALL:
+    narrow = float((spread < NARROW).mean())
+    if narrow >= NEARLY_ALL:
+        say(
+            f"{field}: {narrow:.0%} of the images fill less than a quarter of the scale (99% of the pixels "
+            f"of each are at most {high.max()} of 255); if the files hold 13 or 14 bits in 16, give {asked}"
+        )
+    elif flat > 1 - NEARLY_ALL:
         say(f"{field}: {flat:.0%} of the images are nearly constant; is {field}.value_range right for all?")
+
+
+def _filled(image: np.ndarray) -> tuple[int, int]:
+    """The darkest and the brightest value of uint8 `image`, but for `TAIL` of its pixels at either end."""
+    counts = np.bincount(image.reshape(-1), minlength=256)
+    left_out = int(TAIL * image.size)
+    low = int(np.argmax(np.cumsum(counts) > left_out))
+    return low, 255 - int(np.argmax(np.cumsum(counts[::-1]) > left_out))
 
 
 def expected_train_size(data: DataConfig) -> int | None:

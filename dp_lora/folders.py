@@ -1,12 +1,14 @@
 """Images in folders: a folder a class, or train/, validation/ and test/ with a folder a class in each.
 
 What could be read in two ways is an error that names both: tables beside class folders, two folders of one
-role. Hidden files, and what Windows, macOS and network drives leave behind, are passed over.
+role, two folders that are the same place by a link. Hidden files, and what Windows, macOS and network drives
+leave behind, are passed over.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,10 +17,22 @@ import numpy as np
 
 from dp_lora import tables
 from dp_lora.errors import UserError, did_you_mean
-from dp_lora.images import ROLES, Preprocessing, Request, Source, Unread, identity_of, prepare_roles
+from dp_lora.images import (
+    ROLES,
+    Preprocessing,
+    Request,
+    Source,
+    Unread,
+    check_class_names,
+    identity_of,
+    prepare_roles,
+)
 from dp_lora.pixels import Content, Unreadable, check_file, shown
 
-LITTER = ("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir", "lost+found")
+LITTER = (
+    *("thumbs.db", "ehthumbs.db", "desktop.ini", "picasa.ini", "icon\r", "__macosx", "__pycache__", "@eadir"),
+    *("#recycle", "$recycle.bin", "system volume information", "lost+found"),
+)
 """Left behind by operating systems; in lower case."""
 TABLES = (".parquet", ".csv", ".tsv", ".json", ".jsonl", ".xlsx", ".arrow")
 PICTURES = (
@@ -89,8 +103,13 @@ def read_folders(root: Path, request: Request, preprocessing: Preprocessing) -> 
     if roles is None:
         files = {"train": reader.classes(root)}
     else:
+        for role in roles.values():
+            reader.once(root / role)
         files = {role: reader.classes(root / roles[role]) for role in ROLES if role in roles}
     classes = tuple(files["train"])
+    check_class_names(
+        dict.fromkeys(name for of_role in files.values() for name in of_role), f"{field}.source"
+    )
     for role, of_role in files.items():
         unknown = [name for name in of_role if name not in classes]
         if unknown:
@@ -109,6 +128,7 @@ class _Reader:
 
     def __init__(self, root: Path, field: str, *, tables_left_out: bool) -> None:
         self.root, self.field, self.tables_left_out = root, field, tables_left_out
+        self._places: dict[tuple[int, int], Path] = {}
 
     def roles(self) -> dict[str, str] | None:
         """The folder of each role; None where the folders are classes.
@@ -118,6 +138,7 @@ class _Reader:
         names = [path.name for path in self._visible(self.root) if path.is_dir()]
         named = [name for name in names if name.lower() in tables.SPLITS and self._has_folders(name)]
         if not named:
+            self._refuse_nearly_roles(names)
             return None
         if all(tables.SPLITS[name.lower()] != "train" for name in named):
             if len(named) < len(names):
@@ -136,22 +157,64 @@ class _Reader:
         where = f"{self.field}.source={shown(self.root)}"
         return tables.one_of_each([path.name for path in self._folders(self.root)], where, "folders")
 
+    def once(self, folder: Path) -> None:
+        """Raises UserError for a folder that was read under another name: links, and mounts of one place."""
+        status = folder.stat()
+        other = self._places.setdefault((status.st_dev, status.st_ino), folder)
+        if other != folder:
+            raise UserError(
+                f"{self.field}.source: {shown(other)} and {shown(folder)} are the same folder by a link; "
+                "expected each image in one place"
+            )
+
+    def _refuse_nearly_roles(self, names: Sequence[str]) -> None:
+        """train_images beside test_images are no classes."""
+        nearly = [
+            name
+            for name in names
+            if set(re.split(r"[-_. ]", name.lower())) & set(tables.SPLITS) and self._has_folders(name)
+        ]
+        if nearly:
+            raise UserError(
+                f"{self.field}.source={shown(self.root)}: class folders lie in {shown(', '.join(nearly))}; "
+                f"if these are roles, rename them to {', '.join(ROLES)}"
+            )
+
     def classes(self, folder: Path) -> dict[str, list[Path]]:
         """Sorted files of each class, classes sorted by name."""
         folders = self._folders(folder)
         self._refuse_wrapped(folder, folders)
         files = {}
         for path in folders:
+            self.once(path)
             name = shown(path.name)
             if name != path.name:
                 raise UserError(
                     f"{self.field}.source: class folder {shown(path)} has a name that is not UTF-8, or "
-                    "control characters in it; expected text, since the names of classes are released"
+                    "characters that cannot be printed; expected text, since the names of classes are "
+                    "released"
                 )
             files[name] = [file for file in self._visible(path) if not self._is_left_out(file)]
             if not files[name]:
                 raise UserError(f"{self.field}.source: class folder {shown(path)} is empty; expected images")
+            self._refuse_beside(path, files[name])
         return files
+
+    def _refuse_beside(self, folder: Path, files: Sequence[Path]) -> None:
+        """Refuses folders in a class folder, and texts with the name of an image."""
+        inner = next((file for file in files if file.is_dir()), None)
+        if inner is not None:
+            raise UserError(
+                f"{self.field}.source: class folder {shown(folder)} holds the folder {shown(inner.name)}; "
+                "expected images directly in each class folder"
+            )
+        images = {file.stem for file in files if file.suffix.lower() in PICTURES}
+        texts = [f for f in files if f.suffix.lower() in (".txt", ".caption") and f.stem in images]
+        if texts:
+            raise UserError(
+                f"{self.field}.source: {shown(texts[0])}: captions beside images are not read; expected "
+                f"images alone, or a parquet file with {self.field}.caption_column"
+            )
 
     def _folders(self, folder: Path) -> list[Path]:
         """The sorted folders in `folder`, which may hold nothing else."""

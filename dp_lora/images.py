@@ -17,6 +17,7 @@ import io
 import math
 import os
 import sys
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from dp_lora.config import DataConfig
 from dp_lora.digests import SIZE
 from dp_lora.errors import PrivateRefusal, UserError, did_you_mean
 from dp_lora.keyed import keyed_name
-from dp_lora.pixels import Content, Damaged, Decoding, NoRange
+from dp_lora.pixels import Content, Damaged, Decoding, NoRange, shown
 
 ROLES = ("train", "validation", "test")
 STORED_BYTES = 2**25
@@ -99,6 +100,23 @@ def wanted_classes(classes: tuple[str, ...], request: Request) -> tuple[str, ...
                 f"{field}.classes: no class {name!r}, expected any of {known}{did_you_mean(name, classes)}"
             )
     return tuple(wanted)
+
+
+def check_class_names(names: Iterable[str], where: str) -> None:
+    """Raises UserError for names that nobody can read or tell apart: they are released with the adapter.
+
+    Two names are the same when they are in Unicode's form NFC, without spaces around them.
+    """
+    known: dict[str, str] = {}
+    for name in names:
+        if shown(name) != name:
+            raise UserError(
+                f"{where}: class {shown(name)!r} has characters that cannot be printed; expected text, since "
+                "the names of classes are released"
+            )
+        other = known.setdefault(unicodedata.normalize("NFC", name).strip(), name)
+        if other != name:
+            raise UserError(f"{where}: classes {other!a} and {name!a} read the same; expected one of them")
 
 
 class Unread(NamedTuple):

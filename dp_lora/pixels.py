@@ -3,17 +3,20 @@
 Depth and range belong to the file's own mode, or to `data.value_range`; they are never estimated from images:
 
     1, L, P, RGB, CMYK, ...    8 bits a channel or fewer, as Pillow reads them
-    16 bits of grey            0 to 65535; 12 bits in a TIFF that says so, 0 to 4095; PGM and JPEG 2000 say
-                               their range themselves
+    16 bits of grey            0 to 65535; 12 bits in a TIFF of 12 bits a value, 0 to 4095; a PGM says its
+                               range itself, a JPEG 2000 its number of bits
+    16 bits a colour           0 to 65535; Pillow reads the upper 8 bits, so that no other range is possible
     32 bits, floating point,   no range of their own: `data.value_range` says which values are black and white
     signed whole numbers
     transparent                laid on `data.background`
 
-Values beyond the range become black or white.
+Values beyond the range become black or white. A TIFF's MaxSampleValue is not read: TIFF 6.0 keeps it for
+statistics, and programs write there the largest value of each single image.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import stat
@@ -36,8 +39,7 @@ _PHOTOMETRIC, _BITS, _SAMPLE_FORMAT = 262, 258, 339
 _ORIENTATION = 0x0112
 """EXIF's tag."""
 _EIGHT_BITS = ("1", "L", "P", "RGB", "CMYK", "YCbCr", "HSV", "RGBX", "LA", "PA", "La", "RGBA", "RGBa")
-_SAYS_ITS_RANGE = ("PPM", "JPEG2000")
-"""Formats whose whole numbers Pillow brings to 0 to 65535 by the largest value that the file names."""
+_EXPECTED_COLOURS = "expected null, and images written as 8 bits a colour, or over all 16"
 
 
 class Unreadable(Exception):
@@ -101,6 +103,10 @@ def decode(opened: Any, decoding: Decoding) -> Decoded:
         NoRange: values without a range of their own, or with another depth than `value_range`.
         What Pillow raises for a damaged file.
     """
+    from PIL.ImageFile import StubImageFile
+
+    if isinstance(opened, StubImageFile):  # HDF5 and the like, which Pillow knows and does not read
+        raise OSError("no pixels that can be read")
     deep = _deep_range(opened, decoding)
     image = _upright(opened)
     if deep is None:
@@ -108,6 +114,8 @@ def decode(opened: Any, decoding: Decoding) -> Decoded:
         laid, transparent = _on_background(_stretched(eight, decoding), decoding)
         return Decoded(laid, pixel_digest(np.asarray(eight)), transparent)
     values = np.asarray(image)
+    if deep.unsigned:
+        values = values.view(np.uint32)
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise Unreadable("values that are no finite numbers")
     laid, transparent = _on_background(_grey(values, deep, opened), decoding)
@@ -153,6 +161,18 @@ class _Range(NamedTuple):
     white: float
     inverted: bool
     """Whether they change places, as a TIFF may say."""
+    unsigned: bool = False
+    """Whether Pillow's signed 32 bits are unsigned ones."""
+    shift: int = 0
+    """By how many bits Pillow shifted the values to the left."""
+    signed: bool = False
+    """Whether Pillow moved signed values up by half their range."""
+
+    def values_of(self, values: np.ndarray) -> np.ndarray:
+        """The values of the file, of those that Pillow read."""
+        if self.signed:
+            return (values.astype(np.int64) - 2**15) >> self.shift
+        return values >> self.shift if self.shift else values
 
 
 def _deep_range(opened: Any, decoding: Decoding) -> _Range | None:
@@ -162,19 +182,21 @@ def _deep_range(opened: Any, decoding: Decoding) -> _Range | None:
     if mode in _EIGHT_BITS:
         if 2 in tags.get(_SAMPLE_FORMAT, ()):
             raise Unreadable("signed whole numbers of 8 bits")
-        if given is not None and _upper_bytes(opened):
-            raise NoRange("16 bits a colour, of which only the upper 8 are read", "expected null")
-        if given is not None and (given[0] < 0 or given[1] > 255):
-            raise NoRange("8 bits a value", "expected two numbers from 0 to 255, or null")
+        if given is not None:
+            _check_eight_bits(opened, given)
         return None
     inverted = tags.get(_PHOTOMETRIC) == 0
     if mode not in ("I", "F") and not mode.startswith("I;16"):
         raise Unreadable(f"the colour space {mode}")
-    if opened.format in _SAYS_ITS_RANGE and mode != "F":
+    if (largest := _largest(opened)) is not None:
+        if given is not None and tuple(given) != (0, largest):
+            raise _says_its_range(largest)
         return _Range(0, 65535, inverted)
     if given is not None:
-        return _Range(*given, inverted)
-    if mode.startswith("I;16"):
+        wide = mode == "I" and tags.get(_BITS) == (32,) and 2 not in tags.get(_SAMPLE_FORMAT, ())
+        shift, signed = _jpeg_2000(opened)
+        return _Range(*given, inverted, unsigned=wide, shift=shift, signed=signed)
+    if mode.startswith("I;16") or (opened.format == "PPM" and mode != "F"):
         return _Range(0, 2.0 ** tags.get(_BITS, (16,))[0] - 1, inverted)
     kind = "floating-point numbers" if mode == "F" else "signed whole numbers or 32 bits a value"
     example = "[0,1]" if mode == "F" else "[0,255]"
@@ -184,8 +206,53 @@ def _deep_range(opened: Any, decoding: Decoding) -> _Range | None:
     )
 
 
+def _check_eight_bits(opened: Any, given: tuple[float, float]) -> None:
+    """Raises NoRange unless the values, as Pillow reads them, are those of the file."""
+    if _upper_bytes(opened):
+        raise NoRange("16 bits a colour, of which only the upper 8 are read", _EXPECTED_COLOURS)
+    if (largest := _largest(opened)) is not None:
+        raise _says_its_range(largest)
+    spread = any(re.match("L;[24]", str(tile[3])) for tile in getattr(opened, "tile", ()))
+    if spread or _jpeg_2000(opened)[0] > 8:
+        raise NoRange("fewer than 8 bits a value, which are spread over the whole scale", "expected null")
+    if given[0] < 0 or given[1] > 255:
+        raise NoRange("8 bits a value", "expected two numbers from 0 to 255, or null")
+
+
+def _largest(opened: Any) -> int | None:
+    """The value of white that a PGM or PPM says, where Pillow brings values to the scale by it."""
+    arguments = opened.tile[0][3] if opened.format == "PPM" and opened.tile else None
+    if isinstance(arguments, tuple) and isinstance(arguments[1], int) and opened.mode != "F":
+        return arguments[1]
+    return None
+
+
+def _says_its_range(largest: int) -> NoRange:
+    return NoRange(f"a PGM, which says its range itself (0 to {largest})", "expected null")
+
+
+def _jpeg_2000(opened: Any) -> tuple[int, bool]:
+    """By how many bits Pillow shifts the values of 9 to 16 bits to the left, and whether they are signed.
+
+    The marker SIZ says the bits of the first component in byte 42 of the codestream (ISO 15444-1, A.5.1).
+    """
+    if opened.format != "JPEG2000":
+        return 0, False
+    opened.fp.seek(0)
+    beginning = opened.fp.read(2**20)
+    start = beginning.find(b"\xff\x4f\xff\x51")
+    if start < 0 or len(beginning) <= start + 42:
+        raise Unreadable("a JPEG 2000 that does not say its number of bits")
+    size = beginning[start + 42]
+    return 16 - (size & 0x7F) - 1, bool(size & 0x80)
+
+
 def _upper_bytes(opened: Any) -> bool:
-    """Whether Pillow reads the upper 8 of 16 bits of each colour."""
+    """Whether Pillow reads the upper 8 of up to 16 bits of each colour."""
+    if opened.format == "JPEG2000":
+        return _jpeg_2000(opened)[0] < 8
+    if (_largest(opened) or 0) > 255:
+        return True
     return any(";16" in str(tile[3]) for tile in getattr(opened, "tile", ()))
 
 
@@ -213,7 +280,7 @@ def _grey(values: np.ndarray, deep: _Range, opened: Any) -> Any:
     """Mode L, or RGBA where one value is declared transparent."""
     from PIL import Image
 
-    mapped = to_bytes(values, deep.black, deep.white)
+    mapped = to_bytes(deep.values_of(values), deep.black, deep.white)
     grey = Image.fromarray(255 - mapped if deep.inverted else mapped)
     hole = opened.info.get("transparency")
     if not isinstance(hole, int):
@@ -237,9 +304,13 @@ def _on_background(image: Any, decoding: Decoding) -> tuple[Any, bool]:
 
 
 def shown(path: Path | str) -> str:
-    """A name as it can be printed: bytes that are not UTF-8, and control characters, escaped."""
+    """A name as it can be printed: bytes that are not UTF-8, and what no terminal shows, escaped."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return re.sub(r"[\x00-\x1f\x7f]", lambda found: f"\\x{ord(found[0]):02x}", text)
+    return "".join(char if char.isprintable() else _escaped(ord(char)) for char in text)
+
+
+def _escaped(code: int) -> str:
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def check_file(path: Path) -> None:
@@ -252,6 +323,8 @@ def check_file(path: Path) -> None:
         raise Unreadable("a folder")
     if not stat.S_ISREG(mode):
         raise Unreadable("no regular file")
+    if path.suffix.lower() in _RAW:  # of which Pillow would read the small picture inside
+        raise Unreadable("a raw file of a camera; expected PNG or JPEG")
 
 
 _REASONS = {
@@ -259,7 +332,15 @@ _REASONS = {
     ENOENT: "a link to nothing",
     EACCES: "it may not be read (permission denied)",
 }
+_RAW = (".dng", ".nef", ".arw", ".cr2", ".cr3", ".orf", ".rw2", ".raf", ".pef", ".srw")
 _BEGINNINGS = (
+    (rb".{128}DICM", "DICOM; expected its pixels as PNG or TIFF"),
+    (rb".{344}(n\+1|ni1)\0", "NIfTI, a volume; expected its slices as PNG or TIFF"),
+    (rb"\x93NUMPY", "an array of NumPy (.npy); expected PNG or TIFF"),
+    (rb"\x89HDF\r\n\x1a\n", "HDF5; expected PNG or TIFF, or a parquet file"),
+    (rb"7z\xbc\xaf\x27\x1c", "a 7z archive"),
+    (rb"Rar!\x1a\x07", "a rar archive"),
+    (rb"II\*\0....CR|FUJIFILM|II(U\0|RO)", "a raw file of a camera; expected PNG or JPEG"),
     (rb"\s*(<!--.*-->\s*)?<(!doctype\s+html|html|head|body)", "an HTML page"),
     (rb"version https://git-lfs", "a pointer of Git LFS; `git lfs pull` fetches the file"),
     (rb"\s*(<\?xml.*)?<svg", "a drawing (SVG); expected pixels"),
@@ -268,6 +349,7 @@ _BEGINNINGS = (
     (rb"\x1f\x8b", "a gzip archive"),
     (rb"PAR1", "a parquet table"),
     (rb"....ftyp(heic|heix|mif1|msf1)", "HEIC, which cannot be read; expected PNG or JPEG"),
+    (rb"....ftyp(?!avi[fs]|hei|mif1|msf1)", "a film (MP4); expected single images"),
     (rb"\x00+$", "nothing but zero bytes"),
     (rb"[\t\n\r\x20-\x7e]+$", "text"),
 )
@@ -289,12 +371,34 @@ def reason(content: Content, error: Exception) -> str:
         return _REASONS.get(unreadable.errno or 0, str(unreadable.strerror))
     if not beginning:
         return "empty (0 bytes)"
+    if isinstance(content, Path) and content.name.lower().endswith(".nii.gz"):
+        return "NIfTI, a volume; expected its slices as PNG or TIFF"
     for pattern, what in _BEGINNINGS:
         if re.match(pattern, beginning, re.DOTALL | re.IGNORECASE):
             return what
+    if floats := _floats_of_tiff(content):
+        return f"a TIFF of {floats}, expected 32 bits and one value a pixel"
     if isinstance(error, UnidentifiedImageError):
         return "of no format that is known, or cut off at its beginning"
     return f"cut short or damaged ({str(error) or type(error).__name__})"
+
+
+def _floats_of_tiff(content: Path | bytes) -> str | None:
+    """What floating-point numbers a TIFF holds; None for another file. Pillow reads 32 bits alone."""
+    from PIL.TiffImagePlugin import ImageFileDirectory_v2
+
+    try:
+        with content.open("rb") if isinstance(content, Path) else io.BytesIO(content) as file:
+            tags = ImageFileDirectory_v2(file.read(8))
+            file.seek(tags.next)
+            tags.load(file)
+            bits, kinds = tags.get(_BITS, (0,)), tags.get(_SAMPLE_FORMAT, (0,))
+    except Exception:  # no TIFF, or a damaged one: it fails in every way there is
+        return None
+    if set(kinds) != {3}:
+        return None
+    several = f"{len(bits)} " if len(bits) > 1 else ""
+    return f"{several}{bits[0]}-bit floating-point numbers"
 
 
 def _first_bytes(path: Path) -> bytes:

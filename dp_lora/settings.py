@@ -16,6 +16,7 @@ from dp_lora.config import Config, ModelConfig
 from dp_lora.data import expected_train_size
 from dp_lora.errors import UserError
 from dp_lora.models import WEIGHTS, LatentDiffusion, build, find, outline
+from dp_lora.sources import check_fields
 
 
 def check_settings(config: Config) -> None:
@@ -23,6 +24,8 @@ def check_settings(config: Config) -> None:
 
     A pre-trained model that is not on this machine is not looked for: a cluster may have it.
     """
+    check_fields(config.data, "data")
+    check_fields(config.public_data, "public_data")
     given = config.model.pretrained
     if given is None or (WEIGHTS / given).is_dir() or Path(given).expanduser().is_dir():
         side = config.data.image_size

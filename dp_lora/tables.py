@@ -18,7 +18,16 @@ import numpy as np
 
 from dp_lora.archives import attribute_classes
 from dp_lora.errors import UserError, did_you_mean
-from dp_lora.images import Preprocessing, Request, Source, Unread, identity_of, prepare_roles, say
+from dp_lora.images import (
+    Preprocessing,
+    Request,
+    Source,
+    Unread,
+    check_class_names,
+    identity_of,
+    prepare_roles,
+    say,
+)
 from dp_lora.pixels import Content, shown
 
 IMAGE_COLUMNS = ("image", "img")
@@ -186,6 +195,7 @@ def _source(tables: dict[str, Table], request: Request, preprocessing: Preproces
         raise UserError(f"{request.field}.source: no training rows, only {', '.join(tables)}")
     image = _image_column(tables["train"].columns, request)
     classes, labels = _labels(tables, request)
+    check_class_names(classes, f"{request.field}.label_column={request.data.label_column or 'null'}")
     # ImageNet's test images have no labels (-1), so its validation images test.
     labels = {role: found for role, found in labels.items() if role == "train" or (found != -1).any()}
     if "test" not in labels and "validation" in labels:
@@ -257,6 +267,7 @@ def _labels(tables: dict[str, Table], request: Request) -> tuple[tuple[str, ...]
         values = {role: table.column(column) for role, table in tables.items()}
         labels = {role: np.array([int(v) > 0 for v in found], np.int64) for role, found in values.items()}
         return attribute_classes(data.attribute), labels
+    _refuse_attribute(request, columns)
     if data.label_column == "none":
         image = _image_column(columns, request)
         return ("image",), {r: np.zeros(_length(t, image), np.int64) for r, t in tables.items()}
@@ -267,6 +278,22 @@ def _labels(tables: dict[str, Table], request: Request) -> tuple[tuple[str, ...]
             f"none for images without classes{did_you_mean(data.label_column or 'label', columns)}"
         )
     return _classes_of(tables, named[0], field)
+
+
+def _refuse_attribute(request: Request, columns: Sequence[str]) -> None:
+    """Refuses `data.attribute` where the classes are read from another column; CelebA's presets set it."""
+    data, field = request.data, request.field
+    if data.attribute is None or data.name in ("celeba", "celebahq"):
+        return
+    if data.label_column is not None:
+        raise UserError(
+            f"{field}.attribute={data.attribute}: {field}.label_column={data.label_column} says the classes; "
+            "expected null"
+        )
+    raise UserError(
+        f"{field}.attribute={data.attribute}: expected one of {', '.join(columns)}, or null"
+        f"{did_you_mean(data.attribute, columns)}"
+    )
 
 
 def _length(table: Table, image: str) -> int:

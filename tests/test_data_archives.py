@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import collections
 import dataclasses
 import gzip
@@ -100,6 +101,19 @@ def test_cifar10_is_read_in_every_official_form(tmp_path: Path, form: str, pytho
         splits.test.images, images[50:]
     )
     assert splits.train.labels.tolist() == labels[:50] and splits.train.classes[9] == "truck"
+
+
+@pytest.mark.usefixtures("small_counts")
+@pytest.mark.parametrize("setting", ["resample='box'", "background='grey'", "value_range=[0,9]"])
+def test_arrays_are_taken_as_they_are(tmp_path: Path, setting: str) -> None:
+    write_folder(tmp_path / "cifar10", cifar_batches(True)[0])
+    name, value = setting.split("=")
+    data = DataConfig("cifar10", channels=3, **{name: ast.literal_eval(value)})
+    usual = "white" if name == "background" else "null"
+    assert refused(data, PathsConfig(data=str(tmp_path))) == (
+        f"data.{setting.replace(chr(39), '')}: cifar10 is read from arrays of 8 bits as published; expected "
+        f"{usual}"
+    )
 
 
 def test_an_archive_with_other_counts_than_published_is_refused(tmp_path: Path) -> None:

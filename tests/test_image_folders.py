@@ -211,7 +211,8 @@ REFUSED: dict[str, tuple[Make, dict[str, Any], str]] = {
     ),
     "nested": (
         both(lambda f: image(f / "cat/siamese/0.png"), lambda f: image(f / "dog/0.png")), {},
-        "data.source: {}/cat/siamese is no image that can be read: a folder",
+        "data.source: class folder {}/cat holds the folder siamese; expected images directly in each "
+        "class folder",
     ),
     "flat": (
         lambda f: image(f / "0.png"), {},
@@ -298,7 +299,7 @@ REFUSED: dict[str, tuple[Make, dict[str, Any], str]] = {
     ),
     "a folder that loops": (
         both(two, lambda f: link(f, "..", "cat/up")), {},
-        "data.source: {}/cat/up is no image that can be read: a folder",
+        "data.source: class folder {}/cat holds the folder up; expected images directly in each class folder",
     ),
     "a class that is a link to nothing": (
         both(two, lambda f: link(f, "/nonexistent", "cow")), {},
@@ -332,8 +333,8 @@ REFUSED: dict[str, tuple[Make, dict[str, Any], str]] = {
         "file",
     ),
     "text": (
-        both(two, lambda f: put(f / "cat/0.txt", "a cat")), {},
-        "data.source: {}/cat/0.txt is no image that can be read: text",
+        both(two, lambda f: put(f / "cat/9.txt", "a cat")), {},
+        "data.source: {}/cat/9.txt is no image that can be read: text",
     ),
     "SVG": (
         both(two, lambda f: put(f / "cat/0.svg", "<svg xmlns='http://www.w3.org/2000/svg'/>")), {},
@@ -360,15 +361,14 @@ REFUSED: dict[str, tuple[Make, dict[str, Any], str]] = {
     ),
     "a class whose name is not UTF-8": (
         both(two, lambda f: latin1(f, os.fsdecode(b"m\xfcde"), b"0.png")), {},
-        "data.source: class folder {}/m\\xfcde has a name that is not UTF-8, or control characters in it; "
-        "expected "
-        "text, since the names of classes are released",
+        "data.source: class folder {}/m\\xfcde has a name that is not UTF-8, or characters that cannot be "
+        "printed; expected text, since the names of classes are released",
     ),
     "absent": (lambda f: None, {}, "data.source={}: no such folder; expected a folder of class folders"),
     "a zip of the set": (
         both(two, lambda f: shutil.make_archive(f"{f}.zip.parts", "zip", f), shutil.rmtree, lambda f: put(f)),
         {},
-        "data.source={}: no such folder; expected a folder of class folders",
+        "data.source={}: a file; expected a folder of class folders",
     ),
 }  # fmt: skip
 

@@ -81,8 +81,12 @@ IMPOSSIBLE = {
         "dp-lora: privacy.delta=0.001: expected a number in (0, 1/N) = (0, 0.000667)",
     ),
     "captions": (
-        ["-m", *TINY, "seed=0,1", "data.caption_column=text"],
+        ["-m", "data=imagefolder", "data.source=/x", "seed=0,1", "data.caption_column=text"],
         "dp-lora: data.caption_column=text: the model has no text encoder; expected null or a text-to-image",
+    ),
+    "folder that is not read": (
+        ["-m", *TINY, "seed=0,1", "data.source=/hospital/xrays"],
+        "dp-lora: data.source=/hospital/xrays: data=digits comes with its package and reads no folder; ",
     ),
     "extractor": (
         ["-m", *TINY, "seed=0,1", "evaluation.extractors=[lite]"],

@@ -43,6 +43,15 @@ FLAT = {
     "masks of 0 and 1": lambda i: (BASE > 100).astype(np.uint8),
     "all but one": lambda i: (BASE if i == 7 else BASE * 0).astype(np.uint8),
 }
+
+
+def with_a_dead_pixel(pixels: np.ndarray) -> np.ndarray:
+    """16 times as large, with one pixel of the largest value that the file can hold."""
+    large = np.kron(pixels, np.ones((16, 16), pixels.dtype))
+    large[100, 100] = np.iinfo(pixels.dtype).max
+    return large
+
+
 FULL = {
     "8 bits": lambda i: BASE.astype(np.uint8),
     "16 bits": lambda i: BASE * 257,
@@ -65,11 +74,36 @@ def test_a_flat_set_is_refused(tmp_path: Path, name: str) -> None:
     assert "\n" not in said
 
 
+@pytest.mark.parametrize("size", [8, 32, 128])
+def test_a_dead_pixel_does_not_hide_a_wrong_range(tmp_path: Path, size: int) -> None:
+    folder = written(tmp_path / "set", lambda i: with_a_dead_pixel(BASE * 16))
+    data = DataConfig("imagefolder", source=str(folder), image_size=size)
+    images = load(data, PathsConfig()).train
+    if size > 8:
+        assert images.images.max() > 17, "the pixel is there"
+    with pytest.raises(PrivateRefusal, match="100% fill less than a sixteenth"):
+        refuse_flat(images)
+
+
+@pytest.mark.parametrize("bits", [13, 14])
+def test_images_under_a_quarter_of_the_scale_are_told(
+    tmp_path: Path, bits: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refuse_flat(images_of(written(tmp_path / "set", lambda i: BASE * 2 ** (bits - 8))))
+    shown = capsys.readouterr().err
+    assert shown.startswith("data: 100% of the images fill less than a quarter of the scale (99% of the ")
+    assert shown.count("\n") == 1 and "data.value_range=[black,white]" in shown
+
+
 @pytest.mark.parametrize("name", FULL)
 def test_a_set_with_contrast_is_not(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     refuse_flat(images_of(written(tmp_path / "set", FULL[name])))
     expected = "data: 50% of the images are nearly constant; is data.value_range right for all?\n"
-    assert capsys.readouterr().err == (expected if name == "half of them flat" else "")
+    shown = capsys.readouterr().err
+    if name == "pale":
+        assert "fill less than a quarter of the scale" in shown and shown.count("\n") == 1
+    else:
+        assert shown == (expected if name == "half of them flat" else "")
 
 
 def started(cache: Path, folder: Path, source: Path, *given: str) -> None:
