@@ -274,6 +274,12 @@ def _check_override(word: str, groups: Sequence[str], choices: Choices) -> None:
     assert found is not None
     prefix, name, value = found.groups()
     group, known = name.partition("@")[0], [*_keys(), *groups]
+    if name.split(".")[:3] == ["hydra", "sweeper", "params"]:
+        swept = name.removeprefix("hydra.sweeper.params").lstrip(".")
+        raise UserError(
+            f"{word}: belongs to the presets of `sweep`; expected -m "
+            + (shlex.quote(f"{swept}={value}") if swept else "<option>=<value>,<value>")
+        )
     if prefix.startswith("~"):
         section = name in _keys() and name not in _keys(leaves=True)
         instead = "values of its fields" if section else f"{name}={value or '<value>'}"

@@ -236,8 +236,26 @@ COMPOSED = {
     ),
 }  # fmt: skip
 
+BOUNDS = {
+    ("privacy.epsilon=1e300",): (
+        "privacy.epsilon=1e+300: expected a number from 1e-09 to 100000, inf (no noise) or null"
+    ),
+    ("privacy.epsilon=1e-300",): (
+        "privacy.epsilon=1e-300: expected a number from 1e-09 to 100000, inf (no noise) or null"
+    ),
+    ("evaluation.release=dp", "evaluation.release_epsilon=1e300"): (
+        "evaluation.release_epsilon=1e+300: expected a number from 1e-09 to 100000"
+    ),
+    ("-m", "hydra.sweeper.params.lora_rank=r2"): (
+        "hydra.sweeper.params.lora_rank=r2: belongs to the presets of `sweep`; expected -m lora_rank=r2"
+    ),
+    ("-m", "+hydra.sweeper.params={a:1}"): (
+        "+hydra.sweeper.params={a:1}: belongs to the presets of `sweep`; expected -m <option>=<value>,<value>"
+    ),
+}
+
 TABLE = {
-    **NUMBERS_FOR_PRESETS, **PRESETS, **FOLDERS, **SIGNS, **FLAGS, **CHARACTERS, **COMPOSED
+    **NUMBERS_FOR_PRESETS, **PRESETS, **FOLDERS, **SIGNS, **FLAGS, **CHARACTERS, **COMPOSED, **BOUNDS
 }  # fmt: skip
 
 
