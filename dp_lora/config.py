@@ -23,6 +23,7 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from dp_lora.errors import UserError, did_you_mean
+from dp_lora.wandb_mode import MEANT
 
 PROMPT = "a photo of a {}"
 STAGES = ("pretrain", "finetune", "sample", "evaluate")
@@ -565,7 +566,8 @@ def _check_choices(config: Config) -> None:
             raise UserError(f"{name}=[]: expected at least one of {', '.join(options)}")
         for value in values:
             if value not in options:
-                hint = did_you_mean(value, options)
+                meant = MEANT.get(value.lower(), value) if name == "tracking.wandb" else value
+                hint = did_you_mean(meant, options)
                 raise UserError(f"{name}={value!r}: expected one of {', '.join(options)}{hint}")
 
 
@@ -631,8 +633,8 @@ def _check_privacy(privacy: PrivacyConfig) -> None:
         raise UserError(f"privacy.epsilon={epsilon}: expected a number above 0, inf or null")
     if epsilon is not None and epsilon < math.inf and not SMALLEST_EPSILON <= epsilon <= LARGEST_EPSILON:
         raise UserError(
-            f"privacy.epsilon={epsilon:g}: expected a number from {SMALLEST_EPSILON:g} to {LARGEST_EPSILON:g}, "
-            "inf (no noise) or null"
+            f"privacy.epsilon={epsilon:g}: expected a number from {SMALLEST_EPSILON:g} to "
+            f"{LARGEST_EPSILON:g}, inf (no noise) or null"
         )
     if not 0 < privacy.delta < 1:
         raise UserError(f"privacy.delta={privacy.delta}: expected a number between 0 and 1, below 1/N")
