@@ -20,6 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from dp_lora import __version__
 from dp_lora.command_line import prepared
 from dp_lora.config import Config, config_directory, from_omegaconf
 from dp_lora.errors import SweepFailed, UserError
@@ -77,6 +78,9 @@ def main() -> None:
         from dp_lora import export_command
 
         export_command.main(sys.argv[2:])
+        return
+    if "--version" in sys.argv[1:]:
+        print(f"dp-lora {__version__}")
         return
     # Without it Hydra prints errors its own way and exits with status 1.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")

@@ -24,6 +24,8 @@ from hydra.errors import HydraException
 
 from dp_lora.config import Config, config_directory
 from dp_lora.errors import UserError, did_you_mean
+from dp_lora.spellings import COMMANDS, meant
+from dp_lora.wandb_mode import MEANT
 
 VALUES = {
     "epsilon": "privacy.epsilon",
@@ -203,14 +205,34 @@ def _without_flags(words: Sequence[str]) -> list[tuple[int, str]]:
 def _check_flag(word: str, following: Sequence[str], flags: Sequence[str]) -> None:
     body = word.lstrip("-")
     name = re.split("[=:]", body)[0]
+    given = body[len(name) + 1 :] or next(
+        (w for w in following if not w.startswith("-") and "=" not in w), ""
+    )
+    if name in VALUES and re.fullmatch(r"[\d.]+", given):
+        raise UserError(f"{word}: options have no hyphens; expected {VALUES[name]}={given}")
     if name in keys():
-        given = body[len(name) + 1 :] or next((w for w in following if "=" not in w), "<value>")
-        raise UserError(f"{word}: options have no hyphens; expected {name}={given}")
+        raise UserError(f"{word}: options have no hyphens; expected {name}={given or '<value>'}")
     flag = word.split("=")[0]
     if flag in flags or (flag.startswith("--") and any(known.startswith(flag) for known in flags)):
         return
+    if option := _of_others(name, given):
+        raise UserError(f"{word}: options have no hyphens; expected {option}")
     hint = did_you_mean(name, keys()) if "." in name else did_you_mean(flag, flags)
     raise UserError(f"{flag}: no such flag{hint}; --help lists them")
+
+
+def _of_others(name: str, value: str) -> str | None:
+    """What to write for an option that another trainer has, or for the end of a name; None where unknown."""
+    if (word := meant(name, value, _keys(leaves=True))) is None:
+        return None
+    if not value:
+        return f"{word}<value>"
+    before = "data=imagefolder " if word.startswith("data.source=") else ""
+    try:
+        OverridesParser.create().parse_overrides(hydra_words([word]))
+    except HydraException:
+        return f"{before}{quoted(word)}"
+    return f"{before}{shlex.quote(word)}"
 
 
 def _check_launcher(overrides: Sequence[str], *, multirun: bool) -> None:
@@ -235,15 +257,32 @@ def _refuse_bare(word: str, words: Sequence[str], place: int) -> NoReturn:
         return "=" not in other and not other.startswith("-")
 
     name, _, value = word.partition(":")
-    given = value or next(filter(is_bare, words[place + 1 : place + 2]), "")
+    after = [*words[place + 1 : place + 3], "", ""]
+    # Blanks around the equals sign make two words of one, or three.
+    apart = after[1] if after[0] == "=" else after[0][1:] if after[0].startswith("=") else ""
+    given = value or apart or next(filter(is_bare, words[place + 1 : place + 2]), "")
+    if word in COMMANDS and not (word in _groups(None) and given):
+        raise UserError(f"{word!r}: expected {COMMANDS[word]}")
     if name in (*_keys(leaves=True), *_groups(None)) and (given or word != name):
         raise UserError(f"{word}: expected {name}={given or '<value>'}")
     before = words[place - 1] if place else ""
-    if "=" in before and not before.startswith("-"):
+    if before.endswith("=") and not before.startswith("-"):
+        raise UserError(f"{word!r}: no space belongs there; expected {shlex.quote(before + word)}")
+    if "=" in before and not before.startswith("-") and _takes_spaces(before) and is_bare(word):
         lost = itertools.takewhile(is_bare, words[place:])
         whole = quoted(" ".join([before, *lost]))
         raise UserError(f"{word!r}: expected option=value; a value with spaces takes quotes: {whole}")
     raise UserError(f"{word!r}: expected option=value{did_you_mean(name, keys())}")
+
+
+def _takes_spaces(word: str) -> bool:
+    """Whether words that follow this one can be the rest of its value."""
+    name, _, value = word.partition("=")
+    return name in _texts() and name not in _NO_SPACES and not value.endswith(("'", '"'))
+
+
+_NO_SPACES = ("tracking.wandb", "tracking.progress", "resources.device")
+"""Texts of which each possible value is one word."""
 
 
 # Words with an equals sign
@@ -274,7 +313,15 @@ def _check_override(word: str, groups: Sequence[str], choices: Choices) -> None:
     assert found is not None
     prefix, name, value = found.groups()
     group, known = name.partition("@")[0], [*_keys(), *groups]
+    if name.split(".")[:3] == ["hydra", "sweeper", "params"]:
+        swept = name.removeprefix("hydra.sweeper.params").lstrip(".")
+        raise UserError(
+            f"{word}: belongs to the presets of `sweep`; expected -m "
+            + (shlex.quote(f"{swept}={value}") if swept else "<option>=<value>,<value>")
+        )
     if prefix.startswith("~"):
+        if name not in known and not name.startswith(_OPEN) and group not in groups:
+            raise UserError(f"{word}: no such option{did_you_mean(name, known) if name else ''}")
         section = name in _keys() and name not in _keys(leaves=True)
         instead = "values of its fields" if section else f"{name}={value or '<value>'}"
         if not name.startswith(_OPEN):
@@ -282,8 +329,13 @@ def _check_override(word: str, groups: Sequence[str], choices: Choices) -> None:
         return
     if not re.fullmatch(r"[a-z_$][\w$./@:-]*", name, re.ASCII | re.I) or name.endswith(".") or ".." in name:
         raise UserError(f"{word}: {name!r} is no option{did_you_mean(name.strip(' .'), known)}")
+    if "@" in name and name not in _PACKAGES and group in groups:
+        raise UserError(f"{word}: no such place for a preset; expected {group}={value}")
     if prefix and (group in groups or (prefix == "+" and name in _keys(leaves=True))):
         raise UserError(f"{word}: {name} is there already; expected {shlex.quote(f'{name}={value}')}")
+    is_own = name in known or group in groups or name.startswith(_OPEN)
+    if not is_own and "." not in name and (option := _of_others(name, value)):
+        raise UserError(f"{name}: no such option; expected {option}")
     if name in OWN_FOLDERS:
         folder = value if name.endswith(".dir") and value else "<folder>"
         instead = f"paths.outputs={folder}"
@@ -305,7 +357,7 @@ def _check_override(word: str, groups: Sequence[str], choices: Choices) -> None:
 
 def _not_read(word: str, name: str, value: str, choices: Choices) -> str:
     """What to write for a value that Hydra cannot read."""
-    kind = dict(_fields(Config, "")).get(name, "")
+    kind = kind_of(name)
     if options := choices(name):
         return f"{word}: expected one of {', '.join(options)}{_folder_of(name, value)}"
     for beginning, wanted in _WANTED.items():
@@ -370,6 +422,13 @@ def _check_text(override: Override, word: str, value: str) -> None:
     """Raises UserError for a text that Hydra would read as something else, and write otherwise."""
     read = override.value()
     values = read.list if isinstance(read, ChoiceSweep) else [read]
+    name = word.partition("=")[0].lstrip("+")
+    if name == "tracking.wandb" and (mode := MEANT.get(value.lower(), value)) != value:
+        raise UserError(f"{word}: expected tracking.wandb={mode}")
+    if name.endswith(".background") and isinstance(read, list):
+        raise UserError(
+            f"{word}: expected white, grey, black or a colour such as {quoted(f'{name}=#f0f0f0')}"
+        )
     if any(isinstance(one, list | dict) for one in values):
         raise UserError(f"{word}: would be read as a list or mapping; expected quotes: {quoted(word)}")
     if isinstance(read, bool | int | float) and str(read) != value.strip():
@@ -391,9 +450,22 @@ def presets(group: str, own: str | None = None) -> list[str]:
     return sorted(names, key=lambda name: (re.sub(r"\d+", "", name), int(re.sub(r"\D", "", name) or 0), name))
 
 
+def kind_of(name: str) -> str:
+    """The type of a field as it is written in the schema; empty for a section and for no field at all.
+
+    >>> kind_of("lora.rank"), kind_of("lora")
+    ('int', '')
+    """
+    return dict(_fields(Config, "")).get(name.lstrip("+"), "")
+
+
 def several(name: str, value: str) -> str:
     """What to write for values between commas that were given to one job."""
-    word, kind = f"{name}={value}", dict(_fields(Config, "")).get(name, "")
+    word, kind = f"{name}={value}", kind_of(name)
+    if kind.startswith("float") and re.fullmatch(r"\d+,\d+", value):
+        return (
+            f"{word}: several values; expected -m {word} for a job each, or {name}={value.replace(',', '.')}"
+        )
     one = f", or for one text {quoted(word)}" if name in _texts() else ""
     one = f", or for one list {name}=[{value}]" if kind.startswith("list") else one
     return f"{word}: several values; expected -m {word} for a job each{one}"

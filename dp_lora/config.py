@@ -23,6 +23,7 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from dp_lora.errors import UserError, did_you_mean
+from dp_lora.wandb_mode import MEANT
 
 PROMPT = "a photo of a {}"
 STAGES = ("pretrain", "finetune", "sample", "evaluate")
@@ -44,6 +45,8 @@ EXTRACTORS = ("lite0", "inception", "dinov2")
 CLASSIFIERS = ("cnn", "wrn", "resnet", "resnext")
 LARGEST_RATE = 1e9
 """AdamW moves a weight by about its learning rate in a step; far beyond this it overflows in float32."""
+SMALLEST_EPSILON, LARGEST_EPSILON = 1e-9, 1e5
+"""Where the accountants' numbers end: beyond them no noise multiplier is found, or one of almost nothing."""
 LONGEST_TAG, LONGEST_PROJECT, NOT_IN_PROJECT = 64, 128, "/\\#?%:"
 """What W&B takes as tags and as the name of a project."""
 FEWEST_RESAMPLES = 40
@@ -563,7 +566,8 @@ def _check_choices(config: Config) -> None:
             raise UserError(f"{name}=[]: expected at least one of {', '.join(options)}")
         for value in values:
             if value not in options:
-                hint = did_you_mean(value, options)
+                meant = MEANT.get(value.lower(), value) if name == "tracking.wandb" else value
+                hint = did_you_mean(meant, options)
                 raise UserError(f"{name}={value!r}: expected one of {', '.join(options)}{hint}")
 
 
@@ -588,6 +592,11 @@ def _check_evaluation(evaluation: EvaluationConfig) -> None:
     epsilon, delta = evaluation.release_epsilon, evaluation.release_delta
     if not 0 < epsilon < math.inf:
         raise UserError(f"evaluation.release_epsilon={epsilon}: expected a finite number above 0")
+    if not SMALLEST_EPSILON <= epsilon <= LARGEST_EPSILON:
+        raise UserError(
+            f"evaluation.release_epsilon={epsilon:g}: expected a number from {SMALLEST_EPSILON:g} to "
+            f"{LARGEST_EPSILON:g}"
+        )
     if delta is not None and not 0 < delta < 1:
         raise UserError(f"evaluation.release_delta={delta}: expected a number between 0 and 1, or null")
     if evaluation.release == "dp" and evaluation.reference == "train":
@@ -622,6 +631,11 @@ def _check_privacy(privacy: PrivacyConfig) -> None:
     epsilon, sigma = privacy.epsilon, privacy.noise_multiplier
     if epsilon is not None and not epsilon > 0:
         raise UserError(f"privacy.epsilon={epsilon}: expected a number above 0, inf or null")
+    if epsilon is not None and epsilon < math.inf and not SMALLEST_EPSILON <= epsilon <= LARGEST_EPSILON:
+        raise UserError(
+            f"privacy.epsilon={epsilon:g}: expected a number from {SMALLEST_EPSILON:g} to "
+            f"{LARGEST_EPSILON:g}, inf (no noise) or null"
+        )
     if not 0 < privacy.delta < 1:
         raise UserError(f"privacy.delta={privacy.delta}: expected a number between 0 and 1, below 1/N")
     if sigma is not None and not (0 < sigma < math.inf):

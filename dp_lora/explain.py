@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from dp_lora.command_line import keys, presets, several
+from dp_lora.command_line import keys, kind_of, presets, several
 from dp_lora.errors import UserError, did_you_mean
 
 _TYPES = {"Float": "a number", "Integer": "a whole number", "Boolean": "true or false"}
@@ -40,7 +40,11 @@ def _of_name(text: str, cause: str) -> str | None:
         return f"{found[1]!r}: expected option=value, in Hydra's syntax"
     if found := re.search(r"Error merging override (.*)", text):
         name, _, value = found[1].partition("=")
+        if percent := re.fullmatch(r"([\d.]+)%", value):
+            return f"{found[1]}: expected {name.lstrip('+')}={float(percent[1]) / 100:g}"
         if "is not a ListConfig" in cause and not value.startswith("["):
+            if not kind_of(name).startswith("list[str]"):
+                return f"{found[1]}: expected a list of numbers, such as {name}=[0,4095]"
             return f"{found[1]}: expected a list: {name}=[{value}]"
         return f"{found[1]}: {_expected(cause)}"
     if found := re.search(r"is not in struct\s+full_key: ([\w.@]+)", text):
@@ -60,10 +64,30 @@ def _of_name(text: str, cause: str) -> str | None:
     return None
 
 
+def _wanted(kind: str) -> str:
+    """What a field of this type takes, in words; an empty type is that of a section."""
+    wanted = {
+        "": "values of its fields",
+        "str": "a text",
+        "int": "a whole number",
+        "float": "a number",
+        "bool": "true or false",
+        "int | float": "a whole number, or a fraction",
+        "int | str": "a whole number, or auto",
+    }
+    return wanted.get(kind, "a list" if kind.startswith("list") else "a mapping")
+
+
 def _expected(text: str) -> str:
     """What OmegaConf's `text` about a value of the wrong type says was expected."""
     if found := re.search(r"could not be converted to (\w+)", text):
         return f"expected {_TYPES.get(found[1], found[1])}"
+    if found := re.search(r"field '([\w.]+)' is not Optional", text):
+        return f"expected {_wanted(kind_of(found[1]))}"
+    if found := re.search(r"incompatible with type hint '.*Union\[int, (\w+)", text):
+        return f"expected {_wanted(f'int | {found[1]}')}"
+    if found := re.search(r"Environment variable '([^']+)' not found", text):
+        return f"the shell has no variable {found[1]}; expected `export {found[1]}=<value>` before"
     if re.search(r"is not a subclass of (\w+)", text):
         return "a group of options, expected one of the options below it"
     return " ".join(text.split("\n")[0].split())

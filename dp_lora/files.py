@@ -84,13 +84,13 @@ class Damaged(UserError, ValueError):
 def read_json(path: Path) -> Any:
     """What `write_json` wrote; infinities and NaN stay the strings "inf", "-inf" and "nan".
 
-    Raises Damaged when the file is empty, cut off or something else.
+    Raises Damaged when the file is empty, cut off or something else, such as a folder.
     """
-    content = path.read_bytes()
+    content = _content(path)
     try:
         return json.loads(content.decode())
-    except ValueError as error:
-        reason = "it is empty" if not content.strip() else " ".join(str(error).split())
+    except (ValueError, RecursionError) as error:
+        reason = "it is empty" if not content.strip() else _reason(error)
         raise Damaged(f"{path}: no JSON ({reason}); expected what this program wrote there") from error
 
 
@@ -121,7 +121,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    whole = path.read_bytes().split(b"\n")[:-1]
+    whole = _content(path).split(b"\n")[:-1]
     return [_parse(path, number, line) for number, line in enumerate(whole, start=1)]
 
 
@@ -129,11 +129,23 @@ def _line(record: Mapping[str, Any]) -> str:
     return json.dumps(json_ready(record), allow_nan=False, ensure_ascii=False)
 
 
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except IsADirectoryError as error:
+        raise Damaged(f"{path}: a folder; expected a file as this program writes it") from error
+
+
+def _reason(error: Exception) -> str:
+    """Why a text is no JSON; the reader gives up on brackets within brackets some thousand levels deep."""
+    return "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+
+
 def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except ValueError as error:
-        raise Damaged(f"{path}, line {number}: no JSON ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{path}, line {number}: no JSON ({_reason(error)})") from error
     if not isinstance(record, dict):
         raise Damaged(f"{path}, line {number}: expected a JSON object, found {type(record).__name__}")
     return record

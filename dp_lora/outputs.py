@@ -95,7 +95,9 @@ def _check_adapter(folder: Path) -> None:
 
 
 def _is_whole_safetensors(path: Path) -> bool:
-    """Whether the file is as long as its header says."""
+    """Whether this is a file, as long as its header says."""
+    if not path.is_file():
+        return False
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -104,6 +106,6 @@ def _is_whole_safetensors(path: Path) -> bool:
         try:
             header = json.loads(file.read(length))
             ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return False
     return bool(ends) and size == 8 + length + max(ends)

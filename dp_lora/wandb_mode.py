@@ -17,11 +17,14 @@ Mode = Literal["online", "offline", "disabled"]
 _SPELLINGS: dict[str, Mode] = {
     **dict.fromkeys(("online", "run", "shared", "enabled"), "online"),
     **dict.fromkeys(("offline", "dryrun"), "offline"),
-    **dict.fromkeys(("disabled", "disable"), "disabled"),
+    **dict.fromkeys(("disabled", "disable", "none", "off", "false", "no", "0", "null"), "disabled"),
 }  # fmt: skip
 """What W&B and those who use it write for a mode."""
 
 _YES = ("1", "true", "yes", "on", "y", "t")
+
+MEANT: dict[str, Mode] = {**_SPELLINGS, **dict.fromkeys(_YES, "online")}
+"""What was meant by a word, in small letters, that is no value of `tracking.wandb`."""
 
 _log = logging.getLogger(__name__)
 

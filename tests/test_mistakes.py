@@ -236,8 +236,91 @@ COMPOSED = {
     ),
 }  # fmt: skip
 
+BOUNDS = {
+    ("privacy.epsilon=1e300",): (
+        "privacy.epsilon=1e+300: expected a number from 1e-09 to 100000, inf (no noise) or null"
+    ),
+    ("privacy.epsilon=1e-300",): (
+        "privacy.epsilon=1e-300: expected a number from 1e-09 to 100000, inf (no noise) or null"
+    ),
+    ("evaluation.release=dp", "evaluation.release_epsilon=1e300"): (
+        "evaluation.release_epsilon=1e+300: expected a number from 1e-09 to 100000"
+    ),
+    ("-m", "hydra.sweeper.params.lora_rank=r2"): (
+        "hydra.sweeper.params.lora_rank=r2: belongs to the presets of `sweep`; expected -m lora_rank=r2"
+    ),
+    ("-m", "+hydra.sweeper.params={a:1}"): (
+        "+hydra.sweeper.params={a:1}: belongs to the presets of `sweep`; expected -m <option>=<value>,<value>"
+    ),
+}
+
+NULL = {
+    ("seed=null",): "seed=null: expected a whole number",
+    ("model.prompt=null",): "model.prompt=null: expected a text",
+    ("paths.outputs=null",): "paths.outputs=null: expected a text",
+    ("lora=null",): "lora=null: expected values of its fields",
+    ("data.train_size=50%",): "data.train_size=50%: expected data.train_size=0.5",
+    ("data.train_size=half",): "data.train_size=half: expected a whole number, or a fraction",
+    ("data.source=${oc.env:NOPE}",): (
+        "data.source: the shell has no variable NOPE; expected `export NOPE=<value>` before"
+    ),
+    ("data.value_range=12bit",): (
+        "data.value_range=12bit: expected a list of numbers, such as data.value_range=[0,4095]"
+    ),
+    ("train.learning_rate=0,01",): (
+        "train.learning_rate=0,01: several values; expected -m train.learning_rate=0,01 for a job each, or "
+        "train.learning_rate=0.01"
+    ),
+}
+
+TRACKING = {
+    ("tracking.wandb=false",): "tracking.wandb=false: expected tracking.wandb=disabled",
+    ("tracking.wandb=off",): "tracking.wandb=off: expected tracking.wandb=disabled",
+    ("tracking.wandb=true",): "tracking.wandb=true: expected tracking.wandb=online",
+    ("tracking.wandb=dryrun",): "tracking.wandb=dryrun: expected tracking.wandb=offline",
+}
+
+NO_HYPHENS = "options have no hyphens; expected"
+OTHERS = {
+    ("--learning_rate=0.01",): f"--learning_rate=0.01: {NO_HYPHENS} train.learning_rate=0.01",
+    ("--learning-rate", "0.01"): f"--learning-rate: {NO_HYPHENS} train.learning_rate=0.01",
+    ("learning_rate=0.01",): "learning_rate: no such option; expected train.learning_rate=0.01",
+    ("lr=0.01",): "lr: no such option; expected train.learning_rate=0.01",
+    ("--max_steps=5",): f"--max_steps=5: {NO_HYPHENS} train.max_steps=5",
+    ("--network_dim=8",): f"--network_dim=8: {NO_HYPHENS} lora.rank=8",
+    ("--rank", "8"): f"--rank: {NO_HYPHENS} lora.rank=8",
+    ("--train_data_dir=/data",): (f"--train_data_dir=/data: {NO_HYPHENS} data=imagefolder data.source=/data"),
+    ("--train_data_dir=/a(1)",): (
+        f"--train_data_dir=/a(1): {NO_HYPHENS} data=imagefolder 'data.source=\"/a(1)\"'"
+    ),
+    ("--train_batch_size=4",): f"--train_batch_size=4: {NO_HYPHENS} train.expected_batch_size=4",
+    ("--max_train_steps=100",): f"--max_train_steps=100: {NO_HYPHENS} train.max_steps=100",
+    ("--mixed_precision=fp16",): f"--mixed_precision=fp16: {NO_HYPHENS} train.precision=bfloat16",
+    ("--output_dir=/o",): f"--output_dir=/o: {NO_HYPHENS} paths.outputs=/o",
+    ("--seed", "1"): f"--seed: {NO_HYPHENS} seed=1",
+    ("--epsilon=3",): f"--epsilon=3: {NO_HYPHENS} privacy.epsilon=3",
+    ("--use_8bit_adam",): "--use_8bit_adam: no such flag; --help lists them",
+}
+
+WORDS = {
+    ("data.background=[255,255,255]",): (
+        "data.background=[255,255,255]: expected white, grey, black or a colour such as "
+        "'data.background=\"#f0f0f0\"'"
+    ),
+    ("lora_rank=", "r4"): "'r4': no space belongs there; expected lora_rank=r4",
+    ("lora_rank", "=", "r4"): "lora_rank: expected lora_rank=r4",
+    ("stages=[evaluate]", "config.yaml"): "'config.yaml': expected option=value",
+    ("lora.rank=4", "export"): "'export': expected `dp-lora export` first",
+    ("train",): "'train': expected stages=[finetune], or train=<preset>",
+    ("train", "long"): "train: expected train=long",
+    ("~",): "~: no such option",
+    ("~nope",): "~nope: no such option",
+    ("+data@extra=mnist",): "+data@extra=mnist: no such place for a preset; expected data=mnist",
+}
+
 TABLE = {
-    **NUMBERS_FOR_PRESETS, **PRESETS, **FOLDERS, **SIGNS, **FLAGS, **CHARACTERS, **COMPOSED
+    **NUMBERS_FOR_PRESETS, **PRESETS, **FOLDERS, **SIGNS, **FLAGS, **CHARACTERS, **COMPOSED, **BOUNDS,
+    **NULL, **TRACKING, **OTHERS, **WORDS,
 }  # fmt: skip
 
 
@@ -267,6 +350,33 @@ def test_what_is_shown_composes() -> None:
     (pasted,) = shlex.split("""'model.prompt="a photo of a {}"'""")
     config = composed(*prepared([pasted, "data=imagefolder", "data.source=~/my images"]))
     assert (config.model.prompt, config.data.source) == ("a photo of a {}", "~/my images")
+
+
+SHOWN = [
+    "train.learning_rate=0.01", "train.max_steps=5", "lora.rank=8", "data=imagefolder data.source=/data",
+    "data=imagefolder 'data.source=\"/a(1)\"'", "train.expected_batch_size=4", "train.max_steps=100",
+    "train.precision=bfloat16", "paths.outputs=/o", "seed=1", "privacy.epsilon=3", "lora_rank=r4", "train=long",
+    "'data.background=\"#f0f0f0\"'", "data.value_range=[0,4095]", "data.train_size=0.5", "stages=[finetune]",
+    "tracking.wandb=disabled", "tracking.wandb=offline", "data=mnist",
+]  # fmt: skip
+"""What some lines of the table show."""
+
+
+def test_every_word_that_is_shown_composes() -> None:
+    lines = list(TABLE.values())
+    for shown in SHOWN:
+        assert any(f"expected {shown}" in line or f"such as {shown}" in line for line in lines), shown
+    given = [word for shown in SHOWN for word in shlex.split(shown)]
+    once = {word.partition("=")[0]: word for word in given}
+    for word in given:
+        check_words([word])
+    composed(*prepared(list(once.values())))
+
+
+def test_the_version_is_that_of_this_program(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(sys, "argv", ["dp-lora", "--version"])
+    main()
+    assert re.fullmatch(r"dp-lora \d+\.\d+\.\d+\n", capsys.readouterr().out)
 
 
 def test_a_real_shell_takes_what_is_shown() -> None:

@@ -78,6 +78,14 @@ REFUSED = {
     "provenance.json empty": ("provenance.json", b"", f"/provenance.json: {JSON}"),
     "charge.json empty": ("checkpoint/charge.json", b"", f"/checkpoint/charge.json: {JSON}"),
     "plan.json empty": ("checkpoint/plan.json", b"\n", f"/checkpoint/plan.json: {JSON}"),
+    "plan.json deep": (
+        "checkpoint/plan.json", b"[" * 100_000,
+        "/checkpoint/plan.json: no JSON (nested too deeply); expected what this program wrote there",
+    ),
+    "adapter description deep": (
+        "adapter/adapter_config.json", b"[" * 100_000,
+        f"/adapter: adapter_config.json is missing or damaged; {ADAPTER}",
+    ),
     "config.yaml empty": ("config.yaml", b"", "/config.yaml: says no longer what this run is ("),
     "config.yaml else": ("config.yaml", b"a: [", "/config.yaml: says no longer what this run is ("),
     "metrics.jsonl": ("metrics.jsonl", b"no json\n{}\n", "/metrics.jsonl, line 1: no JSON ("),
@@ -104,6 +112,26 @@ def test_what_cannot_be_made_again_is_refused(
     status, lines = dp_lora()
     assert status == 2 and len(lines) == 1, lines
     assert lines[0].startswith(f"dp-lora: {directory}{expected}")
+    assert content(tmp_path) == before, "nothing was written and nothing charged"
+
+
+A_FOLDER = {
+    "privacy.json": "/privacy.json: a folder; expected a file as this program writes it",
+    "metrics.jsonl": "/metrics.jsonl: a folder; expected a file as this program writes it",
+    "checkpoint/charge.json": "/checkpoint/charge.json: a folder; expected a file as this program writes it",
+    "adapter/adapter_config.json": f"/adapter: adapter_config.json is missing or damaged; {ADAPTER}",
+    "adapter/trained.safetensors": f"/adapter: trained.safetensors is damaged; {ADAPTER}",
+}
+
+
+@pytest.mark.parametrize("name", A_FOLDER)
+def test_a_folder_in_the_place_of_a_file_is_damage(
+    name: str, directory: Path, dp_lora: Run, tmp_path: Path
+) -> None:
+    (directory / name).unlink()
+    (directory / name).mkdir()
+    before = content(tmp_path)
+    assert dp_lora() == (2, [f"dp-lora: {directory}{A_FOLDER[name]}"])
     assert content(tmp_path) == before, "nothing was written and nothing charged"
 
 

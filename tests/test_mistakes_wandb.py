@@ -42,6 +42,7 @@ def settings(*lines: str) -> str:
         ({"WANDB_MODE": "Offline"}, "offline"),
         ({"WANDB_MODE": "dryrun"}, "offline"),
         ({"WANDB_MODE": "disabled"}, "disabled"),
+        *(({"WANDB_MODE": word}, "disabled") for word in ("none", "off", "false", "False", "no", "0")),
         ({"WANDB_DISABLED": "true"}, "disabled"),
         ({"WANDB_DISABLED": "True"}, "disabled"),
         ({"WANDB_DISABLED": "1"}, "disabled"),
