@@ -52,8 +52,8 @@ COMMANDS = {
 def meant(name: str, value: str, fields: Sequence[str]) -> str | None:
     """The field and its value that another trainer's option means, as a word; None where that is not known.
 
-    The last part of a field's name stands for the field where no other ends so, apart from those of the public
-    set and of the model. Hyphens and underscores are alike.
+    The last part of a field's name stands for the field where no other ends so, apart from those of the
+    public set and of the model. Hyphens and underscores are alike.
 
     Args:
         name: without the hyphens before it.

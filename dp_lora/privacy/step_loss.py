@@ -154,8 +154,8 @@ def _masses(loss: _Loss, edges: Array, losses: Array, interval: float) -> _Masse
         slack = max(slack, loss.slack(u, at))
         absent, present = _density(u) * (half * weight), _density(u - mu) * (half * weight)
         mixed = (1 - q) * absent + q * present
-        up = np.clip(np.expm1(start - at) / -width, 0.0, 1.0)
-        up_added = np.clip(np.expm1(at - start - interval) / -width, 0.0, 1.0)
+        up = np.clip(np.expm1(np.minimum(start - at, 1.0)) / -width, 0.0, 1.0)
+        up_added = np.clip(np.expm1(np.minimum(at - start - interval, 1.0)) / -width, 0.0, 1.0)
         sums += np.stack([mixed, mixed * up, absent, absent * up_added])
     # Rounding: of the exponents, whose size is the square of the distance, and of a few operations.
     farthest = np.maximum(np.abs(middle), np.abs(middle - mu)) + half

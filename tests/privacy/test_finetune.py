@@ -754,7 +754,11 @@ def _neighbours(cache: Path, tmp_path: Path, digits: ImageSplits, capsys: Any, p
             if removed:  # never in a batch: what a set without the image does
                 patched.setattr(finetune, "poisson_batch", lambda *args: (b := drawn(*args))[b != 700])
             words = (*TINY, SEEDED, "stages=[finetune,sample]", "tracking.progress=lines")
-            places = (f"paths.outputs={tmp_path / name}", f"paths.ledger={tmp_path / name}.jsonl")
+            places = (
+                f"paths.outputs={tmp_path / name}",
+                f"paths.ledger={tmp_path / name}.jsonl",
+                f"paths.index={tmp_path / name}.index",
+            )
             run.run(composed(*words, f"paths.cache={cache}", *places))
         said = capsys.readouterr()
         (directory,) = (tmp_path / name / "default").iterdir()
@@ -762,7 +766,7 @@ def _neighbours(cache: Path, tmp_path: Path, digits: ImageSplits, capsys: Any, p
             r"\d[\d.:]* (steps|images|s)/(step|image|s)|took \d+:\d+|\S*/tmp/\S*", "", said.out + said.err
         )
         files = _everything_released(directory)
-        files["config.yaml"] = re.sub(rb"(outputs|ledger): .*", b"", files["config.yaml"])
+        files["config.yaml"] = re.sub(rb"(outputs|ledger|index): .*", b"", files["config.yaml"])
         runs.append((files, lines))
     return runs
 
