@@ -20,7 +20,7 @@ CONFIG = composed(*TINY, "lora.rank=2")
 
 def _model() -> LatentDiffusion:
     model = build(CONFIG.model, classes=["0", "1"], channels=1, image_size=8)
-    adapters.attach(model, ["lora", "class_embedder"], CONFIG.lora, seed=0)
+    adapters.attach(model, ["lora", "embedder"], CONFIG.lora, seed=0)
     return model
 
 
