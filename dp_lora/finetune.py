@@ -424,7 +424,9 @@ def _same_plan(plan: PrivacyPlan, path: Path) -> None:
     """Keeps the plan of the run's first start. Raises UserError when the run goes on under another one."""
     values = plan.to_dict()
     if not path.exists():
-        write_json(path, values, mode=0o600)
+        # Whether the images have a record beside it, so that its removal is found (`outputs.check_records`).
+        recorded = (path.parent / "content.json").exists()
+        write_json(path, values | {"content": recorded}, mode=0o600)
     before = read_json(path)
     for name in ("num_examples", "steps", "noise_multiplier"):
         if values[name] is None and before[name] is None:
