@@ -424,7 +424,9 @@ def _same_plan(plan: PrivacyPlan, folder: Path) -> None:
     """Keeps the plan of the run's first start. Raises UserError when the run goes on under another one."""
     check_same_plan(plan, folder)
     if not (folder / PLAN).exists():
-        write_json(folder / PLAN, plan.to_dict(), mode=0o600)
+        # Whether the images have a record beside it, so that its removal is found (`outputs.check_records`).
+        recorded = (folder / "content.json").exists()
+        write_json(folder / PLAN, plan.to_dict() | {"content": recorded}, mode=0o600)
 
 
 def run_key(config: Config, folder: Path) -> Randomness:

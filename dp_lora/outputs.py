@@ -8,21 +8,43 @@ training goes on from, and a result that a budget of its own has paid for.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zipfile
 from pathlib import Path
 from typing import Any
 
 from dp_lora.errors import UserError
-from dp_lora.files import Damaged, read_json, read_lines
+from dp_lora.files import Damaged, private_directory, read_json, read_lines, write_json
 
 OUTPUTS = {"finetune": "adapter", "sample": "samples.npz", "evaluate": "result.json"}
 """What a stage leaves in the run directory, whole or not at all; where it is, the stage is skipped."""
 
-_OBJECTS = ("privacy.json", "provenance.json", "checkpoint/plan.json", "checkpoint/charge.json")
+_OBJECTS = (
+    "privacy.json",
+    "provenance.json",
+    "checkpoint/plan.json",
+    "checkpoint/charge.json",
+    "checkpoint/adapter.json",
+)
 """Files with one JSON object that are not made again."""
 
+ADAPTER_RECORD = "adapter.json"
+"""In the private `checkpoint/`: the SHA-256 of each file of the adapter that is loaded again, by its name."""
+
+_LOADED = (".safetensors", ".json")
+
 _SAMPLES = {"images.npy", "labels.npy", "classes.npy"}
+
+
+def keep_adapter(folder: Path, checkpoint: Path) -> None:
+    """Notes in the private `checkpoint` what the adapter in `folder` consists of, before it is made known.
+
+    From then on the adapter is whole only with all of these files as they were written; the card beside them
+    belongs to its readers.
+    """
+    digests = {path.name: _sha256(path) for path in sorted(folder.iterdir()) if path.suffix in _LOADED}
+    write_json(private_directory(checkpoint) / ADAPTER_RECORD, digests, mode=0o600)
 
 
 def is_whole(directory: Path, stage: str) -> bool:
@@ -59,6 +81,12 @@ def check_records(directory: Path) -> None:
         path = directory / name
         if path.exists() and not isinstance(read_json(path), dict):
             raise Damaged(f"{path}: expected a JSON object as this program writes it")
+    images = directory / "checkpoint" / "content.json"
+    if _object(directory / "checkpoint" / "plan.json").get("content") and not images.exists():
+        raise UserError(
+            f"{images}: is missing; expected the record of the images that the run began with: put it back, "
+            "or remove the run directory to start again, and count what was spent"
+        )
     read_lines(directory / "metrics.jsonl")
     if (directory / OUTPUTS["finetune"]).exists():
         _check_adapter(directory / OUTPUTS["finetune"])
@@ -75,13 +103,7 @@ def _object(path: Path) -> dict[str, Any]:
 
 def _check_adapter(folder: Path) -> None:
     """Raises UserError unless the folder holds weights, and weights and descriptions are whole."""
-    weights = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    reason = None if weights else "it holds no weights"
-    for path in weights:
-        if not _is_whole_safetensors(path):
-            reason = f"{path.name} is damaged"
-    if (folder / "adapter_model.safetensors").exists() and not _object(folder / "adapter_config.json"):
-        reason = "adapter_config.json is missing or damaged"
+    reason = _broken(folder)
     if reason is not None:
         again = (folder.parent / "checkpoint" / "state.pt").exists()
         way_out = (
@@ -92,6 +114,35 @@ def _check_adapter(folder: Path) -> None:
         raise UserError(
             f"{folder}: {reason}; expected the files that the training left: put them back, or {way_out}"
         )
+
+
+def _broken(folder: Path) -> str | None:
+    """What is wrong with an adapter by itself and by the record of its run; None where nothing is.
+
+    Earlier versions kept no record: of their adapters, a description without its weights is found.
+    """
+    weights = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    if not weights:
+        return "it holds no weights"
+    for path in weights:
+        if not path.is_file() or not _is_whole_safetensors(path):
+            return f"{path.name} is damaged"
+    described = folder / "adapter_config.json"
+    if (folder / "adapter_model.safetensors").exists() and not _object(described):
+        return "adapter_config.json is missing or damaged"
+    if described.exists() and not (folder / "adapter_model.safetensors").exists():
+        return "adapter_model.safetensors is missing"
+    for name, digest in _object(folder.parent / "checkpoint" / ADAPTER_RECORD).items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if _sha256(folder / name) != digest:
+            return f"{name} is not the file that the training left"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _is_whole_safetensors(path: Path) -> bool:

@@ -21,7 +21,7 @@ from dp_lora.config import Config, run_directory
 from dp_lora.errors import Busy, recorded
 from dp_lora.files import file_lock, private_directory, read_json, write_atomic, write_json
 from dp_lora.job import Job, check_writable, device_of, prepare, pretrained_model, say
-from dp_lora.outputs import OUTPUTS, is_whole, result, state
+from dp_lora.outputs import OUTPUTS, is_whole, keep_adapter, result, state
 from dp_lora.processes import Team, joined
 from dp_lora.signals import Preempted
 from dp_lora.spending import charged, line_of_all_runs
@@ -274,6 +274,7 @@ def _export(job: Job, model: LatentDiffusion, record: Mapping[str, Any]) -> None
     partial = job.directory / "adapter.partial"
     shutil.rmtree(partial, ignore_errors=True)
     adapters.export(model, partial, base_model=job.base_model, card=card)
+    keep_adapter(partial, job.directory / "checkpoint")
     partial.replace(job.directory / "adapter")
 
 

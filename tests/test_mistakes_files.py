@@ -70,6 +70,8 @@ ADAPTER = (
     "expected the files that the training left: put them back, or remove the folder, and the same command "
     "writes it again from checkpoint/ at no further epsilon"
 )
+GONE, ZEROS = b"gone", b"zeros"
+"""What is done in place of writing these."""
 REFUSED = {
     "privacy.json empty": ("privacy.json", b"", f"/privacy.json: {JSON}"),
     "privacy.json a list": (
@@ -98,6 +100,25 @@ REFUSED = {
     "adapter weights cut off": (
         "adapter/trained.safetensors", None, f"/adapter: trained.safetensors is damaged; {ADAPTER}"
     ),
+    "adapter weights gone": (
+        "adapter/adapter_model.safetensors", GONE,
+        f"/adapter: adapter_model.safetensors is missing; {ADAPTER}"
+    ),
+    "trained weights gone": (
+        "adapter/trained.safetensors", GONE, f"/adapter: trained.safetensors is missing; {ADAPTER}"
+    ),
+    "adapter description gone": (
+        "adapter/adapter_config.json", GONE, f"/adapter: adapter_config.json is missing or damaged; {ADAPTER}"
+    ),
+    "another description": (
+        "adapter/adapter_config.json", b'{"r": 4}',
+        f"/adapter: adapter_config.json is not the file that the training left; {ADAPTER}"
+    ),
+    "zeros at the end of the weights": (
+        "adapter/adapter_model.safetensors", ZEROS,
+        f"/adapter: adapter_model.safetensors is not the file that the training left; {ADAPTER}"
+    ),
+    "adapter.json empty": ("checkpoint/adapter.json", b"", f"/checkpoint/adapter.json: {JSON}"),
 }  # fmt: skip
 
 
@@ -107,7 +128,13 @@ def test_what_cannot_be_made_again_is_refused(
 ) -> None:
     file, damage, expected = REFUSED[name]
     path = directory / file
-    path.write_bytes(path.read_bytes()[:-7] if damage is None else damage)
+    whole = path.read_bytes()
+    if damage == GONE:
+        path.unlink()
+    else:
+        path.write_bytes(
+            whole[:-7] if damage is None else whole[:-64] + bytes(64) if damage == ZEROS else damage
+        )
     before = content(tmp_path)
     status, lines = dp_lora()
     assert status == 2 and len(lines) == 1, lines
@@ -149,6 +176,15 @@ def test_an_adapter_that_is_gone_is_written_again_at_no_epsilon(
     assert status == 0
     assert content(directory / "adapter") == adapter
     assert {row["steps"] for row in read_lines(ledger)} == {spent}
+
+
+def test_an_adapter_without_a_record_goes_on_as_before(directory: Path, dp_lora: Run) -> None:
+    """As earlier versions left it; half of it is still refused."""
+    (directory / "checkpoint" / "adapter.json").unlink()
+    (directory / "adapter" / "README.md").write_text("my own card")
+    assert dp_lora()[0] == 0
+    (directory / "adapter" / "adapter_model.safetensors").unlink()
+    assert dp_lora()[1][0].startswith(f"dp-lora: {directory}/adapter: adapter_model.safetensors is missing; ")
 
 
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 half", None])

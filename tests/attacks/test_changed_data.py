@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -162,9 +163,30 @@ def test_a_run_that_was_cut_off_does_not_mix_two_sets(
     assert read_json(run.directory / "privacy.json")["complete"] is True
 
 
+def without_record(run: Done) -> None:
+    """As earlier versions left a run."""
+    checkpoint = run.directory / "checkpoint"
+    (checkpoint / "content.json").unlink()
+    plan = read_json(checkpoint / "plan.json")
+    assert plan.pop("content") is True
+    (checkpoint / "plan.json").write_text(json.dumps(plan))
+
+
+def test_a_record_that_was_removed_is_missed(run: Done, capsys: Any) -> None:
+    """Without it, other images would be taken for those that the run was made from."""
+    (run.directory / "checkpoint" / "content.json").unlink()
+    other_pixels(run.images)
+    before = run.state()
+    capsys.readouterr()
+    assert dp_lora(*run.words) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "content.json: is missing; expected the record of the images" in said
+    assert run.state() == before
+
+
 def test_samples_have_the_names_that_were_trained(run: Done) -> None:
     """A run of an earlier version, which kept no record of its images."""
-    (run.directory / "checkpoint" / "content.json").unlink()
+    without_record(run)
     (run.directory / "samples.npz").unlink()
     for old, new in (("c0", "y"), ("c1", "x")):
         (run.images / old).rename(run.images / new)
@@ -174,7 +196,7 @@ def test_samples_have_the_names_that_were_trained(run: Done) -> None:
 
 
 def test_a_summary_says_what_was_trained(run: Done, capsys: Any) -> None:
-    (run.directory / "checkpoint" / "content.json").unlink()
+    without_record(run)
     trained = read_json(run.directory / "privacy.json")
     assert trained["sample_rate"] == 6 / 24
     for number, image in enumerate(pixels(5, 24)):
