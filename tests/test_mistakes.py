@@ -355,7 +355,8 @@ def test_what_is_shown_composes() -> None:
 SHOWN = [
     "train.learning_rate=0.01", "train.max_steps=5", "lora.rank=8", "data=imagefolder data.source=/data",
     "data=imagefolder 'data.source=\"/a(1)\"'", "train.expected_batch_size=4", "train.max_steps=100",
-    "train.precision=bfloat16", "paths.outputs=/o", "seed=1", "privacy.epsilon=3", "lora_rank=r4", "train=long",
+    "train.precision=bfloat16", "paths.outputs=/o", "seed=1", "privacy.epsilon=3", "lora_rank=r4",
+    "train=long",
     "'data.background=\"#f0f0f0\"'", "data.value_range=[0,4095]", "data.train_size=0.5", "stages=[finetune]",
     "tracking.wandb=disabled", "tracking.wandb=offline", "data=mnist",
 ]  # fmt: skip
