@@ -24,7 +24,7 @@ from hydra.errors import HydraException
 
 from dp_lora.config import Config, config_directory
 from dp_lora.errors import UserError, did_you_mean
-from dp_lora.spellings import COMMANDS, meant
+from dp_lora.spellings import COMMANDS, INSTEAD, NO_SPACES, meant
 from dp_lora.wandb_mode import MEANT
 
 VALUES = {
@@ -152,7 +152,7 @@ def _arguments(words: Sequence[str]) -> argparse.Namespace:
     for name in ("experimental_rerun", "config_name", "config_path"):
         if (value := getattr(arguments, name)) is not None:
             raise UserError(
-                f"--{name.replace('_', '-')}={value}: not for these jobs; expected {_INSTEAD[name]}"
+                f"--{name.replace('_', '-')}={value}: not for these jobs; expected {INSTEAD[name]}"
             )
     printing = "--cfg" if arguments.cfg else "--info" if arguments.info else None
     running = "-m" if arguments.multirun else "--dry-run" if "--dry-run" in words else "--run"
@@ -169,14 +169,6 @@ def _arguments(words: Sequence[str]) -> argparse.Namespace:
     if arguments.config_dir is not None and not Path(arguments.config_dir).is_dir():
         raise UserError(f"--config-dir={arguments.config_dir}: expected a folder of presets")
     return arguments
-
-
-_INSTEAD = {
-    "experimental_rerun": "the run's own command, which continues it; its config.yaml says what it was",
-    "config_name": "--config-dir=FOLDER with presets of your own",
-    "config_path": "--config-dir=FOLDER with presets of your own",
-}
-"""What serves in place of a flag of Hydra."""
 
 
 def _without_flags(words: Sequence[str]) -> list[tuple[int, str]]:
@@ -278,11 +270,7 @@ def _refuse_bare(word: str, words: Sequence[str], place: int) -> NoReturn:
 def _takes_spaces(word: str) -> bool:
     """Whether words that follow this one can be the rest of its value."""
     name, _, value = word.partition("=")
-    return name in _texts() and name not in _NO_SPACES and not value.endswith(("'", '"'))
-
-
-_NO_SPACES = ("tracking.wandb", "tracking.progress", "resources.device")
-"""Texts of which each possible value is one word."""
+    return name in _texts() and name not in NO_SPACES and not value.endswith(("'", '"'))
 
 
 # Words with an equals sign

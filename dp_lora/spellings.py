@@ -48,6 +48,16 @@ COMMANDS = {
 }
 """What to write for the commands that other programs have."""
 
+INSTEAD = {
+    "experimental_rerun": "the run's own command, which continues it; its config.yaml says what it was",
+    "config_name": "--config-dir=FOLDER with presets of your own",
+    "config_path": "--config-dir=FOLDER with presets of your own",
+}
+"""What serves in place of a flag of Hydra."""
+
+NO_SPACES = ("tracking.wandb", "tracking.progress", "resources.device")
+"""Texts of which each possible value is one word."""
+
 
 def meant(name: str, value: str, fields: Sequence[str]) -> str | None:
     """The field and its value that another trainer's option means, as a word; None where that is not known.
