@@ -96,7 +96,7 @@ def _object(path: Path) -> dict[str, Any]:
     """The JSON object of a file that is made again; empty where there is none that can be read."""
     try:
         found = read_json(path)
-    except (Damaged, FileNotFoundError):
+    except (Damaged, FileNotFoundError, NotADirectoryError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -149,7 +149,7 @@ def test_a_damaged_image_folder_is_one_line(dp_lora: Run, outputs: Path, tmp_pat
     (root / "cat").mkdir()
     refused(dp_lora(*given), outputs, str(root / "cat"), "is empty")
     for i in range(30):
-        Image.fromarray(np.full((8, 8), i, np.uint8)).save(root / "cat" / f"{i}.png")
+        Image.fromarray(np.arange(i, i + 192, 3, np.uint8).reshape(8, 8)).save(root / "cat" / f"{i}.png")
     (root / "cat" / "notes.txt").write_text("no image")
     refused(dp_lora(*given), outputs, str(root / "cat" / "notes.txt"), "no image")
     (root / "cat" / "notes.txt").unlink()

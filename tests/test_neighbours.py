@@ -107,7 +107,7 @@ def test_damaged_settings_are_one_line(run: Path, capsys: pytest.CaptureFixture[
         main([str(run)])
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and said.count("\n") == 1
-    assert "config.yaml: cannot be read" in said and "expected the settings of a run" in said
+    assert "config.yaml: says no longer what this run is" in said and "expected what dp-lora wrote" in said
 
 
 @pytest.mark.parametrize(
