@@ -428,6 +428,7 @@ def test_twenty_correct_runs_are_not_accused(audited: Callable[..., Audited]) ->
     assert 0.1 * runs[0].claimed < bound < runs[0].claimed, "a bound that says nothing cannot be wrong"
 
 
+@pytest.mark.slow
 def test_an_image_canary_that_was_learnt_is_told_from_one_that_was_not(
     start: Callable[..., LatentDiffusion], config: Config, tmp_path: Path
 ) -> None:
