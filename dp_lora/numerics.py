@@ -131,7 +131,7 @@ def _process(device: torch.device) -> dict[str, Any]:
 def environment(variables: Mapping[str, str]) -> dict[str, str]:
     """Those of the environment `variables` that tell a library how to compute.
 
-    >>> environment({"MKL_CBWR": "COMPATIBLE", "HOME": "/root", "CUDA_VISIBLE_DEVICES": "1"})
+    >>> environment({"MKL_CBWR": "COMPATIBLE", "HOME": "/home/ann", "CUDA_VISIBLE_DEVICES": "1"})
     {'MKL_CBWR': 'COMPATIBLE'}
     """
     return {
