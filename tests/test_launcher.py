@@ -412,7 +412,8 @@ def test_a_killed_driver_of_the_pool_is_replaced_and_a_killed_job_is_started_aga
     first = pool.start(*words)
     until(lambda: sum(map(len, pool.starts())) == 2)
     first.kill()
-    first.communicate()
+    # Not until the end of what it says: its jobs hold, and have its stderr.
+    first.wait()
     second = pool.start(*words)
     go(pool.cells()[0])
     until(lambda: sum(map(len, pool.starts())) == 3)

@@ -21,12 +21,19 @@ from test_tracking import RUN_ID, job, open_tracker, row
 from wandb_file import read_run
 from wandb_server import ENTITY, KEY, Backend, serving
 
+from dp_lora import manifest
 from dp_lora.config import Config
 from dp_lora.files import read_lines
 from dp_lora.tracking import Tracker
 from sweeps.dashboard import dashboard
 
-METRICS = {"accuracy_cnn": 0.8, "accuracy_cnn_before": 0.1, "accuracy_cnn_real": 0.95}
+METRICS = {
+    "accuracy_cnn": 0.8,
+    "accuracy_cnn_before": 0.1,
+    "accuracy_cnn_real": 0.95,
+    "inception_score": 2.5,
+    "inception_score_before": 1.5,
+}
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +103,7 @@ def test_a_preempted_run_stays_one_run_whose_history_is_metrics_jsonl(backend: B
 
 def test_nothing_is_sent_before_the_private_training_has_ended(backend: Backend, tmp_path: Path) -> None:
     """So that the times at which rows arrive tell nothing of the steps, and W&B's clocks begin after them."""
-    config = setting("online")
+    config = setting("online", group="quiet")
     with Tracker(tmp_path, config, run_id="4567cdef", name="lora.rank=8") as tracker:
         for step in range(3):
             tracker.log(step, row(step), "finetune")
@@ -128,8 +135,11 @@ def test_images_tables_and_the_adapter_arrive(backend: Backend, online: Path) ->
     (table,) = [
         json.loads(data) for name, data in run.files.items() if name.startswith("media/table/baselines")
     ]
-    assert table["columns"] == ["metric", "value", "before", "real"]
-    assert table["data"] == [["accuracy_cnn", 0.8, 0.1, 0.95]]
+    assert table["columns"] == ["metric", "value", "before", "real", "note"]
+    assert table["data"] == [
+        ["accuracy_cnn", 0.8, 0.1, 0.95, manifest.UNCOVERED_NOTE],
+        ["inception_score", 2.5, 1.5, None, ""],
+    ]
     (adapter,) = [a for a in backend.artifacts.values() if a.type == "model"]
     assert adapter.committed and adapter.name == f"adapter-{RUN_ID}"
     assert adapter.files["README.md"] == b"card"

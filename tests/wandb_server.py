@@ -8,6 +8,7 @@ What it was asked and does not know is in `unknown`, which a test expects to be 
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import re
 import threading
@@ -90,6 +91,7 @@ class Backend:
         self.views: list[Json] = []
         self.unknown: list[str] = []
         self.starts = 0
+        self._numbers = itertools.count()
         self.lock = threading.RLock()
 
     # GraphQL
@@ -293,7 +295,10 @@ class Backend:
                 run.files[name] = content
 
     def _run(self, project: str, name: str) -> BackendRun:
-        return self.runs.setdefault((project, name), BackendRun(f"run-{len(self.runs)}", project, name))
+        if (project, name) not in self.runs:
+            # Never a number again, not even after a run was removed: runs are updated by it.
+            self.runs[project, name] = BackendRun(f"run-{next(self._numbers)}", project, name)
+        return self.runs[project, name]
 
     def _place(self, owner: str, name: str) -> str:
         return f"{self.url}/storage/{quote(owner)}/{quote(name)}"

@@ -39,6 +39,8 @@ IN_FLIGHT_S = 15.0
 LAUNCH_FAILED = "PENDING (launch failed requeued held)"
 """A job that a node could not start, for no fault of its own; SLURM holds it until somebody releases it."""
 
+NO_SUCH_NODE = "Requested node configuration is not available"
+
 LIVE = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "STAGE_OUT", "RESIZING", "SIGNALING")
 """States of a job that has not ended."""
 
@@ -66,7 +68,11 @@ class Slurm:
 
     @staticmethod
     def check(cells: Sequence[Cell]) -> None:
-        """Raises UserError when this is no SLURM machine, or SLURM would refuse one of the requests."""
+        """Raises UserError when this is no SLURM machine, or SLURM would refuse one of the requests.
+
+        While nodes are down, `sbatch --test-only` refuses what `sbatch` itself queues until they are back. Then
+        a request that fits no node is only refused, or held in the queue, when it is submitted.
+        """
         use_box()
         if shutil.which("sbatch") is None:
             raise UserError(
@@ -77,8 +83,16 @@ class Slurm:
             options = [f"--{k}={v}" if v is not True else f"--{k}" for k, v in _options(resources).items()]
             with _own_environment():
                 said = _run(["sbatch", "--test-only", *options, "--wrap", "true"])
-            if said.returncode:
-                raise UserError(f"resources: SLURM refuses {describe(resources)}: {_message(said.stderr)}")
+            if not said.returncode:
+                continue
+            if NO_SUCH_NODE in said.stderr and (down := _unavailable(resources.partition)):
+                print(
+                    f"dp-lora: SLURM cannot say now whether {describe(resources)} fits a node: {down} cannot "
+                    "be used at the moment; the jobs wait for them in the queue",
+                    file=sys.stderr,
+                )
+                continue
+            raise UserError(f"resources: SLURM refuses {describe(resources)}: {_message(said.stderr)}")
 
     def settle(self) -> None:
         """Looks into submissions during which a driver died: adopts what SLURM has, gives up the rest."""
@@ -340,6 +354,15 @@ def _options(resources: ResourcesConfig) -> dict[str, Any]:
 def describe(resources: ResourcesConfig) -> str:
     """What is asked of SLURM, in the words of sbatch."""
     return " ".join(f"{name}={value}" for name, value in _options(resources).items())
+
+
+def _unavailable(partition: str | None) -> str:
+    """How many nodes of a partition, or of all, are down, drained or silent, in words; empty when none is."""
+    words = ["sinfo", "-h", "-o", "%D|%T", *(["-p", partition] if partition else [])]
+    lines = [line.split("|") for line in _run(words).stdout.splitlines() if line.count("|") == 1]
+    fit = ("idle", "mixed", "allocated", "completing", "reserved", "planned")
+    count = sum(int(number) for number, state in lines if state not in fit)
+    return f"{count} node{'s' * (count != 1)}" if count else ""
 
 
 def _message(stderr: str) -> str:
