@@ -1,1 +1,1 @@
-"""What README's performance tables are made with."""
+"""What the measurements in docs/ are made with."""

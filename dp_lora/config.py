@@ -71,7 +71,7 @@ class DataConfig:
     """1 for grey, 3 for RGB."""
     resample: str | None = None
     """How images come to `image_size`: box, bilinear, bicubic or lanczos; pad (28 x 28 into black margins);
-    null takes what belongs to the set (README, Data)."""
+    null takes what belongs to the set (docs/data.md)."""
     value_range: list[float] | None = None
     """The values of black and white in the image files, such as [0,4095] for 12 bits that lie in 16; null
     takes what a file's mode can hold: 255, or 65535 for 16 bits. Files of floating-point numbers and of 32
@@ -95,7 +95,7 @@ class DataConfig:
     train_size: int | float | None = None
     """How many of the training images to take or to render; null takes all. Like the next two: of a
     published set a number of images, balanced over classes or stratified, or a fraction; of a set of one's
-    own a fraction between 0 and 1, by which each image is taken for its own pixels (README, Data)."""
+    own a fraction between 0 and 1, by which each image is taken for its own pixels (docs/data.md)."""
     validation_size: int | float = 0
     """How many images are set aside for choices that must not see the test set."""
     test_size: int | float = 0
@@ -401,7 +401,7 @@ class PathsConfig:
     cache: str = "~/.cache/dp_lora"
     data: str = "~/.cache/dp_lora/data"
     ledger: str | None = None
-    """File of the ledger of what was spent; null takes the one beside the data (README, The privacy bill)."""
+    """File of the ledger of what was spent; null takes the one beside the data (docs/privacy-bill.md)."""
     index: str | None = None
     """Folder of the index by which private images are known again wherever they lie; null takes
     `$XDG_DATA_HOME/dp_lora/image_index`, or `~/.local/share/dp_lora/image_index`."""

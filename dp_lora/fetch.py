@@ -116,7 +116,7 @@ def _debian(packages: Sequence[str], work: Path) -> Path:
 def _command(words: Sequence[str], folder: Path) -> None:
     """Runs a program; its failure is one line with the last thing that it said."""
     if shutil.which(words[0]) is None:
-        raise UserError(f"`{words[0]}` is not installed; put the files there by hand (README, Data)")
+        raise UserError(f"`{words[0]}` is not installed; put the files there by hand (docs/data.md)")
     done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]

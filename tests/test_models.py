@@ -292,7 +292,7 @@ LORA_COUNTS = [
 def test_lora_has_the_paper_s_parameters(
     experiment: str, rank: int, targets: list[str], paper: int | None, ours: int
 ) -> None:
-    """The paper's count is rank x (in + out) over all layers; README says what ours leaves out, and why."""
+    """The paper's count is rank x (in + out) over all layers; docs/paper.md says what ours lacks, and why."""
     model = meta(experiment)
     counted = without_effect = beyond_width = 0
     for attention in [m for m in model.unet.modules() if isinstance(m, Attention)]:
