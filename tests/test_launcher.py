@@ -414,6 +414,8 @@ def test_a_killed_driver_of_the_pool_is_replaced_and_a_killed_job_is_started_aga
     first.kill()
     # Not until the end of what it says: its jobs hold, and have its stderr.
     first.wait()
+    assert first.stderr is not None
+    first.stderr.close()
     second = pool.start(*words)
     go(pool.cells()[0])
     until(lambda: sum(map(len, pool.starts())) == 3)
