@@ -201,6 +201,7 @@ def test_a_stage_whose_output_is_gone_is_done_again(whole: Path, dp_lora: Callab
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_papers_cifar10_goes_through_all_stages_at_full_size(tmp_path: Path, monkeypatch: Any) -> None:
     rng = np.random.default_rng(0)
     classes = {"cifar/train": (10, 6), "cifar/test": (10, 3), "imagenet/train": (3, 6)}
