@@ -26,12 +26,12 @@ from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 from wandb_file import WandbRun, read_run
 
-from dp_lora import manifest
 from dp_lora.__main__ import main
-from dp_lora.config import Config, DataConfig, ModelConfig
-from dp_lora.files import read_json, read_lines
+from dp_lora.config.schema import Config, DataConfig, ModelConfig
 from dp_lora.privacy.gradients import ClippedGradientSum
-from dp_lora.tracking import Tracker
+from dp_lora.records import manifest
+from dp_lora.records.tracker import Tracker
+from dp_lora.storage.files import read_json, read_lines
 
 STEPS, MANY_STEPS = 120, 500
 SECONDS_PER_IMAGE = 0.21
@@ -232,7 +232,7 @@ def test_the_test_sees_a_tracker_that_sends_each_row_at_its_time(long_job: Playe
     config.tracking.wandb = "offline"
     clock, sizes = Steps(), batch_sizes(long_job)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("dp_lora.tracking.time", clock)
+        patched.setattr("dp_lora.records.tracker.time", clock)
         with Tracker(tmp_path, config, run_id="0123abcd", name="twin") as tracker:
             for step, size in enumerate(sizes, start=1):
                 clock.now += SECONDS_PER_IMAGE * size
