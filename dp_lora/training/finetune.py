@@ -318,18 +318,9 @@ def finetune(
         model.prompts.use(captions)
         labels = torch.arange(len(captions))
     step = PrivateStep(
-        model,
-        latents,
-        labels,
-        plan,
-        randomness,
-        config.train,
-        microbatch,
-        executions,
-        keep,
-        config.trainable.learning_rate_factor,
-        begun if first else _silent,
-    )
+        model, latents, labels, plan, randomness, config.train, microbatch, executions, halved=keep,
+        learning_rate_factor=config.trainable.learning_rate_factor, begun=begun if first else _silent,
+    )  # fmt: skip
     watch = _watch(config, step)
     checkpoint = Checkpoint(folder, config.train.checkpoint_minutes, writes=first)
     finished = resume(step, checkpoint)
