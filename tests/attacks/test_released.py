@@ -117,7 +117,7 @@ def play(home: Path, cache: Path, name: str, *given: str) -> Played:
     private = ["data=imagefolder", f"data.source={home / 'needle_ward'}", "data.image_size=8"]
     small = ["evaluation.extractors=[]", "evaluation.classifier_epochs=1", "privacy.adjacency=zero_out"]
     with pytest.MonkeyPatch.context() as patched, redirect_stdout(said), redirect_stderr(said):
-        for module in ("run", "tracking", "train", "progress"):
+        for module in ("jobs.stages", "records.tracker", "training.loop", "records.progress"):
             patched.setattr(f"dp_lora.{module}.time", steps)
         patched.setattr(ClippedGradientSum, "add", watched_add)
         patched.setattr(ClippedGradientSum, "total", watched_total)

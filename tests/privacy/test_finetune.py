@@ -752,7 +752,7 @@ def _neighbours(cache: Path, tmp_path: Path, digits: ImageSplits, capsys: Any, p
         with patch.context() as patched:
             patched.setattr("dp_lora.data.sets.load", lambda *args, i=images: digits._replace(train=i))
             patched.setattr(finetune, "noised_mean", lambda total, *rest: noised(0 * total, *rest))
-            for module in ("run", "tracking", "train"):
+            for module in ("jobs.stages", "records.tracker", "training.loop"):
                 patched.setattr(f"dp_lora.{module}.time", _Clock())
             if removed:  # never in a batch: what a set without the image does
                 patched.setattr(finetune, "poisson_batch", lambda *args: (b := drawn(*args))[b != 700])
