@@ -44,7 +44,7 @@ format: .venv/installed-dev  ## write the code the way `check` wants it
 	$(BIN)/ruff format .
 
 data: .venv/installed  ## fetch the full MNIST and Fashion-MNIST and the fonts of the public letters
-	$(BIN)/python -m dp_lora.fetch $(ARGS)
+	$(BIN)/python -m dp_lora.commands.fetch $(ARGS)
 
 pretrain-mnist: .venv/installed  ## pre-train the paper's MNIST model on letters: a matter for a GPU
 	$(BIN)/dp-lora experiment=mnist data@public_data=$(PUBLIC) public_data.classes=null \

@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.linear_audit import DEFECTS, FACTORS, correct, judge, noise_times, plan_of, silent, train
-from dp_lora.files import append_line, read_lines
 from dp_lora.privacy.plan import PrivacyPlan
 from dp_lora.privacy.randomness import Randomness
-from dp_lora.provenance import hardware
+from dp_lora.records.provenance import hardware
+from dp_lora.storage.files import append_line, read_lines
 
 
 @dataclass(frozen=True)

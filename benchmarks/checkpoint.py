@@ -18,14 +18,15 @@ import torch
 from hydra import compose, initialize_config_dir
 
 import dp_lora.__main__  # noqa: F401  (registers the schema)
-from dp_lora import adapters, job
-from dp_lora.config import config_directory, from_omegaconf
-from dp_lora.finetune import PrivateStep
-from dp_lora.latents import Latents
-from dp_lora.models import load
+from dp_lora.config.load import config_directory, from_omegaconf
+from dp_lora.jobs import job
+from dp_lora.models import adapters
+from dp_lora.models.folders import load
+from dp_lora.models.latents import Latents
 from dp_lora.privacy.executions import Executions
 from dp_lora.privacy.randomness import Randomness
-from dp_lora.train import Checkpoint
+from dp_lora.training.finetune import PrivateStep
+from dp_lora.training.loop import Checkpoint
 
 
 def main() -> None:

@@ -40,10 +40,10 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from dp_lora.adapters import target_names
-from dp_lora.models import shorten_cross_attention
+from dp_lora.models.adapters import target_names
+from dp_lora.models.folders import shorten_cross_attention
 from dp_lora.privacy.gradients import ClippedGradientSum
-from dp_lora.tuning import frozen_parts
+from dp_lora.training.tuning import frozen_parts
 
 ENGINES = (
     *("nonprivate", "dp_lora", "dp_lora_one_token"),

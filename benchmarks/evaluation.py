@@ -22,13 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dp_lora import data
-from dp_lora.config import DataConfig, EvaluationConfig, PathsConfig
-from dp_lora.data import ImageSet, ImageSplits
-from dp_lora.evaluate import evaluate_all
-from dp_lora.evaluation_images import Images
-from dp_lora.features import extract_features, load_extractors
-from dp_lora.metrics import Options, Reference, measure
+from dp_lora.config.schema import DataConfig, EvaluationConfig, PathsConfig
+from dp_lora.data import sets
+from dp_lora.data.sets import ImageSet, ImageSplits
+from dp_lora.evaluation.evaluate import evaluate_all
+from dp_lora.evaluation.features import extract_features, load_extractors
+from dp_lora.evaluation.images import Images
+from dp_lora.evaluation.metrics import Options, Reference, measure
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
@@ -81,7 +81,7 @@ def noisy_digits(n: int) -> ImageSplits:
     """`n` training images and half as many test images."""
     paths = PathsConfig()
     config = DataConfig(name="mnist5k", image_size=32, test_size=1000)
-    digits = data.load(config, paths).train
+    digits = sets.load(config, paths).train
 
     def part(role: str, number: int, seed: int) -> ImageSet:
         generator = np.random.default_rng(seed)

@@ -20,14 +20,14 @@ from pathlib import Path
 
 import torch
 
-from dp_lora.compvis import model_config, sources
-from dp_lora.import_command import LAYOUTS
-from dp_lora.models import build
+from dp_lora.models.compvis import model_config, sources
+from dp_lora.models.folders import build
+from dp_lora.models.layouts import LAYOUTS
 
 _PEAK = """
 import re, sys, time
 from pathlib import Path
-from dp_lora import compvis
+from dp_lora.models.folders import compvis
 def now(field):
     return int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 before, started = now("VmRSS"), time.perf_counter()

@@ -24,15 +24,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dp_lora import adapters, latents
-from dp_lora.config import AutoencoderConfig, LoraConfig, ModelConfig, TrainConfig, UNetConfig
-from dp_lora.data import ImageSet
-from dp_lora.finetune import PrivateStep
-from dp_lora.latents import Latents
-from dp_lora.models import LatentDiffusion, build
+from dp_lora.config.schema import AutoencoderConfig, LoraConfig, ModelConfig, TrainConfig, UNetConfig
+from dp_lora.data.sets import ImageSet
+from dp_lora.models import adapters, latents
+from dp_lora.models.folders import LatentDiffusion, build
+from dp_lora.models.latents import Latents
 from dp_lora.privacy.executions import Executions
 from dp_lora.privacy.plan import make_plan
 from dp_lora.privacy.randomness import Randomness
+from dp_lora.training.finetune import PrivateStep
 
 WAYS = ("memory", "cached", "on the fly")
 

@@ -20,11 +20,12 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 
-from dp_lora import data
-from dp_lora.config import AutoencoderConfig, Config, config_directory, from_omegaconf
-from dp_lora.diffusion import per_example_loss
-from dp_lora.models import LatentDiffusion, build
-from dp_lora.pretrain import AutoencoderStep, reconstruction_error
+from dp_lora.config.load import config_directory, from_omegaconf
+from dp_lora.config.schema import AutoencoderConfig, Config
+from dp_lora.data import sets
+from dp_lora.models.diffusion import per_example_loss
+from dp_lora.models.folders import LatentDiffusion, build
+from dp_lora.training.pretrain import AutoencoderStep, reconstruction_error
 
 SIZES = {
     "4 x 4 x 4": AutoencoderConfig(4, [16, 32, 64, 64], 1, 16),
@@ -34,7 +35,7 @@ SIZES = {
 }
 
 
-def measure(config: Config, autoencoder: AutoencoderConfig, images: data.ImageSplits) -> dict[str, Any]:
+def measure(config: Config, autoencoder: AutoencoderConfig, images: sets.ImageSplits) -> dict[str, Any]:
     """Error of the reconstruction, and seconds of CPU of one diffusion step on 128 rows."""
     torch.manual_seed(config.seed)
     shape = replace(config.model, autoencoder=autoencoder)
@@ -75,7 +76,7 @@ def main() -> None:
     with initialize_config_dir(str(config_directory()), version_base="1.3"):
         config = from_omegaconf(compose("config"))
     config.model.pretrain.autoencoder_steps = arguments.steps
-    images = data.load(config.public_data, config.paths, "public_data")
+    images = sets.load(config.public_data, config.paths, "public_data")
     rows = []
     for name, autoencoder in SIZES.items():
         rows.append({"latents": name, "steps": arguments.steps, **measure(config, autoencoder, images)})

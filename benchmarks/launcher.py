@@ -20,8 +20,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from dp_lora.config import Config
-from dp_lora.files import append_line, read_lines
+from dp_lora.config.schema import Config
+from dp_lora.storage.files import append_line, read_lines
 
 SECONDS = "DP_LORA_BENCHMARK_SECONDS"
 
@@ -32,8 +32,8 @@ def nothing(config: Config, words: Sequence[str]) -> None:
 
 def until_first_step(config: Config, words: Sequence[str]) -> None:
     """A job that ends before its first training step and notes how long it took to get there."""
-    from dp_lora import finetune
-    from dp_lora.run import run
+    from dp_lora.jobs.stages import run
+    from dp_lora.training import finetune
 
     def note(*args: object) -> None:
         begun = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])

@@ -25,16 +25,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dp_lora import finetune
-from dp_lora.canaries import EMPTY, Trained, Watch, coins, released_noise
-from dp_lora.config import TrainConfig
-from dp_lora.latents import Latents
-from dp_lora.privacy import audit
+from dp_lora.auditing import bounds
+from dp_lora.auditing.canaries import EMPTY, Trained, Watch, coins, released_noise
+from dp_lora.auditing.noise_tests import Verdict
+from dp_lora.config.schema import TrainConfig
+from dp_lora.models.latents import Latents
 from dp_lora.privacy.executions import Executions
 from dp_lora.privacy.gradients import ClippedGradientSum
-from dp_lora.privacy.noise_tests import Verdict
 from dp_lora.privacy.plan import PrivacyPlan, make_plan
 from dp_lora.privacy.randomness import Randomness
+from dp_lora.training import finetune
 
 CLIP = 1e-3
 _PULL = 100.0
@@ -171,17 +171,17 @@ def judge(
     assert trained.noise is not None
     each = 1 - (1 - confidence) / 2
     verdict = Verdict({**trained.noise.p_values(), **silent})
-    at = audit.thresholds(plan.mechanism, trained.noise_factor)
-    outcomes = [audit.Outcome.of(trained.scores, trained.included, threshold) for threshold in at]
+    at = bounds.thresholds(plan.mechanism, trained.noise_factor)
+    outcomes = [bounds.Outcome.of(trained.scores, trained.included, threshold) for threshold in at]
     # What `one_run` would find is above the claim if and only if the claim is refuted.
     order = np.argsort(-np.abs(trained.scores), kind="stable")
     right = ((trained.scores > 0) == trained.included)[order]
-    count, level = len(right), (1 - each) / len(audit.GUESSED_SHARES)
+    count, level = len(right), (1 - each) / len(bounds.GUESSED_SHARES)
     passes = any(
-        audit.one_run_p_value(count, guesses, int(right[:guesses].sum()), plan.epsilon, plan.delta) < level
-        for guesses in (max(1, round(share * count)) for share in audit.GUESSED_SHARES)
+        bounds.one_run_p_value(count, guesses, int(right[:guesses].sum()), plan.epsilon, plan.delta) < level
+        for guesses in (max(1, round(share * count)) for share in bounds.GUESSED_SHARES)
     )
-    refuted = passes or audit.refutes(outcomes, plan.mechanism, plan.delta, each)
+    refuted = passes or bounds.refutes(outcomes, plan.mechanism, plan.delta, each)
     return Found(bool(verdict.accused), refuted, verdict.accused)
 
 

@@ -22,18 +22,20 @@ from typing import Any
 
 import torch
 
-from dp_lora import adapters, tuning
-from dp_lora.config import LoraConfig, TrainConfig
-from dp_lora.finetune import PrivateStep
-from dp_lora.latents import Latents
-from dp_lora.models import LatentDiffusion, find, load
-from dp_lora.privacy.accounting import EpsilonCurve, Mechanism, epsilon, noise_multiplier_for
+from dp_lora.config.schema import LoraConfig, TrainConfig
+from dp_lora.models import adapters
+from dp_lora.models.folders import LatentDiffusion, find, load
+from dp_lora.models.latents import Latents
+from dp_lora.privacy.accounting import EpsilonCurve, epsilon, noise_multiplier_for
 from dp_lora.privacy.batches import poisson_batch
 from dp_lora.privacy.executions import ORIGIN, Executions
 from dp_lora.privacy.gradients import ClippedGradientSum
 from dp_lora.privacy.mechanism import noised_mean, sum_digest
 from dp_lora.privacy.plan import PrivacyPlan, make_plan
 from dp_lora.privacy.randomness import Randomness
+from dp_lora.privacy.subsampled_gaussian import Mechanism
+from dp_lora.training import tuning
+from dp_lora.training.finetune import PrivateStep
 
 EXAMPLES, BATCH, STEPS = 60_000, 2_000, 1_800
 # (data, N, batch, steps, delta, epsilons); the settings of the paper.

@@ -18,8 +18,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 
-from dp_lora.config import Config, config_directory, from_omegaconf
-from dp_lora.models import build
+from dp_lora.config.load import config_directory, from_omegaconf
+from dp_lora.config.schema import Config
+from dp_lora.models.folders import build
 
 PROCESSES = {
     "python -c pass": ["-c", "pass"],

@@ -21,10 +21,11 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from dp_lora import __version__
-from dp_lora.command_line import prepared
-from dp_lora.config import Config, config_directory, from_omegaconf
+from dp_lora.commands.command_line import prepared
+from dp_lora.commands.explain import explain
+from dp_lora.config.load import config_directory, from_omegaconf
+from dp_lora.config.schema import Config
 from dp_lora.errors import SweepFailed, UserError
-from dp_lora.explain import explain
 
 ConfigStore.instance().store(name="schema", node=Config)
 
@@ -47,7 +48,7 @@ class _Reported(UserError):
 @hydra.main(config_path=str(config_directory()), config_name="config", version_base="1.3")
 def app(composed: DictConfig) -> dict[str, object]:
     """One job of a Hydra run or multirun; returns where it lies and its metrics."""
-    from dp_lora.run import run
+    from dp_lora.jobs.stages import run
 
     settings = HydraConfig.get()
     try:
@@ -75,7 +76,7 @@ def app(composed: DictConfig) -> dict[str, object]:
 def main() -> None:
     """Runs the app, or `dp-lora export`; what a user can cause becomes one line and an exit status."""
     if sys.argv[1:2] == ["export"]:
-        from dp_lora import export_command
+        from dp_lora.commands import export as export_command
 
         export_command.main(sys.argv[2:])
         return

@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from dp_lora.errors import UserError
-from dp_lora.files import json_ready, read_json
-from dp_lora.image_index import ImageIndex
-from dp_lora.privacy.accounting import ADJACENCIES, MANY, Mechanism, composed
+from dp_lora.jobs.image_index import ImageIndex
+from dp_lora.jobs.spending import begun, begun_by_all, ledger_beside, private_set, releases_of
+from dp_lora.privacy.accounting import ADJACENCIES, MANY, composed
 from dp_lora.privacy.ledger import Charge, Ledger, spent, spent_adaptively
 from dp_lora.privacy.renyi import epsilon_of_divergences, least_budget, renyi_divergences
 from dp_lora.privacy.selection import best_of
-from dp_lora.receipts import read_receipt
-from dp_lora.spending import begun, begun_by_all, ledger_beside, private_set, releases_of
+from dp_lora.privacy.subsampled_gaussian import Mechanism
+from dp_lora.storage.files import json_ready, read_json
+from dp_lora.training.receipts import read_receipt
 from sweeps.folders import read_settings
 
 
@@ -177,7 +178,7 @@ def _by_shared_images(runs: Sequence[_Run]) -> list[_Run]:
 
 
 def planned(charges: Iterable[Charge]) -> Bill:
-    """The bill of runs that are still to be made: `dp_lora.spending.charge_of` their configurations."""
+    """The bill of runs that are still to be made: `dp_lora.jobs.spending.charge_of` their configurations."""
     return _bill([_Run(charge.private_set, charge) for charge in charges])
 
 

@@ -54,7 +54,7 @@ def _interrupt(folder: Path) -> list[str]:
 
 def _held(folder: Path) -> bool:
     """Whether a driver holds the sweep."""
-    from dp_lora.files import file_lock
+    from dp_lora.storage.files import file_lock
 
     class Held(Exception):
         pass

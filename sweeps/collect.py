@@ -245,7 +245,7 @@ def write_frame(rows: Sequence[Row], path: Path) -> list[Path]:
     """Writes the frame as CSV, and as parquet beside it where pyarrow is; returns what was written."""
     from importlib.util import find_spec
 
-    from dp_lora.files import write_atomic
+    from dp_lora.storage.files import write_atomic
 
     table = frame(rows)
     write_atomic(path, table.to_csv(index=False))

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dp_lora.errors import UserError
-from dp_lora.files import read_lines
+from dp_lora.storage.files import read_lines
 from sweeps.collect import Row
 from sweeps.summary import Group
 
 NAMES = ("epsilon", "private_loss", "signal_to_noise")
-"""What is drawn; all of it may leave a run (`dp_lora.tracking.RELEASED`)."""
+"""What is drawn; all of it may leave a run (`dp_lora.records.tracker.RELEASED`)."""
 
 MOST_POINTS = 60
 MOST_RUNS = 24

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dp_lora.config.wandb_mode import wandb_mode
 from dp_lora.errors import UserError
-from dp_lora.files import read_json, write_json
-from dp_lora.tracking import GENERATED_IMAGES, baseline_table
-from dp_lora.wandb_mode import wandb_mode
+from dp_lora.records.tracker import GENERATED_IMAGES, baseline_table
+from dp_lora.storage.files import read_json, write_json
 from sweeps.bill import Bill, bill
 from sweeps.folders import read_settings
 

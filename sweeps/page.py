@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dp_lora.provenance import now
+from dp_lora.records.provenance import now
 from sweeps import tables
 from sweeps.figures import CONFIG, Chart, script
 from sweeps.summary import Summary

@@ -9,15 +9,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dp_lora.config import Config, ResourcesConfig, pretrained_fingerprint
-from dp_lora.data import expected_train_size
+from dp_lora.config.identity import pretrained_fingerprint
+from dp_lora.config.schema import Config, ResourcesConfig
+from dp_lora.data.sets import expected_train_size
 from dp_lora.errors import UserError
-from dp_lora.job import public_number, steps_of
+from dp_lora.jobs.job import public_number, steps_of
 from sweeps.collect import configuration
 from sweeps.folders import read_record, runs
 
 if TYPE_CHECKING:
-    from dp_lora.privacy.accounting import Mechanism
+    from dp_lora.privacy.subsampled_gaussian import Mechanism
     from hydra_plugins.dp_lora_launcher._cells import Cell
 
 RATED = 100
@@ -84,11 +85,11 @@ def spending(configs: Sequence[Config]) -> list[str]:
     mechanisms are composed. Else, and where a mechanism cannot be, together is by basic composition: epsilons
     and deltas add up at most.
 
-    >>> from dp_lora.config import Config, DataConfig
+    >>> from dp_lora.config.schema import Config, DataConfig
     >>> spending([Config(data=DataConfig(name="imagefolder"))] * 3)
     ['privacy on imagefolder: 3 runs at epsilon 10; if all are released, at most epsilon 30 at delta 3e-05']
     """
-    from dp_lora.spending import private_set
+    from dp_lora.jobs.spending import private_set
 
     sets: dict[str, list[Config]] = {}
     for config in configs:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dp_lora.files import write_atomic, write_json
+from dp_lora.storage.files import write_atomic, write_json
 from sweeps import figures, tables
 from sweeps.bill import bill
 from sweeps.collect import Row, collect, mixtures, write_frame

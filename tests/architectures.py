@@ -21,9 +21,9 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from dp_lora.config import AutoencoderConfig, ModelConfig, UNetConfig
-from dp_lora.latent_diffusion import LatentDiffusion
-from dp_lora.models import build, load
+from dp_lora.config.schema import AutoencoderConfig, ModelConfig, UNetConfig
+from dp_lora.models.folders import build, load
+from dp_lora.models.latent_diffusion import LatentDiffusion
 
 CLASSES = ("cat", "dog", "fox")
 

@@ -24,10 +24,12 @@ import torch
 from hydra import compose, initialize_config_dir
 
 import dp_lora.__main__  # noqa: F401  (registers the schema)
-from dp_lora import data, job
-from dp_lora.config import Config, config_directory, from_omegaconf
-from dp_lora.data import ImageSplits
-from dp_lora.models import LatentDiffusion, load
+from dp_lora.config.load import config_directory, from_omegaconf
+from dp_lora.config.schema import Config
+from dp_lora.data import sets
+from dp_lora.data.sets import ImageSplits
+from dp_lora.jobs import job
+from dp_lora.models.folders import LatentDiffusion, load
 
 torch.set_num_threads(1)
 # absl's handler closes its stream, which is pytest's here, each time that Hydra sets up logging.
@@ -115,4 +117,4 @@ def model(pretrained: Path) -> LatentDiffusion:
 def digits(cache: Path) -> ImageSplits:
     """The private images of the tiny job."""
     config = composed(*TINY, f"paths.cache={cache}")
-    return data.load(config.data, config.paths)
+    return sets.load(config.data, config.paths)

@@ -1,4 +1,4 @@
-"""Image files, folders and tables that tests read, and what they ask of `dp_lora.data`."""
+"""Image files, folders and tables that tests read, and what they ask of `dp_lora.data.sets`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dp_lora.config import DataConfig, PathsConfig
-from dp_lora.data import ImageSet, load
+from dp_lora.config.schema import DataConfig, PathsConfig
+from dp_lora.data.sets import ImageSet, load
 from dp_lora.errors import UserError
 
 

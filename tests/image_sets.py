@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dp_lora.data import ImageSet, ImageSplits
+from dp_lora.data.sets import ImageSet, ImageSplits
 
 
 def pixels(seed: int, number: int, size: int = 8) -> np.ndarray:

@@ -16,8 +16,9 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from dp_lora.config import Config, DataConfig, ModelConfig, fingerprint, run_directory
-from dp_lora.files import json_ready
+from dp_lora.config.identity import fingerprint, run_directory
+from dp_lora.config.schema import Config, DataConfig, ModelConfig
+from dp_lora.storage.files import json_ready
 
 ADJACENCY = "add or remove one image, Poisson sampling"
 EXTRACTOR = {"version": "EfficientNet-Lite0, sha256 579344248a93", "preprocessing": "bilinear to 64 px"}
@@ -154,7 +155,7 @@ def write_sweep(
     record = {
         "command": f"dp-lora -m sweep={name}",
         "code": "0" * 12,
-        "job": "dp_lora.run:run",
+        "job": "dp_lora.jobs.stages:run",
         "cells": cells,
     }
     (folder / "sweep.json").write_text(json.dumps(record))

@@ -13,12 +13,12 @@ from conftest import TINY, composed
 from diffusers import UNet2DConditionModel
 from peft import PeftModel
 
-from dp_lora import adapters
-from dp_lora.config import COMPONENTS, LoraConfig
+from dp_lora.config.schema import COMPONENTS, LoraConfig
 from dp_lora.errors import UserError
-from dp_lora.finetune import check_engine
-from dp_lora.models import LatentDiffusion, load
+from dp_lora.models import adapters
+from dp_lora.models.folders import LatentDiffusion, load
 from dp_lora.privacy.plan import PrivacyPlan, make_plan
+from dp_lora.training.finetune import check_engine
 
 LORA = LoraConfig(rank=3, alpha=6.0)
 COMBINATIONS = [
@@ -346,7 +346,7 @@ def test_plain_diffusers_loads_an_adapter_of_fused_attention(tmp_path: Path) -> 
     from architectures import PLAIN_ATTENTION_BLOCK, built
     from diffusers import UNet2DModel
 
-    from dp_lora.models import save
+    from dp_lora.models.folders import save
 
     model = built(PLAIN_ATTENTION_BLOCK)
     save(model, tmp_path / "model", {})

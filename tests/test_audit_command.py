@@ -14,11 +14,13 @@ import pytest
 from conftest import words
 from hydra.core.global_hydra import GlobalHydra
 
-from dp_lora import __main__, audit_command, auditing, card
-from dp_lora.files import read_json, read_lines, write_json, write_lines
-from dp_lora.privacy import noise_tests
+from dp_lora import __main__
+from dp_lora.auditing import audit, noise_tests
+from dp_lora.commands import audit as audit_command
 from dp_lora.privacy.randomness import Randomness
-from dp_lora.signals import Interrupted
+from dp_lora.records import card
+from dp_lora.storage.files import read_json, read_lines, write_json, write_lines
+from dp_lora.training.signals import Interrupted
 
 OPTIONS = ("--canaries", "600", "--images", "120", "--draws", "2", "--device", "cpu")
 
@@ -170,7 +172,7 @@ def test_a_second_call_trains_nothing_and_says_the_same(
 ) -> None:
     before = (audited / "result.json").read_text(), (audited / "adapter" / "README.md").read_text()
     for name in ("train_with_canaries", "silent_noise"):
-        monkeypatch.setattr(auditing, name, lambda *args, **kwargs: pytest.fail("trained again"))
+        monkeypatch.setattr(audit, name, lambda *args, **kwargs: pytest.fail("trained again"))
     assert call(audited, *OPTIONS) == 0
     assert before == ((audited / "result.json").read_text(), (audited / "adapter" / "README.md").read_text())
     said = capsys.readouterr().out
@@ -194,7 +196,7 @@ def test_an_interrupted_audit_leaves_the_result_as_it_was(
     def stop(*args: object, **kwargs: object) -> None:
         raise Interrupted("stopped after step 2 of 4")
 
-    monkeypatch.setattr(auditing, "losses_of", stop)
+    monkeypatch.setattr(audit, "losses_of", stop)
     assert call(directory, *OPTIONS) == 130
     assert "the same command continues" in capsys.readouterr().err
     assert before == (
@@ -307,7 +309,7 @@ def test_without_a_result_the_card_alone_is_written(
 def test_help_is_fast_to_load() -> None:
     """Neither torch nor diffusers."""
     code = (
-        "import sys, dp_lora.audit_command as a; sys.argv=['dp-lora-audit', '--help']\n"
+        "import sys, dp_lora.commands.audit as a; sys.argv=['dp-lora-audit', '--help']\n"
         "try: a.main()\nexcept SystemExit: pass\n"
         "assert not {'torch', 'diffusers', 'scipy', 'hydra'} & set(sys.modules)"
     )

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from dp_lora.errors import UserError
-from dp_lora.files import append_line, read_json, write_json
-from dp_lora.privacy.accounting import Mechanism, composed
+from dp_lora.privacy.accounting import composed
 from dp_lora.privacy.ledger import Charge, Ledger
 from dp_lora.privacy.selection import best_of
-from dp_lora.receipts import Receipt
+from dp_lora.privacy.subsampled_gaussian import Mechanism
+from dp_lora.storage.files import append_line, read_json, write_json
+from dp_lora.training.receipts import Receipt
 from sweeps.bill import Bill, SetBill, bill, planned
 
 SIGMA, RATE, DELTA = 1.5, 0.1, 1e-5

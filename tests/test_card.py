@@ -12,7 +12,7 @@ import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 
-from dp_lora.card import COVERS, DOES_NOT_COVER, model_card, no_guarantee
+from dp_lora.records.card import COVERS, DOES_NOT_COVER, model_card, no_guarantee
 
 RECORD: dict[str, Any] = {
     "epsilon": 9.99961,

@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 from image_sets import private_images
 
-from dp_lora.config import Config, DataConfig, PathsConfig
-from dp_lora.data import ImageSplits
+from dp_lora.config.schema import Config, DataConfig, PathsConfig
+from dp_lora.data.sets import ImageSplits
 from dp_lora.errors import UserError
-from dp_lora.files import append_line, read_lines, write_json
-from dp_lora.image_index import ImageIndex
-from dp_lora.privacy.accounting import Mechanism
+from dp_lora.jobs.image_index import ImageIndex
+from dp_lora.jobs.spending import charge_release, charged, ledger_path, next_release, refusal, releases_of
 from dp_lora.privacy.executions import Executions
 from dp_lora.privacy.ledger import Charge, Ledger, fits, spent, spent_adaptively
 from dp_lora.privacy.plan import PrivacyPlan, make_plan
-from dp_lora.receipts import read_receipt
-from dp_lora.spending import charge_release, charged, ledger_path, next_release, refusal, releases_of
+from dp_lora.privacy.subsampled_gaussian import Mechanism
+from dp_lora.storage.files import append_line, read_lines, write_json
+from dp_lora.training.receipts import read_receipt
 
 
 @pytest.fixture

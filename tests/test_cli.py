@@ -16,8 +16,8 @@ from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 
 from dp_lora.__main__ import main
-from dp_lora.command_line import hydra_words
-from dp_lora.files import read_json
+from dp_lora.commands.command_line import hydra_words
+from dp_lora.storage.files import read_json
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -226,7 +226,7 @@ def test_the_real_command_from_another_folder(tmp_path: Path) -> None:
 
 def test_help_loads_nothing_heavy(tmp_path: Path) -> None:
     code = (
-        "import sys; import dp_lora.__main__, dp_lora.run;"
+        "import sys; import dp_lora.__main__, dp_lora.jobs.stages;"
         "heavy = {'torch', 'diffusers', 'peft', 'opacus', 'wandb', 'torchmetrics', 'pandas', 'PIL', 'scipy'};"
         "print(sorted(heavy & sys.modules.keys()))"
     )

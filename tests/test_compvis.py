@@ -13,13 +13,14 @@ import pytest
 import torch
 from compvis_reference import Autoencoder, UNet, Weights
 
-from dp_lora import compvis, import_command
-from dp_lora.compvis import convert, model_config, read
-from dp_lora.config import ModelConfig
+from dp_lora.commands import import_checkpoint as import_command
+from dp_lora.config.schema import ModelConfig
 from dp_lora.errors import UserError
-from dp_lora.import_command import LAYOUTS, Layout
-from dp_lora.latent_diffusion import LatentDiffusion
-from dp_lora.models import load
+from dp_lora.models import compvis
+from dp_lora.models.compvis import convert, model_config, read
+from dp_lora.models.folders import load
+from dp_lora.models.latent_diffusion import LatentDiffusion
+from dp_lora.models.layouts import LAYOUTS, Layout
 
 CLASSES = 6
 
@@ -296,7 +297,7 @@ def test_broken_files_and_words_are_one_line_and_status_two(
 
 
 def test_the_command_says_what_it_takes_without_loading_torch() -> None:
-    code = "import sys; sys.argv[1:] = ['--help']; from dp_lora.import_command import main\n" + (
+    code = "import sys; sys.argv[1:] = ['--help']; from dp_lora.commands.import_checkpoint import main\n" + (
         "try: main()\nexcept SystemExit: assert not {'torch', 'diffusers'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -11,15 +11,10 @@ from conftest import composed
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError
 
-from dp_lora.config import (
-    Config,
-    check,
-    config_directory,
-    fingerprint,
-    from_omegaconf,
-    pretrained_fingerprint,
-    run_directory,
-)
+from dp_lora.config.checks import check
+from dp_lora.config.identity import fingerprint, pretrained_fingerprint, run_directory
+from dp_lora.config.load import config_directory, from_omegaconf
+from dp_lora.config.schema import Config
 from dp_lora.errors import UserError
 
 # What a preset needs beside itself to make sense.

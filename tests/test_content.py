@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from image_sets import pixels, splits_of
 
-from dp_lora import content
-from dp_lora.content import changes, content_of, keep, refusal
-from dp_lora.data import ImageSet, ImageSplits
+from dp_lora.data.sets import ImageSet, ImageSplits
 from dp_lora.errors import UserError
-from dp_lora.files import read_json
+from dp_lora.jobs import content
+from dp_lora.jobs.content import changes, content_of, keep, refusal
+from dp_lora.storage.files import read_json
 
 KEY = "11" * 32
 

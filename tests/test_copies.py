@@ -10,16 +10,11 @@ import numpy as np
 import pytest
 from image_sets import pixels, private_images, splits_of
 
-from dp_lora.config import Config, DataConfig, PathsConfig, fingerprint, pretrained_fingerprint
-from dp_lora.data import ImageSplits
+from dp_lora.config.identity import fingerprint, pretrained_fingerprint
+from dp_lora.config.schema import Config, DataConfig, PathsConfig
+from dp_lora.data.sets import ImageSplits
 from dp_lora.errors import UserError
-from dp_lora.files import append_line, read_json, read_lines, write_json
-from dp_lora.privacy.accounting import Mechanism, composed
-from dp_lora.privacy.ledger import Charge, Ledger
-from dp_lora.privacy.plan import PrivacyPlan, make_plan
-from dp_lora.receipts import RECEIPT, read_receipt
-from dp_lora.signals import Preempted
-from dp_lora.spending import (
+from dp_lora.jobs.spending import (
     begun_by_all,
     charge_release,
     charged,
@@ -27,6 +22,13 @@ from dp_lora.spending import (
     line_of_all_runs,
     refusal,
 )
+from dp_lora.privacy.accounting import composed
+from dp_lora.privacy.ledger import Charge, Ledger
+from dp_lora.privacy.plan import PrivacyPlan, make_plan
+from dp_lora.privacy.subsampled_gaussian import Mechanism
+from dp_lora.storage.files import append_line, read_json, read_lines, write_json
+from dp_lora.training.receipts import RECEIPT, read_receipt
+from dp_lora.training.signals import Preempted
 from sweeps.bill import bill
 
 RELEASE = Mechanism(4.0, 1.0, 1)

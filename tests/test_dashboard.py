@@ -13,9 +13,9 @@ from test_bill import make
 from test_tracking import job
 
 from dp_lora.errors import UserError
-from dp_lora.files import read_json, write_json
-from dp_lora.manifest import settings
-from dp_lora.tracking import RELEASED
+from dp_lora.records.manifest import settings
+from dp_lora.records.tracker import RELEASED
+from dp_lora.storage.files import read_json, write_json
 from sweeps import dashboard as dashboards
 from sweeps.dashboard import SETTINGS, Shown, dashboard, look
 

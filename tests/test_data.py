@@ -13,10 +13,10 @@ import pytest
 from image_files import refused, rows
 from PIL import Image
 
-from dp_lora import fetch
-from dp_lora.config import DataConfig, PathsConfig
-from dp_lora.data import ImageSet, ImageSplits, fixed_order, load, stratified
-from dp_lora.sources import CHECKSUMS, IDX_NAMES
+from dp_lora.commands import fetch
+from dp_lora.config.schema import DataConfig, PathsConfig
+from dp_lora.data.sets import ImageSet, ImageSplits, fixed_order, load, stratified
+from dp_lora.data.sources import CHECKSUMS, IDX_NAMES
 
 # --- the packaged sets
 

@@ -20,11 +20,11 @@ from image_files import encoded, refused
 from PIL import Image
 from test_data import idx
 
-from dp_lora.archives import COUNTS, unpickle
-from dp_lora.config import DataConfig, PathsConfig
-from dp_lora.data import load
+from dp_lora.config.schema import DataConfig, PathsConfig
+from dp_lora.data.archives import COUNTS, unpickle
+from dp_lora.data.images import Preprocessing
+from dp_lora.data.sets import load
 from dp_lora.errors import UserError
-from dp_lora.images import Preprocessing
 
 RNG = np.random.default_rng(5)
 

@@ -11,10 +11,10 @@ import pytest
 from image_files import config, refused, write_image
 from PIL import Image
 
-from dp_lora import images
-from dp_lora.config import DataConfig, PathsConfig
-from dp_lora.data import load
-from dp_lora.images import Preprocessing
+from dp_lora.config.schema import DataConfig, PathsConfig
+from dp_lora.data import images
+from dp_lora.data.images import Preprocessing
+from dp_lora.data.sets import load
 
 
 @pytest.fixture

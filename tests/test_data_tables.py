@@ -13,8 +13,8 @@ import pytest
 from image_files import config, encoded, refused, write_image, write_parquet
 from PIL import Image
 
-from dp_lora.config import DataConfig, PathsConfig
-from dp_lora.data import load
+from dp_lora.config.schema import DataConfig, PathsConfig
+from dp_lora.data.sets import load
 
 
 class Rows:
@@ -88,8 +88,8 @@ def test_unlabelled_test_images_give_way_to_those_for_validation(monkeypatch: py
 
 def test_the_real_client_reads_a_local_set(parquet_folder: Path) -> None:
     script = (
-        "import sys; from dp_lora import tables; from dp_lora.config import DataConfig\n"
-        "from dp_lora.images import Preprocessing, Request; from pathlib import Path\n"
+        "import sys; from dp_lora.data import tables; from dp_lora.config.schema import DataConfig\n"
+        "from dp_lora.data.images import Preprocessing, Request; from pathlib import Path\n"
         "request = Request(DataConfig('imagefolder'), 'data', Path(), Path(sys.argv[2]))\n"
         "found = tables.read_hub(sys.argv[1], request, Preprocessing(8, 3))\n"
         "print(found.classes, found.train.labels.tolist(), found.train.images[:, 0, 4, 4].tolist())"

@@ -8,10 +8,16 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from dp_lora.config import SamplerConfig
-from dp_lora.data import ImageSplits
-from dp_lora.diffusion import class_balanced, in_batches, initial_noise, per_example_loss, sample_latents
-from dp_lora.models import LatentDiffusion
+from dp_lora.config.schema import SamplerConfig
+from dp_lora.data.sets import ImageSplits
+from dp_lora.models.diffusion import (
+    class_balanced,
+    in_batches,
+    initial_noise,
+    per_example_loss,
+    sample_latents,
+)
+from dp_lora.models.folders import LatentDiffusion
 
 
 def _draws(model: LatentDiffusion, examples: int, k: int) -> tuple[torch.Tensor, ...]:

@@ -19,9 +19,9 @@ from image_files import write_parquet
 from PIL import Image
 from test_notebooks import executed
 
-from dp_lora import sample
 from dp_lora.__main__ import main
-from dp_lora.files import read_json, read_lines
+from dp_lora.models import sample
+from dp_lora.storage.files import read_json, read_lines
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +250,8 @@ def test_a_seed_for_the_noise_is_said_to_be_no_privacy(dp_lora: Callable[..., Pa
 
 
 def test_a_fixed_noise_stops_before_it_passes_epsilon(dp_lora: Callable[..., Path]) -> None:
-    from dp_lora.privacy.accounting import Mechanism, epsilon
+    from dp_lora.privacy.accounting import epsilon
+    from dp_lora.privacy.subsampled_gaussian import Mechanism
 
     given = ("noise_multiplier=fixed", "train.max_steps=null", "privacy.epsilon=1.8", "stages=[finetune]")
     directory = dp_lora(*given, "noise_multiplicity=k1", name="fixed")

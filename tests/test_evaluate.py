@@ -17,14 +17,14 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dp_lora.classifier import DEEP, RECIPES, accuracy, build, train_classifier
-from dp_lora.config import EvaluationConfig
-from dp_lora.data import ImageSet, ImageSplits
+from dp_lora.config.schema import EvaluationConfig
+from dp_lora.data.sets import ImageSet, ImageSplits
 from dp_lora.errors import UserError
-from dp_lora.evaluate import PRIVATE_METRICS_NOTE, check, evaluate, evaluate_all
-from dp_lora.evaluation_cache import cached
-from dp_lora.features import EXTRACTORS, check_weights, extract_features, load_extractors
-from dp_lora.metrics import Reference, measure
+from dp_lora.evaluation.classifier import DEEP, RECIPES, accuracy, build, train_classifier
+from dp_lora.evaluation.evaluate import PRIVATE_METRICS_NOTE, check, evaluate, evaluate_all
+from dp_lora.evaluation.features import EXTRACTORS, check_weights, extract_features, load_extractors
+from dp_lora.evaluation.metrics import Reference, measure
+from dp_lora.storage.tensors import cached
 
 CPU = torch.device("cpu")
 
@@ -138,8 +138,9 @@ def test_weights_that_are_altered_or_missing_are_refused(tmp_path: Path) -> None
 def test_neither_torchvision_nor_torch_fidelity_is_needed() -> None:
     code = (
         "import sys; sys.modules['torchvision'] = None; sys.modules['torch_fidelity'] = None\n"
-        "import torch; from dp_lora.evaluate import evaluate; from dp_lora.features import load_extractors\n"
-        "from dp_lora.config import EvaluationConfig\n"
+        "import torch; from dp_lora.evaluation.evaluate import evaluate\n"
+        "from dp_lora.evaluation.features import load_extractors\n"
+        "from dp_lora.config.schema import EvaluationConfig\n"
         "network = load_extractors(EvaluationConfig(), torch.device('cpu'))['lite0'].network\n"
         "print(tuple(network(torch.zeros(2, 1, 8, 8, dtype=torch.uint8)).shape))"
     )

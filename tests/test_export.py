@@ -17,10 +17,13 @@ import pytest
 from omegaconf import OmegaConf
 from safetensors.numpy import save_file
 
-from dp_lora import export_command, manifest
 from dp_lora.__main__ import main
-from dp_lora.config import PRIVATE_SETTINGS, Config, from_omegaconf, readable
-from dp_lora.files import read_json, write_json, write_lines
+from dp_lora.commands import export as export_command
+from dp_lora.config.identity import PRIVATE_SETTINGS, readable
+from dp_lora.config.load import from_omegaconf
+from dp_lora.config.schema import Config
+from dp_lora.records import manifest
+from dp_lora.storage.files import read_json, write_json, write_lines
 
 Change = Callable[[Path], None]
 PLAN = {

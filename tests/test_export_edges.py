@@ -14,9 +14,10 @@ import pytest
 from omegaconf import OmegaConf
 from test_export import NOTE, PLAN, RESULT, export, refused, run  # noqa: F401
 
-from dp_lora import export_command, manifest
-from dp_lora.files import read_json, write_json, write_lines
+from dp_lora.commands import export as export_command
 from dp_lora.privacy.marks import Mark
+from dp_lora.records import manifest
+from dp_lora.storage.files import read_json, write_json, write_lines
 
 ZERO_OUT = "zero out one image, the number of images is public, Poisson sampling"
 OLD_CARD = (

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dp_lora.files import (
+from dp_lora.storage.files import (
     append_line,
     file_lock,
     private_directory,
@@ -131,7 +131,7 @@ def test_no_file_has_no_lines(tmp_path: Path) -> None:
 HOLD = """
 import sys
 from pathlib import Path
-from dp_lora.files import file_lock
+from dp_lora.storage.files import file_lock
 with file_lock(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

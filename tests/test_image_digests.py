@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dp_lora.digests import pixel_digest
-from dp_lora.pixels import Decoding, decode
+from dp_lora.data.digests import pixel_digest
+from dp_lora.data.pixels import Decoding, decode
 
 SMALL = "6ae7e4a2050f741dfd61543dc958dd8e479147c05bfdd98ad39e75de1569c177"
 

@@ -13,10 +13,10 @@ import pytest
 from image_files import config, refused, write_parquet
 from PIL import Image
 
-from dp_lora.config import DataConfig, PathsConfig
-from dp_lora.data import load
+from dp_lora.config.schema import DataConfig, PathsConfig
+from dp_lora.data.pixels import shown
+from dp_lora.data.sets import load
 from dp_lora.errors import PrivateRefusal
-from dp_lora.pixels import shown
 
 Make = Callable[[Path], object]
 

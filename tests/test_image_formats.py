@@ -17,11 +17,11 @@ import pytest
 from image_files import config, refused
 from PIL import Image
 
-from dp_lora.config import PathsConfig
-from dp_lora.data import load
+from dp_lora.config.schema import PathsConfig
+from dp_lora.data.images import Preprocessing
+from dp_lora.data.pixels import background_of, name_of, to_bytes
+from dp_lora.data.sets import load
 from dp_lora.errors import UserError
-from dp_lora.images import Preprocessing
-from dp_lora.pixels import background_of, name_of, to_bytes
 
 Save = Callable[[Path], None]
 SIDE = 16

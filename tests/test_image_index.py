@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from image_sets import pixels, private_images, splits_of
 
-from dp_lora.data import ImageSplits
-from dp_lora.digests import array_digests, pixel_digest
+from dp_lora.data.digests import array_digests, pixel_digest
+from dp_lora.data.sets import ImageSplits
 from dp_lora.errors import UserError
-from dp_lora.image_index import ImageIndex, default_folder
-from dp_lora.privacy.accounting import Mechanism
+from dp_lora.jobs.image_index import ImageIndex, default_folder
 from dp_lora.privacy.ledger import Charge
+from dp_lora.privacy.subsampled_gaussian import Mechanism
 
 A, B, C = (pixels(seed, 12) for seed in (10, 11, 12))
 

@@ -14,10 +14,10 @@ from image_files import config, refused, write_parquet
 from PIL import Image
 from test_image_folders import both, image, link, put, roles, two
 
-from dp_lora.config import DataConfig, PathsConfig
-from dp_lora.data import load
-from dp_lora.images import Preprocessing
-from dp_lora.pixels import Damaged, shown
+from dp_lora.config.schema import DataConfig, PathsConfig
+from dp_lora.data.images import Preprocessing
+from dp_lora.data.pixels import Damaged, shown
+from dp_lora.data.sets import load
 
 NFC, NFD = (unicodedata.normalize(form, "m\u00fcde") for form in ("NFC", "NFD"))
 NO_NAME = (

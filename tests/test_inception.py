@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from dp_lora import features as features_module
-from dp_lora import inception
-from dp_lora.config import EvaluationConfig
-from dp_lora.data import ImageSet, ImageSplits
+from dp_lora.config.schema import EvaluationConfig
+from dp_lora.data.sets import ImageSet, ImageSplits
 from dp_lora.errors import UserError
-from dp_lora.evaluate import check, evaluate_all
-from dp_lora.features import load_extractors
-from dp_lora.inception import Inception2015, resize_like_tensorflow
+from dp_lora.evaluation import features as features_module
+from dp_lora.evaluation import inception
+from dp_lora.evaluation.evaluate import check, evaluate_all
+from dp_lora.evaluation.features import load_extractors
+from dp_lora.evaluation.inception import Inception2015, resize_like_tensorflow
 
 CPU = torch.device("cpu")
 
@@ -157,7 +157,7 @@ package = types.ModuleType("torch_fidelity")
 package.__path__ = [sys.argv[2] + "/torch_fidelity"]
 sys.modules["torch_fidelity"] = package
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-from dp_lora.inception import Inception2015
+from dp_lora.evaluation.inception import Inception2015
 
 torch.set_num_threads(1)
 names = ["2048", "logits_unbiased"]

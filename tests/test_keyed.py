@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from dp_lora import evaluation_cache, latents
-from dp_lora.data import ImageSplits
+from dp_lora.data.sets import ImageSplits
 from dp_lora.errors import UserError
-from dp_lora.keyed import KEY, keyed_name
-from dp_lora.models import LatentDiffusion
+from dp_lora.models import latents
+from dp_lora.models.folders import LatentDiffusion
+from dp_lora.storage import tensors
+from dp_lora.storage.keyed import KEY, keyed_name
 
 
 def test_a_name_is_that_of_its_content_in_one_cache_and_another_in_every_other(tmp_path: Path) -> None:
@@ -47,7 +48,7 @@ def test_a_key_that_others_could_read_is_closed(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / KEY).stat().st_mode) == 0o600
 
 
-ASK = "import sys; from pathlib import Path; from dp_lora.keyed import keyed_name\n"
+ASK = "import sys; from pathlib import Path; from dp_lora.storage.keyed import keyed_name\n"
 ASK += "print(keyed_name(Path(sys.argv[1]), 'x'))"
 
 
@@ -110,15 +111,15 @@ def test_no_file_of_two_caches_of_the_same_images_has_the_same_name(
     images = digits.test.subset(np.arange(12))
     for cache in (tmp_path / "a", tmp_path / "b"):
         latents.cached(model, images, cache)
-        key = {"images": evaluation_cache.digest(torch.from_numpy(images.images))}
-        evaluation_cache.cached(cache, key, lambda: {"x": torch.zeros(1)})
+        key = {"images": tensors.digest(torch.from_numpy(images.images))}
+        tensors.cached(cache, key, lambda: {"x": torch.zeros(1)})
     found = [names_in(tmp_path / cache) for cache in ("a", "b")]
     assert len(found[0]) == len(found[1]) == 3
     assert not found[0] & found[1]
 
 
 def test_no_file_in_the_cache_holds_a_plain_digest_of_the_images(digits: ImageSplits, tmp_path: Path) -> None:
-    plain = evaluation_cache.digest(torch.from_numpy(digits.test.images))
-    evaluation_cache.cached(tmp_path, {"images": plain}, lambda: {"x": torch.zeros(1)})
+    plain = tensors.digest(torch.from_numpy(digits.test.images))
+    tensors.cached(tmp_path, {"images": plain}, lambda: {"x": torch.zeros(1)})
     everything = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert everything and plain.encode() not in everything

@@ -15,9 +15,10 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from dp_lora import arrays, latents
-from dp_lora.data import ImageSet, ImageSplits
-from dp_lora.models import LatentDiffusion
+from dp_lora.data.sets import ImageSet, ImageSplits
+from dp_lora.models import latents
+from dp_lora.models.folders import LatentDiffusion
+from dp_lora.storage import arrays
 
 SHAPES: arrays.Shapes = {
     "a": ("F32", (5, 2, 3)),
@@ -145,7 +146,7 @@ def test_jobs_that_start_together_make_it_once(tmp_path: Path, capsys: pytest.Ca
 KILLED = """
 import os, sys
 from pathlib import Path
-from dp_lora import arrays
+from dp_lora.storage import arrays
 def die(into): into["a"][:] = 3; os.kill(os.getpid(), 9)
 arrays.shared(Path(sys.argv[1]), "key", {"a": ("F32", (5, 2, 3))}, die)
 """

@@ -23,15 +23,11 @@ from omegaconf import OmegaConf, open_dict
 from slurm.jobs import counted, go, starts
 
 from dp_lora.__main__ import main
-from dp_lora.config import (
-    ResourcesConfig,
-    config_directory,
-    fingerprint,
-    from_omegaconf,
-    run_directory,
-)
+from dp_lora.config.identity import fingerprint, run_directory
+from dp_lora.config.load import config_directory, from_omegaconf
+from dp_lora.config.schema import ResourcesConfig
 from dp_lora.errors import Busy, UserError
-from dp_lora.files import read_json, write_json
+from dp_lora.storage.files import read_json, write_json
 from hydra_plugins.dp_lora_launcher import _node, _slurm
 from hydra_plugins.dp_lora_launcher._cells import Cell, Composer, code_version
 from hydra_plugins.dp_lora_launcher._ledger import Ledger

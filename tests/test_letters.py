@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dp_lora import letters
-from dp_lora.config import DataConfig, PathsConfig
-from dp_lora.data import ImageSplits, load
+from dp_lora.config.schema import DataConfig, PathsConfig
+from dp_lora.data import letters
+from dp_lora.data.sets import ImageSplits, load
 from dp_lora.errors import UserError
 
 

@@ -9,7 +9,7 @@ import torch
 from scipy.spatial.distance import cdist
 from torch import Tensor, nn
 
-from dp_lora.distances import (
+from dp_lora.evaluation.distances import (
     WeightedFrechet,
     frechet,
     frechet_distance,
@@ -17,9 +17,9 @@ from dp_lora.distances import (
     gaussian,
     resamples,
 )
-from dp_lora.features import extract_features
-from dp_lora.metrics import Options, Reference, inception_score, measure
-from dp_lora.pairs import across, kernel_distance, within
+from dp_lora.evaluation.features import extract_features
+from dp_lora.evaluation.metrics import Options, Reference, inception_score, measure
+from dp_lora.evaluation.pairs import across, kernel_distance, within
 
 CPU = torch.device("cpu")
 
@@ -139,8 +139,8 @@ def test_kernel_distance_is_that_of_a_loop_over_pairs_and_deterministic() -> Non
 def test_kernel_distance_does_not_depend_on_how_rows_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = features(25, 16, seed=0), features(18, 16, seed=1, shift=0.3)
     whole = kernel_distance(first, second), frechet_distance(first, second)
-    monkeypatch.setattr("dp_lora.distances._ROWS", 7)
-    monkeypatch.setattr("dp_lora.pairs._BLOCK", 7)
+    monkeypatch.setattr("dp_lora.evaluation.distances._ROWS", 7)
+    monkeypatch.setattr("dp_lora.evaluation.pairs._BLOCK", 7)
     assert (kernel_distance(first, second), frechet_distance(first, second)) == pytest.approx(whole, rel=1e-9)
 
 
@@ -181,7 +181,7 @@ def manifold_metrics_by_definition(generated: Tensor, real: Tensor) -> dict[str,
 def test_manifold_metrics_are_those_of_whole_distance_matrices(
     monkeypatch: pytest.MonkeyPatch, n: int, m: int, shift: float, block: int
 ) -> None:
-    monkeypatch.setattr("dp_lora.pairs._BLOCK", block)
+    monkeypatch.setattr("dp_lora.evaluation.pairs._BLOCK", block)
     generated, real = features(n, 8, seed=0, shift=shift), features(m, 8, seed=1)
     found = measure("flat", generated, Reference.of(real)).metrics
     expected = manifold_metrics_by_definition(generated, real)

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dp_lora.__main__ import main
-from dp_lora.command_line import check_words, prepared, quoted
+from dp_lora.commands.command_line import check_words, prepared, quoted
 from dp_lora.errors import UserError
 
 Refused = Callable[..., str]

@@ -9,7 +9,7 @@ from conftest import composed
 from image_files import config, refused, write_image, write_parquet
 
 from dp_lora.errors import UserError
-from dp_lora.settings import check_settings
+from dp_lora.jobs.settings import check_settings
 
 XRAYS = "expected data=imagefolder data.source=/hospital/xrays"
 UNREAD = {

@@ -13,11 +13,11 @@ import torch
 from conftest import words
 from hydra.core.global_hydra import GlobalHydra
 
-from dp_lora import sample
 from dp_lora.__main__ import main
-from dp_lora.divergence import Diverged, Watch
-from dp_lora.files import read_json, read_lines
-from dp_lora.models import LatentDiffusion
+from dp_lora.models import sample
+from dp_lora.models.folders import LatentDiffusion
+from dp_lora.storage.files import read_json, read_lines
+from dp_lora.training.divergence import Diverged, Watch
 
 Run = Callable[..., tuple[int, list[str]]]
 

@@ -14,7 +14,7 @@ from conftest import words
 from hydra.core.global_hydra import GlobalHydra
 
 from dp_lora.__main__ import main
-from dp_lora.files import Damaged, read_json, read_lines
+from dp_lora.storage.files import Damaged, read_json, read_lines
 
 Run = Callable[..., tuple[int, list[str]]]
 

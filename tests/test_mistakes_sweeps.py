@@ -12,9 +12,10 @@ import pytest
 from conftest import TINY, words
 from hydra.core.global_hydra import GlobalHydra
 
-from dp_lora import config, features
 from dp_lora.__main__ import main
+from dp_lora.config.schema import EXTRACTORS
 from dp_lora.errors import SweepFailed
+from dp_lora.evaluation import features
 from hydra_plugins.dp_lora_launcher.launcher import Drive
 from sweeps.__main__ import main as sweeps
 
@@ -174,4 +175,4 @@ def test_a_sweep_whose_first_cells_fail_alike_gives_up_those_that_wait(
 
 
 def test_the_names_of_extractors_are_the_extractors() -> None:
-    assert tuple(features.EXTRACTORS) == config.EXTRACTORS
+    assert tuple(features.EXTRACTORS) == EXTRACTORS

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from conftest import TINY, composed
 
-from dp_lora.config import check
+from dp_lora.config.checks import check
+from dp_lora.config.wandb_mode import wandb_mode
 from dp_lora.errors import UserError
-from dp_lora.wandb_mode import wandb_mode
 
 
 @pytest.fixture

@@ -37,13 +37,13 @@ from diffusers import (
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from PIL import Image
 
-from dp_lora import adapters, latents, sample
-from dp_lora.config import Config, LoraConfig, ModelConfig
-from dp_lora.data import ImageSplits
+from dp_lora.config.schema import Config, LoraConfig, ModelConfig
+from dp_lora.data.sets import ImageSplits
 from dp_lora.errors import UserError
-from dp_lora.models import WEIGHTS, LatentDiffusion, build, find, load, outline, save, sha256
-from dp_lora.networks import SingleTokenAttention
-from dp_lora.run import run
+from dp_lora.jobs.stages import run
+from dp_lora.models import adapters, latents, sample
+from dp_lora.models.folders import WEIGHTS, LatentDiffusion, build, find, load, outline, save, sha256
+from dp_lora.models.networks import SingleTokenAttention
 
 
 def _inputs(model: LatentDiffusion, rows: int = 5) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -12,10 +12,11 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from dp_lora import data, sample
-from dp_lora.config import Config
-from dp_lora.files import read_json
-from dp_lora.neighbours import main, nearest, share_nearer
+from dp_lora.auditing.neighbours import main, nearest, share_nearer
+from dp_lora.config.schema import Config
+from dp_lora.data import sets
+from dp_lora.models import sample
+from dp_lora.storage.files import read_json
 
 
 def points(n: int, seed: int) -> torch.Tensor:
@@ -29,7 +30,7 @@ def run(tiny: Callable[..., Config], tmp_path: Path) -> Path:
     directory.mkdir()
     config = tiny("data.train_size=80")
     (directory / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-    digits = data.load(config.data, config.paths)
+    digits = sets.load(config.data, config.paths)
     copied = digits.train.images[[7, 30]]
     other = np.random.default_rng(0).integers(0, 256, (18, 1, 8, 8), dtype=np.uint8)
     images = np.concatenate([other, copied])

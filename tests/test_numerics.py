@@ -11,12 +11,12 @@ import torch
 from architectures import stable_diffusion
 from conftest import TINY, composed
 
-from dp_lora import numerics
-from dp_lora.latents import Latents
-from dp_lora.models import LatentDiffusion, load
-from dp_lora.numerics import code_digest, digest
+from dp_lora.models.folders import LatentDiffusion, load
+from dp_lora.models.latents import Latents
 from dp_lora.privacy.plan import PrivacyPlan, make_plan
 from dp_lora.privacy.randomness import Randomness
+from dp_lora.training import numerics
+from dp_lora.training.numerics import code_digest, digest
 
 CPU = torch.device("cpu")
 KEY = Randomness.from_seed(0)

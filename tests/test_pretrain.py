@@ -22,16 +22,20 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from dp_lora import data, job, latents, perceptual, pretrain
 from dp_lora.__main__ import main
-from dp_lora.config import Config, PretrainConfig, fingerprint, pretrained_fingerprint
-from dp_lora.data import ImageSplits
+from dp_lora.config.identity import fingerprint, pretrained_fingerprint
+from dp_lora.config.schema import Config, PretrainConfig
+from dp_lora.data import sets
+from dp_lora.data.sets import ImageSplits
 from dp_lora.errors import UserError
-from dp_lora.files import read_lines
-from dp_lora.latents import Latents
-from dp_lora.models import LatentDiffusion, build, load
-from dp_lora.pretrain import AutoencoderStep, DecoderStep, DiffusionStep
-from dp_lora.signals import Interrupted
+from dp_lora.jobs import job
+from dp_lora.models import latents
+from dp_lora.models.folders import LatentDiffusion, build, load
+from dp_lora.models.latents import Latents
+from dp_lora.storage.files import read_lines
+from dp_lora.training import perceptual, pretrain
+from dp_lora.training.pretrain import AutoencoderStep, DecoderStep, DiffusionStep
+from dp_lora.training.signals import Interrupted
 
 SMALL = PretrainConfig(
     autoencoder_steps=8, autoencoder_batch_size=10, unet_steps=8, unet_batch_size=10, decoder_steps=8
@@ -42,7 +46,7 @@ TERMS = ("model.pretrain.reconstruction=l1", "model.pretrain.adversarial_weight=
 @pytest.fixture(scope="module")
 def public() -> ImageSplits:
     config = composed(*TINY)
-    return data.load(config.public_data, config.paths, "public_data")
+    return sets.load(config.public_data, config.paths, "public_data")
 
 
 def fresh(public: ImageSplits, *, quantised: bool = False) -> LatentDiffusion:
@@ -376,7 +380,7 @@ def test_two_processes_make_the_model_of_one(uninterrupted: Path, tmp_path: Path
 
 def test_latents_are_cached_and_scaled_to_unit_variance(uninterrupted: Path, tmp_path: Path) -> None:
     config = composed(*COMMAND)
-    public = data.load(config.public_data, config.paths, "public_data")
+    public = sets.load(config.public_data, config.paths, "public_data")
     stored = list((uninterrupted.parent.parent / "latents").iterdir())
     assert len(stored) == 1
     found = latents.cached(load(uninterrupted), public.train, tmp_path)
@@ -396,7 +400,7 @@ def test_pictures_change_neither_the_model_nor_its_name(tiny_pretraining: Callab
 
 
 def test_private_images_are_never_pictured(public: ImageSplits, model: LatentDiffusion) -> None:
-    private = data.load(composed(*TINY).data, composed(*TINY).paths).test
+    private = sets.load(composed(*TINY).data, composed(*TINY).paths).test
     assert not private.public
     with pytest.raises(AssertionError):
         pretrain.reconstructions(model, private)

@@ -12,7 +12,7 @@ from slurm.conftest import free_ports
 
 from dp_lora.privacy.gradients import ClippedGradientSum
 from dp_lora.privacy.mechanism import microbatches, slice_of_batch
-from dp_lora.processes import Team, joined
+from dp_lora.training.processes import Team, joined
 
 C, EXAMPLES, K = 0.02, 9, 2
 
@@ -20,7 +20,7 @@ SUMS = """
 import sys, torch, torch.distributed as dist
 sys.path[:0] = [{tests!r}]
 import test_processes
-from dp_lora.processes import joined
+from dp_lora.training.processes import joined
 torch.set_num_threads(1)
 with joined(torch.device("cpu")) as team:
     if team.first:
@@ -36,9 +36,9 @@ IMAGES = """
 import os, sys, torch
 sys.path[:0] = [{tests!r}]
 from image_sets import private_images
-from dp_lora.content import agree
+from dp_lora.jobs.content import agree
 from dp_lora.errors import UserError
-from dp_lora.processes import joined
+from dp_lora.training.processes import joined
 with joined(torch.device("cpu")) as team:
     agree(private_images(0))
     try:
@@ -48,7 +48,7 @@ with joined(torch.device("cpu")) as team:
 """
 GONE = """
 import sys, torch
-from dp_lora.processes import joined
+from dp_lora.training.processes import joined
 with joined(torch.device("cpu")) as team:
     if team.first:
         raise SystemExit(5)

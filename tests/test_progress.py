@@ -7,8 +7,8 @@ import io
 
 import pytest
 
-from dp_lora.progress import Progress, duration, rate
-from dp_lora.tracking import PrivateValueError
+from dp_lora.records.progress import Progress, duration, rate
+from dp_lora.records.tracker import PrivateValueError
 
 
 class Clock:

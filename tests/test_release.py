@@ -15,18 +15,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from dp_lora import queries, release
-from dp_lora.config import Config
-from dp_lora.data import ImageSet, ImageSplits
+from dp_lora.config.schema import Config
+from dp_lora.data.sets import ImageSet, ImageSplits
 from dp_lora.errors import UserError
-from dp_lora.evaluate import Evaluation
-from dp_lora.evaluation_images import Images
-from dp_lora.files import read_json
-from dp_lora.privacy.accounting import Mechanism, epsilon, noise_multiplier_for
+from dp_lora.evaluation import queries
+from dp_lora.evaluation.evaluate import Evaluation
+from dp_lora.evaluation.images import Images
+from dp_lora.evaluation.queries import AccuracyQuery, FrechetFrame, FrechetQuery, Query, Questions
+from dp_lora.jobs import release
+from dp_lora.jobs.release import evaluate_privately, keep, noised_sum, release_record
+from dp_lora.jobs.spending import releases_of
+from dp_lora.privacy.accounting import epsilon, noise_multiplier_for
 from dp_lora.privacy.randomness import Randomness
-from dp_lora.queries import AccuracyQuery, FrechetFrame, FrechetQuery, Query, Questions
-from dp_lora.release import evaluate_privately, keep, noised_sum, release_record
-from dp_lora.spending import releases_of
+from dp_lora.privacy.subsampled_gaussian import Mechanism
+from dp_lora.storage.files import read_json
 
 
 def features(n: int, dimension: int, seed: int, shift: float = 0.0) -> Tensor:
@@ -271,7 +273,7 @@ def test_a_release_that_means_nothing_is_refused(
 def test_a_job_shows_nothing_but_what_the_two_budgets_cover(
     tiny: Callable[..., Config], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from dp_lora.run import run
+    from dp_lora.jobs.stages import run
 
     words = ["evaluation=release", "evaluation.classifier_epochs=1", "evaluation.release_epsilon=2"]
     job = tiny(*words, "train.max_steps=1", "privacy.delta=1e-4", "data.train_size=200")

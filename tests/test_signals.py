@@ -9,11 +9,11 @@ import sys
 
 import pytest
 
-from dp_lora.signals import Interrupted, Leave, Preempted, listening
+from dp_lora.training.signals import Interrupted, Leave, Preempted, listening
 
 CLUSTER = """
 import os, signal, sys
-from dp_lora.signals import Leave, Preempted, expect_preemption, listening
+from dp_lora.training.signals import Leave, Preempted, expect_preemption, listening
 expect_preemption(signal.SIGUSR2)
 os.kill(os.getpid(), signal.SIGTERM)
 with listening() as requests:
@@ -26,7 +26,7 @@ with listening() as requests:
 """
 BETWEEN = """
 import os, signal, sys
-from dp_lora.signals import Preempted, expect_preemption
+from dp_lora.training.signals import Preempted, expect_preemption
 expect_preemption(signal.SIGUSR2)
 try:
     os.kill(os.getpid(), signal.SIGUSR2)

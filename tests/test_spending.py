@@ -15,19 +15,22 @@ from conftest import words
 from hydra.core.global_hydra import GlobalHydra
 from image_sets import private_images
 
-from dp_lora import finetune, run, spending
 from dp_lora.__main__ import main
-from dp_lora.config import Config, DataConfig, PathsConfig, check, fingerprint, run_directory
-from dp_lora.data import ImageSplits
+from dp_lora.config.checks import check
+from dp_lora.config.identity import fingerprint, run_directory
+from dp_lora.config.schema import Config, DataConfig, PathsConfig
+from dp_lora.data.sets import ImageSplits
 from dp_lora.errors import UserError
-from dp_lora.files import append_line, read_json, read_lines
-from dp_lora.privacy.accounting import Mechanism
+from dp_lora.jobs import spending, stages
+from dp_lora.jobs.spending import charge_release, charged, ledger_path, refusal
 from dp_lora.privacy.ledger import Ledger
 from dp_lora.privacy.plan import PrivacyPlan, make_plan
 from dp_lora.privacy.renyi import least_budget, renyi_divergences
-from dp_lora.receipts import read_receipt
-from dp_lora.signals import Interrupted, Preempted
-from dp_lora.spending import charge_release, charged, ledger_path, refusal
+from dp_lora.privacy.subsampled_gaussian import Mechanism
+from dp_lora.storage.files import append_line, read_json, read_lines
+from dp_lora.training import finetune
+from dp_lora.training.receipts import read_receipt
+from dp_lora.training.signals import Interrupted, Preempted
 
 FINETUNE = "stages=[finetune]"
 
@@ -395,10 +398,10 @@ def test_a_failing_job_is_charged_the_steps_that_it_began(
     with monkeypatch.context() as patched:
         patched.setattr(finetune, "noised_mean", fail)
         with pytest.raises(MemoryError):
-            run.run(config)
+            stages.run(config)
     (charge,) = Ledger(ledger_path(config)).charges()
     assert charge.mechanism.steps == 3
-    directory = Path(run.run(config)["directory"])
+    directory = Path(stages.run(config)["directory"])
     (charge,) = Ledger(ledger_path(config)).charges()
     assert charge.mechanism.steps == 4 == read_json(directory / "privacy.json")["steps"]
     assert (directory / "checkpoint" / "charge.json").stat().st_mode & 0o777 == 0o600

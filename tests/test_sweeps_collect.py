@@ -13,7 +13,7 @@ import pandas
 import pytest
 from sweep_folder import SHA, configured, grid, write_run, write_sweep
 
-from dp_lora.config import fingerprint
+from dp_lora.config.identity import fingerprint
 from dp_lora.errors import UserError
 from sweeps.collect import COLUMNS, collect, frame, metric_names, run_row, write_frame
 from sweeps.folders import find, read

@@ -20,10 +20,11 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from sweep_folder import configured, grid, write_run, write_sweep
 
-from dp_lora.config import Config, DataConfig, PathsConfig
-from dp_lora.data import expected_train_size, load
-from dp_lora.files import append_line, file_lock
-from dp_lora.privacy.accounting import Mechanism, epsilon, noise_multiplier_for
+from dp_lora.config.schema import Config, DataConfig, PathsConfig
+from dp_lora.data.sets import expected_train_size, load
+from dp_lora.privacy.accounting import epsilon, noise_multiplier_for
+from dp_lora.privacy.subsampled_gaussian import Mechanism
+from dp_lora.storage.files import append_line, file_lock
 from sweeps import plan, status
 from sweeps.__main__ import main
 from sweeps.folders import find, read
@@ -150,7 +151,7 @@ def test_cancel_interrupts_a_driver_of_this_machine(sweep: Path, capsys: Any) ->
     holds = """
 import sys, time
 from pathlib import Path
-from dp_lora.files import file_lock
+from dp_lora.storage.files import file_lock
 with file_lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(3600)

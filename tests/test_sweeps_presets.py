@@ -18,8 +18,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from dp_lora.__main__ import main
-from dp_lora.command_line import hydra_words
-from dp_lora.config import config_directory, fingerprint, run_directory
+from dp_lora.commands.command_line import hydra_words
+from dp_lora.config.identity import fingerprint, run_directory
+from dp_lora.config.load import config_directory
 from dp_lora.errors import UserError
 from hydra_plugins.dp_lora_sweeper.grid import jobs
 

@@ -15,7 +15,7 @@ from PIL import Image
 from sweep_folder import SHA, grid, write_sweep
 
 from dp_lora.errors import UserError
-from dp_lora.files import read_json
+from dp_lora.storage.files import read_json
 from sweeps import figures, published, tables
 from sweeps.collect import collect
 from sweeps.curves import MOST_POINTS, curves

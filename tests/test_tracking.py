@@ -22,14 +22,14 @@ import pytest
 from PIL import Image
 from wandb_file import WandbRun, read_run
 
-from dp_lora import manifest, tracking
-from dp_lora.config import Config, DataConfig, ModelConfig
+from dp_lora.config.schema import Config, DataConfig, ModelConfig
+from dp_lora.config.wandb_mode import wandb_mode
 from dp_lora.errors import UserError
-from dp_lora.files import read_json, read_lines
-from dp_lora.provenance import finished, git_state, provenance
-from dp_lora.run import privacy_record
-from dp_lora.tracking import PrivateValueError, Tracker, baseline_table
-from dp_lora.wandb_mode import wandb_mode
+from dp_lora.jobs.stages import privacy_record
+from dp_lora.records import manifest, tracker
+from dp_lora.records.provenance import finished, git_state, provenance
+from dp_lora.records.tracker import PrivateValueError, Tracker, baseline_table
+from dp_lora.storage.files import read_json, read_lines
 
 PRIVATE = ["loss", "grad_norm", "clip_fraction", "batch_size", "label_counts", "indices", "Epsilon", "step "]
 PRIVATE += ["examples_per_second", "steps_per_second", "seconds"]
@@ -88,7 +88,7 @@ def test_a_private_value_leaves_no_trace(run_directory: Path, name: str) -> None
 def test_the_check_sees_a_tracker_without_its_allowlist(
     run_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "check_released", lambda *args, **kwargs: None)
+    monkeypatch.setattr(tracker, "check_released", lambda *args, **kwargs: None)
     assert all(leaks(run_directory, name) for name in PRIVATE[:4])
 
 
@@ -419,8 +419,8 @@ def test_auto_is_online_where_a_key_is_and_offline_elsewhere(
 def test_a_disabled_wandb_is_not_imported(run_directory: Path) -> None:
     code = (
         "import sys; sys.path.insert(0, sys.argv[2]); from pathlib import Path\n"
-        "from dp_lora.config import Config, DataConfig, ModelConfig\n"
-        "from dp_lora.tracking import Tracker\n"
+        "from dp_lora.config.schema import Config, DataConfig, ModelConfig\n"
+        "from dp_lora.records.tracker import Tracker\n"
         "c = Config(); c.tracking.wandb = 'disabled'\n"
         "Tracker(Path(sys.argv[1]), c, run_id='a', name='b').log(1, {'epsilon': 1.0}, 'finetune')\n"
         "print(sorted({'wandb', 'torch', 'tqdm'} & set(sys.modules)))"

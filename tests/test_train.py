@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from dp_lora import files
 from dp_lora.errors import UserError
-from dp_lora.progress import Progress
-from dp_lora.signals import Interrupted
-from dp_lora.train import Checkpoint, learning_rate, resume, run_steps
+from dp_lora.records.progress import Progress
+from dp_lora.storage import files
+from dp_lora.training.loop import Checkpoint, learning_rate, resume, run_steps
+from dp_lora.training.signals import Interrupted
 
 
 class Counting:

@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dp_lora import adapters, tuning
-from dp_lora.config import LoraConfig, TrainConfig
+from dp_lora.config.schema import LoraConfig, TrainConfig
 from dp_lora.errors import UserError
-from dp_lora.models import LatentDiffusion
+from dp_lora.models import adapters
+from dp_lora.models.folders import LatentDiffusion
 from dp_lora.privacy.gradients import ClippedGradientSum
 from dp_lora.privacy.plan import PrivacyPlan, make_plan
+from dp_lora.training import tuning
 
 CPU = torch.device("cpu")
 

@@ -21,10 +21,10 @@ from test_tracking import RUN_ID, job, open_tracker, row
 from wandb_file import read_run
 from wandb_server import ENTITY, KEY, Backend, serving
 
-from dp_lora import manifest
-from dp_lora.config import Config
-from dp_lora.files import read_lines
-from dp_lora.tracking import Tracker
+from dp_lora.config.schema import Config
+from dp_lora.records import manifest
+from dp_lora.records.tracker import Tracker
+from dp_lora.storage.files import read_lines
 from sweeps.dashboard import dashboard
 
 METRICS = {
@@ -194,7 +194,7 @@ import sys, wandb
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 import test_tracking as t
-import dp_lora.tracking as tracking
+import dp_lora.records.tracker as tracking
 patient = tracking._settings
 def impatient_once():
     settings = patient()

@@ -43,10 +43,12 @@ COVER, RESULTS = WORK / "cover.json", WORK / "results.jsonl"
 EXPLAINED = ROOT / "tools" / "mutants_explained.json"
 TARGETS = (
     "dp_lora/privacy/*.py",
-    "dp_lora/finetune.py",
-    "dp_lora/spending.py",
-    "dp_lora/auditing.py",
-    "dp_lora/canaries.py",
+    "dp_lora/training/finetune.py",
+    "dp_lora/jobs/spending.py",
+    "dp_lora/auditing/audit.py",
+    "dp_lora/auditing/bounds.py",
+    "dp_lora/auditing/canaries.py",
+    "dp_lora/auditing/noise_tests.py",
 )
 TESTS = (
     "tests/privacy",

@@ -36,6 +36,7 @@ from dp_lora.privacy.renyi import (
     divergences_of,
     epsilon_of_divergences,
 )
+from dp_lora.privacy.subsampled_gaussian import Mechanism
 
 ADJACENCIES = {
     "add_or_remove": "add or remove one image, Poisson sampling",
@@ -56,23 +57,6 @@ _CELLS = 1 << 20
 _PRV_POINTS = 1 << 19
 # The smallest delta at which its bound is looked at: its transform's rounding moved it from 1e-10 down.
 _PRV_DELTA = 1e-9
-
-
-@dataclass(frozen=True)
-class Mechanism:
-    """`steps` releases of a Poisson batch's clipped sum with noise of std noise_multiplier times C."""
-
-    noise_multiplier: float
-    sample_rate: float
-    steps: int
-
-    def __post_init__(self) -> None:
-        if not self.noise_multiplier >= 0:
-            raise ValueError(f"noise_multiplier={self.noise_multiplier}: expected 0 or more")
-        if not 0 <= self.sample_rate <= 1:
-            raise ValueError(f"sample_rate={self.sample_rate}: expected a number in [0, 1]")
-        if self.steps < 0:
-            raise ValueError(f"steps={self.steps}: expected 0 or more")
 
 
 @dataclass(frozen=True)

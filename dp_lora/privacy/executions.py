@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dp_lora.files import Damaged, append_line, read_lines
+from dp_lora.storage.files import Damaged, append_line, read_lines
 
 ORIGIN = "origin"
 """The lineage of a run before its first step."""

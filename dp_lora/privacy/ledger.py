@@ -37,11 +37,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dp_lora.errors import UserError
-from dp_lora.files import append_line, read_lines, write_atomic
 from dp_lora.privacy import accounting
-from dp_lora.privacy.accounting import Mechanism, Spent
+from dp_lora.privacy.accounting import Spent
 from dp_lora.privacy.marks import Mark, Superseded
 from dp_lora.privacy.renyi import admits, least_budget, renyi_divergences
+from dp_lora.privacy.subsampled_gaussian import Mechanism
+from dp_lora.storage.files import append_line, read_lines, write_atomic
 
 PATIENCE_S = 300.0
 """How long to wait for a ledger that others write to, each of them for less than a second."""

@@ -28,7 +28,7 @@ import numpy.typing as npt
 from dp_lora.privacy.step_loss import EPS, Array, Step, step_losses
 
 if TYPE_CHECKING:
-    from dp_lora.privacy.accounting import Mechanism
+    from dp_lora.privacy.subsampled_gaussian import Mechanism
 
 MAX_POINTS = 1 << 24
 """The longest transform: above it there is no bound."""

@@ -10,7 +10,8 @@ from typing import Any
 
 from dp_lora.errors import UserError
 from dp_lora.privacy import accounting
-from dp_lora.privacy.accounting import ADJACENCIES, Mechanism
+from dp_lora.privacy.accounting import ADJACENCIES
+from dp_lora.privacy.subsampled_gaussian import Mechanism
 
 CLIPPINGS = ("flat", "automatic", "per_layer")
 

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
-    from dp_lora.privacy.accounting import Mechanism
+    from dp_lora.privacy.subsampled_gaussian import Mechanism
 
 Array = npt.NDArray[np.float64]
 

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dp_lora.privacy.accounting import Mechanism
 from dp_lora.privacy.renyi import ORDERS, delta_of_divergences, epsilon_of_divergences, renyi_divergences
+from dp_lora.privacy.subsampled_gaussian import Mechanism
 
 Divergences = npt.NDArray[np.float64]
 """At the orders of `renyi.ORDERS`."""

@@ -22,9 +22,12 @@ from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from dp_lora.config import Config, check, from_omegaconf, run_directory
+from dp_lora.config.checks import check
+from dp_lora.config.identity import run_directory
+from dp_lora.config.load import from_omegaconf
+from dp_lora.config.schema import Config
 from dp_lora.errors import UserError
-from dp_lora.outputs import OUTPUTS, state
+from dp_lora.records.run_directory import OUTPUTS, state
 
 
 @dataclass(frozen=True)
@@ -212,7 +215,7 @@ def compose_cells(
 
 def _check_settings(cells: Sequence[Cell]) -> None:
     """Raises UserError for the first cell that cannot work, so that none of the sweep begins."""
-    from dp_lora.settings import check_settings
+    from dp_lora.jobs.settings import check_settings
 
     for cell in cells:
         if not cell.is_done():

@@ -31,9 +31,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dp_lora.config import fingerprint, from_omegaconf
+from dp_lora.config.identity import fingerprint
+from dp_lora.config.load import from_omegaconf
 from dp_lora.errors import UserError
-from dp_lora.files import (
+from dp_lora.storage.files import (
     append_line,
     file_lock,
     json_ready,
@@ -93,7 +94,13 @@ class Ledger:
             yield
 
     def begin(
-        self, cells: Sequence[Cell], command: str, code: str, job: str = "dp_lora.run:run", *, any_code: bool
+        self,
+        cells: Sequence[Cell],
+        command: str,
+        code: str,
+        job: str = "dp_lora.jobs.stages:run",
+        *,
+        any_code: bool,
     ) -> None:
         """Opens the folder for these cells, after a check that it belongs to no other sweep.
 

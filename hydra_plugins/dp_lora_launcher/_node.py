@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dp_lora.errors import Busy, UserError
-from dp_lora.files import read_json, write_atomic
-from dp_lora.signals import Interrupted, Preempted, expect_preemption
+from dp_lora.storage.files import read_json, write_atomic
+from dp_lora.training.signals import Interrupted, Preempted, expect_preemption
 
 if TYPE_CHECKING:
     from submitit import JobEnvironment

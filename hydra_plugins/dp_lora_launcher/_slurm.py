@@ -24,7 +24,7 @@ from typing import Any
 import submitit
 from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError, JobPaths
 
-from dp_lora.config import ResourcesConfig
+from dp_lora.config.schema import ResourcesConfig
 from dp_lora.errors import UserError
 from hydra_plugins.dp_lora_launcher._cells import Cell
 from hydra_plugins.dp_lora_launcher._ledger import Ledger, Submission
@@ -70,8 +70,8 @@ class Slurm:
     def check(cells: Sequence[Cell]) -> None:
         """Raises UserError when this is no SLURM machine, or SLURM would refuse one of the requests.
 
-        While nodes are down, `sbatch --test-only` refuses what `sbatch` itself queues until they are back. Then
-        a request that fits no node is only refused, or held in the queue, when it is submitted.
+        While nodes are down, `sbatch --test-only` refuses what `sbatch` itself queues until they are back.
+        Then a request that fits no node is only refused, or held in the queue, when it is submitted.
         """
         use_box()
         if shutil.which("sbatch") is None:

@@ -31,7 +31,7 @@ class LauncherConfig:
     """Continue a sweep that was begun with other code."""
     python: Optional[str] = None  # noqa: UP045
     """Shell words that start Python on a node; null takes this one's path."""
-    job: str = "dp_lora.run:run"
+    job: str = "dp_lora.jobs.stages:run"
     """module:function that runs a checked configuration; tests put others here."""
 
 

@@ -15,7 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import open_dict
 
-from dp_lora.config import from_omegaconf
+from dp_lora.config.load import from_omegaconf
 from dp_lora.errors import UserError
 
 
@@ -58,8 +58,8 @@ class GridSweeper(BasicSweeper):
 
         Raises UserError for the first one whose settings cannot work.
         """
-        from dp_lora.job import check_writable
-        from dp_lora.settings import check_settings
+        from dp_lora.jobs.settings import check_settings
+        from dp_lora.storage.files import check_writable
         from hydra_plugins.dp_lora_launcher.launcher import SweepLauncher
 
         if isinstance(self.launcher, SweepLauncher):

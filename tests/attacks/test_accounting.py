@@ -18,9 +18,10 @@ from dp_accounting.pld import privacy_loss_distribution
 from hydra.core.global_hydra import GlobalHydra
 
 from dp_lora.__main__ import main
-from dp_lora.files import read_json
-from dp_lora.privacy.accounting import Mechanism, epsilon, epsilon_by_accountant
+from dp_lora.privacy.accounting import epsilon, epsilon_by_accountant
 from dp_lora.privacy.plan import make_plan
+from dp_lora.privacy.subsampled_gaussian import Mechanism
+from dp_lora.storage.files import read_json
 from tests.privacy.exact_loss import exact_epsilon
 
 Setting = tuple[float, float, int, float]

@@ -16,7 +16,8 @@ from hydra.core.global_hydra import GlobalHydra
 from torch import Tensor
 
 from benchmarks.linear_audit import DEFECTS, noise_of, noise_times
-from dp_lora import __main__, audit_command
+from dp_lora import __main__
+from dp_lora.commands import audit as audit_command
 from dp_lora.privacy.randomness import Randomness
 
 PLAN = ("train.expected_batch_size=350", "train.max_steps=12", "lora.rank=1", "stages=[finetune]")

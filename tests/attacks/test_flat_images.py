@@ -18,8 +18,8 @@ from image_files import write_image
 from PIL import Image
 
 from dp_lora.__main__ import main
-from dp_lora.config import DataConfig, PathsConfig
-from dp_lora.data import ImageSet, load, refuse_flat
+from dp_lora.config.schema import DataConfig, PathsConfig
+from dp_lora.data.sets import ImageSet, load, refuse_flat
 from dp_lora.errors import PrivateRefusal, recorded
 
 BASE = np.full((8, 8), 40, np.uint16)

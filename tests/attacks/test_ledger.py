@@ -13,10 +13,10 @@ from conftest import composed, words
 from image_sets import pixels, write_folder
 
 from attacks.commands import FOLDER, dp_lora, state_of
-from dp_lora import finetune
 from dp_lora.errors import UserError
-from dp_lora.files import read_json, read_lines
-from dp_lora.job import prepare
+from dp_lora.jobs.job import prepare
+from dp_lora.storage.files import read_json, read_lines
+from dp_lora.training import finetune
 from sweeps.bill import bill
 
 FINETUNE = "stages=[finetune]"

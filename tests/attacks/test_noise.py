@@ -19,13 +19,14 @@ import pytest
 import torch
 from conftest import composed, words
 
-from dp_lora import finetune, numerics, run
-from dp_lora.config import Config
-from dp_lora.files import read_json, read_lines
+from dp_lora.config.schema import Config
+from dp_lora.jobs import stages
+from dp_lora.jobs.spending import begun
 from dp_lora.privacy.mechanism import noised_mean
 from dp_lora.privacy.randomness import Randomness
-from dp_lora.spending import begun
-from dp_lora.train import Checkpoint
+from dp_lora.storage.files import read_json, read_lines
+from dp_lora.training import finetune, numerics
+from dp_lora.training.loop import Checkpoint
 
 PLAN = (
     "stages=[finetune]", "epsilon=none", "privacy.noise_multiplier=8", "train.expected_batch_size=20",
@@ -71,7 +72,7 @@ class Attacked:
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(Checkpoint, "save", keep)
             with pytest.raises(Crash):
-                run.run(self.config)
+                stages.run(self.config)
         return seen[0]
 
     def executions(self) -> int:
@@ -147,7 +148,7 @@ def test_a_step_redone_after_a_change_has_another_batch_and_another_noise_and_is
     # Once more after the same change: nothing new is released.
     assert torch.equal(run_.reading(), second) and run_.executions() == 2
     # It ends within its plan, and says so.
-    directory = Path(run.run(run_.config)["directory"])
+    directory = Path(stages.run(run_.config)["directory"])
     said = read_json(directory / "privacy.json")
     assert said["steps"] == said["planned_steps"] == 3 and said["complete"]
     assert len(read_lines(directory / "metrics.jsonl")) == 2, "one step of three was taken twice"
@@ -187,7 +188,7 @@ def test_noise_that_is_keyed_by_the_step_alone_is_found(
 
 @pytest.fixture
 def uncharged(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "charged", lambda *given: nullcontext(lambda: None))
+    monkeypatch.setattr(stages, "charged", lambda *given: nullcontext(lambda: None))
 
 
 def copies(attacked: Callable[..., Attacked], *names: str) -> tuple[Attacked, ...]:
@@ -200,7 +201,7 @@ def copies(attacked: Callable[..., Attacked], *names: str) -> tuple[Attacked, ..
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(finetune, "poisson_batch", die)
         with pytest.raises(Crash):
-            run.run(one.config)
+            stages.run(one.config)
     made = tuple(attacked(outputs=name) for name in names)
     for copy in made:
         shutil.copytree(one.config.paths.outputs, copy.config.paths.outputs)
@@ -243,7 +244,7 @@ def test_what_an_unfinished_run_says_covers_the_step_that_it_died_in(
             patched.setenv("MKL_CBWR", mode)
             patched.setattr(finetune, "noised_mean", die)
             with pytest.raises(Crash):
-                run.run(run_.config)
+                stages.run(run_.config)
         said.append(read_json(run_.checkpoint.parent / "privacy.json"))
         assert said[-1]["steps"] == run_.executions() and not said[-1]["complete"]
     assert [record["steps"] for record in said] == [2, 3]

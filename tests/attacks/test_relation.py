@@ -14,11 +14,11 @@ from conftest import composed, words
 from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 
-from dp_lora import export_command
 from dp_lora.__main__ import main
+from dp_lora.commands import export as export_command
 from dp_lora.errors import UserError
-from dp_lora.files import read_json
-from dp_lora.job import plan_of
+from dp_lora.jobs.job import plan_of
+from dp_lora.storage.files import read_json
 
 HIDDEN = ("privacy.adjacency=add_or_remove", "train.sample_rate=0.3", "privacy.delta=1e-4")
 FEWER, MORE = 137, 138

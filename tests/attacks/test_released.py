@@ -26,12 +26,12 @@ from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 from wandb_file import WandbRun, read_run
 
-from dp_lora import manifest
 from dp_lora.__main__ import main
-from dp_lora.config import Config, DataConfig, ModelConfig
-from dp_lora.files import read_json, read_lines
+from dp_lora.config.schema import Config, DataConfig, ModelConfig
 from dp_lora.privacy.gradients import ClippedGradientSum
-from dp_lora.tracking import Tracker
+from dp_lora.records import manifest
+from dp_lora.records.tracker import Tracker
+from dp_lora.storage.files import read_json, read_lines
 
 STEPS, MANY_STEPS = 120, 500
 SECONDS_PER_IMAGE = 0.21
@@ -117,7 +117,7 @@ def play(home: Path, cache: Path, name: str, *given: str) -> Played:
     private = ["data=imagefolder", f"data.source={home / 'needle_ward'}", "data.image_size=8"]
     small = ["evaluation.extractors=[]", "evaluation.classifier_epochs=1", "privacy.adjacency=zero_out"]
     with pytest.MonkeyPatch.context() as patched, redirect_stdout(said), redirect_stderr(said):
-        for module in ("run", "tracking", "train", "progress"):
+        for module in ("jobs.stages", "records.tracker", "training.loop", "records.progress"):
             patched.setattr(f"dp_lora.{module}.time", steps)
         patched.setattr(ClippedGradientSum, "add", watched_add)
         patched.setattr(ClippedGradientSum, "total", watched_total)
@@ -232,7 +232,7 @@ def test_the_test_sees_a_tracker_that_sends_each_row_at_its_time(long_job: Playe
     config.tracking.wandb = "offline"
     clock, sizes = Steps(), batch_sizes(long_job)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("dp_lora.tracking.time", clock)
+        patched.setattr("dp_lora.records.tracker.time", clock)
         with Tracker(tmp_path, config, run_id="0123abcd", name="twin") as tracker:
             for step, size in enumerate(sizes, start=1):
                 clock.now += SECONDS_PER_IMAGE * size

@@ -18,8 +18,8 @@ import pytest
 from image_files import config, encoded, refused, write_rows
 from PIL import Image
 
-from dp_lora.config import DataConfig, PathsConfig
-from dp_lora.data import ImageSplits, load, shares
+from dp_lora.config.schema import DataConfig, PathsConfig
+from dp_lora.data.sets import ImageSplits, load, shares
 
 N = 200
 SIZES = {"test_size": 0.2, "validation_size": 0.1, "channels": 1}

@@ -15,7 +15,6 @@ from dp_lora.errors import UserError
 from dp_lora.privacy import accounting
 from dp_lora.privacy.accounting import (
     EpsilonCurve,
-    Mechanism,
     Spent,
     composed,
     epsilon,
@@ -24,6 +23,7 @@ from dp_lora.privacy.accounting import (
     smallest,
     steps_for,
 )
+from dp_lora.privacy.subsampled_gaussian import Mechanism
 
 # (q, sigma, steps, delta, interval of the reference): epsilon from 0.1 to beyond 1000.
 GRID = [

@@ -7,13 +7,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dp_lora.errors import UserError
-from dp_lora.privacy.accounting import (
-    Mechanism,
-    composed,
-    noise_multiplier_for,
-    privacy_profile,
-    steps_for,
-)
+from dp_lora.privacy.accounting import composed, noise_multiplier_for, privacy_profile, steps_for
+from dp_lora.privacy.subsampled_gaussian import Mechanism
 
 # Cells of the loss are a power of two wide, which moves epsilon by less than this.
 ROUNDING = 2e-3

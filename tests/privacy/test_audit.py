@@ -17,19 +17,20 @@ from conftest import TINY, composed
 from scipy.stats import beta, binom, norm
 from torch import Tensor
 
-from dp_lora import adapters, canaries, finetune
-from dp_lora.canaries import EMPTY, GradientCanaries, Trained, coins, odd_images, train_with_canaries
-from dp_lora.config import Config
-from dp_lora.diffusion import per_example_loss
-from dp_lora.latent_diffusion import LatentDiffusion
-from dp_lora.models import build, load
-from dp_lora.privacy import audit
-from dp_lora.privacy.accounting import Mechanism
-from dp_lora.privacy.audit import Outcome
+from dp_lora.auditing import bounds, canaries
+from dp_lora.auditing.bounds import Outcome
+from dp_lora.auditing.canaries import EMPTY, GradientCanaries, Trained, coins, odd_images, train_with_canaries
+from dp_lora.auditing.noise_tests import Verdict
+from dp_lora.config.schema import Config
+from dp_lora.models import adapters
+from dp_lora.models.diffusion import per_example_loss
+from dp_lora.models.folders import build, load
+from dp_lora.models.latent_diffusion import LatentDiffusion
 from dp_lora.privacy.gradients import ClippedGradientSum
-from dp_lora.privacy.noise_tests import Verdict
 from dp_lora.privacy.plan import PrivacyPlan, make_plan
 from dp_lora.privacy.randomness import Randomness
+from dp_lora.privacy.subsampled_gaussian import Mechanism
+from dp_lora.training import finetune
 
 # The bound of Steinke, Nasr and Jagielski
 
@@ -43,12 +44,12 @@ def test_without_delta_the_p_value_is_the_tail_of_randomised_response() -> None:
         exact = sum(
             q ** sum(right) * (1 - q) ** (guesses - sum(right)) for right in outcomes if sum(right) >= correct
         )
-        assert audit.one_run_p_value(9, guesses, correct, epsilon, 0.0) == pytest.approx(exact, rel=1e-12)
+        assert bounds.one_run_p_value(9, guesses, correct, epsilon, 0.0) == pytest.approx(exact, rel=1e-12)
 
 
 def test_without_delta_all_right_gives_the_closed_form() -> None:
     q = 0.05 ** (1 / 100)
-    bound = audit.one_run_lower_bound(100, 100, 100, 0.0)
+    bound = bounds.one_run_lower_bound(100, 100, 100, 0.0)
     assert bound == pytest.approx(math.log(q / (1 - q)), abs=1e-6)
 
 
@@ -66,7 +67,7 @@ def test_bounds_published_with_the_papers_own_function(
     guesses: int, correct: int, confidence: float, published: float
 ) -> None:
     """Of 500 canaries at delta 1e-5: audit_results.json of codedp-ase26/codedp-cpt-models on the hub."""
-    bound = audit.one_run_lower_bound(500, guesses, correct, 1e-5, confidence)
+    bound = bounds.one_run_lower_bound(500, guesses, correct, 1e-5, confidence)
     assert bound == pytest.approx(published, abs=1e-6)
 
 
@@ -82,9 +83,9 @@ def test_with_delta_the_p_value_covers_the_mechanisms_that_use_it(epsilon: float
             continue
         one_by_one = binom.sf(correct - 1, guesses, delta + (1 - delta) * q)
         at_once = delta + (1 - delta) * binom.sf(correct - 1, guesses, q)
-        bound = audit.one_run_p_value(m, guesses, correct, epsilon, delta)
+        bound = bounds.one_run_p_value(m, guesses, correct, epsilon, delta)
         assert bound >= max(one_by_one, at_once) * (1 - 1e-12)
-        uncovered |= audit.one_run_p_value(m, guesses, correct, epsilon, 0.0) < at_once
+        uncovered |= bounds.one_run_p_value(m, guesses, correct, epsilon, 0.0) < at_once
     assert uncovered, "without the term of delta the bound would be wrong"
 
 
@@ -93,7 +94,7 @@ def _gaussian(mu: float, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]
     random = np.random.default_rng(seed)
     included = random.random(count) < 0.5
     values = mu * included + random.standard_normal(count)
-    return audit.evidence(values / mu, 1 / mu, 1.0), included
+    return bounds.evidence(values / mu, 1 / mu, 1.0), included
 
 
 def _epsilon_of_gaussian(mu: float, delta: float) -> float:
@@ -111,7 +112,7 @@ def test_a_gaussian_mechanism_is_not_accused(mu: float) -> None:
     """Each bound may pass the truth with 5 % at most; more than 6 of 40 has a chance below 1 %."""
     delta, runs = 1e-5, 40
     true = _epsilon_of_gaussian(mu, delta)
-    bounds = [audit.one_run(*_gaussian(mu, 400, seed), delta).epsilon for seed in range(runs)]
+    bounds = [bounds.one_run(*_gaussian(mu, 400, seed), delta).epsilon for seed in range(runs)]
     assert sum(bound > true for bound in bounds) <= 6
     assert np.mean(bounds) > 0.05 * true, "a bound that says nothing cannot be wrong"
 
@@ -122,19 +123,19 @@ def test_the_gaussian_family_is_not_accused_and_close(steps: int) -> None:
     delta, runs, mu = 1e-5, 40, 1.5
     mechanism = Mechanism(math.sqrt(steps) / mu, 1.0, steps)
     outcomes = [Outcome.of(*_gaussian(mu, 1000, seed)) for seed in range(runs)]
-    assert sum(audit.refutes([outcome], mechanism, delta) for outcome in outcomes) <= 6
-    bound = audit.gaussian_family(outcomes[:1], mechanism, delta)
+    assert sum(bounds.refutes([outcome], mechanism, delta) for outcome in outcomes) <= 6
+    bound = bounds.gaussian_family(outcomes[:1], mechanism, delta)
     assert 0.66 < bound / _epsilon_of_gaussian(mu, delta) < 1
 
 
 def test_the_gaussian_family_finds_less_noise_than_claimed() -> None:
     claimed, real = Mechanism(2.0, 1.0, 1), 1.5
     outcome = Outcome.of(*_gaussian(real, 1000, 3))
-    bound = audit.gaussian_family([outcome], claimed, 1e-5)
-    assert audit.refutes([outcome], claimed, 1e-5)
+    bound = bounds.gaussian_family([outcome], claimed, 1e-5)
+    assert bounds.refutes([outcome], claimed, 1e-5)
     assert _epsilon_of_gaussian(1 / 2.0, 1e-5) < bound < _epsilon_of_gaussian(real, 1e-5)
     nothing = Outcome(250, 500, 250, 500)
-    assert audit.gaussian_family([nothing], claimed, 1e-5) == 0.0
+    assert bounds.gaussian_family([nothing], claimed, 1e-5) == 0.0
 
 
 def test_a_high_threshold_helps_where_most_canaries_are_in_no_batch() -> None:
@@ -144,28 +145,28 @@ def test_a_high_threshold_helps_where_most_canaries_are_in_no_batch() -> None:
     scores = np.zeros(count)
     for _ in range(claimed.steps):
         values = included * (random.random(count) < claimed.sample_rate) + 0.4 * random.standard_normal(count)
-        scores += audit.evidence(values, 0.4, 0.025)
-    outcomes = [Outcome.of(scores, included, at) for at in audit.thresholds(claimed)]
-    for outcome, rate in zip(outcomes[1:], audit.FALSE_POSITIVES, strict=True):
+        scores += bounds.evidence(values, 0.4, 0.025)
+    outcomes = [Outcome.of(scores, included, at) for at in bounds.thresholds(claimed)]
+    for outcome, rate in zip(outcomes[1:], bounds.FALSE_POSITIVES, strict=True):
         assert outcome.false_positives / outcome.negatives == pytest.approx(rate, rel=0.5)
-    bounds = [audit.gaussian_family(kept, claimed, 1e-5) for kept in (outcomes[:1], outcomes)]
-    assert bounds[0] < bounds[1] and not audit.refutes(outcomes, claimed, 1e-5)
+    found = [bounds.gaussian_family(kept, claimed, 1e-5) for kept in (outcomes[:1], outcomes)]
+    assert found[0] < found[1] and not bounds.refutes(outcomes, claimed, 1e-5)
 
 
 def test_the_evidence_is_the_ratio_of_the_densities() -> None:
     values, sigma, q, a = np.linspace(-3, 4, 29), 0.8, 0.3, 0.7
     inside = (1 - q) * norm.pdf(values, 0, sigma) + q * norm.pdf(values, a, sigma)
     expected = np.log(inside / norm.pdf(values, 0, sigma))
-    assert np.allclose(audit.evidence(values, sigma, q, amplitude=a), expected, atol=1e-12)
-    full = audit.evidence(values, sigma, 1.0, amplitude=a)
+    assert np.allclose(bounds.evidence(values, sigma, q, amplitude=a), expected, atol=1e-12)
+    full = bounds.evidence(values, sigma, 1.0, amplitude=a)
     assert np.allclose(full, norm.logpdf(values, a, sigma) - norm.logpdf(values, 0, sigma), atol=1e-12)
 
 
 def test_abstaining_helps_and_the_number_of_guesses_is_paid_for() -> None:
     scores, included = _gaussian(1.5, 1000, 0)
-    all_of_them = audit.one_run(scores, included, 1e-5, shares=(1.0,))
-    chosen = audit.one_run(scores, included, 1e-5, shares=(0.1,))
-    several = audit.one_run(scores, included, 1e-5, shares=(1.0, 0.1))
+    all_of_them = bounds.one_run(scores, included, 1e-5, shares=(1.0,))
+    chosen = bounds.one_run(scores, included, 1e-5, shares=(0.1,))
+    several = bounds.one_run(scores, included, 1e-5, shares=(1.0, 0.1))
     assert chosen.guesses == 100 and chosen.epsilon > several.epsilon > all_of_them.epsilon
     assert (
         several.correct
@@ -179,18 +180,18 @@ def test_abstaining_helps_and_the_number_of_guesses_is_paid_for() -> None:
 
 @pytest.mark.parametrize(("successes", "trials"), [(0, 7), (3, 7), (7, 7), (40, 1000)])
 def test_clopper_pearson_is_made_of_beta_quantiles(successes: int, trials: int) -> None:
-    low, high = audit.clopper_pearson(successes, trials, 0.9)
+    low, high = bounds.clopper_pearson(successes, trials, 0.9)
     assert low == pytest.approx(beta.ppf(0.05, successes, trials - successes + 1) if successes else 0.0)
     assert high == pytest.approx(
         beta.ppf(0.95, successes + 1, trials - successes) if successes < trials else 1.0
     )
-    assert audit.clopper_pearson(0, 0) == (0.0, 1.0)
+    assert bounds.clopper_pearson(0, 0) == (0.0, 1.0)
 
 
 def test_membership_is_what_counting_gives() -> None:
     random = np.random.default_rng(0)
     members, others = np.round(random.normal(1, 1, 60), 1), np.round(random.normal(0, 1, 40), 1)
-    found = audit.membership(members, others, at=(0.1, 0.01))
+    found = bounds.membership(members, others, at=(0.1, 0.01))
     pairs = [(m > o) + 0.5 * (m == o) for m in members for o in others]
     assert found.auc == pytest.approx(np.mean(pairs))
     for rate in found.rates:
@@ -205,9 +206,9 @@ def test_membership_is_what_counting_gives() -> None:
 
 def test_membership_of_the_same_images_is_a_coin_and_of_others_certain() -> None:
     values = np.linspace(0, 1, 50)
-    same = audit.membership(values, values)
+    same = bounds.membership(values, values)
     assert same.auc == pytest.approx(0.5) and same.auc_low < 0.5 < same.auc_high
-    certain = audit.membership(values + 2, values)
+    certain = bounds.membership(values + 2, values)
     assert certain.auc == 1 and all(rate.tpr == 1 for rate in certain.rates)
 
 
@@ -362,15 +363,15 @@ class Audited:
 
     def __init__(self, trained: Trained, plan: PrivacyPlan) -> None:
         self.claimed = plan.epsilon
-        at = audit.thresholds(plan.mechanism, trained.noise_factor)
+        at = bounds.thresholds(plan.mechanism, trained.noise_factor)
         outcomes = [Outcome.of(trained.scores, trained.included, threshold) for threshold in at]
         assert trained.noise is not None
         self.accused = Verdict(trained.noise.p_values()).accused
-        self.one_run = audit.one_run(trained.scores, trained.included, plan.delta, 0.975).epsilon
-        self.refuted = self.one_run > plan.epsilon or audit.refutes(
+        self.one_run = bounds.one_run(trained.scores, trained.included, plan.delta, 0.975).epsilon
+        self.refuted = self.one_run > plan.epsilon or bounds.refutes(
             outcomes, plan.mechanism, plan.delta, 0.975
         )
-        self.family = lambda: audit.gaussian_family(outcomes, plan.mechanism, plan.delta, 0.975)
+        self.family = lambda: bounds.gaussian_family(outcomes, plan.mechanism, plan.delta, 0.975)
 
 
 @pytest.fixture
@@ -428,7 +429,7 @@ def test_twenty_correct_runs_are_not_accused(audited: Callable[..., Audited]) ->
     assert 0.1 * runs[0].claimed < bound < runs[0].claimed, "a bound that says nothing cannot be wrong"
 
 
-def image_canaries(start: Callable[..., LatentDiffusion], config: Config, folder: Path) -> audit.Membership:
+def image_canaries(start: Callable[..., LatentDiffusion], config: Config, folder: Path) -> bounds.Membership:
     """Five trainings almost without noise, of every parameter, on some of ten odd images each.
 
     There are few bystanders and one canary a class, so that the small model can learn them by heart.
@@ -448,7 +449,7 @@ def image_canaries(start: Callable[..., LatentDiffusion], config: Config, folder
         assert np.isfinite(trained.scores).all() and len(trained.scores) == 10
         inside.append(trained.scores[trained.included])
         outside.append(trained.scores[~trained.included])
-    return audit.membership(np.concatenate(inside), np.concatenate(outside))
+    return bounds.membership(np.concatenate(inside), np.concatenate(outside))
 
 
 @pytest.mark.slow

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from benchmarks.linear_audit import DEFECTS, Found, correct, judge, noise_times, plan_of, silent, train
-from dp_lora.canaries import Trained, Watch
-from dp_lora.privacy import audit
+from dp_lora.auditing import bounds
+from dp_lora.auditing.canaries import Trained, Watch
 from dp_lora.privacy.plan import PrivacyPlan
 from dp_lora.privacy.randomness import Randomness
 
@@ -80,7 +80,7 @@ def test_scores_for_the_claimed_noise_say_nothing_where_there_is_none() -> None:
         noise = 0.1 * plan.noise_multiplier * random.standard_normal(912)
         noise[:400] += included & (random.random(400) < plan.sample_rate)
         watch.add(noise)
-        twin += audit.evidence(noise[:400], plan.noise_multiplier, plan.sample_rate)
+        twin += bounds.evidence(noise[:400], plan.noise_multiplier, plan.sample_rate)
     scores = watch.trained().scores
     assert np.array_equal(scores > 0, included)
     assert _right(twin, included) < 0.7

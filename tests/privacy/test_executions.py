@@ -17,9 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dp_lora.files import append_line, read_lines
 from dp_lora.privacy import executions
 from dp_lora.privacy.executions import ORIGIN, Execution, Executions, Spent
+from dp_lora.storage.files import append_line, read_lines
 
 
 def test_executions_tell_a_replay_from_a_new_release(tmp_path: Path) -> None:

@@ -24,22 +24,25 @@ import torch.distributed as dist
 from architectures import stable_diffusion
 from conftest import TINY, composed
 
-from dp_lora import adapters, data, finetune, latents, run, train, tuning
-from dp_lora import job as jobs
-from dp_lora.config import Config
-from dp_lora.data import ImageSet, ImageSplits
+from dp_lora.config.schema import Config
+from dp_lora.data import sets
+from dp_lora.data.sets import ImageSet, ImageSplits
 from dp_lora.errors import UserError
-from dp_lora.files import read_lines
-from dp_lora.latents import Latents
-from dp_lora.models import LatentDiffusion, load
+from dp_lora.jobs import job as jobs
+from dp_lora.jobs import stages
+from dp_lora.jobs.spending import begun
+from dp_lora.models import adapters, latents
+from dp_lora.models.folders import LatentDiffusion, load
+from dp_lora.models.latents import Latents
 from dp_lora.privacy import executions
 from dp_lora.privacy.executions import Executions
 from dp_lora.privacy.gradients import ClippedGradientSum
 from dp_lora.privacy.plan import PrivacyPlan, make_plan
 from dp_lora.privacy.preflight import PreflightError
 from dp_lora.privacy.randomness import Randomness
-from dp_lora.spending import begun
-from dp_lora.tracking import RELEASED
+from dp_lora.records.tracker import RELEASED
+from dp_lora.storage.files import read_lines
+from dp_lora.training import finetune, loop, tuning
 
 SHORT = ("train.expected_batch_size=20", "train.max_steps=5", "noise_multiplicity=k2", "lora.rank=2")
 SEEDED = "privacy.insecure_seed=7"
@@ -224,7 +227,7 @@ BOUNDARIES: dict[str, tuple[Any, str]] = {
     "write-ahead": (executions, "append_line"),
     "clip": (ClippedGradientSum, "add"),
     "noise": (finetune, "noised_mean"),
-    "checkpoint": (train, "write_atomic"),
+    "checkpoint": (loop, "write_atomic"),
     "optimiser": (finetune.PrivateStep, "_descend"),
     "end": (finetune, "forget_key"),
 }
@@ -259,7 +262,7 @@ def test_a_run_that_dies_at_a_boundary_ends_bit_identical(
 def processes() -> Iterator[ForkServerContext]:
     """Starts processes that have imported this module already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "dp_lora.tracking"])
+    context.set_forkserver_preload([__name__, "dp_lora.records.tracker"])
     with pytest.MonkeyPatch.context() as patched:
         # The server does not take over sys.path.
         patched.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
@@ -270,9 +273,9 @@ def _job_in_a_process(config: Config, images: ImageSplits, plan: PrivacyPlan) ->
     """One job; what takes long before its first step is given."""
     torch.set_num_threads(1)
     finetune.check_engine = lambda *args: None
-    data.load = lambda *args: images
+    sets.load = lambda *args: images
     jobs.plan_of = lambda *args: plan
-    run.run(config)
+    stages.run(config)
 
 
 def _released(directory: Path) -> dict[str, str]:
@@ -747,9 +750,9 @@ def _neighbours(cache: Path, tmp_path: Path, digits: ImageSplits, capsys: Any, p
     runs = []
     for name, images, removed in (("a", train, False), ("b", neighbour, False), ("c", train, True)):
         with patch.context() as patched:
-            patched.setattr("dp_lora.data.load", lambda *args, i=images: digits._replace(train=i))
+            patched.setattr("dp_lora.data.sets.load", lambda *args, i=images: digits._replace(train=i))
             patched.setattr(finetune, "noised_mean", lambda total, *rest: noised(0 * total, *rest))
-            for module in ("run", "tracking", "train"):
+            for module in ("jobs.stages", "records.tracker", "training.loop"):
                 patched.setattr(f"dp_lora.{module}.time", _Clock())
             if removed:  # never in a batch: what a set without the image does
                 patched.setattr(finetune, "poisson_batch", lambda *args: (b := drawn(*args))[b != 700])
@@ -759,7 +762,7 @@ def _neighbours(cache: Path, tmp_path: Path, digits: ImageSplits, capsys: Any, p
                 f"paths.ledger={tmp_path / name}.jsonl",
                 f"paths.index={tmp_path / name}.index",
             )
-            run.run(composed(*words, f"paths.cache={cache}", *places))
+            stages.run(composed(*words, f"paths.cache={cache}", *places))
         said = capsys.readouterr()
         (directory,) = (tmp_path / name / "default").iterdir()
         lines = re.sub(

@@ -18,10 +18,11 @@ from pathlib import Path
 import pytest
 
 from dp_lora.errors import UserError
-from dp_lora.files import read_lines
 from dp_lora.privacy import ledger as ledgers
-from dp_lora.privacy.accounting import Mechanism, epsilon_by_accountant
+from dp_lora.privacy.accounting import epsilon_by_accountant
 from dp_lora.privacy.ledger import Charge, Ledger, spent
+from dp_lora.privacy.subsampled_gaussian import Mechanism
+from dp_lora.storage.files import read_lines
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

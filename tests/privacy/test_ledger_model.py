@@ -23,17 +23,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 from image_sets import private_images
 
-from dp_lora import image_index, spending
-from dp_lora.config import Config, DataConfig, PathsConfig
+from dp_lora.config.schema import Config, DataConfig, PathsConfig
 from dp_lora.errors import UserError
-from dp_lora.files import append_line, read_lines
-from dp_lora.image_index import ImageIndex
+from dp_lora.jobs import image_index, spending
+from dp_lora.jobs.image_index import ImageIndex
+from dp_lora.jobs.spending import charged
 from dp_lora.privacy import ledger as ledgers
 from dp_lora.privacy.ledger import Ledger
 from dp_lora.privacy.marks import Mark
 from dp_lora.privacy.plan import make_plan
-from dp_lora.receipts import read_receipt
-from dp_lora.spending import charged
+from dp_lora.storage.files import append_line, read_lines
+from dp_lora.training.receipts import read_receipt
 
 STEPS = 4
 PLAN = make_plan(

@@ -17,13 +17,7 @@ from scipy import stats
 
 from dp_lora.privacy.batches import poisson_batch
 from dp_lora.privacy.gradients import ClippedGradientSum
-from dp_lora.privacy.mechanism import (
-    all_reduced,
-    microbatches,
-    noised_mean,
-    signal_to_noise,
-    slice_of_batch,
-)
+from dp_lora.privacy.mechanism import all_reduced, microbatches, noised_mean, signal_to_noise, slice_of_batch
 from dp_lora.privacy.plan import PrivacyPlan
 from dp_lora.privacy.randomness import Randomness
 

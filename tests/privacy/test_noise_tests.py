@@ -8,8 +8,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from dp_lora.privacy import noise_tests
-from dp_lora.privacy.noise_tests import (
+from dp_lora.auditing import noise_tests
+from dp_lora.auditing.noise_tests import (
     FALSE_ALARM,
     TESTS,
     ReleasedNoise,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from dp_lora.privacy.accounting import Mechanism, composed
+from dp_lora.privacy.accounting import composed
 from dp_lora.privacy.ledger import Charge, fills, fits, spent, spent_adaptively
 from dp_lora.privacy.renyi import (
     ORDERS,
@@ -20,6 +20,7 @@ from dp_lora.privacy.renyi import (
     least_budget,
     renyi_divergences,
 )
+from dp_lora.privacy.subsampled_gaussian import Mechanism
 
 ALPHA = np.asarray(ORDERS)
 

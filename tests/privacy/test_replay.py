@@ -15,15 +15,15 @@ import torch
 import torch.distributed as dist
 from conftest import composed
 
-from dp_lora import finetune
-from dp_lora.data import ImageSplits
+from dp_lora.data.sets import ImageSplits
 from dp_lora.errors import UserError
-from dp_lora.files import read_lines, write_lines
+from dp_lora.jobs.spending import begun
 from dp_lora.privacy import executions
 from dp_lora.privacy.executions import Executions
 from dp_lora.privacy.mechanism import all_reduced
 from dp_lora.privacy.randomness import Randomness
-from dp_lora.spending import begun
+from dp_lora.storage.files import read_lines, write_lines
+from dp_lora.training import finetune
 from privacy.test_finetune import (
     SHORT,
     TINY,

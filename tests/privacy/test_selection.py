@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from dp_lora.privacy import selection
-from dp_lora.privacy.accounting import Mechanism
 from dp_lora.privacy.renyi import ORDERS, delta_of_divergences, epsilon_of_divergences, renyi_divergences
 from dp_lora.privacy.selection import (
     BOUNDS,
@@ -19,6 +18,7 @@ from dp_lora.privacy.selection import (
     gamma_of,
     uniform_mixture,
 )
+from dp_lora.privacy.subsampled_gaussian import Mechanism
 
 Array = np.ndarray
 ALPHA = np.asarray(ORDERS)

@@ -7,13 +7,14 @@ import torch
 from conftest import TINY, composed
 
 from benchmarks.linear_audit import noise_of
-from dp_lora import adapters, finetune
-from dp_lora.canaries import silent_noise
-from dp_lora.latent_diffusion import LatentDiffusion
-from dp_lora.models import build
-from dp_lora.privacy.noise_tests import Verdict
+from dp_lora.auditing.canaries import silent_noise
+from dp_lora.auditing.noise_tests import Verdict
+from dp_lora.models import adapters
+from dp_lora.models.folders import build
+from dp_lora.models.latent_diffusion import LatentDiffusion
 from dp_lora.privacy.plan import make_plan
 from dp_lora.privacy.randomness import Randomness
+from dp_lora.training import finetune
 
 CONFIG = composed(*TINY, "lora.rank=2")
 

@@ -17,7 +17,7 @@ import pytest
 from conftest import TINY
 from packages import unavailable
 
-from dp_lora.files import read_json
+from dp_lora.storage.files import read_json
 from hydra_plugins.dp_lora_launcher._ledger import Ledger
 from slurm.jobs import go
 

@@ -18,9 +18,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from dp_lora.config import Config, run_directory
-from dp_lora.files import append_line, read_json, write_atomic, write_json
-from dp_lora.signals import listening
+from dp_lora.config.identity import run_directory
+from dp_lora.config.schema import Config
+from dp_lora.storage.files import append_line, read_json, write_atomic, write_json
+from dp_lora.training.signals import listening
 
 STEP_S = 0.2
 GO = "go"

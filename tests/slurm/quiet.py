@@ -10,7 +10,7 @@ from typing import Any
 
 from conftest import words
 
-from dp_lora.files import read_json
+from dp_lora.storage.files import read_json
 
 STEPS = 6
 REAL = ("stages=[finetune]", f"train.max_steps={STEPS}", "train.expected_batch_size=60",

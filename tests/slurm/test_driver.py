@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dp_lora.files import read_json
+from dp_lora.storage.files import read_json
 from slurm.conftest import Start, Sweep, run, until
 from slurm.jobs import starts
 from slurm.test_sweep import is_right, now

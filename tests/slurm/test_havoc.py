@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from dp_lora.files import read_json, read_lines
-from dp_lora.spending import begun
+from dp_lora.jobs.spending import begun
+from dp_lora.storage.files import read_json, read_lines
 from slurm.conftest import Start, Sweep, run, until
 from slurm.quiet import REAL, STEPS, Quiet, released, twin
 

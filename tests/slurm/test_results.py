@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from wandb_file import read_run
 
-from dp_lora.files import read_json, read_lines
+from dp_lora.storage.files import read_json, read_lines
 from slurm.conftest import Start, run, until
 from slurm.quiet import REAL, Quiet, twin
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dp_lora.files import read_json
+from dp_lora.storage.files import read_json
 from slurm.conftest import LARGEST_ARRAY, Start, Sweep, how_it_ended, run, until
 from slurm.jobs import counted, starts
 

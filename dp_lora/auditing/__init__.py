@@ -1,0 +1,1 @@
+"""Attacks on a run: canaries, membership inference, tests of the noise."""

@@ -1,0 +1,425 @@
+"""Canaries: examples put into a training by fair coins, to see whether what it releases tells them apart.
+
+The training is the real one: the run's model, plan and loop, from `finetune.PrivateStep` on. Canaries enter
+where an image's data enters, as latents with a label, so their loss is the mean over k draws, their gradient
+is clipped, summed and noised, and their batches are drawn by the engine's own code.
+
+No private image takes part: the other examples are noise with the shape of latents. A claim about all data
+sets can be refuted on any of them, so this costs no privacy, and what comes out may be shown to anybody.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dp_lora.auditing.bounds import Bools, Floats, evidence, noise_factor
+from dp_lora.auditing.membership import losses
+from dp_lora.auditing.noise_tests import ReleasedNoise, SilentNoise
+from dp_lora.config.schema import Config
+from dp_lora.models.diffusion import in_batches
+from dp_lora.models.latent_diffusion import LatentDiffusion
+from dp_lora.models.latents import Latents, to_unit_range
+from dp_lora.privacy.executions import Executions
+from dp_lora.privacy.gradients import loss_unit
+from dp_lora.privacy.plan import PrivacyPlan
+from dp_lora.privacy.randomness import Randomness
+from dp_lora.records.progress import Progress
+from dp_lora.training import finetune, tuning
+from dp_lora.training.loop import Checkpoint, Step, resume, run_steps
+
+KINDS = ("gradient", "image")
+
+BYSTANDERS = 128
+"""Examples of noise beside the canaries, so that batches and microbatches are mixed."""
+
+EMPTY = 512
+"""Coordinates at least where no example has a gradient: what is released there is noise and nothing else."""
+
+SILENT_STEPS = 4
+"""Steps on no example at all, of which every trained coordinate is looked at."""
+
+_PULL = 100.0
+"""Norm of a gradient canary before the clip, in units of max(C, 1): far beyond what may pass."""
+
+
+class GradientCanaries(LatentDiffusion):
+    """`model` with one more layer, in which each canary has a coordinate of its own (a Dirac canary).
+
+    Canary j is an example with the label `first_label` + j and zero latents. Its gradient is `_PULL` times
+    max(C, 1) in coordinate j of `canaries.weight` and zero everywhere else, at every draw and wherever the
+    parameters are. The gradient of every other example is zero there. So coordinate j of the noisy sum holds
+    the noise and canary j alone: the worst case of the proof. The coordinates from `count` on,
+    `EMPTY` of them at least, belong to nobody.
+
+    Args:
+        model: its trainable parameters chosen; its networks are shared, not copied.
+        count: number of canaries.
+        max_grad_norm: C.
+    """
+
+    def __init__(self, model: LatentDiffusion, count: int, max_grad_norm: float) -> None:
+        super().__init__(
+            model.autoencoder,
+            model.unet,
+            model.class_embedder,
+            model.scheduler,
+            model.classes,
+            prompts=model.prompts,
+            predicts_v=model.predicts_v,
+        )
+        self.null_embedding = model.null_embedding
+        self.count, self.first_label = count, len(model.classes)
+        # A table that is about square: the gradient of one draw then is a product of two short rows.
+        columns = math.isqrt(count + EMPTY - 1) + 1
+        self.canaries = nn.Linear(columns, -(-(count + EMPTY) // columns), bias=False)
+        nn.init.zeros_(self.canaries.weight)
+        self.to(model.unet.device)
+        self._error = math.sqrt(_PULL * max(max_grad_norm, 1.0) / 2)
+        with torch.no_grad():
+            self._tokens = super().condition(torch.zeros(1, dtype=torch.int64, device=self.device)).shape[1:]
+
+    @property
+    def device(self) -> torch.device:
+        """Of the parameters."""
+        return self.canaries.weight.device
+
+    def condition(self, labels: Tensor) -> Tensor:
+        """[B, tokens d + 2]: the model's own condition, whether it is a canary, the canary's coordinate."""
+        own = labels < self.first_label
+        inner = super().condition(labels.where(own, 0))
+        number = (labels - self.first_label).clamp(min=0)
+        rows, columns = self.canaries.weight.shape
+        mask = (~own).to(torch.float32)[:, None]
+        chosen = F.one_hot(number % columns, columns) * mask
+        answer = self.canaries(chosen) * F.one_hot(number // columns, rows) * mask
+        # Zero, with the gradient of the coordinate.
+        coordinate = (answer - answer.detach()).sum(1, keepdim=True)
+        return torch.cat([inner.flatten(1), mask.to(inner), coordinate.to(inner)], 1)
+
+    def predict_noise_of(self, noisy_latents: Tensor, timesteps: Tensor, conditions: Tensor | None) -> Tensor:
+        """The noise that the model predicts; for a canary the noise itself and an error with one gradient."""
+        assert conditions is not None
+        inner, canary, coordinate = conditions[:, :-2], conditions[:, -2], conditions[:, -1]
+        shape = (-1, 1, 1, 1)
+        predicted = super().predict_noise_of(noisy_latents, timesteps, inner.unflatten(1, self._tokens))
+        a: Tensor = self.scheduler.alphas_cumprod.to(noisy_latents)[timesteps].view(shape)
+        # Of zero latents the noise is known. The mean squared error is e^2 (1 + x)^2, its gradient 2 e^2.
+        noise = noisy_latents / (1 - a).sqrt()
+        error = self._error * (1 + coordinate.float().view(shape))
+        return torch.where(canary.view(shape) > 0, noise + error, predicted.float())
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What an auditor knows after the training: a score for each canary, the coins, and the noise."""
+
+    scores: Floats
+    """Above 0 says "in"."""
+    included: Bools
+    noise_factor: float = 1.0
+    """The share of the claimed noise that the scores are the evidence for."""
+    noise: SilentNoise | None = None
+    """What was released where no example took part; null for canaries that have no coordinates."""
+
+    def arrays(self) -> dict[str, Any]:
+        """All of it, for a file that `from_arrays` reads."""
+        noise = {} if self.noise is None else self.noise.arrays()
+        return {"scores": self.scores, "included": self.included, "noise_factor": self.noise_factor, **noise}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Any]) -> Trained:
+        """What `arrays` returned."""
+        noise = SilentNoise.from_arrays(arrays) if "noise_by_step" in arrays else None
+        return cls(arrays["scores"], arrays["included"], float(arrays["noise_factor"]), noise)
+
+
+def coins(randomness: Randomness, count: int) -> Bools:
+    """A fair coin for each canary, from a stream of its own."""
+    return np.asarray(randomness.bits64("canaries", 0, range(count))[:, 0] >> np.uint64(63), dtype=np.bool_)
+
+
+def train_with_canaries(
+    config: Config,
+    model: LatentDiffusion,
+    plan: PrivacyPlan,
+    *,
+    kind: str,
+    count: int,
+    randomness: Randomness,
+    folder: Path,
+) -> Trained:
+    """Trains `model` in place, as the run was trained, on canaries and noise; the run's images stay out.
+
+    A training that is interrupted continues from `folder` when it is called again with the same arguments.
+
+    Args:
+        config: of the run.
+        model: its trainable parameters chosen, as at the start of the run.
+        plan: of the run, private; noise, sample rate, steps, k and C are taken as they are.
+        kind: `gradient` (a coordinate of its own, seen at every step) or `image` (an odd image, seen by its
+            loss under the final parameters).
+        count: number of canaries, at least 2.
+        randomness: a key of the audit's own.
+        folder: private.
+    """
+    train = _train_on_images if kind == "image" else _train_on_gradients
+    return train(config, model, plan, coins(randomness, count), randomness, folder)
+
+
+# Steps on no example
+
+
+def silent_noise(
+    config: Config, model: LatentDiffusion, plan: PrivacyPlan, randomness: Randomness
+) -> ReleasedNoise:
+    """What the run's own step releases of no example: noise alone, at every coordinate that is trained.
+
+    Canaries have coordinates of their own; this looks at those of the run. `model` is left as it was.
+
+    Args:
+        config: of the run.
+        model: its trainable parameters chosen, as at the start of the run.
+        plan: of the run, private.
+        randomness: a key of the audit's own.
+    """
+    nothing = torch.zeros(0, *model.latent_shape)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    with tempfile.TemporaryDirectory() as folder:
+        step = finetune.PrivateStep(
+            model,
+            Latents(nothing, nothing),
+            torch.zeros(0, dtype=torch.int64),
+            plan,
+            randomness,
+            config.train,
+            1,
+            Executions(Path(folder) / "executions.jsonl", {"audit": True}),
+            learning_rate_factor=config.trainable.learning_rate_factor,
+        )
+        noise = released_noise(step)
+    step.release()
+    for name, parameter in model.named_parameters():
+        if name in before:
+            parameter.data.copy_(before[name])
+    return noise
+
+
+def released_noise(step: finetune.PrivateStep) -> ReleasedNoise:
+    """What `SILENT_STEPS` steps give to the optimiser, and the loss that they log; `step` has no example."""
+    plan, seen = step.plan, list[np.ndarray]()
+    trained = [p for group in step.optimizer.param_groups for p in group["params"]]
+
+    def see(*_: Any) -> None:
+        seen[:] = [p.grad.flatten().float().cpu().numpy() for p in trained]
+
+    hook = step.optimizer.register_step_pre_hook(see)
+    sizes = [p.numel() for p in trained] + [1] * (plan.loss_share > 0)
+    noise = ReleasedNoise(sizes, plan.noise_std / plan.expected_batch_size, SILENT_STEPS)
+    for index in range(SILENT_STEPS):
+        logged = step(index)
+        if plan.loss_share:
+            loss = logged["private_loss"] * loss_unit(plan.max_grad_norm, plan.loss_share)
+            seen.append(np.array([loss], dtype=np.float32))
+        noise.add(np.concatenate(seen))
+    hook.remove()
+    return noise
+
+
+# Gradient canaries
+
+
+class Watch:
+    """What an auditor keeps of the noised sums at the coordinates of gradient canaries.
+
+    Args:
+        plan: of the run.
+        included: [m], the coins.
+        empty: number of coordinates that belong to no canary, at least 1.
+        amplitude: what a canary in the batch adds to its coordinate, in units of C.
+    """
+
+    def __init__(self, plan: PrivacyPlan, included: Bools, empty: int, amplitude: float = 1.0) -> None:
+        self._plan, self._included, self._amplitude = plan, included, amplitude
+        self._left_out = np.flatnonzero(~included)
+        self._scores, self._factor = np.zeros(len(included)), 0.0
+        self._noise = SilentNoise(empty + len(self._left_out))
+
+    def add(self, values: Floats) -> None:
+        """Takes what one step released.
+
+        Args:
+            values: [m + empty], in units of C: the canaries' coordinates, then those of nobody.
+        """
+        plan, count = self._plan, len(self._included)
+        own, silent = values[:count], np.concatenate([values[count:], values[self._left_out]])
+        self._noise.add(silent / plan.noise_multiplier)
+        if self._noise.steps == 1:
+            # Of the coordinates of nobody alone, so that the canaries have no say in how they are scored.
+            self._factor = noise_factor(self._noise.ratio(stop=len(values) - count))
+        sigma = self._factor * plan.noise_multiplier
+        self._scores += evidence(own, sigma, plan.sample_rate, amplitude=self._amplitude)
+
+    def trained(self) -> Trained:
+        """What it comes to, after the last step."""
+        return Trained(self._scores, self._included, self._factor, self._noise)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it, so that an interrupted audit goes on."""
+        arrays = {"scores": self._scores, "factor": np.array(self._factor), **self._noise.arrays()}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def load_state_dict(self, state: Any) -> None:
+        """Restores what `state_dict` returned."""
+        arrays = {name: tensor.numpy() for name, tensor in state.items()}
+        self._scores, self._factor = arrays["scores"].copy(), float(arrays["factor"])
+        self._noise = SilentNoise.from_arrays(arrays)
+
+
+class _Watched:
+    """A training step of which the auditor sees what the optimiser sees: the noised gradient.
+
+    Its state has what was seen so far, so that an interrupted audit goes on.
+    """
+
+    def __init__(
+        self, step: finetune.PrivateStep, model: GradientCanaries, plan: PrivacyPlan, included: Bools
+    ) -> None:
+        self._step, self._model, self._plan = step, model, plan
+        amplitude = math.sqrt(1 - plan.loss_share**2)
+        if plan.clipping == "per_layer":
+            amplitude /= math.sqrt(step.gradients.num_layers)
+        empty = model.canaries.weight.numel() - model.count
+        self.watch = Watch(plan, included, empty, amplitude)
+        step.optimizer.register_step_pre_hook(self._see)
+
+    def _see(self, *_: Any) -> None:
+        gradient = self._model.canaries.weight.grad
+        assert gradient is not None
+        released = gradient.flatten().double().cpu().numpy()
+        self.watch.add(released * self._plan.expected_batch_size / self._plan.max_grad_norm)
+
+    def __call__(self, step: int) -> dict[str, float]:
+        return self._step(step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self._step.state_dict(), "watch": self.watch.state_dict()}
+
+    def load_state_dict(self, state: Any) -> None:
+        self._step.load_state_dict(state["step"])
+        self.watch.load_state_dict(state["watch"])
+
+
+def _train_on_gradients(
+    config: Config,
+    model: LatentDiffusion,
+    plan: PrivacyPlan,
+    included: Bools,
+    randomness: Randomness,
+    folder: Path,
+) -> Trained:
+    canaries = GradientCanaries(model, len(included), plan.max_grad_norm)
+    chosen = torch.from_numpy(np.flatnonzero(included))
+    latents, labels = _bystanders(model, randomness)
+    latents = torch.cat([torch.zeros(len(chosen), *latents.shape[1:]), latents])
+    labels = torch.cat([canaries.first_label + chosen, labels])
+    step = _step(config, canaries, latents, labels, plan, randomness, folder)
+    watched = _Watched(step, canaries, plan, included)
+    _run(config, watched, plan, folder)
+    step.release()
+    return watched.watch.trained()
+
+
+# Image canaries
+
+
+def odd_images(shape: tuple[int, int, int], count: int, randomness: Randomness) -> np.ndarray:
+    """uint8 [count, C, H, W]: images like no other, each of random blocks of a quarter of its side."""
+    channels, height, width = shape
+    block = max(1, min(height, width) // 4)
+    coarse = (channels, -(-height // block), -(-width // block))
+    words = randomness.bits64("canary images", 0, range(count), math.prod(coarse))
+    blocks = (words >> np.uint64(56)).astype(np.uint8).reshape(count, *coarse)
+    return np.repeat(np.repeat(blocks, block, axis=2), block, axis=3)[:, :, :height, :width]
+
+
+def _train_on_images(
+    config: Config,
+    model: LatentDiffusion,
+    plan: PrivacyPlan,
+    included: Bools,
+    randomness: Randomness,
+    folder: Path,
+) -> Trained:
+    device = next(model.unet.parameters()).device
+    images = to_unit_range(odd_images(model.image_shape, len(included), randomness))
+    with torch.inference_mode():
+        parts = [model.encode(images[b.start : b.stop].to(device))[0] for b in in_batches(len(images), 250)]
+    odd = torch.cat(parts).cpu().clone()
+    odd_labels = torch.arange(len(included)) % len(model.classes)
+    before = losses(model, odd, odd_labels, draws=16, seed=config.seed)
+    chosen = torch.from_numpy(included)
+    latents, labels = _bystanders(model, randomness)
+    latents, labels = torch.cat([odd[chosen], latents]), torch.cat([odd_labels[chosen], labels])
+    step = _step(config, model, latents, labels, plan, randomness, folder)
+    _run(config, step, plan, folder)
+    step.release()
+    learnt = before - losses(model, odd, odd_labels, draws=16, seed=config.seed)
+    # What all images gained says nothing of a single one.
+    return Trained(learnt - np.median(learnt), included)
+
+
+# The training
+
+
+def _bystanders(model: LatentDiffusion, randomness: Randomness) -> tuple[Tensor, Tensor]:
+    latents = randomness.normal("bystanders", 0, (BYSTANDERS, *model.latent_shape))
+    return latents, torch.arange(BYSTANDERS) % len(model.classes)
+
+
+def _step(
+    config: Config,
+    model: LatentDiffusion,
+    latents: Tensor,
+    labels: Tensor,
+    plan: PrivacyPlan,
+    randomness: Randomness,
+    folder: Path,
+) -> finetune.PrivateStep:
+    """The step of the run's own fine-tuning, on other examples."""
+    plan = replace(plan, num_examples=len(latents))
+    stored = Latents(latents, torch.zeros_like(latents))
+    # Nothing private takes part, so that a step that is taken again may be the same one.
+    executions = Executions(folder / "executions.jsonl", {"audit": True})
+    # The divisor of the sum stays the run's; the batches are smaller.
+    sizes = replace(plan, expected_batch_size=plan.sample_rate * len(latents))
+    cache = Path(config.paths.cache).expanduser()
+    microbatch = tuning.choose_microbatch(model, sizes, config.train, 1, folder, cache)
+    return finetune.PrivateStep(
+        model,
+        stored,
+        labels,
+        plan,
+        randomness,
+        config.train,
+        microbatch,
+        executions,
+        learning_rate_factor=config.trainable.learning_rate_factor,
+    )
+
+
+def _run(config: Config, step: Step, plan: PrivacyPlan, folder: Path) -> None:
+    checkpoint = Checkpoint(folder, config.train.checkpoint_minutes)
+    finished = resume(step, checkpoint)
+    mode = config.tracking.progress
+    with Progress(plan.steps, "canaries", initial=finished, mode=mode, public=True) as progress:
+        run_steps(step, plan.steps, checkpoint, progress, lambda step, values: None)

@@ -1,0 +1,48 @@
+"""The command `dp-lora-import`, without what is slow to load: the words it takes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from dp_lora.errors import UserError
+from dp_lora.models.layouts import LAYOUTS
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists what there is")
+
+
+def main() -> None:
+    """Imports one checkpoint. A user's mistake is one line and exit status 2."""
+    parser = _Parser(
+        prog="dp-lora-import",
+        description="A CompVis latent-diffusion checkpoint as a folder that model.pretrained takes.",
+    )
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a .ckpt or .safetensors file")
+    parser.add_argument("--layout", required=True, choices=LAYOUTS, help="which model it is")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new folder")
+    parser.add_argument(
+        "--scale-factor", type=float, metavar="X", help="of the latents, if the file has none"
+    )
+    try:
+        given = parser.parse_args()
+        path, out = given.checkpoint.expanduser(), given.out.expanduser()
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; expected a CompVis checkpoint (.ckpt or .safetensors)")
+        if out.exists():
+            raise UserError(f"--out={out}: is there already; expected a new folder")
+        from dp_lora.models.compvis import import_checkpoint
+
+        import_checkpoint(path, given.layout, out, given.scale_factor)
+    except UserError as error:
+        print(f"dp-lora-import: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"model  {out}\nuse    dp-lora model.pretrained={out} ...")
+
+
+if __name__ == "__main__":
+    main()

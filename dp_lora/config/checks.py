@@ -1,0 +1,388 @@
+"""Which values of a configuration are possible: all that can be known without data and model.
+
+Checks that need the data (delta against the number of images, batch against the number of images) or the
+model (rank against a layer's width) are made by the module that has them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from dp_lora.config.schema import (
+    ADJACENCIES,
+    AUTOENCODERS,
+    BACKGROUNDS,
+    CLASSIFIERS,
+    CLIPPINGS,
+    COMPONENTS,
+    CONDITIONINGS,
+    DEVICES,
+    EXTRACTORS,
+    FEWEST_RESAMPLES,
+    LARGEST_EPSILON,
+    LARGEST_RATE,
+    LAYOUTS,
+    LONGEST_PROJECT,
+    LONGEST_TAG,
+    NOT_IN_PROJECT,
+    PRECISIONS,
+    RESAMPLINGS,
+    SAMPLERS,
+    SCHEDULES,
+    SMALLEST_EPSILON,
+    STAGES,
+    TARGET_GROUPS,
+    WANDB_MODES,
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    PretrainConfig,
+    PrivacyConfig,
+    TrackingConfig,
+    TrainConfig,
+)
+from dp_lora.config.wandb_mode import MEANT
+from dp_lora.errors import UserError, did_you_mean
+
+
+def check(config: Config) -> None:
+    """Raises UserError naming field, value and range for the first value that cannot be right."""
+    _check_texts(config, "")
+    _check_choices(config)
+    _check_privacy(config.privacy)
+    _check_train(config.train, config.privacy)
+    _check_relation(config.train, config.data, config.privacy.adjacency)
+    _check_counts(config)
+    _check_evaluation(config.evaluation)
+    _check_tracking(config.tracking)
+    _check_model(config.model)
+    for name in ("data", "public_data"):
+        data: DataConfig = getattr(config, name)
+        _check_data(name, data)
+        if data.channels not in (1, 3):
+            raise UserError(f"{name}.channels={data.channels}: expected 1 (grey) or 3 (RGB)")
+        if data.resample is not None and data.resample not in RESAMPLINGS:
+            hint = did_you_mean(data.resample, RESAMPLINGS)
+            raise UserError(
+                f"{name}.resample={data.resample!r}: expected one of {', '.join(RESAMPLINGS)}, or null{hint}"
+            )
+    if config.public_data.caption_column is not None:
+        raise UserError(
+            f"public_data.caption_column={config.public_data.caption_column}: pre-training knows classes, "
+            "expected null"
+        )
+    if not config.public_data.public:
+        raise UserError(
+            f"public_data.public=false ({config.public_data.name}): pre-training has no privacy and "
+            "takes public images only"
+        )
+    if not re.fullmatch(r"[\w.-]+", config.experiment):
+        raise UserError(f"experiment={config.experiment!r}: expected letters, digits, '_', '-' or '.'")
+
+
+def _check_data(name: str, data: DataConfig) -> None:
+    for part in ("train_size", "validation_size", "test_size"):
+        size = getattr(data, part)
+        if isinstance(size, float) and not 0 < size < 1:
+            raise UserError(f"{name}.{part}={size}: expected a whole number, or a fraction between 0 and 1")
+        least = 1 if part == "train_size" else 0
+        if isinstance(size, int) and size < least:
+            raise UserError(f"{name}.{part}={size}: expected at least {least}, or a fraction")
+    values = data.value_range
+    if values is not None and (
+        len(values) != 2 or not all(map(math.isfinite, values)) or not values[0] < values[1]
+    ):
+        raise UserError(
+            f"{name}.value_range={values}: expected the values of black and of white, such as [0,4095], or "
+            "null"
+        )
+    if not re.fullmatch("|".join((*BACKGROUNDS, "#[0-9a-fA-F]{6}")), data.background):
+        hint = did_you_mean(data.background, BACKGROUNDS)
+        raise UserError(
+            f"{name}.background={data.background!r}: expected white, grey, black or a colour such as "
+            f"'#f0f0f0'{hint}"
+        )
+    if data.layout is not None and data.layout not in LAYOUTS:
+        hint = did_you_mean(data.layout, LAYOUTS)
+        raise UserError(f"{name}.layout={data.layout!r}: expected one of {', '.join(LAYOUTS)}, or null{hint}")
+
+
+def _check_texts(section: Any, prefix: str) -> None:
+    """Refuses empty texts: shells make one of a variable that is not set, and as a path it is this folder."""
+    for known in dataclasses.fields(section):
+        value = getattr(section, known.name)
+        if dataclasses.is_dataclass(value):
+            _check_texts(value, f"{prefix}{known.name}.")
+        elif value == "":
+            rest = ", or null" if "None" in str(known.type) else ""
+            raise UserError(f'{prefix}{known.name}="": expected a text that is not empty{rest}')
+
+
+def _check_tracking(tracking: TrackingConfig) -> None:
+    """Refuses what W&B would refuse, with the run's whole record lost, once the run has begun."""
+    if len(tracking.project) > LONGEST_PROJECT or set(tracking.project) & set(NOT_IN_PROJECT):
+        raise UserError(
+            f"tracking.project={tracking.project!r}: expected at most {LONGEST_PROJECT} characters, none of "
+            f"them in {NOT_IN_PROJECT}"
+        )
+    for tag in tracking.tags:
+        if not 1 <= len(tag) <= LONGEST_TAG:
+            raise UserError(
+                f"tracking.tags={tag!r}: {len(tag)} characters, expected 1 to {LONGEST_TAG} a tag"
+            )
+
+
+def _check_choices(config: Config) -> None:
+    choices: list[tuple[str, Sequence[str], Sequence[str]]] = [
+        ("stages", config.stages, STAGES),
+        ("trainable.components", config.trainable.components, COMPONENTS),
+        ("privacy.clipping", [config.privacy.clipping], CLIPPINGS),
+        ("privacy.adjacency", [config.privacy.adjacency], ADJACENCIES),
+        ("train.precision", [config.train.precision], PRECISIONS),
+        ("train.schedule", [config.train.schedule], SCHEDULES),
+        ("model.conditioning", [config.model.conditioning], CONDITIONINGS),
+        ("model.autoencoder.kind", [config.model.autoencoder.kind], AUTOENCODERS),
+        ("model.pretrain.schedule", [config.model.pretrain.schedule], SCHEDULES),
+        ("model.pretrain.precision", [config.model.pretrain.precision], PRECISIONS),
+        ("model.pretrain.reconstruction", [config.model.pretrain.reconstruction], ("mse", "l1")),
+        ("sampler.name", [config.sampler.name], SAMPLERS),
+        ("evaluation.reference", [config.evaluation.reference], ("train", "validation", "test")),
+        ("evaluation.release", [config.evaluation.release], ("none", "dp")),
+        ("tracking.wandb", [config.tracking.wandb], WANDB_MODES),
+        ("tracking.progress", [config.tracking.progress], ("auto", "bar", "lines", "off")),
+        ("resources.device", [config.resources.device], DEVICES),
+    ]
+    for name, values, options in choices:
+        if not values:
+            raise UserError(f"{name}=[]: expected at least one of {', '.join(options)}")
+        for value in values:
+            if value not in options:
+                meant = MEANT.get(value.lower(), value) if name == "tracking.wandb" else value
+                hint = did_you_mean(meant, options)
+                raise UserError(f"{name}={value!r}: expected one of {', '.join(options)}{hint}")
+
+
+def _check_evaluation(evaluation: EvaluationConfig) -> None:
+    for name in evaluation.extractors:
+        if name not in EXTRACTORS:
+            hint = did_you_mean(name, EXTRACTORS)
+            raise UserError(f"evaluation.extractors={name!r}: expected one of {', '.join(EXTRACTORS)}{hint}")
+    for name in evaluation.classifiers:
+        if name not in CLASSIFIERS:
+            hint = did_you_mean(name, CLASSIFIERS)
+            raise UserError(
+                f"evaluation.classifiers={name!r}: expected one of {', '.join(CLASSIFIERS)}{hint}"
+            )
+    if not evaluation.extractors and not evaluation.classifiers:
+        raise UserError("evaluation.extractors=[] with evaluation.classifiers=[]: expected one of them")
+    if evaluation.bootstrap and evaluation.bootstrap < FEWEST_RESAMPLES:
+        raise UserError(
+            f"evaluation.bootstrap={evaluation.bootstrap}: expected 0 (no intervals) or at least "
+            f"{FEWEST_RESAMPLES} resamples"
+        )
+    epsilon, delta = evaluation.release_epsilon, evaluation.release_delta
+    if not 0 < epsilon < math.inf:
+        raise UserError(f"evaluation.release_epsilon={epsilon}: expected a finite number above 0")
+    if not SMALLEST_EPSILON <= epsilon <= LARGEST_EPSILON:
+        raise UserError(
+            f"evaluation.release_epsilon={epsilon:g}: expected a number from {SMALLEST_EPSILON:g} to "
+            f"{LARGEST_EPSILON:g}"
+        )
+    if delta is not None and not 0 < delta < 1:
+        raise UserError(f"evaluation.release_delta={delta}: expected a number between 0 and 1, or null")
+    if evaluation.release == "dp" and evaluation.reference == "train":
+        raise UserError(
+            "evaluation.release=dp with evaluation.reference=train: expected test or validation, images that "
+            "took no part in the training"
+        )
+
+
+def _check_model(model: ModelConfig) -> None:
+    levels, given = len(model.unet.block_out_channels), len(model.unet.attention)
+    if levels != given:
+        raise UserError(f"model.unet.attention: {given} values, expected one a level, {levels}")
+    levels, given = len(model.autoencoder.block_out_channels), len(model.autoencoder.attention)
+    if given not in (0, levels):
+        raise UserError(
+            f"model.autoencoder.attention: {given} values, expected one a level, {levels}, or none"
+        )
+    heads, dim = model.unet.num_heads, model.unet.head_dim
+    for name, value in (("num_heads", heads), ("head_dim", dim)):
+        if value is not None and value < 1:
+            raise UserError(f"model.unet.{name}={value}: expected at least 1")
+    for channels, attends in zip(model.unet.block_out_channels, model.unet.attention, strict=True):
+        field_of, size = ("num_heads", heads) if dim is None else ("head_dim", dim)
+        if attends and channels % size:
+            raise UserError(
+                f"model.unet.{field_of}={size}: expected a divisor of each level's {channels} channels"
+            )
+
+
+def _check_privacy(privacy: PrivacyConfig) -> None:
+    epsilon, sigma = privacy.epsilon, privacy.noise_multiplier
+    if epsilon is not None and not epsilon > 0:
+        raise UserError(f"privacy.epsilon={epsilon}: expected a number above 0, inf or null")
+    if epsilon is not None and epsilon < math.inf and not SMALLEST_EPSILON <= epsilon <= LARGEST_EPSILON:
+        raise UserError(
+            f"privacy.epsilon={epsilon:g}: expected a number from {SMALLEST_EPSILON:g} to "
+            f"{LARGEST_EPSILON:g}, inf (no noise) or null"
+        )
+    if not 0 < privacy.delta < 1:
+        raise UserError(f"privacy.delta={privacy.delta}: expected a number between 0 and 1, below 1/N")
+    if sigma is not None and not (0 < sigma < math.inf):
+        raise UserError(f"privacy.noise_multiplier={sigma}: expected a finite number above 0, or null")
+    if epsilon is None and sigma is None:
+        raise UserError("privacy.epsilon=null with privacy.noise_multiplier=null: expected one of the two")
+    if epsilon == math.inf and sigma is not None:
+        raise UserError(
+            f"privacy.epsilon=inf with privacy.noise_multiplier={sigma}: the non-private baseline has no "
+            "noise; use epsilon=none to report what a fixed noise multiplier spends"
+        )
+    budget = privacy.budget_epsilon
+    if budget is not None and not 0 < budget < math.inf:
+        raise UserError(f"privacy.budget_epsilon={budget}: expected a finite number above 0, or null")
+    if privacy.noise_multiplicity < 1:
+        raise UserError(f"privacy.noise_multiplicity={privacy.noise_multiplicity}: expected at least 1")
+    if not 0 < privacy.max_grad_norm < math.inf:
+        raise UserError(f"privacy.max_grad_norm={privacy.max_grad_norm}: expected a finite number above 0")
+
+
+def _check_train(train: TrainConfig, privacy: PrivacyConfig) -> None:
+    if isinstance(train.microbatch, str) and train.microbatch != "auto":
+        raise UserError(f"train.microbatch={train.microbatch!r}: expected 'auto' or a positive integer")
+    if isinstance(train.microbatch, int) and train.microbatch < 1:
+        raise UserError(f"train.microbatch={train.microbatch}: expected 'auto' or a positive integer")
+    if train.max_steps is None and train.epochs is None and privacy.noise_multiplier is None:
+        raise UserError(
+            "train.max_steps=null with train.epochs=null and privacy.noise_multiplier=null: "
+            "expected a number of steps or a noise multiplier"
+        )
+    if train.max_steps is None and train.epochs is None and privacy.epsilon is None:
+        raise UserError(
+            "train.max_steps=null with train.epochs=null and privacy.epsilon=null: expected a number of "
+            "steps or an epsilon at which to stop"
+        )
+    if train.epochs is not None and not 0 < train.epochs < math.inf:
+        raise UserError(f"train.epochs={train.epochs}: expected a number above 0, or null")
+    if not 0 < train.learning_rate <= LARGEST_RATE:
+        raise UserError(
+            f"train.learning_rate={train.learning_rate}: expected a number above 0, at most {LARGEST_RATE:g}"
+        )
+    factor = train.embedder_learning_rate_factor
+    if factor * train.learning_rate > LARGEST_RATE:
+        raise UserError(
+            f"train.embedder_learning_rate_factor={factor}: with train.learning_rate={train.learning_rate} "
+            f"expected a product of at most {LARGEST_RATE:g}"
+        )
+    for name in ("weight_decay", "checkpoint_minutes", "warmup_steps", "embedder_learning_rate_factor"):
+        if not 0 <= getattr(train, name) < math.inf:
+            raise UserError(f"train.{name}={getattr(train, name)}: expected at least 0")
+    if not 0 <= train.ema_decay < 1:
+        raise UserError(f"train.ema_decay={train.ema_decay}: expected a number in [0, 1)")
+
+
+def _check_relation(train: TrainConfig, data: DataConfig, adjacency: str) -> None:
+    rate = train.sample_rate
+    if rate is not None and not 0 < rate <= 1:
+        raise UserError(f"train.sample_rate={rate}: expected a number in (0, 1], or null")
+    if adjacency != "add_or_remove":
+        if rate is not None:
+            raise UserError(
+                f"train.sample_rate={rate} with privacy.adjacency={adjacency}: expected null, since the rate "
+                "is train.expected_batch_size over the public number of images"
+            )
+        return
+    if rate is None:
+        raise UserError(
+            "train.sample_rate=null with privacy.adjacency=add_or_remove: expected a number in (0, 1] beside "
+            "train.expected_batch_size, since the rate must not follow from the private number of images"
+        )
+    if train.epochs is not None:
+        raise UserError(
+            f"train.epochs={train.epochs} with privacy.adjacency=add_or_remove: expected null and "
+            "train.max_steps, since the number of steps must not follow from the private number of images"
+        )
+    if isinstance(data.train_size, int) and not data.public:
+        raise UserError(
+            f"data.train_size={data.train_size} with privacy.adjacency=add_or_remove: expected null or a "
+            "fraction, since the number of images is private, and where one is missing another would come in"
+        )
+
+
+def _check_counts(config: Config) -> None:
+    at_least_one = {
+        "train.max_steps": config.train.max_steps,
+        "train.expected_batch_size": config.train.expected_batch_size,
+        "lora.rank": config.lora.rank,
+        "sampler.steps": config.sampler.steps,
+        "sampler.num_samples": config.sampler.num_samples,
+        "sampler.batch_size": config.sampler.batch_size,
+        "evaluation.classifier_epochs": config.evaluation.classifier_epochs,
+        "evaluation.deep_classifier_epochs": config.evaluation.deep_classifier_epochs,
+        "evaluation.batch_size": config.evaluation.batch_size,
+        "tracking.log_every": config.tracking.log_every,
+        "resources.threads": config.resources.threads,
+        "resources.nodes": config.resources.nodes,
+        "resources.processes": config.resources.processes,
+        "resources.cpus": config.resources.cpus,
+        "resources.time_limit_min": config.resources.time_limit_min,
+        "model.pretrain.autoencoder_steps": config.model.pretrain.autoencoder_steps,
+        "model.pretrain.unet_steps": config.model.pretrain.unet_steps,
+        "model.pretrain.autoencoder_batch_size": config.model.pretrain.autoencoder_batch_size,
+        "model.pretrain.unet_batch_size": config.model.pretrain.unet_batch_size,
+        "data.image_size": config.data.image_size,
+        "public_data.image_size": config.public_data.image_size,
+    }
+    for name, value in at_least_one.items():
+        if value is not None and not value >= 1:
+            raise UserError(f"{name}={value}: expected at least 1")
+    factor = config.trainable.learning_rate_factor
+    if not 0 < factor < math.inf:
+        raise UserError(f"trainable.learning_rate_factor={factor}: expected a finite number above 0")
+    if factor * config.train.learning_rate > LARGEST_RATE:
+        raise UserError(
+            f"trainable.learning_rate_factor={factor}: with train.learning_rate={config.train.learning_rate} "
+            f"expected a product of at most {LARGEST_RATE:g}"
+        )
+    if config.resources.gpus < 0:
+        raise UserError(f"resources.gpus={config.resources.gpus}: expected at least 0")
+    if not 0 < config.resources.memory_gb < math.inf:
+        raise UserError(f"resources.memory_gb={config.resources.memory_gb}: expected a number above 0")
+    _check_pretrain(config.model.pretrain)
+    if config.lora.alpha is not None and not 0 < config.lora.alpha < math.inf:
+        raise UserError(f"lora.alpha={config.lora.alpha}: expected a finite number above 0, or null")
+    if not config.lora.target_modules and "lora" in config.trainable.components:
+        raise UserError(
+            f"lora.target_modules=[]: expected at least one of {', '.join(TARGET_GROUPS)} or an end of a "
+            "module's name"
+        )
+    if "{}" not in config.model.prompt:
+        raise UserError(f"model.prompt={config.model.prompt!r}: expected {{}} for the name of the class")
+    if config.seed < 0:
+        raise UserError(f"seed={config.seed}: expected at least 0")
+    if not 0 <= config.sampler.guidance < math.inf:
+        raise UserError(f"sampler.guidance={config.sampler.guidance}: expected a finite number, at least 0")
+    if not 0 <= config.sampler.eta <= 1:
+        raise UserError(f"sampler.eta={config.sampler.eta}: expected a number in [0, 1]")
+
+
+def _check_pretrain(pretrain: PretrainConfig) -> None:
+    for name in ("autoencoder_learning_rate", "unet_learning_rate"):
+        if not 0 < getattr(pretrain, name) <= LARGEST_RATE:
+            raise UserError(
+                f"model.pretrain.{name}={getattr(pretrain, name)}: expected a number above 0, at most "
+                f"{LARGEST_RATE:g}"
+            )
+    for name in ("kl_weight", "codebook_weight", "perceptual_weight", "adversarial_weight",
+                 "adversarial_start", "decoder_steps", "warmup_steps", "samples_every"):  # fmt: skip
+        if not 0 <= getattr(pretrain, name) < math.inf:
+            raise UserError(
+                f"model.pretrain.{name}={getattr(pretrain, name)}: expected a finite number, at least 0"
+            )
+    if not 0 <= pretrain.ema_decay < 1:
+        raise UserError(f"model.pretrain.ema_decay={pretrain.ema_decay}: expected a number in [0, 1)")

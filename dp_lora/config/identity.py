@@ -1,0 +1,123 @@
+"""Which settings make a run what it is: its fingerprint, its directory, and the words that may be shown."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from dp_lora.config.schema import Config
+
+PRIVATE_SETTINGS = (
+    "data.source",
+    "public_data.source",
+    "model.pretrained",
+    "model.pretrain.perceptual_network",
+    "privacy.insecure_seed",
+    "evaluation.inception_weights",
+    "evaluation.dinov2",
+    "paths",
+    *(f"resources.{name}" for name in ("partition", "account", "qos", "constraint", "sbatch", "setup")),
+)
+"""Settings that no name of a run tells and that never leave: they can name people, folders and accounts, or
+take the noise away."""
+
+_CANNOT_CHANGE_THE_RESULT = ("experiment", "stages", "tracking", "resources", "paths")
+_NOR_CAN = ("microbatch", "channels_last", "compile", "checkpoint_minutes")
+"""Of `train`."""
+
+
+def fingerprint(config: Config) -> str:
+    """Eight hexadecimal digits of what can change the result of a run.
+
+    Device, threads, tracking, launcher and paths are not part of it, so the same run asked for twice
+    has the same directory wherever it runs. Whoever knows the other settings can confirm a guess of one by
+    it, so what leaves carries that of `manifest.shown_fingerprint` alone.
+    """
+    values = dataclasses.asdict(config)
+    for name in _CANNOT_CHANGE_THE_RESULT:
+        del values[name]
+    # Of tracking, it alone changes the released values.
+    values["private_loss"] = config.tracking.private_loss
+    for name in _NOR_CAN:
+        del values["train"][name]
+    del values["privacy"]["budget_epsilon"]
+    del values["model"]["pretrain"]["samples_every"]
+    # Where the published file lies: what is in it is fixed.
+    del values["evaluation"]["inception_weights"]
+    for group, name in (("data", "source"), ("public_data", "source"), ("model", "pretrained")):
+        values[group][name] = _one_spelling(values[group][name])
+    return _digest(values)
+
+
+def _one_spelling(place: str | None) -> str | None:
+    """The same for all spellings of one path that mean the same place wherever it is.
+
+    >>> _one_spelling("set/"), _one_spelling("./set//."), _one_spelling("uoft-cs/cifar10")
+    ('set', 'set', 'uoft-cs/cifar10')
+    """
+    return str(PurePosixPath(place)) if place else place
+
+
+def pretrained_fingerprint(config: Config) -> str:
+    """Eight hexadecimal digits of what can change the weights of a public pre-training."""
+    model = dataclasses.asdict(config.model)
+    del model["pretrained"], model["prompt"], model["pretrain"]["samples_every"]
+    public = dataclasses.asdict(config.public_data)
+    public["source"] = _one_spelling(public["source"])
+    # As long as they say what was done before they were there, models that are kept stay what they are.
+    for name, value in (("value_range", None), ("background", "white"), ("layout", None)):
+        if public[name] == value:
+            del public[name]
+    return _digest({"model": model, "public_data": public, "seed": config.seed})
+
+
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def run_directory(config: Config, overrides: Sequence[str]) -> Path:
+    """`<paths.outputs>/<experiment>/<readable overrides>-<fingerprint8>`.
+
+    Args:
+        config: the job.
+        overrides: the command line's `key=value` words; those that cannot change the result, and those of
+            `PRIVATE_SETTINGS`, are left out. A directory of the same run that was asked for in other words
+            is taken again.
+    """
+    folder = Path(config.paths.outputs).expanduser() / config.experiment
+    identity = fingerprint(config)
+    # Not glob, which takes several times as long, and a sweep asks once for each of its cells.
+    names = os.listdir(folder) if folder.is_dir() else []
+    if said_otherwise := sorted(name for name in names if name.endswith(f"-{identity}")):
+        return folder / said_otherwise[0]
+    return folder / f"{readable(overrides)}-{identity}"
+
+
+def readable(overrides: Sequence[str]) -> str:
+    """What of the command line's words can change the result and may be shown, as part of a name.
+
+    >>> readable(["seed=1", "data.source=/home/ann/patients", "lora.rank=4", "tracking.tags=[a]"])
+    'lora.rank=4,seed=1'
+    """
+    without_effect = (
+        *(*_CANNOT_CHANGE_THE_RESULT, "cluster", "sweep"),
+        *("privacy.budget_epsilon", "evaluation.inception_weights"),
+        *(f"train.{name}" for name in _NOR_CAN),
+    )
+    words = [word.replace("'", "") for word in overrides]
+    said = [word.lstrip("+~") for word in words if not word.lstrip("+~").startswith(without_effect)]
+    shown = sorted(word for word in said if _may_be_shown(word))
+    return re.sub(r"[^\w.=,+-]+", "_", ",".join(shown)).strip("_")[:120] or "defaults"
+
+
+def _may_be_shown(word: str) -> bool:
+    """Whether a word sets one plain value that is neither private nor a path."""
+    name, _, value = word.partition("=")
+    private = any(f"{name}.".startswith(f"{setting}.") for setting in PRIVATE_SETTINGS)
+    return not private and not re.search(r"[/~\\{$]", value)

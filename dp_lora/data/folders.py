@@ -1,0 +1,284 @@
+"""Images in folders: a folder a class, or train/, validation/ and test/ with a folder a class in each.
+
+What could be read in two ways is an error that names both: tables beside class folders, two folders of one
+role, two folders that are the same place by a link. Hidden files, and what Windows, macOS and network drives
+leave behind, are passed over.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from dp_lora.data import tables
+from dp_lora.data.images import (
+    ROLES,
+    Preprocessing,
+    Request,
+    Source,
+    Unread,
+    check_class_names,
+    identity_of,
+    prepare_roles,
+)
+from dp_lora.data.pixels import Content, Unreadable, check_file, shown
+from dp_lora.errors import UserError, did_you_mean
+
+LITTER = (
+    *("thumbs.db", "ehthumbs.db", "desktop.ini", "picasa.ini", "icon\r", "__macosx", "__pycache__", "@eadir"),
+    *("#recycle", "$recycle.bin", "system volume information", "lost+found"),
+)
+"""Left behind by operating systems; in lower case."""
+TABLES = (".parquet", ".csv", ".tsv", ".json", ".jsonl", ".xlsx", ".arrow")
+PICTURES = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".avif", ".jp2"),
+    *(".j2k", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".heic", ".svg"),
+)
+
+
+class Survey(NamedTuple):
+    """What lies anywhere in a folder."""
+
+    parquet: list[Path]
+    picture: Path | None
+    """One of the image files, by their names."""
+
+
+def survey(location: Path) -> Survey:
+    """The parquet files in `location`, sorted, or that file itself, and one of the image files."""
+    if location.suffix == ".parquet" and location.is_file():
+        return Survey([location], None)
+    parquet: list[Path] = []
+    picture: Path | None = None
+    walked: set[str] = set()
+    for folder, below, names in os.walk(location, followlinks=True):
+        if (real := os.path.realpath(folder)) in walked:  # a link that leads back
+            below.clear()
+            continue
+        walked.add(real)
+        below[:] = sorted(name for name in below if _is_seen(name))
+        for name in filter(_is_seen, names):
+            if name.endswith(".parquet"):
+                parquet.append(Path(folder) / name)
+            elif picture is None and name.lower().endswith(PICTURES):
+                picture = Path(folder) / name
+    return Survey(sorted(parquet), picture)
+
+
+def parquet_files(location: Path, request: Request) -> list[Path]:
+    """The parquet files to read at `location`; none where its folders are to be read.
+
+    Raises UserError for a folder that can be read in both ways, unless `data.layout` decides, and for one
+    that has no such files where `data.layout` asks for them.
+    """
+    found, layout, field = survey(location), request.data.layout, request.field
+    if layout == "tables" and not found.parquet:
+        raise UserError(
+            f"{field}.layout=tables: no parquet file in {shown(location)}; expected some, or null"
+        )
+    if layout == "folders":
+        return []
+    if layout is None and found.parquet and found.picture is not None:
+        raise UserError(
+            f"{field}.source={shown(location)}: holds the table {_below(found.parquet[0], location)} and "
+            f"the image {_below(found.picture, location)}; expected {field}.layout=tables, which reads the "
+            f"parquet files, or {field}.layout=folders, which reads the class folders"
+        )
+    return found.parquet
+
+
+def read_folders(root: Path, request: Request, preprocessing: Preprocessing) -> Source:
+    """The images of the class folders in `root`, or in the folders of its roles.
+
+    Raises UserError for what is no such folder, and Damaged with all files that are no images.
+    """
+    field, data = request.field, request.data
+    reader = _Reader(root, field, tables_left_out=data.layout == "folders")
+    roles = reader.roles()
+    if roles is None:
+        files = {"train": reader.classes(root)}
+    else:
+        for role in roles.values():
+            reader.once(root / role)
+        files = {role: reader.classes(root / roles[role]) for role in ROLES if role in roles}
+    classes = tuple(files["train"])
+    check_class_names(
+        dict.fromkeys(name for of_role in files.values() for name in of_role), f"{field}.source"
+    )
+    for role, of_role in files.items():
+        unknown = [name for name in of_role if name not in classes]
+        if unknown:
+            raise UserError(
+                f"{field}.source: class {unknown[0]!r} of {shown(root / role)} has no training images"
+            )
+    unread = {role: _unread(of_role, classes) for role, of_role in files.items()}
+    parts = prepare_roles(unread, preprocessing, request)
+    if data.name == "imagenet" and "test" not in parts and "validation" in parts:
+        parts["test"] = parts.pop("validation")  # ImageNet's own test labels are not public
+    return Source(classes, parts["train"], parts.get("validation"), parts.get("test"), own=True)
+
+
+class _Reader:
+    """The folders of one set."""
+
+    def __init__(self, root: Path, field: str, *, tables_left_out: bool) -> None:
+        self.root, self.field, self.tables_left_out = root, field, tables_left_out
+        self._places: dict[tuple[int, int], Path] = {}
+
+    def roles(self) -> dict[str, str] | None:
+        """The folder of each role; None where the folders are classes.
+
+        A folder with the name of a role is one where folders lie in it; else it is a class of that name.
+        """
+        names = [path.name for path in self._visible(self.root) if path.is_dir()]
+        named = [name for name in names if name.lower() in tables.SPLITS and self._has_folders(name)]
+        if not named:
+            self._refuse_nearly_roles(names)
+            return None
+        if all(tables.SPLITS[name.lower()] != "train" for name in named):
+            if len(named) < len(names):
+                return None
+            raise UserError(
+                f"{self.field}.source: no folder train in {shown(self.root)}, only {', '.join(named)}; "
+                "expected it beside them"
+            )
+        for path in self._folders(self.root):
+            if path.name.lower() not in tables.SPLITS:
+                hint = did_you_mean(path.name, ROLES)
+                raise UserError(
+                    f"{self.field}.source: folder {shown(path.name)!r} beside train in {shown(self.root)}; "
+                    f"expected {', '.join(ROLES)}{hint}"
+                )
+        where = f"{self.field}.source={shown(self.root)}"
+        return tables.one_of_each([path.name for path in self._folders(self.root)], where, "folders")
+
+    def once(self, folder: Path) -> None:
+        """Raises UserError for a folder that was read under another name: links, and mounts of one place."""
+        status = folder.stat()
+        other = self._places.setdefault((status.st_dev, status.st_ino), folder)
+        if other != folder:
+            raise UserError(
+                f"{self.field}.source: {shown(other)} and {shown(folder)} are the same folder by a link; "
+                "expected each image in one place"
+            )
+
+    def _refuse_nearly_roles(self, names: Sequence[str]) -> None:
+        """train_images beside test_images are no classes."""
+        nearly = [
+            name
+            for name in names
+            if set(re.split(r"[-_. ]", name.lower())) & set(tables.SPLITS) and self._has_folders(name)
+        ]
+        if nearly:
+            raise UserError(
+                f"{self.field}.source={shown(self.root)}: class folders lie in {shown(', '.join(nearly))}; "
+                f"if these are roles, rename them to {', '.join(ROLES)}"
+            )
+
+    def classes(self, folder: Path) -> dict[str, list[Path]]:
+        """Sorted files of each class, classes sorted by name."""
+        folders = self._folders(folder)
+        self._refuse_wrapped(folder, folders)
+        files = {}
+        for path in folders:
+            self.once(path)
+            name = shown(path.name)
+            if name != path.name:
+                raise UserError(
+                    f"{self.field}.source: class folder {shown(path)} has a name that is not UTF-8, or "
+                    "characters that cannot be printed; expected text, since the names of classes are "
+                    "released"
+                )
+            files[name] = [file for file in self._visible(path) if not self._is_left_out(file)]
+            if not files[name]:
+                raise UserError(f"{self.field}.source: class folder {shown(path)} is empty; expected images")
+            self._refuse_beside(path, files[name])
+        return files
+
+    def _refuse_beside(self, folder: Path, files: Sequence[Path]) -> None:
+        """Refuses folders in a class folder, and texts with the name of an image."""
+        inner = next((file for file in files if file.is_dir()), None)
+        if inner is not None:
+            raise UserError(
+                f"{self.field}.source: class folder {shown(folder)} holds the folder {shown(inner.name)}; "
+                "expected images directly in each class folder"
+            )
+        images = {file.stem for file in files if file.suffix.lower() in PICTURES}
+        texts = [f for f in files if f.suffix.lower() in (".txt", ".caption") and f.stem in images]
+        if texts:
+            raise UserError(
+                f"{self.field}.source: {shown(texts[0])}: captions beside images are not read; expected "
+                f"images alone, or a parquet file with {self.field}.caption_column"
+            )
+
+    def _folders(self, folder: Path) -> list[Path]:
+        """The sorted folders in `folder`, which may hold nothing else."""
+        paths = [path for path in self._visible(folder) if path.is_dir() or not self.tables_left_out]
+        if not paths:
+            raise UserError(
+                f"{self.field}.source: {shown(folder)} is empty; expected a folder of images for each class"
+            )
+        for path in paths:
+            if not path.is_dir():
+                raise self._beside(path)
+        return paths
+
+    def _beside(self, path: Path) -> UserError:
+        """What to say of a file beside class folders."""
+        try:
+            check_file(path)
+        except Unreadable as error:
+            return UserError(f"{self.field}.source: {shown(path)} is {error}; expected a class folder")
+        layout = f"{self.field}.layout=folders, which takes the classes from the folders and leaves it out"
+        if path.suffix.lower() in TABLES:
+            return UserError(
+                f"{self.field}.source: {shown(path)} is a file beside class folders: the classes may be in "
+                f"it or in the names of the folders; expected {layout}, or a parquet file as "
+                f"{self.field}.source"
+            )
+        return UserError(
+            f"{self.field}.source: {shown(path)} is a file; expected only class folders there, or {layout}"
+        )
+
+    def _refuse_wrapped(self, folder: Path, folders: Sequence[Path]) -> None:
+        """A single folder with folders in it is not a class, but the set in one more folder."""
+        if len(folders) == 1 and (inside := self._visible(folders[0])) and all(p.is_dir() for p in inside):
+            raise UserError(
+                f"{self.field}.source={shown(folder)}: holds only the folder {shown(folders[0].name)} with "
+                f"folders in it; did you mean {self.field}.source={shown(folders[0])}?"
+            )
+
+    def _has_folders(self, name: str) -> bool:
+        return any(path.is_dir() for path in self._visible(self.root / name))
+
+    def _is_left_out(self, path: Path) -> bool:
+        return self.tables_left_out and path.suffix.lower() in TABLES
+
+    def _visible(self, folder: Path) -> list[Path]:
+        try:
+            return sorted(path for path in folder.iterdir() if _is_seen(path.name))
+        except OSError as error:
+            raise UserError(f"{self.field}.source: {shown(folder)} is no folder that can be read") from error
+
+
+def _is_seen(name: str) -> bool:
+    return not name.startswith(".") and name.lower() not in LITTER
+
+
+def _below(path: Path, location: Path) -> str:
+    return shown(path.relative_to(location))
+
+
+def _unread(files: Mapping[str, Sequence[Path]], classes: tuple[str, ...]) -> Unread:
+    paths = [path for of_class in files.values() for path in of_class]
+    labels = [classes.index(name) for name, of_class in files.items() for _ in of_class]
+
+    def contents() -> Iterator[tuple[Content, str]]:
+        return ((path, shown(path)) for path in paths)
+
+    return Unread(np.array(labels, np.int64), contents, identity_of(paths))

@@ -1,0 +1,1 @@
+"""One job, from a checked configuration to the files of its run, and what it is charged."""

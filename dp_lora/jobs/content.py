@@ -1,0 +1,149 @@
+"""What a run was made from: a record in its private `checkpoint/`, by which its stages know its images again.
+
+A command names its images by a folder, and what lies in the folder can change. A run that went on with other
+images would mix two sets in one adapter, draw one set's classes under the other's names, or compare what one
+set gave with the other.
+
+Guarantee: a stage of a run that has this record either sees the images, labels, captions, classes and roles
+that the run began with, or ends with one line that says what is different, and has written nothing.
+
+The record holds keyed digests (HMAC-SHA256 under a key of its own) and the names of the classes, which the
+adapter shows too. It is as private as the images, since it confirms a guess of the whole set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import secrets
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dp_lora.data.digests import array_digests
+from dp_lora.data.sets import ImageSet, ImageSplits
+from dp_lora.errors import UserError
+from dp_lora.storage.files import private_directory, read_json, write_json
+from dp_lora.training.processes import agreed, largest, size
+
+NAME = "content.json"
+"""The record's name in the private `checkpoint/`."""
+
+_SAID = {
+    "classes": "the names of the classes",
+    "numbers": "the number of images",
+    "pixels": "the pixels",
+    "roles": "the roles of the images",
+    "labels": "the labels",
+    "captions": "the captions",
+    "order": "the order of the images",
+}
+"""What can be different, in words; each of them makes those below it different too."""
+
+
+def digests(images: ImageSet) -> np.ndarray:
+    """uint8 [N, 32]: of the images as they were decoded; of the prepared ones where no others are known."""
+    return array_digests(images.images) if images.digests is None else images.digests
+
+
+def content_of(images: ImageSplits, key: str) -> dict[str, Any]:
+    """The record of `images` under the hexadecimal `key`: equal for equal content, and for no other."""
+    roles = [digests(part) for part in images]
+    labels = [part.labels[:, None].astype("<i8").view(np.uint8) for part in images]
+    captions = [_captions(part) for part in images]
+
+    def keyed(*parts: bytes) -> str:
+        mac = hmac.new(bytes.fromhex(key), digestmod=hashlib.sha256)
+        for part in parts:
+            # Each behind its length, so that no two lists of parts are one text.
+            mac.update(len(part).to_bytes(8, "big"))
+            mac.update(part)
+        return mac.hexdigest()
+
+    return {
+        "key": key,
+        "classes": list(images.train.classes),
+        "numbers": keyed(json.dumps([len(part) for part in images]).encode()),
+        "pixels": keyed(_sorted(np.concatenate(roles))),
+        "roles": keyed(*(_sorted(part) for part in roles)),
+        "labels": keyed(*(_sorted(np.hstack(both)) for both in zip(roles, labels, strict=True))),
+        "captions": keyed(*(_sorted(np.hstack(both)) for both in zip(roles, captions, strict=True))),
+        "order": keyed(*(part.tobytes() for part in roles)),
+    }
+
+
+def _sorted(rows: np.ndarray) -> bytes:
+    """The rows of uint8 [N, W] in one order, whatever theirs was."""
+    # By their first and last eight bytes: different digests that begin alike do not occur.
+    first, last = (np.ascontiguousarray(rows[:, part]).view(">u8")[:, 0] for part in np.s_[:8, -8:])
+    return rows[np.lexsort((last, first))].tobytes()
+
+
+def _captions(images: ImageSet) -> np.ndarray:
+    """uint8 [N, 32]: a digest of each caption; [N, 0] without captions."""
+    if images.captions is None:
+        return np.empty((len(images), 0), np.uint8)
+    found = b"".join(hashlib.sha256(caption.encode()).digest() for caption in images.captions)
+    return np.frombuffer(found, np.uint8).reshape(len(images), 32)
+
+
+def changes(images: ImageSplits, record: dict[str, Any]) -> list[str]:
+    """What of `images` is not as in `record`, in words; an empty list where all of it is."""
+    now = content_of(images, record["key"])
+    different = [name for name in _SAID if now[name] != record[name]]
+    # The first of the rest has the others in its wake, and other names of classes have all but two.
+    first = next((name for name in different if name != "classes"), None)
+    if "classes" not in different:
+        return [] if first is None else [_SAID[first]]
+    return [_SAID["classes"], *([_SAID[first]] if first in ("numbers", "pixels") else [])]
+
+
+def keep(images: ImageSplits, folder: Path) -> None:
+    """Writes the record of a run that begins into `folder`, its `checkpoint/`.
+
+    Raises UserError when there is one already and `images` are others.
+    """
+    reason = refusal(images, folder)
+    if reason is not None:
+        raise UserError(reason)
+    path = private_directory(folder) / NAME
+    if not path.exists():
+        write_json(path, content_of(images, secrets.token_hex(32)), mode=0o600)
+
+
+def agree(images: ImageSplits) -> None:
+    """Raises UserError, in all processes of a job, unless every one of them has read the same images."""
+    if size() == 1:
+        return
+    own = content_of(images, agreed(secrets.token_hex(32)))
+    if largest(own != agreed(own)):
+        raise UserError(
+            "data: the processes of this job have read different images; expected the same ones on every node"
+        )
+
+
+def refusal(images: ImageSplits, folder: Path) -> str | None:
+    """Why the run of the private `folder` must not see `images`; None where they are what it began with.
+
+    A run without a record, as earlier versions left them, has nothing to say.
+    """
+    path = folder / NAME
+    if not path.exists():
+        return None
+    try:
+        found = changes(images, read_json(path))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{path}: cannot be read ({type(error).__name__}); expected it as it was written"
+    if not found:
+        return None
+    return (
+        f"data: {_listed(found)} changed since this run began ({folder.parent}): expected the images that it "
+        "was made from. Bring them back; or, to train on the new ones, move the run directory away or choose "
+        "another paths.outputs: that is a new run, charged by itself"
+    )
+
+
+def _listed(words: list[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

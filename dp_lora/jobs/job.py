@@ -1,0 +1,314 @@
+"""One job, checked.
+
+Everything that can be wrong with what the user asked for is found here, before its run directory is made.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dp_lora.config.identity import fingerprint, pretrained_fingerprint
+from dp_lora.config.load import read_config
+from dp_lora.config.schema import Config
+from dp_lora.config.wandb_mode import wandb_mode
+from dp_lora.errors import UserError
+from dp_lora.records import manifest
+from dp_lora.records.run_directory import OUTPUTS, check_records, is_whole
+from dp_lora.storage.files import append_line, check_writable, file_lock
+from dp_lora.training.processes import agreed, rank
+
+if TYPE_CHECKING:
+    import torch
+
+    from dp_lora.data.sets import ImageSplits
+    from dp_lora.privacy.plan import PrivacyPlan
+
+LOSS_SHARE = 0.1
+"""Share of the clipping norm that `tracking.private_loss` takes: it leaves 99.5 % to the gradient."""
+
+
+@dataclass
+class Job:
+    """What the stages share, all of it checked."""
+
+    config: Config
+    directory: Path
+    images: ImageSplits
+    plan: PrivacyPlan
+    pretrained: Path
+    device: torch.device
+    seconds: dict[str, float]
+
+    @property
+    def base_model(self) -> str:
+        """What the adapter's card calls the pre-trained model: never the path of a folder.
+
+        The name of shipped weights or of a pipeline on the hub; of a folder, the model's name and eight
+        digits of the SHA-256 of its weights, by which whoever has it can tell that it is the one.
+        """
+        from dp_lora.models.folders import sha256_of_weights
+
+        given, name = self.config.model.pretrained, self.config.model.name
+        if given is None:
+            return self.pretrained.name
+        if manifest.is_shipped(self.config) or not Path(given).expanduser().exists():
+            return given
+        return f"{name}-{sha256_of_weights(self.pretrained)[:8]}"
+
+
+def prepare(config: Config, directory: Path) -> Job:
+    """The job, with everything checked that can be wrong and nothing written but caches.
+
+    Raises UserError.
+    """
+    from dp_lora.data import sets
+    from dp_lora.jobs.settings import check_settings
+
+    _check_directory(config, directory)
+    wandb_mode(config.tracking.wandb)
+    check_settings(config)
+    images = sets.load(config.data, config.paths)
+    check_content(images, directory)
+    if "finetune" in config.stages and not (directory / OUTPUTS["finetune"]).exists():
+        sets.refuse_flat(images.train)
+    plan = plan_of(config, len(images.train))
+    _say_batch(config, plan, len(images.train))
+    _check_budget(config, plan, directory, images)
+    device = device_of(config)
+    _check_model(config, images)
+    _check_stages(config, directory)
+    _check_evaluation(config, images)
+    folder = pretrained_model(config)
+    return Job(config, directory, images, plan, folder, device, {})
+
+
+def _check_directory(config: Config, directory: Path) -> None:
+    """Refuses a place that cannot be written and a run directory that belongs to another configuration."""
+    saved = directory / "config.yaml"
+    if saved.exists():
+        other = fingerprint(read_config(saved))
+        if other != fingerprint(config):
+            raise UserError(
+                f"{directory}: this run directory belongs to another configuration ({other}, expected "
+                f"{fingerprint(config)}); move it away or choose another paths.outputs"
+            )
+    check_records(directory)
+    check_writable(directory, f"paths.outputs={config.paths.outputs}")
+    check_writable(Path(config.paths.cache).expanduser(), f"paths.cache={config.paths.cache}")
+
+
+def plan_of(config: Config, num_examples: int) -> PrivacyPlan:
+    """The plan of the private fine-tuning on `num_examples` images. Raises UserError as `make_plan` says.
+
+    Under privacy.adjacency=add_or_remove it does not depend on `num_examples`.
+    """
+    from dp_lora.privacy.plan import make_plan
+
+    privacy = config.privacy
+    if num_examples < 1:
+        raise UserError(f"data: {num_examples} training images: expected at least 1")
+    return make_plan(
+        num_examples=public_number(config, num_examples),
+        sample_rate=config.train.sample_rate,
+        expected_batch_size=config.train.expected_batch_size,
+        steps=steps_of(config, num_examples),
+        noise_multiplier=privacy.noise_multiplier,
+        target_epsilon=privacy.epsilon,
+        delta=privacy.delta,
+        noise_multiplicity=privacy.noise_multiplicity,
+        max_grad_norm=privacy.max_grad_norm,
+        clipping=privacy.clipping,
+        adjacency=privacy.adjacency,
+        loss_share=LOSS_SHARE if config.tracking.private_loss else 0.0,
+        cache=Path(config.paths.cache).expanduser(),
+    )
+
+
+def _say_batch(config: Config, plan: PrivacyPlan, num_examples: int) -> None:
+    """Tells the owner alone how large batches will be, where that does not follow from public numbers."""
+    if config.privacy.adjacency == "add_or_remove" and "finetune" in config.stages and rank() == 0:
+        say(
+            f"data: {num_examples} training images, {plan.sample_rate * num_examples:.4g} in the mean batch; "
+            f"their sum is divided by train.expected_batch_size={plan.expected_batch_size:g} (for your eyes: "
+            "privacy.adjacency=add_or_remove keeps the number of images private)"
+        )
+
+
+def public_number(config: Config, num_examples: int | None) -> int | None:
+    """The number of images where it is public; None under privacy.adjacency=add_or_remove."""
+    return None if config.privacy.adjacency == "add_or_remove" else num_examples
+
+
+def steps_of(config: Config, num_examples: int | None) -> int | None:
+    """Number of noisy steps that `train.max_steps` and `train.epochs` ask for; null when left open.
+
+    `num_examples` is looked at for `train.epochs` only, which privacy.adjacency=add_or_remove refuses.
+    """
+    train = config.train
+    asked = [train.max_steps] if train.max_steps is not None else []
+    if train.epochs is not None:
+        assert num_examples is not None
+        asked.append(max(1, round(train.epochs * num_examples / train.expected_batch_size)))
+    return min(asked) if asked else None
+
+
+def check_content(images: ImageSplits, directory: Path) -> None:
+    """Refuses images that are not those that the run in `directory` was made from, or differ by process."""
+    from dp_lora.jobs import content
+
+    # The first process speaks for all, so that all of them end.
+    reason = agreed(content.refusal(images, directory / "checkpoint") if rank() == 0 else None)
+    if reason is not None:
+        raise UserError(reason)
+    content.agree(images)
+
+
+def _check_budget(config: Config, plan: PrivacyPlan, directory: Path, images: ImageSplits) -> None:
+    """Refuses what the budget or the ledger of the private set does not allow."""
+    from dp_lora.jobs import spending
+
+    # The first process speaks for all: what it charges later must not count against the others.
+    reason = agreed(spending.refusal(config, plan, directory, images) if rank() == 0 else None)
+    if reason is not None:
+        raise UserError(reason)
+
+
+def device_of(config: Config) -> torch.device:
+    """The device of this process: of several GPUs the one with the process's number on its node.
+
+    Raises UserError when the machine has none.
+    """
+    import torch
+
+    if config.resources.threads is not None:
+        torch.set_num_threads(config.resources.threads)
+    wanted = config.resources.device
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "resources.device=cuda: this machine has no GPU that torch can use; expected auto or cpu"
+        )
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+    if name == "cuda" and config.train.precision == "bfloat16" and not torch.cuda.is_bf16_supported():
+        raise UserError("train.precision=bfloat16: this GPU has no bfloat16; expected float32")
+    if name == "cuda" and torch.cuda.device_count() > 1:
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        if local >= torch.cuda.device_count():
+            raise UserError(
+                f"resources.processes: process {local + 1} of this node finds {torch.cuda.device_count()} "
+                "GPUs; expected one a process"
+            )
+        torch.cuda.set_device(local)
+        return torch.device("cuda", local)
+    return torch.device(name)
+
+
+def _check_model(config: Config, images: ImageSplits) -> None:
+    """Refuses images and classes that the model cannot take, before it has weights."""
+    from dp_lora.data import sets
+    from dp_lora.jobs.settings import check_fit, outline_of
+
+    public, components = config.public_data, config.trainable.components
+    model = outline_of(config)
+    check_fit(config, model, images.train.images.shape[1:])
+    known, new = model.classes, images.train.classes
+    new_classes_can_be_learnt = not model.learns_classes or bool({"embedder", "full"} & set(components))
+    if config.model.pretrained is None and not new_classes_can_be_learnt:
+        known = sets.load(public, config.paths, "public_data").train.classes
+    if new != known and not new_classes_can_be_learnt:
+        raise UserError(
+            f"trainable.components={components}: the classes of {config.data.name} "
+            f"({', '.join(new[:12])}) are new to the model, which cannot condition on them; "
+            "expected embedder or full among the components"
+        )
+
+
+def _check_stages(config: Config, directory: Path) -> None:
+    result = directory / OUTPUTS["evaluate"]
+    if config.evaluation.release == "dp" and result.exists() and not is_whole(directory, "evaluate"):
+        raise UserError(
+            f"{result}: cannot be read; expected what the evaluation left: its budget is spent, so put it "
+            "back, or remove it to pay for another one"
+        )
+    for stage, before in (("sample", "finetune"), ("evaluate", "sample")):
+        output = directory / OUTPUTS[before]
+        if stage in config.stages and before not in config.stages and not is_whole(directory, before):
+            raise UserError(
+                f"stages={config.stages}: {stage} needs {output}; expected {before} among the stages"
+            )
+
+
+def _check_evaluation(config: Config, images: ImageSplits) -> None:
+    """Refuses what the last stage would refuse, before the first one runs."""
+    if "evaluate" not in config.stages:
+        return
+    from dp_lora.evaluation import evaluate
+    from dp_lora.jobs import release
+
+    evaluate.check(config.evaluation, images, config.sampler.num_samples)
+    if config.evaluation.release == "dp":
+        release.check(config, images)
+
+
+def pretrained_model(config: Config, *, again: bool = False) -> Path:
+    """The folder of the pre-trained model, made first if nobody has: once, for all jobs that wait for it.
+
+    Every process of the job has to ask, since they make it together.
+
+    Args:
+        config: `model.pretrained` names one, or `model` and `public_data` say how it is made.
+        again: make it even if `model.pretrained` names one: what stages=[pretrain] asks for.
+    """
+    from dp_lora.models.folders import find
+
+    if config.model.pretrained is not None and not again:
+        return find(config.model.pretrained)
+    models = Path(config.paths.cache).expanduser() / "models"
+    folder = models / f"{config.model.name}-{pretrained_fingerprint(config)}"
+    if agreed(not folder.exists()):
+        _pretrain_once(config, folder)
+    return folder
+
+
+def _pretrain_once(config: Config, folder: Path) -> None:
+    """Makes `folder`, by one job at a time; the processes of a job do it together."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = folder.with_name(f"{folder.name}.lock")
+    with ExitStack() as stack:
+        if rank() == 0:
+            stack.enter_context(file_lock(lock, waiting=lambda: say(f"waiting for {folder}")))
+        if agreed(not folder.exists()):
+            _pretrain(config, folder)
+            if rank() == 0:
+                say(f"pre-trained model: {folder}")
+
+
+def _pretrain(config: Config, folder: Path) -> None:
+    from dp_lora.data import sets
+    from dp_lora.training.pretrain import pretrain
+
+    images = sets.load(config.public_data, config.paths, "public_data")
+    sets.refuse_flat(images.train, "public_data")
+    work = folder.with_name(folder.name + ".partial")
+    work.mkdir(exist_ok=True)
+
+    def log(step: int, values: dict[str, float]) -> None:
+        append_line(work / "metrics.jsonl", {"stage": "pretrain", "step": step, **values})
+        if odd := [name for name, value in values.items() if not math.isfinite(value)]:
+            raise UserError(
+                f"model.pretrain: the pre-training diverged: {odd[0]} is no finite number after step {step}; "
+                "expected smaller learning rates"
+            )
+
+    source = sets.provenance(config.public_data, config.paths)
+    pretrain(config, images, folder, device=device_of(config), log=log, source=source)
+
+
+def say(line: str) -> None:
+    """A line for whoever watches the job, on stderr."""
+    print(line, file=sys.stderr, flush=True)

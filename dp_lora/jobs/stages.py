@@ -1,0 +1,474 @@
+"""The stages of one job: pretrain -> finetune -> sample -> evaluate.
+
+A stage whose output is there is skipped, so the same command continues an interrupted job and returns at
+once from a finished one.
+"""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dp_lora.config.identity import run_directory
+from dp_lora.config.schema import Config
+from dp_lora.errors import Busy, recorded
+from dp_lora.jobs.job import Job, device_of, prepare, pretrained_model, say
+from dp_lora.jobs.spending import charged, line_of_all_runs
+from dp_lora.records import manifest
+from dp_lora.records.run_directory import OUTPUTS, is_whole, keep_adapter, result, state
+from dp_lora.storage.files import (
+    check_writable,
+    file_lock,
+    private_directory,
+    read_json,
+    write_atomic,
+    write_json,
+)
+from dp_lora.training.processes import Team, joined
+from dp_lora.training.signals import Preempted
+
+if TYPE_CHECKING:
+    from dp_lora.evaluation.evaluate import Evaluation
+    from dp_lora.models.folders import LatentDiffusion
+    from dp_lora.models.sample import Samples
+    from dp_lora.records.tracker import Tracker
+
+
+def run(config: Config, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Runs the chosen stages of one job and returns its result.
+
+    In a job of several processes each of them calls it; see `processes`.
+
+    Args:
+        config: checked.
+        overrides: the command line's words, for the readable part of the run directory's name.
+
+    Raises:
+        UserError: something that the user gave is wrong; nothing was written.
+    """
+    with joined(device_of(config)) as team:
+        if config.stages == ["pretrain"]:
+            return _pretrain_alone(config, team)
+        directory = run_directory(config, overrides)
+        if not team.first:
+            return _follow(config, directory, team)
+        return _lead(config, directory, team, manifest.run_name(config, overrides))
+
+
+def _pretrain_alone(config: Config, team: Team) -> dict[str, Any]:
+    """What stages=[pretrain] asks for; all processes of the job take part."""
+    check_writable(Path(config.paths.cache).expanduser(), f"paths.cache={config.paths.cache}")
+    folder = pretrained_model(config, again=True)
+    if team.first:
+        print(f"pre-trained model  {folder}")
+    return {"model": str(folder)}
+
+
+def _lead(config: Config, directory: Path, team: Team, shown_name: str) -> dict[str, Any]:
+    """The job, as its first or only process runs it; W&B calls it by `shown_name`."""
+    job = prepare(config, directory)
+    stages: dict[str, Callable[[Job, Tracker], None]] = {
+        "finetune": lambda job, tracker: _finetune(job, tracker, team),
+        "sample": _sample,
+        "evaluate": _evaluate,
+    }
+    with _own(job):
+        asked = [name for name in stages if name in config.stages]
+        left = [name for name in asked if not is_whole(job.directory, name)]
+        team.tell("stages", left)
+        for name in asked:
+            output = job.directory / OUTPUTS[name]
+            if name not in left:
+                say(f"{name}: done already, {output}")
+            elif output.exists():
+                say(f"{name}: {output} is damaged and is made again")
+        if left or state(job.directory) != "done":
+            with _record(job, shown_name) as tracker:
+                for name in left:
+                    tracker.status("running", stage=name)
+                    stages[name](job, tracker)
+    team.tell("finished")
+    found = result(job.directory)
+    print(_summary(job, found))
+    return {"directory": str(job.directory), **found.get("metrics", {})}
+
+
+def _follow(config: Config, directory: Path, team: Team) -> dict[str, Any]:
+    """The job, as its other processes run it: they take their part of the training and then wait."""
+    # As the first process does, since all pre-train together when the model has no weights yet.
+    job = prepare(config, directory)
+    left = team.told("stages")
+    if "finetune" in left:
+        team.told("latents")
+        _train(job, team)
+    team.told("finished")
+    return {"directory": str(directory)}
+
+
+@contextmanager
+def _own(job: Job) -> Iterator[None]:
+    """The run directory, made and held by this process alone; nobody but its owner can enter it."""
+
+    def refuse() -> None:
+        raise Busy(f"{job.directory}: another process is running this job; wait for it or stop it")
+
+    private_directory(job.directory)
+    private_directory(job.directory / "checkpoint")
+    with file_lock(job.directory / "checkpoint" / "lock", waiting=refuse):
+        yield
+
+
+@contextmanager
+def _record(job: Job, name: str) -> Iterator[Tracker]:
+    """config.yaml, provenance.json and status.json around the stages; the tracker is passed to them."""
+    from omegaconf import OmegaConf
+
+    from dp_lora.records.provenance import finished, provenance
+    from dp_lora.records.tracker import Tracker, wandb_id
+
+    path = job.directory / "provenance.json"
+    record = provenance(job.config, read_json(path) if path.exists() else None)
+    job.seconds.update(record.setdefault("seconds", {}))
+    write_atomic(job.directory / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(job.config)))
+    write_json(path, record)
+    identity = wandb_id(job.directory / "checkpoint")
+    with Tracker(job.directory, job.config, run_id=identity, name=name, resume_step=sys.maxsize) as tracker:
+        try:
+            yield tracker
+        except Preempted:
+            # It goes on when the cluster starts it again: neither done nor failed, and the same W&B run.
+            tracker.preempting()
+            write_json(path, {**record, "seconds": job.seconds})
+            raise
+        except BaseException as error:
+            text = recorded(error)
+            # What went wrong counts, not that a full disk has no room to say so.
+            with suppress(OSError):
+                tracker.status("failed", text)
+                write_json(path, {**finished(record), "seconds": job.seconds})
+            raise
+        write_json(path, {**finished(record), "seconds": job.seconds})
+        tracker.status("done")
+
+
+@contextmanager
+def _timed(job: Job, stage: str) -> Iterator[None]:
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        # An exact time would tell how large the private batches were; the other stages have none.
+        taken = job.seconds.get(stage, 0.0) + time.monotonic() - started
+        job.seconds[stage] = manifest.coarse(taken) if stage == "finetune" else float(f"{taken:.2g}")
+
+
+def model_before(job: Job) -> LatentDiffusion:
+    """The pre-trained model on the job's device, conditioned on the classes of the private data."""
+    import torch
+
+    from dp_lora.models.folders import load
+
+    model = load(job.pretrained, job.config.model.prompt)
+    if model.classes != job.images.train.classes:
+        model.new_classes(job.images.train.classes, torch.Generator().manual_seed(job.config.seed))
+    return model.to(job.device)
+
+
+def _finetune(job: Job, tracker: Tracker, team: Team) -> None:
+    from dp_lora.jobs import content
+
+    config = job.config
+
+    def log(step: int, values: dict[str, float]) -> None:
+        note()
+        if step % config.tracking.log_every == 0 or step == job.plan.steps:
+            tracker.log(step, values, "finetune")
+
+    def begun(executions: int, epsilon: float) -> None:
+        tracker.privacy(privacy_record(job, epsilon=epsilon, steps=executions, complete=False))
+
+    def started(finished: int) -> None:
+        tracker.rewind("finetune", finished + 1)
+
+    folder = job.directory / "checkpoint"
+    with charged(config, job.plan, folder, job.images) as note, _timed(job, "finetune"):
+        content.keep(job.images, folder)
+        model, executed = _train(job, team, log, started, begun)
+    tracker.stage_ended("finetune")
+    record = privacy_record(job, epsilon=job.plan.epsilon, steps=executed, complete=True)
+    tracker.privacy(record)
+    _export(job, model, record)
+    tracker.adapter(job.directory / "adapter")
+
+
+def _train(
+    job: Job,
+    team: Team,
+    log: Callable[[int, dict[str, float]], None] = lambda step, values: None,
+    started: Callable[[int], None] = lambda finished: None,
+    begun: Callable[[int, float], None] = lambda executions, epsilon: None,
+) -> tuple[LatentDiffusion, int]:
+    """The fine-tuned model and the number of executed steps; the three calls as in `finetune`."""
+    import torch
+
+    from dp_lora.models import adapters, latents
+    from dp_lora.training.finetune import finetune
+
+    config, train = job.config, job.images.train
+    model = model_before(job)
+    adapters.attach(model, config.trainable.components, config.lora, seed=config.seed)
+    if team.first:
+        seeded = config.privacy.insecure_seed is not None
+        planned = {**job.plan.to_dict(), "reproducible_noise": seeded}
+        spends = "; ".join(" ".join(line.split()) for line in _guarantee(planned))
+        by_component = adapters.count_by_component(model, config.trainable.components)
+        trained = ", ".join(f"{component} {number:,}" for component, number in by_component.items())
+        say(f"finetune: {adapters.count(model):,} trained parameters ({trained}); {spends}")
+    cache = Path(config.paths.cache).expanduser()
+    encoded = latents.cached(model, train, cache, config.tracking.progress)
+    team.tell("latents")
+    labels = torch.from_numpy(train.labels)
+    captions = None if train.captions is None else list(train.captions)
+    folder = job.directory / "checkpoint"
+    executed = finetune(config, model, encoded, labels, job.plan, folder, log, started, captions, begun)
+    return model, executed
+
+
+def privacy_record(job: Job, *, epsilon: float, steps: int, complete: bool) -> dict[str, Any]:
+    """The content of privacy.json when `steps` noisy steps were begun, finished or not."""
+    from dp_lora.records.card import COVERS, DOES_NOT_COVER, LIVE, no_guarantee
+
+    secret = job.config.privacy.insecure_seed is None
+    record = {
+        **job.plan.to_dict(),
+        "epsilon": epsilon,
+        "steps": steps,
+        "planned_steps": job.plan.steps,
+        "complete": complete,
+        "reproducible_noise": not secret,
+    }
+    nothing = no_guarantee(record, reproducible_noise=not secret)
+    covers = COVERS if nothing is None else nothing
+    live = (LIVE,) if job.config.tracking.live else ()
+    return {**record, "covers": covers, "does_not_cover": (*DOES_NOT_COVER, *live)}
+
+
+def _export(job: Job, model: LatentDiffusion, record: Mapping[str, Any]) -> None:
+    """Writes adapter/ as a whole: it appears complete or not at all."""
+    from dp_lora.models import adapters
+    from dp_lora.records.card import model_card
+    from dp_lora.records.provenance import versions
+
+    config = job.config
+    lora = "lora" in config.trainable.components
+    card = model_card(
+        record,
+        base_model=job.base_model,
+        data_name=config.data.name,
+        trainable=config.trainable.components,
+        rank=config.lora.rank if lora else None,
+        target_modules=config.lora.target_modules if lora else [],
+        parameters=adapters.count(model),
+        versions=versions(),
+        reproducible_noise=config.privacy.insecure_seed is not None,
+    )
+    partial = job.directory / "adapter.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    adapters.export(model, partial, base_model=job.base_model, card=card)
+    keep_adapter(partial, job.directory / "checkpoint")
+    partial.replace(job.directory / "adapter")
+
+
+def _sample(job: Job, tracker: Tracker) -> None:
+    from dp_lora.models import sample
+
+    with _timed(job, "sample"):
+        samples = sample.generate(finetuned_model(job), job.config)
+        sample.save(samples, job.directory)
+    if plain := sample.plain(samples):
+        say(
+            f"sample: {plain} of {len(samples.labels)} images are of one colour; if they should not be, the "
+            "training has diverged or the model does not know these images"
+        )
+    tracker.images("samples", job.directory / "samples.png")
+
+
+def finetuned_model(job: Job) -> LatentDiffusion:
+    """The model with the run's adapter, as somebody who was given only the adapter would load it."""
+    from dp_lora.models import adapters
+    from dp_lora.models.folders import load
+
+    model, adapter = load(job.pretrained, job.config.model.prompt), job.directory / "adapter"
+    adapters.restore(model, adapter, adapters.class_names(adapter) or job.images.train.classes)
+    return model.to(job.device)
+
+
+def _before(job: Job) -> Samples:
+    """Images of the model before fine-tuning, drawn once for all jobs that would draw the same ones."""
+    import torch
+
+    from dp_lora.models import sample
+    from dp_lora.models.folders import digest
+    from dp_lora.records.provenance import versions
+    from dp_lora.storage.tensors import cached
+
+    model, config = model_before(job), job.config
+    packages = versions()
+    key = {
+        "before": digest(model),
+        "classes": list(model.classes),
+        "prompt": config.model.prompt,
+        "sampler": asdict(config.sampler),
+        "seed": config.seed,
+        "device": job.device.type,
+        "versions": {name: packages[name] for name in ("dp-lora", "torch", "diffusers")},
+    }
+
+    def draw() -> dict[str, torch.Tensor]:
+        samples = sample.generate(model, config, "sample before fine-tuning")
+        return {"images": torch.from_numpy(samples.images), "labels": torch.from_numpy(samples.labels)}
+
+    drawn = cached(Path(config.paths.cache), key, draw)
+    return sample.Samples(drawn["images"].numpy(), drawn["labels"].numpy(), model.classes)
+
+
+def _evaluate(job: Job, tracker: Tracker) -> None:
+    from dp_lora.models import adapters
+
+    config = job.config
+    with _timed(job, "evaluate"):
+        evaluation = _released(job, tracker) if config.evaluation.release == "dp" else _compared(job)
+    hidden = config.privacy.adjacency == "add_or_remove" and not config.data.public
+    metadata = _without_numbers(evaluation.metadata) if hidden else evaluation.metadata
+    model = model_before(job)
+    adapters.attach(model, config.trainable.components, config.lora, seed=config.seed)
+    tracker.result(
+        {
+            "metrics": evaluation.metrics,
+            **metadata,
+            "seed": config.seed,
+            "trainable_parameters": adapters.count(model),
+            "trainable_parameters_by_component": adapters.count_by_component(
+                model, config.trainable.components
+            ),
+            "seconds": job.seconds,
+            "peak_memory_bytes": manifest.power_of_two(
+                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            ),
+            "device": str(job.device),
+        }
+    )
+
+
+def _without_numbers(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata of an evaluation without the exact numbers of real images.
+
+    A number that was read from a noised sum, as `evaluation.release=dp` does, stays.
+    """
+    if "release" in metadata:
+        return dict(metadata)
+    kept = dict(metadata)
+    for name in ("reference", "tested_on"):
+        kept[name] = {**kept[name], "n": None}
+    kept["real_baseline"] = {of: {**part, "n": None} for of, part in kept["real_baseline"].items()}
+    return kept
+
+
+def _compared(job: Job) -> Evaluation:
+    """The metrics with their baselines, without noise."""
+    from dp_lora.evaluation.evaluate import evaluate_all
+    from dp_lora.models import sample
+
+    config = job.config
+    return evaluate_all(
+        sample.load(job.directory),
+        job.images,
+        config.evaluation,
+        before=_before(job),
+        seed=config.seed,
+        device=job.device,
+        cache=Path(config.paths.cache).expanduser(),
+        progress=say,
+    )
+
+
+def _released(job: Job, tracker: Tracker) -> Evaluation:
+    """The metrics that a budget of their own covers, which privacy.json then states."""
+    from dp_lora.jobs.release import evaluate_privately, release_record
+    from dp_lora.models import sample
+
+    folder = private_directory(job.directory / "checkpoint")
+    samples = sample.load(job.directory)
+    evaluation = evaluate_privately(
+        samples,
+        job.images,
+        job.config,
+        before=_before(job),
+        folder=folder,
+        device=job.device,
+        progress=say,
+    )
+    training = read_json(job.directory / "privacy.json")
+    record = release_record(training, job.config, folder)
+    tracker.privacy({**training, "release": record})
+    spent = {name: record[name] for name in ("epsilon", "delta", "accountant")}
+    release = {**evaluation.metadata["release"], **spent}
+    return evaluation._replace(metadata={**evaluation.metadata, "release": release})
+
+
+def _summary(job: Job, result: Mapping[str, Any]) -> str:
+    """The table that a job ends with: what was spent, what came of it, where it lies."""
+    from dp_lora.records.tracker import baseline_table
+
+    # What was trained, not what this configuration and these images would give today.
+    path, lines = job.directory / "privacy.json", []
+    if path.exists():
+        record = read_json(path)
+        lines += [*_guarantee(record), f"noise multiplicity {record['noise_multiplicity']}"]
+        together = line_of_all_runs(job.config, record["delta"], job.images)
+        if together is not None:
+            lines.append(f"all runs           {together}")
+    metrics = result.get("metrics", {})
+    if metrics:
+        columns, rows = baseline_table(metrics)
+        private = result.get("private_metrics", [])
+        names = [f"{row[0]} *" if row[0] in private else row[0] for row in rows]
+        lines += ["", _row(columns)]
+        lines += [_row([name, *map(_number, row[1:])]) for name, row in zip(names, rows, strict=True)]
+        if private:
+            lines.append(f"* {result['private_metrics_note']}")
+        if release := result.get("release"):
+            spent = f"epsilon {release['epsilon']:.4g} ({release['accountant']}), delta {release['delta']:g}"
+            lines.append(f"dp_*: {spent}, for one image of the {result['reference']['split']} split")
+    lines += ["", f"run directory      {job.directory}"]
+    return "\n".join(lines)
+
+
+def _guarantee(record: Mapping[str, Any]) -> list[str]:
+    """What a fine-tuning spends by its `record`, as in privacy.json, or why it guarantees nothing."""
+    from dp_lora.records.card import no_guarantee
+
+    nothing = no_guarantee(record, reproducible_noise=record["reproducible_noise"])
+    lines = [nothing.strip("*.")] if nothing else []
+    if record["private"]:
+        lines += [
+            f"epsilon            {record['epsilon']:.4g} ({record['accountant']}, {record['adjacency']})",
+            f"delta              {record['delta']:g}",
+        ]
+    sizes = f"{record['steps']} steps, sample rate {record['sample_rate']:.4g}"
+    return [*lines, f"noise multiplier   {record['noise_multiplier']:.4g}, {sizes}"]
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"{cells[0]:<20} " + " ".join(f"{cell:>10}" for cell in cells[1:])
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"

@@ -1,0 +1,196 @@
+"""A latent diffusion model: what is computed from images, latents, timesteps and conditions.
+
+Shapes, ranges and dtypes at the boundaries:
+    images     float32 [B, C, H, W] in [-1, 1]
+    latents    float32 [B, c, h, w], scaled to unit variance over the public set
+    labels     int64   [B], an index into `classes`
+    conditions float32 [B, tokens, d]; no tokens for an unconditional model
+    timesteps  int64   [B] in [0, num_train_timesteps)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DiTTransformer2DModel,
+    UNet2DConditionModel,
+    UNet2DModel,
+    VQModel,
+)
+from torch import Tensor, nn
+
+from dp_lora.models.networks import shorten_cross_attention
+from dp_lora.models.prompts import Prompts
+
+UNCONDITIONAL = ("image",)
+"""The one class of a model without conditions."""
+
+
+class LatentDiffusion(nn.Module):
+    """An autoencoder, a network that predicts noise, what it is conditioned on, and the forward process.
+
+    Args:
+        autoencoder: with a Gaussian posterior, or quantised.
+        unet: a UNet conditioned on tokens, one that takes class embeddings [B, d] beside the timestep or is
+            unconditional, or a DiT that takes class embeddings: see `networks.take_class_table`.
+        class_embedder: one row a class, and perhaps one more: see `null_class`. None without classes.
+        scheduler: the betas; its network predicts eps, see `predicts_v`.
+        classes: their names, in the order of the labels.
+        prompts: of a text-to-image model, in place of `class_embedder`.
+        null_class: whether the last row of `class_embedder` stands for "no class".
+        predicts_v: whether the network was trained to predict v = sqrt(a) eps - sqrt(1 - a) z_0.
+    """
+
+    def __init__(
+        self,
+        autoencoder: AutoencoderKL | VQModel,
+        unet: UNet2DConditionModel | UNet2DModel | DiTTransformer2DModel,
+        class_embedder: nn.Embedding | None,
+        scheduler: DDPMScheduler,
+        classes: Sequence[str],
+        *,
+        prompts: Prompts | None = None,
+        null_class: bool = False,
+        predicts_v: bool = False,
+    ) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+        self.unet = unet
+        self.class_embedder = class_embedder
+        self.prompts = prompts
+        self.scheduler = scheduler
+        self.classes = tuple(classes)
+        self.predicts_v = predicts_v
+        self.null_embedding: Tensor | None
+        null = None
+        if null_class:
+            assert class_embedder is not None
+            table = class_embedder.weight.detach()
+            null, self.class_embedder = (
+                table[-1:].clone(),
+                nn.Embedding.from_pretrained(table[:-1], freeze=False),
+            )
+        self.register_buffer("null_embedding", null)
+        if prompts is None:
+            shorten_cross_attention(unet)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(c, h, w) of the latents of one image."""
+        size = self.unet.config["sample_size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        return int(self.unet.config["in_channels"]), int(height), int(width)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        factor = 2 ** (len(self.autoencoder.config["block_out_channels"]) - 1)
+        _, height, width = self.latent_shape
+        return int(self.autoencoder.config["in_channels"]), height * factor, width * factor
+
+    @property
+    def conditional(self) -> bool:
+        """Whether an image is drawn for a class or a prompt."""
+        return self.class_embedder is not None or self.prompts is not None
+
+    @property
+    def learns_classes(self) -> bool:
+        """Whether new classes need a trained class embedder: not where prompts say them, or nothing does."""
+        return self.class_embedder is not None
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the scaled latents, each [B, c, h, w], of images in [-1, 1].
+
+        A quantised autoencoder has no spread: its latents are those before the nearest code is taken, which
+        `decode` does, as in CompVis latent diffusion.
+        """
+        scale = self.autoencoder.config["scaling_factor"]
+        if isinstance(self.autoencoder, VQModel):
+            latents = self.autoencoder.encode(images).latents * scale
+            return latents, torch.zeros_like(latents)
+        posterior = self.autoencoder.encode(images).latent_dist
+        return posterior.mean * scale, posterior.std * scale
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images [B, C, H, W] in [-1, 1] of scaled latents."""
+        images: Tensor = self.autoencoder.decode(latents / self.autoencoder.config["scaling_factor"]).sample
+        return images.clamp(-1, 1)
+
+    def condition(self, labels: Tensor) -> Tensor:
+        """The conditions [B, tokens, d] of `labels` [B]; [B, 0, 0] for an unconditional model."""
+        if self.prompts is not None:
+            embedded: Tensor = self.prompts(labels)
+            return embedded
+        if self.class_embedder is None:
+            return torch.zeros(len(labels), 0, 0, device=labels.device)
+        token: Tensor = self.class_embedder(labels)
+        return token.unsqueeze(1)
+
+    def neutral_condition(self, count: int) -> Tensor:
+        """The condition [count, tokens, d] of no class in particular, from which guidance moves away.
+
+        The empty prompt, the null class where the model has one, else the mean of the class embeddings.
+        """
+        if self.prompts is not None:
+            return self.condition(torch.full((count,), -1, device=self.prompts.ids.device))
+        assert self.class_embedder is not None, "an unconditional model has no neutral condition"
+        mean = self.class_embedder.weight.mean(0)
+        return (mean if self.null_embedding is None else self.null_embedding[0]).expand(count, 1, -1)
+
+    def predict_noise(self, noisy_latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+        """eps_theta(z_t, t, c), of the shape of `noisy_latents`."""
+        return self.predict_noise_of(noisy_latents, timesteps, self.condition(labels))
+
+    def predict_noise_of(self, noisy_latents: Tensor, timesteps: Tensor, conditions: Tensor | None) -> Tensor:
+        """The same for conditions [B, tokens, d], as `condition` returns them, in place of labels.
+
+        An unconditional model takes None too.
+        """
+        predicted = self._network(noisy_latents, timesteps, conditions)
+        # A network that predicts the variance too has its channels behind those of the mean.
+        predicted = predicted[:, : noisy_latents.shape[1]]
+        if not self.predicts_v:
+            return predicted
+        a: Tensor = self.scheduler.alphas_cumprod.to(noisy_latents)[timesteps][:, None, None, None]
+        return a.sqrt() * predicted + (1 - a).sqrt() * noisy_latents
+
+    def _network(self, noisy_latents: Tensor, timesteps: Tensor, conditions: Tensor | None) -> Tensor:
+        if isinstance(self.unet, UNet2DConditionModel):
+            out: Tensor = self.unet(
+                noisy_latents, timesteps, encoder_hidden_states=conditions, return_dict=False
+            )[0]
+            return out
+        embeddings = None
+        if self.class_embedder is not None:
+            assert conditions is not None
+            embeddings = conditions[:, 0]
+        predicted: Tensor = self.unet(noisy_latents, timesteps, class_labels=embeddings, return_dict=False)[0]
+        return predicted
+
+    def forward(self, noisy_latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+        """The same as `predict_noise`."""
+        return self.predict_noise(noisy_latents, timesteps, labels)
+
+    def new_classes(self, classes: Sequence[str], generator: torch.Generator) -> None:
+        """Conditions the model on other classes: by prompts, or by one fresh embedding a class.
+
+        An embedding begins at the mean of the public ones with a little noise. Nothing of the new images
+        enters: an embedding made from their latents would leak them. An unconditional model stays as it is.
+        """
+        if self.prompts is not None:
+            self.prompts.use_classes(classes)
+            self.classes = tuple(classes)
+        if self.class_embedder is None:
+            return
+        old = self.class_embedder.weight.detach()
+        # The spread of a single class is not known.
+        mean, spread = old.mean(0), old.std(0) if len(old) > 1 else torch.ones_like(old[0])
+        noise = torch.randn(len(classes), old.shape[1], generator=generator)
+        embedder = nn.Embedding(len(classes), old.shape[1])
+        embedder.weight.data = mean + 0.1 * spread * noise.to(old)
+        self.class_embedder = embedder.to(old.device)
+        self.classes = tuple(classes)

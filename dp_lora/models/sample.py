@@ -1,0 +1,111 @@
+"""Labelled images from a model: the released use of an adapter.
+
+Labels come from a public prior, as many of each class, never from the private label counts.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dp_lora.config.schema import Config
+from dp_lora.errors import UserError
+from dp_lora.models.diffusion import class_balanced, in_batches, sample_latents
+from dp_lora.models.folders import LatentDiffusion
+from dp_lora.models.latents import to_bytes
+from dp_lora.records.progress import Progress
+from dp_lora.storage.files import write_atomic
+
+_FLAT = 2
+"""Levels of 255 between the darkest and the brightest pixel of an image that is called plain."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Generated images uint8 [N, C, H, W] and the labels int64 [N] they were generated for."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    classes: tuple[str, ...]
+
+
+@torch.inference_mode()
+def generate(model: LatentDiffusion, config: Config, description: str = "sample") -> Samples:
+    """`config.sampler.num_samples` images, every class as often as the others.
+
+    Image i depends on the model, `config.seed`, the sampler and i alone, not on the batches.
+    """
+    model.eval()
+    device = next(model.unet.parameters()).device
+    sampler = config.sampler
+    labels = class_balanced(sampler.num_samples, len(model.classes))
+    images = []
+    # Generated images only, so what the bar shows is public.
+    with Progress(
+        len(labels), description, mode=config.tracking.progress, unit="image", public=True
+    ) as progress:
+        for batch in in_batches(len(labels), sampler.batch_size):
+            chosen = labels[batch.start : batch.stop].to(device)
+            latents = sample_latents(model, chosen, sampler, seed=config.seed, first=batch.start)
+            images.append(to_bytes(model.decode(latents)))
+            progress.update(len(batch))
+    return Samples(np.concatenate(images), labels.numpy(), model.classes)
+
+
+def save(samples: Samples, folder: Path, rows: int = 10) -> None:
+    """Writes `samples.npz` (images, labels, classes) and `samples.png`, a grid with one column a class."""
+    write_atomic(folder / "samples.png", grid(samples, rows))
+    buffer = io.BytesIO()
+    np.savez_compressed(
+        buffer, images=samples.images, labels=samples.labels, classes=np.array(samples.classes)
+    )
+    write_atomic(folder / "samples.npz", buffer.getvalue())
+
+
+def load(folder: Path) -> Samples:
+    """What `save` wrote. Raises UserError when the file is damaged."""
+    path = folder / "samples.npz"
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            return Samples(saved["images"], saved["labels"], tuple(str(name) for name in saved["classes"]))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(
+            f"{path}: the samples cannot be read ({type(error).__name__}); remove the file, and the same "
+            "command draws them again from the adapter"
+        ) from error
+
+
+def plain(samples: Samples) -> int:
+    """How many of the images are of one colour, as those of a model that was trained to nothing are."""
+    pixels = samples.images.reshape(*samples.images.shape[:2], -1)
+    return int((np.ptp(pixels, axis=2) <= _FLAT).all(axis=1).sum())
+
+
+def grid(samples: Samples, rows: int = 10, scale: int = 2) -> bytes:
+    """A PNG with the first `rows` images of each class, one column a class, enlarged `scale` times.
+
+    Images of a single class fill as many columns as there are rows.
+    """
+    from PIL import Image
+
+    channels, height, width = samples.images.shape[1:]
+    single = len(samples.classes) == 1
+    # An unconditional model has no classes to sort by.
+    columns = np.arange(len(samples.labels)) % rows if single else samples.labels
+    number = rows if single else len(samples.classes)
+    sheet = np.zeros((rows * height, number * width, channels), np.uint8)
+    for column in range(number):
+        for row, image in enumerate(samples.images[columns == column][:rows]):
+            place = np.s_[row * height : (row + 1) * height, column * width : (column + 1) * width]
+            sheet[place] = image.transpose(1, 2, 0)
+    picture = Image.fromarray(sheet[:, :, 0] if sheet.shape[2] == 1 else sheet)
+    picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,1 @@
+"""Files, arrays and tensors on disk that are whole or not there."""

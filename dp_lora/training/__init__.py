@@ -1,0 +1,1 @@
+"""The training loop, the private fine-tuning, and how they run on a machine."""
