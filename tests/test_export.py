@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
+from PIL import Image
 from safetensors.numpy import save_file
 
 from dp_lora.__main__ import main
@@ -37,7 +38,7 @@ RESULT: dict[str, Any] = {
     "private_metrics": ["accuracy_cnn", "audit.membership_inference"], "private_metrics_note": NOTE,
     "reference": {"split": "test", "n": 311}, "tested_on": {"split": "test", "n": 311}, "n_samples": 40,
     "seconds": {"finetune": 144.0, "sample": 3.1}, "peak_memory_bytes": 1_000_000_001, "batch_sizes": [3, 4],
-    "audit": {"epsilon": 2.0, "membership_inference": {"auc": 0.75}},
+    "audit": {"epsilon": 2.0, "membership_inference": {"loss": {"auc": 0.75}}},
 }  # fmt: skip
 
 
@@ -60,7 +61,7 @@ def run(tmp_path: Path, tiny: Callable[..., Config]) -> Path:
     write_json(directory / "provenance.json", {"git": {}, "start": "2026-01-01", "hardware": {"cores": 64}})
     rows = [{"stage": "finetune", "step": 1, "time": 1795000000, "update_norm": 0.5, "grad_norm": 0.25}]
     write_lines(directory / "metrics.jsonl", rows)
-    (directory / "samples.png").write_bytes(b"png")
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(directory / "samples.png")
     save_samples(directory, images=np.zeros((2, 1, 8, 8), np.uint8), labels=[0, 1], classes=["a", "b"])
     return directory
 

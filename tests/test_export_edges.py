@@ -6,18 +6,22 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from omegaconf import OmegaConf
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from test_export import NOTE, PLAN, RESULT, export, refused, run  # noqa: F401
 
 from dp_lora.commands import export as export_command
 from dp_lora.privacy.marks import Mark
 from dp_lora.records import manifest
-from dp_lora.storage.files import read_json, write_json, write_lines
+from dp_lora.storage.files import read_json, read_lines, write_json, write_lines
 
 ZERO_OUT = "zero out one image, the number of images is public, Poisson sampling"
 OLD_CARD = (
@@ -99,6 +103,85 @@ def test_a_value_of_another_kind_is_one_line_that_names_it(
     write_json(run / name, {**read_json(run / name), **change})
     line = refused(capsys, run, tmp_path / "out")
     assert f"{run / name}: {said}" in line or (f"{run / name}: " in line and said in line)
+
+
+# Fields inside of fields
+
+NEEDLE = 0.123456789
+
+NESTED: dict[str, tuple[str, Mapping[str, Any]]] = {
+    "a new field of a network": ("result", {"extractors": {"lite0": {"losses": [NEEDLE]}}}),
+    "a weights file": ("result", {"extractors": {"lite0": {"version": "weights of /srv/ward/7.pth"}}}),
+    "scores in a classifier": ("result", {"classifiers": {"cnn": {"epochs": [NEEDLE]}}}),
+    "the nearest images": ("result", {"neighbours": {"nearest": NEEDLE}}),
+    "seeds": ("result", {"seed": [NEEDLE]}),
+    "a number of samples": ("result", {"n_samples": [NEEDLE]}),
+    "a device": ("result", {"device": "0.123456789"}),
+    "a range": ("result", {"values": "of /srv/ward/7.png"}),
+    "scores of canaries": ("result", {"audit": {"guesses": [NEEDLE]}}),
+    "losses in a test": ("result", {"audit": {"noise_test": {"losses": [NEEDLE]}}}),
+    "losses in a release": ("privacy", {"release": {"epsilon": 1.0, "losses": [NEEDLE]}}),
+    "a name as the unit": ("privacy", {"unit": "the patients of /srv/ward"}),
+    "a remote": ("provenance", {"git": {"sha": "0" * 40, "remote": "ssh://ward/0.123456789"}}),
+    "the seed of the noise": ("provenance", {"seeds": {"public": 1, "noise": NEEDLE}}),
+    "a version of one's own": ("provenance", {"versions": {"torch": "/srv/ward"}}),
+}
+
+
+@pytest.mark.parametrize("what", NESTED)
+def test_a_field_inside_of_a_field_stays_or_is_refused(
+    what: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, changed = NESTED[what]
+    path = run / f"{name}.json"
+    write_json(path, {**(read_json(path) if path.exists() else {}), **changed})
+    with suppress(SystemExit):
+        export(run, tmp_path / "out")
+    said = capsys.readouterr().err
+    assert (tmp_path / "out").exists() or "so this is not what the job wrote" in said
+    files = [file.read_text() for file in (tmp_path / "out").glob("*.json*")]
+    assert not [text for text in files if str(NEEDLE) in text or "ward" in text]
+
+
+def test_what_a_job_writes_inside_of_fields_leaves(run: Path, tmp_path: Path) -> None:
+    result = {
+        "n_samples": 20,
+        "reference": {"split": "test", "n": 297},
+        "classifiers": {"cnn": {"layers": "conv 32, linear", "dropout": 0.5, "epochs": 10}},
+        "extractors": {"lite0": {"version": "EfficientNet-Lite0, sha256 579344248a93 (package 0.1.0)",
+                                 "preprocessing": "to 64 px; (x - 127) / 128", "side": 64}},
+        "neighbours": {"precision, recall": 3, "density, coverage": 5},
+        "audit": {"epsilon": 9.9, "contradicted": False, "kind": "gradient",
+                  "noise_test": {"accused": False, "accused_by": [], "interval": [0.4, 0.5],
+                                 "p_values": {"variance": 0.5}}},
+        "device": "cuda:0",
+    }  # fmt: skip
+    write_json(run / "result.json", result)
+    export(run, tmp_path / "out")
+    shown = read_json(tmp_path / "out" / "result.json")
+    assert {name: shown[name] for name in result if name != "reference"} == {
+        name: value for name, value in result.items() if name != "reference"
+    }
+
+
+def test_a_loss_that_no_noised_sum_told_stays(run: Path, tmp_path: Path) -> None:
+    rows = [{**row, "private_loss": NEEDLE} for row in read_lines(run / "metrics.jsonl")]
+    write_lines(run / "metrics.jsonl", rows)
+    export(run, tmp_path / "out")
+    shown = read_lines(tmp_path / "out" / "metrics.jsonl")
+    assert shown and not [row for row in shown if "private_loss" in row]
+    assert manifest.row(rows[0], private_loss=True)["private_loss"] == NEEDLE
+
+
+def test_a_picture_with_words_in_it_is_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = PngInfo()
+    words.add_text("Comment", "0.123456789")
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(run / "samples.png", pnginfo=words)
+    assert "samples.png: holds tEXt beside its pixels" in refused(capsys, run, tmp_path / "out")
+    (run / "samples.png").write_bytes(b"0.123456789")
+    assert "samples.png: holds no PNG" in refused(capsys, run, tmp_path / "out")
 
 
 def elsewhere(run: Path) -> None:

@@ -16,6 +16,7 @@ import re
 import secrets
 import shutil
 import signal
+import struct
 import sys
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -42,6 +43,9 @@ from dp_lora.storage.files import (
 
 DATE = 315532800
 """1 January 1980, the earliest that a zip file knows: the time of modification of all that is exported."""
+
+_PIXELS = frozenset({"IHDR", "PLTE", "tRNS", "IDAT", "IEND"})
+"""The chunks of a PNG file that make the picture; all others hold words, times or settings."""
 
 _SHORTEST = 5
 """Characters of a path below which finding it in a file says nothing."""
@@ -279,7 +283,10 @@ def _write(run: _Run, folder: Path, *, with_uncovered: bool) -> None:
         write_json(folder / "privacy.json", manifest.privacy(run.privacy))
     rows = read_lines(source / "metrics.jsonl")
     with _named(source / "metrics.jsonl"):
-        write_lines(folder / "metrics.jsonl", [manifest.row(row) for row in rows])
+        write_lines(
+            folder / "metrics.jsonl",
+            [manifest.row(row, private_loss=run.config.tracking.private_loss) for row in rows],
+        )
     if (source / "result.json").exists():
         result = _record(source / "result.json")
         with _named(source / "result.json"):
@@ -342,7 +349,22 @@ def _copy_file(source: Path, copy: Path) -> None:
             ) from error
         if names != manifest.SAMPLES:
             raise UserError(f"{source}: holds {', '.join(sorted(names))}; expected images, labels, classes")
+    if source.suffix == ".png" and (odd := _chunks(content) - _PIXELS):
+        raise UserError(
+            f"{source}: holds {', '.join(sorted(odd))} beside its pixels; remove the file, and the run's own "
+            "command draws it again"
+        )
     write_atomic(copy, content)
+
+
+def _chunks(png: bytes) -> set[str]:
+    """The kinds of chunks of a PNG file; `no PNG` where it is none."""
+    found, place = set[str](), 8
+    while png[:8] == b"\x89PNG\r\n\x1a\n" and place + 12 <= len(png):
+        size, kind = struct.unpack_from(">I4s", png, place)
+        found.add(kind.decode("latin-1"))
+        place += 12 + size
+    return found if place == len(png) else {*found, "no PNG"}
 
 
 def _check_names(run: _Run, folder: Path) -> None:

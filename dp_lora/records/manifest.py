@@ -16,7 +16,7 @@ import copy
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Any
 
@@ -25,6 +25,7 @@ from dp_lora.config.load import WEIGHTS
 from dp_lora.config.schema import STAGES, Config
 from dp_lora.errors import UserError
 from dp_lora.records import field_kinds
+from dp_lora.records.field_kinds import ANY, Shape, number
 
 SIZES = ("data.train_size", "data.validation_size", "data.test_size")
 """Settings that tell how many private images there are."""
@@ -108,12 +109,23 @@ PRIVACY: Mapping[str, Why] = {
 }  # fmt: skip
 """Fields of privacy.json; `steps` counts the executions that were begun, by a schedule without images."""
 
-_KINDS: Mapping[str, Callable[[str, Any], Any]] = {
+_SPENT: Mapping[str, Shape] = {"epsilon": number, "delta": number, "accountant": field_kinds.words}
+_RELEASE: Shape = {
+    **_SPENT,
+    **dict.fromkeys(("target_epsilon", "noise_multiplier", "sensitivity", "releases"), number),
+    "reference": field_kinds.name,
+    "reproducible_noise": field_kinds.flag,
+    "covers": field_kinds.sentence,
+    "with_training": _SPENT,
+}
+"""Of `release` in privacy.json."""
+
+_KINDS: Mapping[str, Shape] = {
     **dict.fromkeys(("complete", "private", "reproducible_noise"), field_kinds.flag),
     **dict.fromkeys(("accountant", "adjacency", "clipping", "unit"), field_kinds.words),
     **dict.fromkeys(("covers", "does_not_cover"), field_kinds.sentences),
     "epsilon_by_accountant": field_kinds.numbers,
-    "release": field_kinds.mapping,
+    "release": _RELEASE,
 }
 """Of the fields of privacy.json that are no numbers."""
 
@@ -164,10 +176,60 @@ RESULT: Mapping[str, Why] = {
 """Fields of result.json. `metrics` and `intervals` keep the metrics that are known to be covered by epsilon,
 or by a budget of their own; `audit` keeps what is known to be measured without private images."""
 
+_SPLIT: Shape = {"split": field_kinds.name, "n": field_kinds.finite}
+_AUDIT: Shape = {
+    **dict.fromkeys(AUDIT, number),
+    "contradicted": field_kinds.flag,
+    "kind": field_kinds.name,
+    "noise_test": {
+        "accused_by": field_kinds.names,
+        "interval": field_kinds.interval,
+        "p_values": field_kinds.numbers,
+        ANY: field_kinds.plain,
+    },
+    "membership_inference": {
+        **dict.fromkeys(("members", "others", "draws", "confidence"), number),
+        ANY: {
+            "auc": number,
+            "auc_interval": field_kinds.interval,
+            "tpr_at_fpr": {
+                ANY: {"tpr": number, "interval": field_kinds.interval, "false_positives": number},
+            },
+            "roc": {"fpr": field_kinds.sequence, "tpr": field_kinds.sequence},
+        },
+    },
+}
+_RESULT: Mapping[str, Shape] = {
+    "metrics": field_kinds.numbers,
+    "intervals": {ANY: field_kinds.interval},
+    "reference": _SPLIT,
+    "tested_on": _SPLIT,
+    "real_baseline": {"distances": _SPLIT, "accuracy": _SPLIT},
+    **dict.fromkeys(("intervals_note", "n_note", "values"), field_kinds.sentence),
+    **dict.fromkeys(("n_samples", "n_before", "seed", "trainable_parameters"), number),
+    "trainable_parameters_by_component": field_kinds.numbers,
+    "classifiers": {ANY: {ANY: field_kinds.plain}},
+    "extractors": {ANY: {ANY: field_kinds.plain}},
+    "neighbours": {"precision, recall": number, "density, coverage": number},
+    "noise": {ANY: {ANY: number}},
+    "release": {"directions": number, "clipped_share": number, "noise_multiplier": number},
+    "audit": _AUDIT,
+    "seconds": {ANY: field_kinds.finite},
+    "peak_memory_bytes": field_kinds.finite,
+    "device": field_kinds.device,
+}
+
 PROVENANCE: Mapping[str, Why] = dict.fromkeys(
     ("git", "versions", "hardware", "seeds", "reproducible_noise"), Why.MACHINE
 )
 HARDWARE = ("system", "cpu", "gpu")
+_PROVENANCE: Mapping[str, Shape] = {
+    "git": {"sha": field_kinds.name, "dirty": field_kinds.name},
+    "versions": {ANY: field_kinds.words},
+    "hardware": dict.fromkeys(HARDWARE, field_kinds.sentence),
+    "seeds": {"public": number},
+    "reproducible_noise": field_kinds.flag,
+}
 
 KEPT_FIELDS: Mapping[str, Mapping[str, str]] = {
     "privacy.json": {},
@@ -256,15 +318,11 @@ def run_name(config: Config, overrides: Sequence[str]) -> str:
 def privacy(record: Mapping[str, Any]) -> dict[str, Any]:
     """What may leave of privacy.json. Raises UserError for a value of another kind than its field's."""
     public = _size_is_public(str(record.get("adjacency")))
-    number: Callable[[str, Any], Any] = field_kinds.number
-    shown = {
-        name: None if value is None else _KINDS.get(name, number)(name, value)
+    return {
+        name: field_kinds.shaped(name, value, _KINDS.get(name, number))
         for name, value in record.items()
         if name in PRIVACY and (public or PRIVACY[name] is not Why.SIZE)
     }
-    for name, value in (shown.get("release") or {}).items():
-        _check_plain(f"release.{name}", value)
-    return shown
 
 
 def is_released(record: Mapping[str, Any]) -> bool:
@@ -319,13 +377,16 @@ def result(
     Raises UserError for a value of another kind than its field's.
     """
     private = uncovered(record, public=public, released=released)
-    shown = {name: value for name, value in record.items() if name in RESULT}
-    if "seconds" in shown:
-        seconds = field_kinds.mapping("seconds", shown["seconds"])
-        shown["seconds"] = {k: coarse(field_kinds.finite(f"seconds.{k}", v)) for k, v in seconds.items()}
+    # What the record says is private is for `uncovered`; what leaves says it anew.
+    shown = {
+        name: field_kinds.shaped(name, value, _RESULT[name])
+        for name, value in record.items()
+        if name in _RESULT
+    }
+    if shown.get("seconds") is not None:
+        shown["seconds"] = {name: coarse(value) for name, value in shown["seconds"].items()}
     if shown.get("peak_memory_bytes") is not None:
-        memory = field_kinds.finite("peak_memory_bytes", shown["peak_memory_bytes"])
-        shown["peak_memory_bytes"] = power_of_two(int(memory))
+        shown["peak_memory_bytes"] = power_of_two(int(shown["peak_memory_bytes"]))
     note = UNCOVERED_NOTE if private else ""
     if with_uncovered:
         return {**shown, "private_metrics": private, "private_metrics_note": note}
@@ -366,12 +427,17 @@ def _audit(record: Mapping[str, Any]) -> dict[str, Any]:
     return {field_kinds.name("audit", name): value for name, value in found.items()}
 
 
-def row(record: Mapping[str, Any]) -> dict[str, Any]:
+def row(record: Mapping[str, Any], *, private_loss: bool) -> dict[str, Any]:
     """What may leave of a line of metrics.jsonl that a private stage wrote.
+
+    Args:
+        record: the line.
+        private_loss: the run reads the loss from its noised sums; a loss of any other run stays.
 
     Raises UserError for a value that is no number.
     """
-    shown = {name: field_kinds.number(name, value) for name, value in record.items() if name in ROWS}
+    known = [name for name in ROWS if private_loss or name != "private_loss"]
+    shown = {name: number(name, value) for name, value in record.items() if name in known}
     if record.get("stage") not in STAGES:
         raise UserError(f"stage: expected one of {', '.join(STAGES)}")
     return {"stage": record["stage"], **shown}
@@ -379,25 +445,14 @@ def row(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def provenance(record: Mapping[str, Any]) -> dict[str, Any]:
     """What may leave of provenance.json. Raises UserError for a value of another kind than its field's."""
-    shown = {name: value for name, value in record.items() if name in PROVENANCE}
-    if "hardware" in shown:
-        hardware = field_kinds.mapping("hardware", shown["hardware"])
-        shown["hardware"] = {name: hardware.get(name) for name in HARDWARE}
-        for name, value in shown["hardware"].items():
-            _check_plain(f"hardware.{name}", value)
+    shown = {
+        name: field_kinds.shaped(name, value, _PROVENANCE[name])
+        for name, value in record.items()
+        if name in PROVENANCE
+    }
+    if shown.get("hardware") is not None:
+        shown["hardware"] = dict.fromkeys(HARDWARE) | shown["hardware"]
     return shown
-
-
-def _check_plain(field: str, value: Any) -> None:
-    """Raises UserError unless the value is text, number, flag, nothing, or a mapping or list of these."""
-    if isinstance(value, Mapping):
-        for name, item in value.items():
-            _check_plain(f"{field}.{name}", item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            _check_plain(field, item)
-    elif value is not None and not isinstance(value, str | int | float):
-        raise UserError(f"{field}: expected numbers and words, found {type(value).__name__}")
 
 
 def coarse(seconds: float) -> float:

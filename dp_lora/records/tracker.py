@@ -172,10 +172,13 @@ class Tracker:
         mirror = self._mirror()
         if self._live:
             return
-        now = round(time.time())
+        now, loss = round(time.time()), self._config.tracking.private_loss
         for line, row in enumerate(read_lines(self._metrics)):
             if row["stage"] == stage:
-                numbers = {name: float(v) if v in _INFINITE else v for name, v in manifest.row(row).items()}
+                numbers = {
+                    name: float(v) if v in _INFINITE else v
+                    for name, v in manifest.row(row, private_loss=loss).items()
+                }
                 mirror.log(numbers, line, now)
 
     def privacy(self, record: Mapping[str, Any]) -> None:
