@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from dp_lora.errors import UserError
+from dp_lora.jobs.begun import begun, begun_by_all
 from dp_lora.jobs.image_index import ImageIndex
 from dp_lora.jobs.spending import (
-    begun,
-    begun_by_all,
     is_beside,
     ledger_beside,
     may_be_one_set,

@@ -21,9 +21,7 @@ What was once charged at the end of a training is never taken back, whatever the
 
 from __future__ import annotations
 
-import itertools
 import secrets
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
@@ -32,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from dp_lora.config.schema import Config
 from dp_lora.errors import UserError
+from dp_lora.jobs.begun import begun, progress_of
 from dp_lora.records.run_directory import OUTPUTS
 from dp_lora.storage.files import Damaged, check_writable, private_directory, read_json, write_json
 from dp_lora.training.receipts import (
@@ -476,45 +475,6 @@ def _runs(number: int) -> str:
     return f"{number} run{'s' * (number != 1)}"
 
 
-def begun(folder: Path) -> int:
-    """Number of executions that the write-ahead record in `folder` names."""
-    from dp_lora.privacy.executions import Executions
-
-    return Executions(folder / "executions.jsonl", {}, writes=False).count
-
-
-def begun_by_all(folders: Sequence[Path]) -> int:
-    """Number of executions that the records of several copies of one run name, each of them once.
-
-    The lines that two records begin with alike are one history; all others are different executions.
-    """
-    records = [_lines(folder) for folder in folders]
-    total = 0
-    for number, (folder, lines) in enumerate(zip(folders, records, strict=True)):
-        shared = max((_alike(lines, other) for other in records[:number]), default=0)
-        total += begun(folder) - _begun_in(lines[:shared])
-    return total
-
-
-def _alike(lines: Sequence[bytes], other: Sequence[bytes]) -> int:
-    """Number of lines with which both begin."""
-    return sum(
-        1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(lines, other, strict=False))
-    )
-
-
-def _begun_in(lines: Sequence[bytes]) -> int:
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "executions.jsonl").write_bytes(b"".join(line + b"\n" for line in lines))
-        return begun(Path(folder))
-
-
-def _lines(folder: Path) -> list[bytes]:
-    """The whole lines of the write-ahead record in `folder`."""
-    path = folder / "executions.jsonl"
-    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-
-
 def releases_of(folder: Path) -> list[dict[str, Any]]:
     """The releases on held-out images that were made in the run of the private `folder`, in their order."""
     path = folder / "releases.json"
@@ -538,9 +498,3 @@ def next_release(config: Config, folder: Path, images: ImageSplits) -> int:
     names = [charge.run for charge in account.books.of_run(account.receipt.run)]
     charged = [int(name.rpartition("-")[2]) for name in names if name != account.receipt.run]
     return max([used, *(number + 1 for number in charged)])
-
-
-def progress_of(folder: Path) -> int:
-    """Bytes of the write-ahead record in `folder`, which is only ever added to."""
-    path = folder / "executions.jsonl"
-    return path.stat().st_size if path.exists() else 0
