@@ -282,7 +282,7 @@ def _keyed(part: ImageSet, key: bytes) -> np.ndarray:
     """The keyed digests of the images that show something, uint64 [M]: HMAC-SHA256, its first eight bytes."""
     if part in _computed and _computed[part][0] == key:
         return _computed[part][1]
-    rows = digests(part)[~_plain(part.images)].tobytes()
+    rows = digests(part)[~plain(part.images)].tobytes()
     keyed = b"".join(
         hmac.digest(key, rows[at : at + SIZE], "sha256")[: _DTYPE.itemsize]
         for at in range(0, len(rows), SIZE)
@@ -292,7 +292,7 @@ def _keyed(part: ImageSet, key: bytes) -> np.ndarray:
     return found
 
 
-def _plain(images: np.ndarray) -> np.ndarray:
+def plain(images: np.ndarray) -> np.ndarray:
     """bool [N]: whether an image [C, H, W] has one colour."""
     plain = np.empty(len(images), bool)
     for first in range(0, len(images), 4096):

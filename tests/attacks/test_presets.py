@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from conftest import words
-from image_sets import pixels, write_folder
+from conftest import composed, words
+from image_sets import pixels, splits_of, write_folder
 
 from attacks.commands import FOLDER, dp_lora, state_of
+from dp_lora.config.schema import Config, DataConfig
+from dp_lora.errors import PrivateRefusal
+from dp_lora.jobs.apart import refuse_shared_images
 from dp_lora.privacy.ledger import Ledger, spent
 from dp_lora.storage.files import read_json, read_lines
 from dp_lora.training import finetune
@@ -105,3 +110,107 @@ def test_a_run_that_the_index_knows_by_a_ledger_alone_is_not_told_apart(place: P
     mine = write_folder(place.root / "mine", pixels(7, 24))
     assert dp_lora(*place.words("me", f"data.source={mine}", ledger=shared)) == 0
     assert dp_lora(*place.words("me", *AS_CELEBA, "seed=1", budget, ledger=shared)) == 2
+
+
+# Whose images they are
+
+
+AS_PUBLIC = {
+    "imagenet32": ("data=imagenet32",),
+    "imagenet64": ("data=imagenet64",),
+    "emnist_letters": ("data=emnist_letters",),
+    "letters read as a folder": ("data=letters", "data.name=imagefolder", "data.classes=null",
+                                 "data.train_size=null", "data.test_size=0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", AS_PUBLIC)
+def test_a_public_preset_makes_no_folder_public(preset: str, place: Place, capsys: Any) -> None:
+    sizes = ("data.image_size=8", "data.channels=1")
+    given = place.words("one", *AS_PUBLIC[preset], *sizes)
+    before = state_of(place.root)
+    assert dp_lora(*given) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "expected data.public=false" in line and "data.public=true" in line
+    assert str(place.images) not in line and state_of(place.root) == before
+
+
+def test_the_user_says_whether_images_under_a_public_preset_are_public(place: Place) -> None:
+    given = [*AS_PUBLIC["imagenet32"], "data.image_size=8", "data.channels=1"]
+    assert dp_lora(*place.words("said", *given, "data.public=true")) == 0
+    assert not (place.root / LEDGER).exists()
+    assert dp_lora(*place.words("not", *given, "data.public=false")) == 0
+    assert {line["set"] for line in read_lines(place.root / LEDGER)} == {"imagenet"}
+
+
+def test_public_presets_stand_for_themselves_where_nothing_is_named() -> None:
+    for preset in ("imagenet32", "imagenet64", "emnist_letters", "letters"):
+        assert composed(f"data={preset}").data.public is True
+        given = [] if preset == "letters" else ["public_data.source=/public"]
+        assert composed(f"data@public_data={preset}", *given).public_data.public is True
+
+
+# The public images of the pre-training
+
+
+AS_PUBLIC_IMAGES = (
+    "data@public_data=imagefolder", "public_data.public=true", "public_data.image_size=8",
+    "public_data.channels=1",
+)  # fmt: skip
+
+
+def the_folder(images: Path) -> Path:
+    return images
+
+
+def a_link(images: Path) -> Path:
+    (images.parent / "link").symlink_to(images)
+    return images.parent / "link"
+
+
+def around_it(images: Path) -> Path:
+    write_folder(images.parent / "around" / "others", pixels(8, 8))
+    images.rename(images.parent / "around" / "set")
+    images.symlink_to(images.parent / "around" / "set")
+    return images.parent / "around"
+
+
+def a_copy(images: Path) -> Path:
+    return Path(shutil.copytree(images, images.parent / "copy"))
+
+
+def links_of_a_few(images: Path) -> Path:
+    folder = write_folder(images.parent / "mixed", pixels(8, 8))
+    (folder / "c0" / "x.png").symlink_to(next((images / "c0").iterdir()))
+    return folder
+
+
+@pytest.mark.parametrize("act", [the_folder, a_link, around_it, a_copy, links_of_a_few])
+@pytest.mark.parametrize("stages", ["[finetune]", "[pretrain]"])
+def test_no_pre_training_on_the_private_images(
+    stages: str, act: Callable[[Path], Path], place: Place, capsys: Any
+) -> None:
+    if stages == "[pretrain]" and act in (a_copy, links_of_a_few):
+        pytest.skip("reads the public images alone")
+    source = act(place.images)
+    cache = place.root / "new_cache"
+    more = ["model.pretrain.unet_steps=1", "model.pretrain.autoencoder_steps=1", f"stages={stages}"]
+    given = place.words("one", *AS_PUBLIC_IMAGES, *more, f"public_data.source={source}")
+    assert dp_lora(*given, f"paths.cache={cache}") == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dp-lora")]
+    assert len(said) == 1 and said[0].startswith("dp-lora: public_data.source")
+    assert "private images" in said[0]
+    assert not list(cache.rglob("*.safetensors")) and not list(cache.rglob("metrics.jsonl"))
+    assert not list(place.root.glob("*.jsonl")) and not (place.root / "one").exists()
+
+
+def test_other_images_may_pre_train() -> None:
+    config = Config(data=DataConfig("imagefolder", source="/a"), public_data=DataConfig("letters"))
+    mine, yours = splits_of(pixels(1, 9)), splits_of(pixels(2, 9), public=True)
+    plain = splits_of(np.zeros((4, 1, 8, 8), np.uint8))
+    refuse_shared_images(config, yours, mine)
+    refuse_shared_images(config, plain, plain)
+    with pytest.raises(PrivateRefusal):
+        refuse_shared_images(config, splits_of(np.concatenate([pixels(2, 9), pixels(1, 1)])), mine)
+    config.data.public = True
+    refuse_shared_images(config, mine, mine)
