@@ -6,8 +6,6 @@ of those that a folder holds by mistake.
 
 from __future__ import annotations
 
-import numpy as np
-
 from dp_lora.config.schema import Config
 from dp_lora.data.digests import array_digests
 from dp_lora.data.sets import ImageSplits
@@ -49,8 +47,4 @@ def refuse_shared_images(config: Config, public: ImageSplits, private: ImageSpli
 
 def _digests(images: ImageSplits) -> set[bytes]:
     """Of all images that show something, in all roles."""
-    return {row.tobytes() for part in images for row in array_digests(_shown(part.images))}
-
-
-def _shown(images: np.ndarray) -> np.ndarray:
-    return images[~plain(images)]
+    return {row.tobytes() for part in images for row in array_digests(part.images[~plain(part.images)])}
