@@ -17,8 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from dp_lora.errors import UserError
+from dp_lora.jobs.begun import begun, begun_by_all
 from dp_lora.jobs.image_index import ImageIndex
-from dp_lora.jobs.spending import begun, begun_by_all, ledger_beside, private_set, releases_of
+from dp_lora.jobs.spending import (
+    is_beside,
+    ledger_beside,
+    may_be_one_set,
+    private_set,
+    releases_of,
+)
 from dp_lora.privacy.accounting import ADJACENCIES, MANY, composed
 from dp_lora.privacy.ledger import Charge, Ledger, spent, spent_adaptively
 from dp_lora.privacy.renyi import epsilon_of_divergences, least_budget, renyi_divergences
@@ -137,6 +144,12 @@ class _Run:
     """The private folder, where it can be read: it tells which steps and releases copies have in common."""
     index: Path | None = None
     """The user's index of images, which knows whether its images are in other sets too."""
+    place: Path | None = None
+    """The ledger that it was charged to, or would be by its settings."""
+    own: bool = False
+    """Whether its images are from a place that `data.source` names."""
+    beside: bool = False
+    """Whether its ledger lies beside them, so that all that is charged there is on one set."""
     copies: tuple[_Run, ...] = ()
     """The other copies of its directory, which may be charged to another ledger."""
 
@@ -168,11 +181,16 @@ def _by_shared_images(runs: Sequence[_Run]) -> list[_Run]:
     def top(name: str) -> str:
         return top(above[name]) if name in above else name
 
+    def join(owner: str, name: str) -> None:
+        if top(owner) != top(name):
+            above[top(owner)] = top(name)
+
     for run in runs:
         if run.charge.run in shared:
-            owner, name = top(run.owner), top(f"images {shared[run.charge.run]}")
-            if owner != name:
-                above[owner] = name
+            join(run.owner, f"images {shared[run.charge.run]}")
+        # Whatever preset read the images; in a ledger of several sets only the index could tell them apart.
+        if run.place is not None and (run.beside or (run.own and run.charge.run not in shared)):
+            join(run.owner, str(run.place))
     first: dict[str, str] = {}
     return [replace(run, owner=first.setdefault(top(run.owner), run.owner)) for run in runs]
 
@@ -284,7 +302,6 @@ def _ledgers(runs: Sequence[_Run], delta: float) -> dict[str, Any]:
     """What the ledgers of these runs say about their set; nothing where there is none to be seen."""
     counted = dict[tuple[str, str], Charge]()
     runs = [one for run in runs for one in (run, *run.copies)]
-    names = {run.charge.private_set for run in runs}
     paths = sorted({run.ledger for run in runs if run.ledger is not None and run.ledger.exists()})
     for path in paths:
         ledger = Ledger(path)
@@ -297,7 +314,9 @@ def _ledgers(runs: Sequence[_Run], delta: float) -> dict[str, Any]:
         # A copy that was charged to another ledger has the number of the run that it was copied from.
         place = str(path.resolve())
         counted.update(
-            ((place, c.run), c) for c in ledger.charges() if c.private_set in names and c.mechanism.steps
+            ((place, c.run), c)
+            for c in _on_these_images(ledger.charges(), runs, [run for run in runs if run.ledger == path])
+            if c.mechanism.steps
         )
     if not counted:
         return {}
@@ -307,6 +326,34 @@ def _ledgers(runs: Sequence[_Run], delta: float) -> dict[str, Any]:
         "ledger_epsilon": spent(list(counted.values()), delta).epsilon,
         "ledger_adaptive_epsilon": spent_adaptively(list(counted.values()), delta),
     }
+
+
+def _on_these_images(
+    charges: Sequence[Charge], runs: Sequence[_Run], charged: Sequence[_Run]
+) -> list[Charge]:
+    """Of the `charges` of a ledger those that are on the images of `runs`, or may be; `charged` are in it.
+
+    The same choice as `dp_lora.jobs.spending.Books` makes for a job.
+    """
+    if any(run.beside for run in charged):
+        return list(charges)
+    folders = {run.index for run in runs if run.index is not None}
+    seen = {
+        run: name for folder in folders for run, name in ImageIndex(folder).set_of_runs(seen=True).items()
+    }
+    here = {seen.get(run.charge.run) for run in runs}
+    # Where it is not known of a run which images it had, no other can be told from it.
+    apart = set() if None in here else {run for run, name in seen.items() if name not in here}
+    names = {run.charge.private_set for run in runs}
+    own = {run.charge.private_set for run in charged if run.own}
+    return [
+        c
+        for c in charges
+        if c.private_set in names
+        or (
+            c.run not in apart and any(may_be_one_set(name, c.private_set, own=name in own) for name in names)
+        )
+    ]
 
 
 def _read(directory: Path) -> _Run | None:
@@ -332,11 +379,15 @@ def _read_files(directory: Path) -> _Run | None:
             )
         return None
     receipt = read_receipt(checkpoint) if visible else None
-    config = _settings(directory) if receipt is None or not privacy else {}
+    config = _settings(directory)
     if receipt is None and config["data"]["public"]:
         return None
     name = private_set(config["data"]["name"]) if receipt is None else receipt.private_set
     ledger = Path(receipt.ledger) if receipt is not None and receipt.ledger is not None else None
+    source = config.get("data", {}).get("source")
+    place = ledger
+    if place is None and source is not None and Path(source).expanduser().exists():
+        place = ledger_beside(source)
     seeded = privacy["reproducible_noise"] if privacy else config["privacy"]["insecure_seed"] is not None
     mechanism = Mechanism(float(plan["noise_multiplier"]), float(plan["sample_rate"]), steps)
     return _Run(
@@ -350,6 +401,9 @@ def _read_files(directory: Path) -> _Run | None:
         ),
         releases=_releases(privacy),
         ledger=ledger,
+        place=place,
+        own=source is not None,
+        beside=place is not None and is_beside(place, source),
         digest=receipt.digest if receipt is not None else None,
         checkpoint=checkpoint if visible else None,
         index=Path(receipt.index) if receipt is not None and receipt.index is not None else None,

@@ -89,12 +89,17 @@ def spending(configs: Sequence[Config]) -> list[str]:
     >>> spending([Config(data=DataConfig(name="imagefolder"))] * 3)
     ['privacy on imagefolder: 3 runs at epsilon 10; if all are released, at most epsilon 30 at delta 3e-05']
     """
-    from dp_lora.jobs.spending import private_set
+    from dp_lora.jobs.spending import ledger_beside, private_set
 
     sets: dict[str, list[Config]] = {}
+    names: dict[Path, str] = {}
     for config in configs:
         if not config.data.public:
-            sets.setdefault(private_set(config.data.name), []).append(config)
+            name, source = private_set(config.data.name), config.data.source
+            if source is not None:
+                # One place is one set, whatever preset reads it.
+                name = names.setdefault(ledger_beside(source), name)
+            sets.setdefault(name, []).append(config)
     return [f"privacy on {name}: {_spent(mine)}" for name, mine in sets.items()]
 
 

@@ -14,8 +14,8 @@ from dp_lora.config.identity import fingerprint, pretrained_fingerprint
 from dp_lora.config.schema import Config, DataConfig, PathsConfig
 from dp_lora.data.sets import ImageSplits
 from dp_lora.errors import UserError
+from dp_lora.jobs.begun import begun_by_all
 from dp_lora.jobs.spending import (
-    begun_by_all,
     charge_release,
     charged,
     ledger_path,

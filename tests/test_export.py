@@ -24,7 +24,7 @@ from dp_lora.config.identity import PRIVATE_SETTINGS, readable
 from dp_lora.config.load import from_omegaconf
 from dp_lora.config.schema import Config
 from dp_lora.records import manifest
-from dp_lora.storage.files import read_json, write_json, write_lines
+from dp_lora.storage.files import append_line, read_json, write_json, write_lines
 
 Change = Callable[[Path], None]
 PLAN = {
@@ -156,6 +156,10 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "seeded": (
         lambda run: write_json(run / "privacy.json", {**PLAN, "reproducible_noise": True}),
         "no privacy guarantee",
+    ),
+    "more steps": (
+        lambda run: append_line(run / "metrics.jsonl", {"stage": "finetune", "step": 10**6, "epsilon": 1.0}),
+        "names step 1000000",
     ),
     "a stranger": (lambda run: (run / "adapter" / "batch.npz").touch(), "does not belong to an adapter"),
     "a link": (

@@ -282,6 +282,7 @@ def _write(run: _Run, folder: Path, *, with_uncovered: bool) -> None:
     with _named(source / "privacy.json"):
         write_json(folder / "privacy.json", manifest.privacy(run.privacy))
     rows = read_lines(source / "metrics.jsonl")
+    _check_steps(run, rows)
     with _named(source / "metrics.jsonl"):
         write_lines(
             folder / "metrics.jsonl",
@@ -304,6 +305,19 @@ def _write(run: _Run, folder: Path, *, with_uncovered: bool) -> None:
         with _named(source / "provenance.json"):
             write_json(folder / "provenance.json", manifest.provenance(record))
     assert {path.name for path in folder.iterdir()} <= manifest.FILES.keys()
+
+
+def _check_steps(run: _Run, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Refuses a run that has logged, and so released, a later step than its privacy.json counts."""
+    for row in rows:
+        step, counted = row.get("step"), run.privacy.get("steps")
+        if row.get("stage") != "finetune" or not isinstance(step, int) or not isinstance(counted, int):
+            continue
+        if step > counted:
+            raise UserError(
+                f"{run.directory / 'metrics.jsonl'}: names step {step} of the training, and privacy.json "
+                f"states {counted}: more was released than is stated; expected what the job wrote"
+            )
 
 
 @contextmanager

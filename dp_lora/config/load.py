@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ def from_omegaconf(composed: DictConfig) -> Config:
     # As plain values: merging one typed configuration into another lets unknown fields pass.
     plain = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(plain, dict)
+    _check_public(composed, plain)
     merged = OmegaConf.merge(_schema(), plain)
     missing = sorted(OmegaConf.missing_keys(merged))
     if missing:
@@ -34,6 +36,27 @@ def from_omegaconf(composed: DictConfig) -> Config:
     assert isinstance(config, Config)
     check(config)
     return config
+
+
+def _check_public(composed: DictConfig, plain: Mapping[Any, Any]) -> None:
+    """Refuses images of one's own that only a preset calls public: nothing would be charged for them.
+
+    Such a preset is an interpolation, so that it is told from the user's own word. In `public_data`, which
+    takes nothing else, and without a source it stands for itself.
+    """
+    data = plain.get("data")
+    if not isinstance(data, dict) or data.get("source") is None or data.get("public") is not True:
+        return
+    if OmegaConf.is_interpolation(composed.data, "public") and data.get("name") not in _WITHOUT_FILES:
+        raise UserError(
+            f"data.source with the preset of {data.get('name')}, which calls its images public, and cannot "
+            "know whose these are; expected data.public=false, which charges what is spent on them, or "
+            "data.public=true if anybody may see them"
+        )
+
+
+_WITHOUT_FILES = ("letters",)
+"""Sets that refuse any source, in a line of their own."""
 
 
 @functools.cache

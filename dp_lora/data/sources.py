@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dp_lora.config.schema import DataConfig
+from dp_lora.config.schema import DataConfig, PathsConfig
 from dp_lora.data import archives, folders, letters, tables
 from dp_lora.data.archives import Tree
 from dp_lora.data.digests import array_digests
@@ -96,6 +96,23 @@ def check_fields(data: DataConfig, field: str) -> None:
             _refuse_unread(data, field, ("resample",), f"{data.name} has the size asked for already")
     elif data.name in CHECKSUMS and data.source is None:
         _refuse_idx(data, field)
+
+
+def location(data: DataConfig, paths: PathsConfig) -> Path | None:
+    """The folder or file of this machine that the set is read from, links followed; else None."""
+    if data.name in _OWN_IMAGES:
+        return None
+    if data.source is not None:
+        place = Path(data.source).expanduser()
+    else:
+        place = Path(paths.data).expanduser() / _own_folder(data)
+    return place.resolve() if place.exists() else None
+
+
+def _own_folder(data: DataConfig) -> str:
+    """The name of the set's folder in `paths.data`."""
+    # ImageNet's archives of different sizes hold files of the same names.
+    return f"imagenet{data.image_size}" if data.name == "imagenet" else data.name
 
 
 def _refuse_unread(data: DataConfig, field: str, names: Sequence[str], why: str) -> None:
@@ -323,14 +340,12 @@ def _load_published(request: Request) -> Source:
     data, field = request.data, request.field
     spec = PUBLISHED[data.name]
     preprocessing = preprocessing_of(data, spec.resample, spec.crop)
-    # ImageNet's archives of different sizes hold files of the same names.
-    own = f"imagenet{data.image_size}" if data.name == "imagenet" else data.name
-    location = request.folder / own if data.source is None else Path(data.source).expanduser()
-    if location.exists():
-        return _found_at(location, request, preprocessing)
+    place = request.folder / _own_folder(data) if data.source is None else Path(data.source).expanduser()
+    if place.exists():
+        return _found_at(place, request, preprocessing)
     if data.source is None:
         hub = f", or give a data set of the hub: {field}.source={spec.hub}" if spec.hub else ""
-        raise UserError(f"{field}.source=null: no {location}; put {spec.files} there{hub}")
+        raise UserError(f"{field}.source=null: no {place}; put {spec.files} there{hub}")
     return tables.read_hub(data.source, request, preprocessing)
 
 

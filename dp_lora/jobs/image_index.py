@@ -101,6 +101,25 @@ class ImageIndex:
         with self._whole():
             return [_by_run(charge) for charge in self._ledger.charges()]
 
+    def apart(self, found: KnownSet) -> set[str]:
+        """The runs that the index has seen begin, on images that neither are nor meet those of `found`."""
+        together = self.together(found)
+        return {run for run, names in self._sets_seen().items() if not names & together}
+
+    def _sets_seen(self) -> dict[str, set[str]]:
+        """For each run that the index has seen begin all sets under which it has a charge of it.
+
+        A run that only stood in a ledger when another one was charged was entered for the other one's images,
+        and its own are not known.
+        """
+        found: dict[str, set[str]] = {}
+        with self._whole():
+            seen = {name.rpartition("@")[0] for name in self._ledger.self_charged()}
+            for charge in map(_by_run, self._ledger.charges()):
+                if charge.run in seen:
+                    found.setdefault(charge.run, set()).add(charge.private_set)
+        return found
+
     def check(self, turn: Turn) -> str | None:
         """As `Ledger.check`; a run that the index does not know may go on."""
         with self._whole():
@@ -115,14 +134,19 @@ class ImageIndex:
         """As `Ledger.mark`."""
         return self._ledger.mark(owner)
 
-    def set_of_runs(self) -> dict[str, str]:
-        """For each run that was charged a name that it shares with all runs on images that meet its own."""
+    def set_of_runs(self, *, seen: bool = False) -> dict[str, str]:
+        """For each run that was charged a name that it shares with all runs on images that meet its own.
+
+        seen: of those runs alone that the index has seen begin, so that it knows their images.
+        """
         if self._is_new():
             return {}
         neighbours, names = self._neighbours(), dict[str, str]()
         for name in sorted(neighbours):
             for reached in _reached(name, neighbours):
                 names.setdefault(reached, name)
+        if seen:
+            return {run: names[min(own)] for run, own in self._sets_seen().items()}
         return {charge.run: names[charge.private_set] for charge in self.charges()}
 
     def enter(
@@ -258,7 +282,7 @@ def _keyed(part: ImageSet, key: bytes) -> np.ndarray:
     """The keyed digests of the images that show something, uint64 [M]: HMAC-SHA256, its first eight bytes."""
     if part in _computed and _computed[part][0] == key:
         return _computed[part][1]
-    rows = digests(part)[~_plain(part.images)].tobytes()
+    rows = digests(part)[~plain(part.images)].tobytes()
     keyed = b"".join(
         hmac.digest(key, rows[at : at + SIZE], "sha256")[: _DTYPE.itemsize]
         for at in range(0, len(rows), SIZE)
@@ -268,7 +292,7 @@ def _keyed(part: ImageSet, key: bytes) -> np.ndarray:
     return found
 
 
-def _plain(images: np.ndarray) -> np.ndarray:
+def plain(images: np.ndarray) -> np.ndarray:
     """bool [N]: whether an image [C, H, W] has one colour."""
     plain = np.empty(len(images), bool)
     for first in range(0, len(images), 4096):

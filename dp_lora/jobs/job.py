@@ -68,11 +68,13 @@ def prepare(config: Config, directory: Path) -> Job:
     Raises UserError.
     """
     from dp_lora.data import sets
+    from dp_lora.jobs.apart import refuse_one_place
     from dp_lora.jobs.settings import check_settings
 
     _check_directory(config, directory)
     wandb_mode(config.tracking.wandb)
     check_settings(config)
+    refuse_one_place(config)
     images = sets.load(config.data, config.paths)
     check_content(images, directory)
     if "finetune" in config.stages and not (directory / OUTPUTS["finetune"]).exists():
@@ -84,7 +86,7 @@ def prepare(config: Config, directory: Path) -> Job:
     _check_model(config, images)
     _check_stages(config, directory)
     _check_evaluation(config, images)
-    folder = pretrained_model(config)
+    folder = pretrained_model(config, private=images)
     return Job(config, directory, images, plan, folder, device, {})
 
 
@@ -255,7 +257,7 @@ def _check_evaluation(config: Config, images: ImageSplits) -> None:
         release.check(config, images)
 
 
-def pretrained_model(config: Config, *, again: bool = False) -> Path:
+def pretrained_model(config: Config, *, again: bool = False, private: ImageSplits | None = None) -> Path:
     """The folder of the pre-trained model, made first if nobody has: once, for all jobs that wait for it.
 
     Every process of the job has to ask, since they make it together.
@@ -263,19 +265,25 @@ def pretrained_model(config: Config, *, again: bool = False) -> Path:
     Args:
         config: `model.pretrained` names one, or `model` and `public_data` say how it is made.
         again: make it even if `model.pretrained` names one: what stages=[pretrain] asks for.
+        private: images that must not be among those that it is made from, where they are at hand.
+
+    Raises UserError when it would be made from private images.
     """
+    from dp_lora.jobs.apart import refuse_one_place
     from dp_lora.models.folders import find
+
+    refuse_one_place(config)
 
     if config.model.pretrained is not None and not again:
         return find(config.model.pretrained)
     models = Path(config.paths.cache).expanduser() / "models"
     folder = models / f"{config.model.name}-{pretrained_fingerprint(config)}"
     if agreed(not folder.exists()):
-        _pretrain_once(config, folder)
+        _pretrain_once(config, folder, private)
     return folder
 
 
-def _pretrain_once(config: Config, folder: Path) -> None:
+def _pretrain_once(config: Config, folder: Path, private: ImageSplits | None) -> None:
     """Makes `folder`, by one job at a time; the processes of a job do it together."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = folder.with_name(f"{folder.name}.lock")
@@ -283,17 +291,20 @@ def _pretrain_once(config: Config, folder: Path) -> None:
         if rank() == 0:
             stack.enter_context(file_lock(lock, waiting=lambda: say(f"waiting for {folder}")))
         if agreed(not folder.exists()):
-            _pretrain(config, folder)
+            _pretrain(config, folder, private)
             if rank() == 0:
                 say(f"pre-trained model: {folder}")
 
 
-def _pretrain(config: Config, folder: Path) -> None:
+def _pretrain(config: Config, folder: Path, private: ImageSplits | None) -> None:
     from dp_lora.data import sets
+    from dp_lora.jobs.apart import refuse_shared_images
     from dp_lora.training.pretrain import pretrain
 
     images = sets.load(config.public_data, config.paths, "public_data")
     sets.refuse_flat(images.train, "public_data")
+    if private is not None:
+        refuse_shared_images(config, images, private)
     work = folder.with_name(folder.name + ".partial")
     work.mkdir(exist_ok=True)
 

@@ -2,9 +2,14 @@
 
 The ledger lies beside the data: `privacy_ledger.jsonl` in `paths.data` for the published sets, and for a
 folder or file that `data.source` names `<its name>.privacy_ledger.jsonl` next to it. `paths.ledger` names
-another file. Public data is not charged. The same charges stand in the user's index of images
-(`dp_lora.jobs.image_index`), which knows a set again wherever it lies and adds what was spent on sets that
-share images with it.
+another file. Public data is not charged.
+
+Of a ledger beside `data.source` every line counts, whatever its set is called there: a preset says how files
+are read, not whose images they are. In a ledger of several sets the public names tell published sets apart;
+images of one's own may be any of them, so that only the index can.
+
+The same charges stand in the user's index of images (`dp_lora.jobs.image_index`), which knows a set again
+wherever it lies and adds what was spent on sets that share images with it.
 
 A run keeps a receipt, which names its last start or end by a random nonce. The receipt is written before the
 index, the index before the ledger, and the ledger before anything is drawn, so one of two copies of a run is
@@ -16,9 +21,7 @@ What was once charged at the end of a training is never taken back, whatever the
 
 from __future__ import annotations
 
-import itertools
 import secrets
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
@@ -27,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from dp_lora.config.schema import Config
 from dp_lora.errors import UserError
+from dp_lora.jobs.begun import begun, progress_of
 from dp_lora.records.run_directory import OUTPUTS
 from dp_lora.storage.files import Damaged, check_writable, private_directory, read_json, write_json
 from dp_lora.training.receipts import (
@@ -83,6 +87,27 @@ def ledger_beside(source: str) -> Path:
     return path.with_name(f"{path.name}.{NAME}")
 
 
+def is_beside(path: Path, source: str | None) -> bool:
+    """Whether the ledger `path` is the one next to `source`, so that all its lines are on one set."""
+    return source is not None and path.resolve() == ledger_beside(source)
+
+
+OWN = "imagefolder"
+"""The name under which images of one's own are charged that no published set's preset reads."""
+
+
+def may_be_one_set(one: str, other: str, *, own: bool) -> bool:
+    """Whether charges of two names in one ledger may be on the same images.
+
+    Of published sets the names tell. Images of one's own can be read by the preset of any set, and so can
+    those of `OWN`. own: whether those of `one` are.
+
+    >>> may_be_one_set("mnist", "cifar10", own=False), may_be_one_set("celeba", "cifar10", own=True)
+    (False, True)
+    """
+    return own or one == other or OWN in (one, other)
+
+
 def charge_of(config: Config, plan: PrivacyPlan, run: str) -> Charge:
     """What the whole plan costs."""
     from dp_lora.privacy.ledger import Charge
@@ -123,7 +148,7 @@ def admit(config: Config, mine: Charge, others: Sequence[Charge]) -> None:
     """
     from dp_lora.privacy.ledger import fits, smallest_delta, spent_adaptively
 
-    budget, others = config.privacy.budget_epsilon, [c for c in others if c.private_set == mine.private_set]
+    budget = config.privacy.budget_epsilon
     if budget is None or fits(mine, others, budget):
         return
     delta, path = smallest_delta(mine, others), ledger_path(config)
@@ -152,12 +177,18 @@ class Books:
         self.ledger: Ledger = Ledger(ledger_path(config))
         place = default_folder() if given is None else Path(given).expanduser().absolute()
         self.index: ImageIndex = ImageIndex(place)
+        # Whether all lines of the ledger are on these images.
+        self.one_set = is_beside(self.ledger.path, config.data.source)
 
     def others(self, mine: Charge) -> list[Charge]:
         """What all other runs spent on the set of `mine`, and on sets that share images with it."""
-        own = [c for c in self.ledger.charges() if c.private_set == mine.private_set and c.run != mine.run]
         found = self.index.find(self.images)
+        own = self._on_these_images(mine, self.ledger.charges(), found)
         return [] if found is None and not own else self._together(mine, own, self.index.charges(), found)
+
+    def in_ledger(self, mine: Charge) -> list[Charge]:
+        """Of `others` those that stand in the ledger."""
+        return self._on_these_images(mine, self.ledger.charges(), self.index.find(self.images))
 
     def enter(self, charge: Charge, known: str | None, turn: Turn, *, admitted: bool) -> str:
         """Enters `charge` in both, on disk before this returns; the rest is as in `Ledger.enter`.
@@ -167,7 +198,9 @@ class Books:
         """
         found = self.index.register(self.images)
 
-        def ask(others: Sequence[Charge]) -> None:
+        def ask(in_ledger: Sequence[Charge]) -> None:
+            others = self._on_these_images(charge, in_ledger, found)
+
             def ask_both(indexed: Sequence[Charge]) -> None:
                 if not admitted:
                     admit(self.config, charge, self._together(charge, others, indexed, found))
@@ -192,6 +225,25 @@ class Books:
         """Notes in both how far the run has come; see `Mark.note`."""
         for one in (self.index, self.ledger):
             one.mark(turn.owner).note(turn.nonce, progress)
+
+    def _on_these_images(
+        self, mine: Charge, charges: Sequence[Charge], found: KnownSet | None
+    ) -> list[Charge]:
+        """Of `charges` in the ledger those of other runs that are on the images of `mine`, or may be.
+
+        In a ledger of several sets, those of another name are left out that the index has seen begin on
+        other images.
+        """
+        others = [charge for charge in charges if charge.run != mine.run]
+        if self.one_set:
+            return others
+        own, name = self.config.data.source is not None, mine.private_set
+        apart: set[str] = set() if found is None else self.index.apart(found)
+        return [
+            c
+            for c in others
+            if c.private_set == name or (c.run not in apart and may_be_one_set(name, c.private_set, own=own))
+        ]
 
     def _together(
         self, mine: Charge, others: Sequence[Charge], indexed: Sequence[Charge], found: KnownSet | None
@@ -403,7 +455,7 @@ def line_of_all_runs(config: Config, delta: float, images: ImageSplits) -> str |
     try:
         books = Books(config, images)
         charges = [c for c in books.others(nobody) if c.mechanism.steps]
-        alone = sum(c.private_set == name and c.mechanism.steps > 0 for c in books.ledger.charges())
+        alone = sum(c.mechanism.steps > 0 for c in books.in_ledger(nobody))
     except UserError as error:
         return str(error)
     if len(charges) < 2:
@@ -421,45 +473,6 @@ def line_of_all_runs(config: Config, delta: float, images: ImageSplits) -> str |
 
 def _runs(number: int) -> str:
     return f"{number} run{'s' * (number != 1)}"
-
-
-def begun(folder: Path) -> int:
-    """Number of executions that the write-ahead record in `folder` names."""
-    from dp_lora.privacy.executions import Executions
-
-    return Executions(folder / "executions.jsonl", {}, writes=False).count
-
-
-def begun_by_all(folders: Sequence[Path]) -> int:
-    """Number of executions that the records of several copies of one run name, each of them once.
-
-    The lines that two records begin with alike are one history; all others are different executions.
-    """
-    records = [_lines(folder) for folder in folders]
-    total = 0
-    for number, (folder, lines) in enumerate(zip(folders, records, strict=True)):
-        shared = max((_alike(lines, other) for other in records[:number]), default=0)
-        total += begun(folder) - _begun_in(lines[:shared])
-    return total
-
-
-def _alike(lines: Sequence[bytes], other: Sequence[bytes]) -> int:
-    """Number of lines with which both begin."""
-    return sum(
-        1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(lines, other, strict=False))
-    )
-
-
-def _begun_in(lines: Sequence[bytes]) -> int:
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "executions.jsonl").write_bytes(b"".join(line + b"\n" for line in lines))
-        return begun(Path(folder))
-
-
-def _lines(folder: Path) -> list[bytes]:
-    """The whole lines of the write-ahead record in `folder`."""
-    path = folder / "executions.jsonl"
-    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
 
 
 def releases_of(folder: Path) -> list[dict[str, Any]]:
@@ -485,9 +498,3 @@ def next_release(config: Config, folder: Path, images: ImageSplits) -> int:
     names = [charge.run for charge in account.books.of_run(account.receipt.run)]
     charged = [int(name.rpartition("-")[2]) for name in names if name != account.receipt.run]
     return max([used, *(number + 1 for number in charged)])
-
-
-def progress_of(folder: Path) -> int:
-    """Bytes of the write-ahead record in `folder`, which is only ever added to."""
-    path = folder / "executions.jsonl"
-    return path.stat().st_size if path.exists() else 0

@@ -113,6 +113,18 @@ class Executions:
             states = {_after(name, self._sums[name]) for name in begun if name in self._sums}
         return step - first
 
+    def lead_to(self, finished: int, lineage: str) -> bool:
+        """Whether a state of `lineage` behind `finished` steps came of executions that are on record.
+
+        What an earlier version began has no sums; its lineages are the names of the executions themselves.
+        """
+        if not finished:
+            return lineage == ORIGIN
+        if not all(self._begun.get(step) for step in range(finished)):
+            return False
+        last = self._begun[finished - 1]
+        return lineage in [_after(name, self._sums[name]) if name in self._sums else name for name in last]
+
     def begin(self, step: int, lineage: str) -> Execution:
         """Records that `step` begins from a state of `lineage`, on disk before it returns.
 

@@ -161,6 +161,10 @@ class Ledger:
         """Of all lines."""
         return {entry["digest"] for entry in self._entries()}
 
+    def self_charged(self) -> set[str]:
+        """The runs of lines that a start or an end of theirs wrote, not somebody who only knew of them."""
+        return {entry["run"] for entry in self._entries() if "owner" in entry}
+
     def check(self, turn: Turn) -> str | None:
         """The last nonce of the run, None where it has none; raises Superseded unless `turn` follows it."""
         return self._check(turn, self._entries())
@@ -192,8 +196,8 @@ class Ledger:
 
         Args:
             charge: of a run that is about to begin or go on, or that has ended.
-            admit: called with the charges of all other runs on the set while nobody else can write; what it
-                raises is raised, and nothing is written.
+            admit: called with the charges of all other runs, whatever their sets are called, while nobody
+                else can write; what it raises is raised, and nothing is written.
             known: digest of an earlier line of the run, which must still be there.
             turn: the start or end that this charge belongs to; it is written even if the charge is not new.
 
@@ -209,7 +213,7 @@ class Ledger:
             if turn is not None:
                 self._check(turn, entries)
             charges = _in_force(entries)
-            admit([c for c in charges if c.private_set == charge.private_set and c.run != charge.run])
+            admit([c for c in charges if c.run != charge.run])
             if turn is None and charge in charges:
                 return str(next(e["digest"] for e in reversed(entries) if e["run"] == charge.run))
             previous = entries[-1]["digest"] if entries else ""

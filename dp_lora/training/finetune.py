@@ -44,7 +44,7 @@ from dp_lora.training.divergence import Watch
 from dp_lora.training.loop import Checkpoint, learning_rate, resume, run_steps
 from dp_lora.training.numerics import digest, numerics
 from dp_lora.training.processes import agreed, everyone, largest
-from dp_lora.training.receipts import PLAN, check_same_plan
+from dp_lora.training.receipts import PLAN, check_begun, check_lineage, check_same_plan
 
 _BFLOAT16_TOLERANCE = 0.1
 """Relative error of a gradient in bfloat16, whose numbers have eight bits."""
@@ -269,7 +269,7 @@ class PrivateStep:
         for parameter, value in zip(own, saved, strict=True):
             parameter.data.copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.lineage = state["lineage"]
+        self.lineage = str(state.get("lineage"))  # `check_lineage` knows no such one as None
 
 
 def finetune(
@@ -324,6 +324,7 @@ def finetune(
     watch = _watch(config, step)
     checkpoint = Checkpoint(folder, config.train.checkpoint_minutes, writes=first)
     finished = resume(step, checkpoint)
+    check_lineage(executions, finished, step.lineage, folder)
     total = steps_to_finish(plan, executions, finished, step.lineage)
     if first:
         started(finished)
@@ -368,6 +369,7 @@ def _opened(
     if first:
         private_directory(folder)
         _same_plan(plan, folder)
+        check_begun(folder)
         run_key(config, folder)
     if dist.is_initialized():
         dist.barrier()

@@ -12,6 +12,7 @@ from dp_lora.errors import UserError
 from dp_lora.storage.files import Damaged, read_json
 
 if TYPE_CHECKING:
+    from dp_lora.privacy.executions import Executions
     from dp_lora.privacy.ledger import Charge
     from dp_lora.privacy.plan import PrivacyPlan
 
@@ -105,18 +106,62 @@ def _told(charge: Charge) -> str:
     return f"noise multiplier {noise:g}, sample rate {rate:g}{'' if charge.private else ', no privacy'}"
 
 
+def check_begun(folder: Path) -> None:
+    """Raises UserError when the private `folder` holds what only begun steps leave, and no record of them."""
+    record = folder / "executions.jsonl"
+    left = next((name for name in ("state.pt", "finished") if (folder / name).exists()), None)
+    if left is not None and (not record.exists() or not record.stat().st_size):
+        raise UserError(
+            f"{record}: is not there or empty, and {left} beside it is of steps that were begun: they would "
+            f"be released and not counted. Bring it back; or remove {folder}: the same command then begins a "
+            "new run, charged in full"
+        )
+
+
+def check_lineage(executions: Executions, finished: int, lineage: str, folder: Path) -> None:
+    """Raises UserError unless `executions` are on record that led to the state of the private `folder`.
+
+    Args:
+        executions: the record.
+        finished: number of steps behind the state.
+        lineage: of the state.
+        folder: where both lie.
+    """
+    if not executions.lead_to(finished, lineage):
+        raise UserError(
+            f"{folder / 'state.pt'}: the {finished} steps that led to it are not in the executions.jsonl "
+            "beside it: it is of another run or version, or the record was cut, and they would be released "
+            f"and not counted. Bring back what belongs together; or remove {folder}: the same command then "
+            "begins a new run, charged in full"
+        )
+
+
 def check_record(begun: int, settled: int, folder: Path) -> None:
-    """Raises UserError when the record in `folder` names fewer executions than at an earlier end of the run.
+    """Raises UserError when the record in `folder` names fewer executions than the run had begun before.
+
+    That is what an earlier end of it left in ledger and index, what its privacy.json states, and at least
+    one where there is a state (`check_begun`).
 
     Args:
         begun: the executions that it names.
         settled: those that were on record at that end, by ledger and index.
         folder: the run's private `checkpoint/`.
     """
+    check_begun(folder)
     if begun < settled:
         raise UserError(
             f"{folder / 'executions.jsonl'}: names {begun} executions, and this run ended with at least "
             f"{settled} by its ledger: the record was removed or cut, and what is begun without it would not "
             f"be charged. Bring it back; or remove {folder}: the same command then begins a new run, charged "
             "in full"
+        )
+    path = folder.parent / "privacy.json"
+    found = read_json(path) if path.exists() else {}
+    stated = found.get("steps", 0) if isinstance(found, dict) else 0
+    # A directory whose `checkpoint/` was removed begins a new run, whose privacy.json is another one.
+    if (folder / PLAN).exists() and isinstance(stated, int) and begun < stated:
+        raise UserError(
+            f"{folder / 'executions.jsonl'}: names {begun} executions, and {path.name} states {stated}: the "
+            f"record was removed or cut, and what was begun would not be counted. Bring it back; or remove "
+            f"{folder}: the same command then begins a new run, charged in full"
         )

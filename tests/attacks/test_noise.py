@@ -21,7 +21,7 @@ from conftest import composed, words
 
 from dp_lora.config.schema import Config
 from dp_lora.jobs import stages
-from dp_lora.jobs.spending import begun
+from dp_lora.jobs.begun import begun
 from dp_lora.privacy.mechanism import noised_mean
 from dp_lora.privacy.randomness import Randomness
 from dp_lora.storage.files import read_json, read_lines

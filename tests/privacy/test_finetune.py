@@ -30,7 +30,7 @@ from dp_lora.data.sets import ImageSet, ImageSplits
 from dp_lora.errors import UserError
 from dp_lora.jobs import job as jobs
 from dp_lora.jobs import stages
-from dp_lora.jobs.spending import begun
+from dp_lora.jobs.begun import begun
 from dp_lora.models import adapters, latents
 from dp_lora.models.folders import LatentDiffusion, load
 from dp_lora.models.latents import Latents

@@ -17,7 +17,7 @@ from conftest import composed
 
 from dp_lora.data.sets import ImageSplits
 from dp_lora.errors import UserError
-from dp_lora.jobs.spending import begun
+from dp_lora.jobs.begun import begun
 from dp_lora.privacy import executions
 from dp_lora.privacy.executions import Executions
 from dp_lora.privacy.mechanism import all_reduced

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from dp_lora.jobs.spending import begun
+from dp_lora.jobs.begun import begun
 from dp_lora.storage.files import read_json, read_lines
 from slurm.conftest import Start, Sweep, run, until
 from slurm.quiet import REAL, STEPS, Quiet, released, twin

@@ -1,0 +1,50 @@
+"""Whether the public images of the pre-training are apart from the private ones, which it must not see.
+
+What is pre-trained has no privacy, and whoever calls images public says so of the images that were named, not
+of those that a folder holds by mistake.
+"""
+
+from __future__ import annotations
+
+from dp_lora.config.schema import Config
+from dp_lora.data.digests import array_digests
+from dp_lora.data.sets import ImageSplits
+from dp_lora.data.sources import location
+from dp_lora.errors import PrivateRefusal, UserError
+from dp_lora.jobs.image_index import plain
+
+WAY_OUT = "pre-training has no privacy; expected other images, or data.public=true if anybody may see these"
+
+
+def refuse_one_place(config: Config) -> None:
+    """Raises UserError when private and public images are read from one place, or one inside of the other."""
+    if config.data.public:
+        return
+    private, public = (location(data, config.paths) for data in (config.data, config.public_data))
+    if private is None or public is None:
+        return
+    if private.is_relative_to(public) or public.is_relative_to(private):
+        raise UserError(
+            f"public_data.source with public_data={config.public_data.name}: names the place of the private "
+            f"images (data.source), or one of the two lies in the other: {WAY_OUT}"
+        )
+
+
+def refuse_shared_images(config: Config, public: ImageSplits, private: ImageSplits) -> None:
+    """Raises PrivateRefusal when a private image is among the public ones that are about to be trained on.
+
+    As prepared for the model, so an image that the two presets resize in two ways is not recognised; images
+    of one colour identify nobody. Two published sets are what they are, and are not compared.
+    """
+    if config.data.public or (config.data.source is None and config.public_data.source is None):
+        return
+    shared = len(_digests(public) & _digests(private))
+    if shared:
+        raise PrivateRefusal(
+            f"public_data.source: {shared} of the private images are among the public ones: {WAY_OUT}"
+        )
+
+
+def _digests(images: ImageSplits) -> set[bytes]:
+    """Of all images that show something, in all roles."""
+    return {row.tobytes() for part in images for row in array_digests(part.images[~plain(part.images)])}
