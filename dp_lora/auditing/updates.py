@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -99,7 +99,7 @@ class Followed:
         self._optimizer.load_state_dict(copy.deepcopy(self.step.optimizer.state_dict()))
 
 
-def _equal(some: list[Tensor], others: list[Tensor]) -> bool:
+def _equal(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
     """Whether all values are the same; what is no number equals what is none."""
     return all(
         bool(((one == other) | (one.isnan() & other.isnan())).all())
