@@ -21,7 +21,18 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.linear_audit import DEFECTS, FACTORS, correct, judge, noise_times, plan_of, silent, train
+from benchmarks.linear_audit import (
+    ALONE,
+    DEFECTS,
+    FACTORS,
+    MICROBATCH,
+    correct,
+    judge,
+    noise_times,
+    plan_of,
+    silent,
+    train,
+)
 from dp_lora.privacy.plan import PrivacyPlan
 from dp_lora.privacy.randomness import Randomness
 from dp_lora.records.provenance import hardware
@@ -69,7 +80,7 @@ def measure(name: str, engine: str, index: int, together: int) -> dict[str, obje
     plan = setting.plan(4 if "draws" in engine else 1)
     key = Randomness.from_seed(index).derive(f"{name} {engine}")
     with ENGINES[engine]():
-        trained = train(plan, together, setting.canaries, key, setting.empty)
+        trained = train(plan, together, setting.canaries, key, setting.empty, MICROBATCH.get(engine))
         steps = [silent(plan, setting.canaries, key.derive(str(i)), setting.empty) for i in range(together)]
     found = [judge(one, plan, own) for one, own in zip(trained, steps, strict=True)]
     return {
@@ -96,7 +107,7 @@ def run(names: Sequence[str], engines: Sequence[str], audits: int, defect_audits
             while defective(engine, PLANS[name]) and done[name, engine] < wanted:
                 # The audits done so far name the key, so that no audit is made twice.
                 # Whole batches of all audits together would take much longer.
-                together = 5 if whole else PLANS[name].together
+                together = 1 if engine in ALONE else 5 if whole else PLANS[name].together
                 append_line(results, measure(name, engine, done[name, engine], together))
                 done[name, engine] += together
 

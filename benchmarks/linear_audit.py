@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from dp_lora.auditing import bounds
 from dp_lora.auditing.canaries import EMPTY, Trained, Watch, coins, released_noise
-from dp_lora.auditing.noise_tests import Verdict
+from dp_lora.auditing.noise_tests import Verdict, together
+from dp_lora.auditing.updates import Followed
 from dp_lora.config.schema import TrainConfig
 from dp_lora.models.latents import Latents
 from dp_lora.privacy.executions import Executions
@@ -64,19 +65,22 @@ class LinearModel(nn.Module):
     Args:
         canaries: [m], the flat coordinate of each canary in the training.
         coordinates: number of them in all.
+        order: [m + bystanders], of the examples; by default the bystanders come last.
     """
 
-    def __init__(self, canaries: Tensor, coordinates: int) -> None:
+    def __init__(self, canaries: Tensor, coordinates: int, order: Tensor | None = None) -> None:
         super().__init__()
         columns = math.isqrt(coordinates - 1) + 1
         self.table = nn.Linear(columns, -(-coordinates // columns), bias=False)
         self.shared = nn.Linear(_FEATURES, _FEATURES, bias=False)
         nn.init.zeros_(self.table.weight)
-        self.canaries = canaries
+        self.canaries, self.order = canaries, order
         self.features = torch.randn(_BYSTANDERS, _FEATURES, generator=torch.Generator().manual_seed(0))
 
     def losses(self, indices: Tensor, k: int) -> Tensor:
-        """[M, k]: the loss of each draw; examples from `len(canaries)` on are bystanders."""
+        """[M, k]: the loss of each draw; in order, examples from `len(canaries)` on are bystanders."""
+        if self.order is not None:
+            indices = self.order[indices]
         indices = indices.repeat_interleave(k)
         rows, columns = self.table.weight.shape
         own = (indices < len(self.canaries)).float()[:, None]
@@ -98,13 +102,25 @@ class LinearStep(finetune.PrivateStep):
 
 
 def train(
-    plan: PrivacyPlan, audits: int, canaries: int, key: Randomness, empty: int = EMPTY
+    plan: PrivacyPlan,
+    audits: int,
+    canaries: int,
+    key: Randomness,
+    empty: int = EMPTY,
+    microbatch: int | None = None,
 ) -> list[Trained]:
-    """What the auditors of `audits` audits of `canaries` canaries each know after one training."""
+    """What the auditors of `audits` audits of `canaries` canaries each know after one training.
+
+    By default a microbatch holds nearly all batches.
+    """
     included, width = coins(key, audits * canaries), canaries + empty
     number = torch.from_numpy(np.flatnonzero(included))
-    model = LinearModel(number // canaries * width + number % canaries, audits * width)
     examples = len(number) + _BYSTANDERS
+    order = torch.from_numpy(np.argsort(key.bits64("order", 0, range(examples))[:, 0]))
+    model = LinearModel(number // canaries * width + number % canaries, audits * width, order)
+    if microbatch is None:
+        most = min(1024, max(256, int(1.2 * plan.sample_rate * examples)))
+        microbatch = 256 if plan.noise_multiplicity > 1 else most
     watches = [Watch(plan, part, empty) for part in included.reshape(audits, canaries)]
     with tempfile.TemporaryDirectory() as folder:
         step = LinearStep(
@@ -114,9 +130,7 @@ def train(
             replace(plan, num_examples=examples),
             key,
             TrainConfig(),
-            256
-            if plan.noise_multiplicity > 1
-            else min(1024, max(256, int(1.2 * plan.sample_rate * examples))),
+            microbatch,
             Executions(Path(folder) / "executions.jsonl", {}),
         )
 
@@ -127,10 +141,14 @@ def train(
             for watch, part in zip(watches, values.reshape(audits, width), strict=True):
                 watch.add(part)
 
+        followed = Followed(step)
         step.optimizer.register_step_pre_hook(see)
         for index in range(plan.steps):
-            step(index)
-    return [watch.trained() for watch in watches]
+            followed(index)
+        followed.release()
+    checks = followed.p_values()
+    found = [watch.trained() for watch in watches]
+    return [replace(one, checks={**one.checks, **checks}) for one in found]
 
 
 def silent(plan: PrivacyPlan, canaries: int, key: Randomness, empty: int = EMPTY) -> dict[str, float]:
@@ -170,7 +188,7 @@ def judge(
     """The verdicts of `dp-lora-audit`, without the logged update norms of a run."""
     assert trained.noise is not None
     each = 1 - (1 - confidence) / 2
-    verdict = Verdict({**trained.noise.p_values(), **silent})
+    verdict = Verdict(together(trained.p_values(), silent))
     at = bounds.thresholds(plan.mechanism, trained.noise_factor)
     outcomes = [bounds.Outcome.of(trained.scores, trained.included, threshold) for threshold in at]
     # What `one_run` would find is above the claim if and only if the claim is refuted.
@@ -296,6 +314,80 @@ def _wrapped(step: int, noise: Tensor, before: list[Tensor]) -> Tensor:
     return noise[torch.arange(len(noise)) % 300]
 
 
+def padding_counts() -> AbstractContextManager[object]:
+    """The rows that fill up the last microbatch have weight 1: its first example counts once for each."""
+    microbatches = finetune.microbatches
+
+    def full(indices: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for part, weights in microbatches(indices, size):
+            yield part, torch.ones_like(weights)
+
+    return mock.patch.object(finetune, "microbatches", full)
+
+
+@contextlib.contextmanager
+def clean_descent() -> Iterator[None]:
+    """After the optimiser's step on the release, the sum without noise is descended as well."""
+    noised_mean, descend, sums = finetune.noised_mean, finetune.PrivateStep._descend, list[Tensor]()
+
+    def remembers(total: Tensor, *rest: Any, **named: Any) -> Tensor:
+        sums[:] = [total]
+        return noised_mean(total, *rest, **named)
+
+    def twice(self: finetune.PrivateStep, update: Tensor, step: int) -> None:
+        descend(self, update, step)
+        clean = sums[0][: len(update)] / (self.plan.max_grad_norm * self.plan.expected_batch_size)
+        for p, part in zip(self.parameters, clean.split([p.numel() for p in self.parameters]), strict=True):
+            p.data -= self._rate(step) * part.view_as(p).to(p)
+
+    with (
+        mock.patch.object(finetune, "noised_mean", remembers),
+        mock.patch.object(finetune.PrivateStep, "_descend", twice),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _sizes() -> Iterator[list[int]]:
+    """Of the batches that were drawn, the last one last."""
+    poisson_batch, sizes = finetune.poisson_batch, list[int]()
+
+    def seen(*given: Any) -> Tensor:
+        batch = poisson_batch(*given)
+        sizes.append(len(batch))
+        return batch
+
+    with mock.patch.object(finetune, "poisson_batch", seen):
+        yield sizes
+
+
+@contextlib.contextmanager
+def own_size() -> Iterator[None]:
+    """Sum and noise are divided by the size of the batch that was drawn, at least 1."""
+    noised_mean = finetune.noised_mean
+    with _sizes() as sizes:
+
+        def divided(total: Tensor, plan: PrivacyPlan, *rest: Any, **named: Any) -> Tensor:
+            return noised_mean(total, replace(plan, expected_batch_size=max(1, sizes[-1])), *rest, **named)
+
+        with mock.patch.object(finetune, "noised_mean", divided):
+            yield
+
+
+@contextlib.contextmanager
+def skipped() -> Iterator[None]:
+    """A step whose batch is empty releases nothing, which says that it was empty."""
+    descend = finetune.PrivateStep._descend
+    with _sizes() as sizes:
+
+        def unless_empty(self: finetune.PrivateStep, update: Tensor, step: int) -> None:
+            if sizes[-1]:
+                descend(self, update, step)
+
+        with mock.patch.object(finetune.PrivateStep, "_descend", unless_empty):
+            yield
+
+
 FACTORS = (0.0, 0.1, 0.3, 0.5, 0.8)
 """Of the noise that was accounted."""
 
@@ -311,4 +403,13 @@ DEFECTS: dict[str, Callable[[], AbstractContextManager[object]]] = {
     "every tenth coordinate without noise": noise_of(_not_everywhere),
     "one tensor without noise": noise_of(_not_the_last),
     "noise that repeats every 300 coordinates": noise_of(_wrapped),
+    "padding counts as examples": padding_counts,
+    "the sum without noise is descended as well": clean_descent,
+    "divided by the size of the batch that came": own_size,
+    "a step with an empty batch is skipped": skipped,
 }
+
+MICROBATCH = {"padding counts as examples": 16}
+"""Of the engines for which it matters; then, and where the batch of one audit does, an audit trains alone."""
+
+ALONE = (*MICROBATCH, "divided by the size of the batch that came")

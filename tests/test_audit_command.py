@@ -100,7 +100,7 @@ def test_the_noise_of_both_trainings_is_tested_apart_from_the_bounds(audited: Pa
     claimed = read_json(audited / "privacy.json")["noise_multiplier"]
     assert found["accused"] is False and found["accused_by"] == [] and found["false_alarm"] == 0.01
     assert found["p_values"].keys() == noise_tests.TESTS.keys()
-    assert found["p_value"] == min(1, 10 * min(found["p_values"].values())) > 0.01
+    assert found["p_value"] == min(1, 15 * min(found["p_values"].values())) > 0.01
     assert found["noise_multiplier"] == claimed
     low, high = found["interval"]
     assert low < found["estimated_noise_multiplier"] < high < 1.1 * low

@@ -30,7 +30,13 @@ from dp_lora.auditing.bounds import (
 )
 from dp_lora.auditing.canaries import SILENT_STEPS, Trained, silent_noise, train_with_canaries
 from dp_lora.auditing.membership import ATTACKS, draw, losses_of
-from dp_lora.auditing.noise_tests import FALSE_ALARM, SilentNoise, Verdict, update_norm_p_values
+from dp_lora.auditing.noise_tests import (
+    FALSE_ALARM,
+    SilentNoise,
+    Verdict,
+    together,
+    update_norm_p_values,
+)
 from dp_lora.auditing.options import Options
 from dp_lora.config.load import read_config
 from dp_lora.config.schema import Config
@@ -54,7 +60,7 @@ from dp_lora.storage.files import (
     write_json,
 )
 
-_VERSION = 2
+_VERSION = 3
 """Of what is kept of a training with canaries: of another version it is trained again."""
 
 
@@ -225,8 +231,8 @@ def _noise_test(
     """What all noise says; a function of released values and of the canaries' coins."""
     plan = job.plan
     parameters = adapters.count(_model(job))
-    p_values = update_norm_p_values(norms, parameters, plan.noise_std / plan.expected_batch_size)
-    p_values |= silent
+    logged = update_norm_p_values(norms, parameters, plan.noise_std / plan.expected_batch_size)
+    p_values = together(trained.p_values(), silent, logged)
     record: dict[str, Any] = {
         "noise_multiplier": plan.noise_multiplier,
         "update_norms": len(norms),
@@ -234,7 +240,6 @@ def _noise_test(
         "silent_steps": SILENT_STEPS,
     }
     if trained.noise is not None:
-        p_values |= trained.noise.p_values()
         record |= _estimated(plan.noise_multiplier, trained.noise)
     verdict = Verdict(p_values)
     said = {"accused": bool(verdict.accused), "accused_by": list(verdict.accused), "p_value": verdict.p_value}

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from dp_lora.auditing.bounds import Bools, Floats, evidence, noise_factor
 from dp_lora.auditing.membership import losses
-from dp_lora.auditing.noise_tests import ReleasedNoise, SilentNoise
+from dp_lora.auditing.noise_tests import TESTS, ReleasedNoise, SilentNoise, largest_contribution
+from dp_lora.auditing.updates import Followed
 from dp_lora.config.schema import Config
 from dp_lora.models.diffusion import in_batches
 from dp_lora.models.latent_diffusion import LatentDiffusion
@@ -130,17 +131,25 @@ class Trained:
     """The share of the claimed noise that the scores are the evidence for."""
     noise: SilentNoise | None = None
     """What was released where no example took part; null for canaries that have no coordinates."""
+    checks: Mapping[str, float] = field(default_factory=dict)
+    """The p-values of other tests than those of the noise."""
+
+    def p_values(self) -> dict[str, float]:
+        """Of all tests that look at this training, by the names in `noise_tests.TESTS`."""
+        return {**({} if self.noise is None else self.noise.p_values()), **self.checks}
 
     def arrays(self) -> dict[str, Any]:
         """All of it, for a file that `from_arrays` reads."""
         noise = {} if self.noise is None else self.noise.arrays()
-        return {"scores": self.scores, "included": self.included, "noise_factor": self.noise_factor, **noise}
+        own = {"scores": self.scores, "included": self.included, "noise_factor": self.noise_factor}
+        return {**own, **noise, **self.checks}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Any]) -> Trained:
         """What `arrays` returned."""
         noise = SilentNoise.from_arrays(arrays) if "noise_by_step" in arrays else None
-        return cls(arrays["scores"], arrays["included"], float(arrays["noise_factor"]), noise)
+        checks = {name: float(arrays[name]) for name in TESTS if name in arrays}
+        return cls(arrays["scores"], arrays["included"], float(arrays["noise_factor"]), noise, checks)
 
 
 def coins(randomness: Randomness, count: int) -> Bools:
@@ -207,7 +216,6 @@ def silent_noise(
             learning_rate_factor=config.trainable.learning_rate_factor,
         )
         noise = released_noise(step)
-    step.release()
     for name, parameter in model.named_parameters():
         if name in before:
             parameter.data.copy_(before[name])
@@ -215,23 +223,32 @@ def silent_noise(
 
 
 def released_noise(step: finetune.PrivateStep) -> ReleasedNoise:
-    """What `SILENT_STEPS` steps give to the optimiser, and the loss that they log; `step` has no example."""
-    plan, seen = step.plan, list[np.ndarray]()
+    """What `SILENT_STEPS` steps give to the optimiser, and the loss that they log; then the training ends.
+
+    Args:
+        step: has no example.
+    """
+    plan, seen, followed = step.plan, list[np.ndarray](), Followed(step)
     trained = [p for group in step.optimizer.param_groups for p in group["params"]]
 
     def see(*_: Any) -> None:
-        seen[:] = [p.grad.flatten().float().cpu().numpy() for p in trained]
+        gradients = (torch.zeros_like(p) if p.grad is None else p.grad for p in trained)
+        seen[:] = [gradient.flatten().float().cpu().numpy() for gradient in gradients]
 
-    hook = step.optimizer.register_step_pre_hook(see)
+    step.optimizer.register_step_pre_hook(see)
     sizes = [p.numel() for p in trained] + [1] * (plan.loss_share > 0)
     noise = ReleasedNoise(sizes, plan.noise_std / plan.expected_batch_size, SILENT_STEPS)
     for index in range(SILENT_STEPS):
-        logged = step(index)
+        seen.clear()
+        logged = followed(index)
+        if not seen:
+            continue
         if plan.loss_share:
             loss = logged["private_loss"] * loss_unit(plan.max_grad_norm, plan.loss_share)
             seen.append(np.array([loss], dtype=np.float32))
         noise.add(np.concatenate(seen))
-    hook.remove()
+    followed.release()
+    noise.checked(followed.p_values())
     return noise
 
 
@@ -251,7 +268,7 @@ class Watch:
     def __init__(self, plan: PrivacyPlan, included: Bools, empty: int, amplitude: float = 1.0) -> None:
         self._plan, self._included, self._amplitude = plan, included, amplitude
         self._left_out = np.flatnonzero(~included)
-        self._scores, self._factor = np.zeros(len(included)), 0.0
+        self._scores, self._factor, self._largest = np.zeros(len(included)), 0.0, 0.0
         self._noise = SilentNoise(empty + len(self._left_out))
 
     def add(self, values: Floats) -> None:
@@ -263,6 +280,8 @@ class Watch:
         plan, count = self._plan, len(self._included)
         own, silent = values[:count], np.concatenate([values[count:], values[self._left_out]])
         self._noise.add(silent / plan.noise_multiplier)
+        # What is not finite is no value of a right engine.
+        self._largest = max(self._largest, float(np.abs(np.where(np.isfinite(own), own, np.inf)).max()))
         if self._noise.steps == 1:
             # Of the coordinates of nobody alone, so that the canaries have no say in how they are scored.
             self._factor = noise_factor(self._noise.ratio(stop=len(values) - count))
@@ -271,17 +290,23 @@ class Watch:
 
     def trained(self) -> Trained:
         """What it comes to, after the last step."""
-        return Trained(self._scores, self._included, self._factor, self._noise)
+        values = self._noise.steps * len(self._included)
+        sigma = self._plan.noise_multiplier
+        p_value = largest_contribution(self._largest, values, sigma, self._amplitude)
+        checks = {"largest_contribution": p_value}
+        return Trained(self._scores, self._included, self._factor, self._noise, checks)
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, so that an interrupted audit goes on."""
-        arrays = {"scores": self._scores, "factor": np.array(self._factor), **self._noise.arrays()}
+        numbers = {"factor": np.array(self._factor), "largest": np.array(self._largest)}
+        arrays = {"scores": self._scores, **numbers, **self._noise.arrays()}
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def load_state_dict(self, state: Any) -> None:
         """Restores what `state_dict` returned."""
         arrays = {name: tensor.numpy() for name, tensor in state.items()}
         self._scores, self._factor = arrays["scores"].copy(), float(arrays["factor"])
+        self._largest = float(arrays["largest"])
         self._noise = SilentNoise.from_arrays(arrays)
 
 
@@ -294,7 +319,7 @@ class _Watched:
     def __init__(
         self, step: finetune.PrivateStep, model: GradientCanaries, plan: PrivacyPlan, included: Bools
     ) -> None:
-        self._step, self._model, self._plan = step, model, plan
+        self._followed, self._model, self._plan, self._seen = Followed(step), model, plan, False
         amplitude = math.sqrt(1 - plan.loss_share**2)
         if plan.clipping == "per_layer":
             amplitude /= math.sqrt(step.gradients.num_layers)
@@ -303,19 +328,30 @@ class _Watched:
         step.optimizer.register_step_pre_hook(self._see)
 
     def _see(self, *_: Any) -> None:
-        gradient = self._model.canaries.weight.grad
-        assert gradient is not None
+        weight, self._seen = self._model.canaries.weight, True
+        gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
         released = gradient.flatten().double().cpu().numpy()
         self.watch.add(released * self._plan.expected_batch_size / self._plan.max_grad_norm)
 
     def __call__(self, step: int) -> dict[str, float]:
-        return self._step(step)
+        self._seen = False
+        logged = self._followed(step)
+        if not self._seen:
+            # What was not released is no noise.
+            self.watch.add(np.zeros(self._model.canaries.weight.numel()))
+        return logged
+
+    def trained(self) -> Trained:
+        """What it comes to; the training ends."""
+        self._followed.release()
+        trained = self.watch.trained()
+        return replace(trained, checks={**trained.checks, **self._followed.p_values()})
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self._step.state_dict(), "watch": self.watch.state_dict()}
+        return {"step": self._followed.state_dict(), "watch": self.watch.state_dict()}
 
     def load_state_dict(self, state: Any) -> None:
-        self._step.load_state_dict(state["step"])
+        self._followed.load_state_dict(state["step"])
         self.watch.load_state_dict(state["watch"])
 
 
@@ -332,11 +368,13 @@ def _train_on_gradients(
     latents, labels = _bystanders(model, randomness)
     latents = torch.cat([torch.zeros(len(chosen), *latents.shape[1:]), latents])
     labels = torch.cat([canaries.first_label + chosen, labels])
+    # Mixed, so that a canary comes first and last in batches and microbatches as often as any example.
+    order = torch.from_numpy(np.argsort(randomness.bits64("order", 0, range(len(labels)))[:, 0]))
+    latents, labels = latents[order], labels[order]
     step = _step(config, canaries, latents, labels, plan, randomness, folder)
     watched = _Watched(step, canaries, plan, included)
     _run(config, watched, plan, folder)
-    step.release()
-    return watched.watch.trained()
+    return watched.trained()
 
 
 # Image canaries
@@ -370,12 +408,12 @@ def _train_on_images(
     chosen = torch.from_numpy(included)
     latents, labels = _bystanders(model, randomness)
     latents, labels = torch.cat([odd[chosen], latents]), torch.cat([odd_labels[chosen], labels])
-    step = _step(config, model, latents, labels, plan, randomness, folder)
-    _run(config, step, plan, folder)
-    step.release()
+    followed = Followed(_step(config, model, latents, labels, plan, randomness, folder))
+    _run(config, followed, plan, folder)
+    followed.release()
     learnt = before - losses(model, odd, odd_labels, draws=16, seed=config.seed)
     # What all images gained says nothing of a single one.
-    return Trained(learnt - np.median(learnt), included)
+    return Trained(learnt - np.median(learnt), included, checks=followed.p_values())
 
 
 # The training

@@ -1,10 +1,12 @@
-"""Tests of the noise itself: whether a release shows as much of it, and as independent, as was claimed.
+"""Tests of the release itself: whether it shows as much noise, and as independent, as was claimed.
 
 A guess of who was in the training says little about an engine that adds too little noise while it samples few
 examples: most canaries are in few batches, and the score that is best for the claimed noise is a bad one for
 less. The noise can be looked at directly. Where no example has a gradient, a release holds noise alone, and
 divided by the standard deviation that was claimed it has to be standard normal, independent from coordinate
-to coordinate and from step to step.
+to coordinate and from step to step. Where a canary has a coordinate of its own, a release holds the noise and
+what this one example adds, which is bounded. And the parameters have to be what the optimiser makes of the
+release.
 
 A test is no bound on epsilon. It says with which probability a correct engine would look as bad, and nothing
 more: noise of another distribution, or noise that somebody can predict, may pass it.
@@ -30,18 +32,23 @@ FALSE_ALARM = 0.01
 """How often all tests together accuse an engine that does what it claims, at most."""
 
 TESTS = {
-    "variance": "the noise of all steps and coordinates together",
+    "variance": "too little noise of all steps and coordinates together",
+    "variance_above": "too much noise of all steps and coordinates together",
     "weakest_step": "the step with the least noise",
     "weakest_coordinate": "the coordinate with the least noise",
     "alike_steps": "the two steps whose noise is most alike",
     "alike_coordinates": "the two coordinates whose noise is most alike",
+    "largest_contribution": "the largest value at the coordinates of the canaries",
     "weakest_tensor": "the trained tensor with the least noise, in steps on no example",
+    "loudest_tensor": "the trained tensor with the most noise, in steps on no example",
     "weakest_trained_coordinate": "the trained coordinate with the least noise, in steps on no example",
     "repeated_noise": "noise that came twice at any place, in steps on no example",
+    "missing_release": "a step that released nothing",
+    "unreleased_update": "parameters that are not what the optimiser makes of the releases",
     "run_update_norms": "the update norms that the run has logged, together",
     "run_smallest_update_norm": "the smallest update norm that the run has logged",
 }
-"""What each test looks at."""
+"""What each test looks at. In `missing_release` and `unreleased_update` there is no chance: p is 0 or 1."""
 
 WATCHED = 256
 """Coordinates whose noise is kept for every step, to see whether some of it came twice."""
@@ -77,6 +84,36 @@ class Verdict:
     def accused(self) -> tuple[str, ...]:
         """The tests that a correct engine passes, but for a share of `FALSE_ALARM`."""
         return tuple(name for name, p in self.p_values.items() if p < FALSE_ALARM / len(TESTS))
+
+
+def together(*parts: Mapping[str, float]) -> dict[str, float]:
+    """All p-values; of a test that was done twice, and whose p-values are 0 or 1, the smaller one."""
+    return {
+        name: min(part[name] for part in parts if name in part)
+        for name in TESTS
+        if any(name in part for part in parts)
+    }
+
+
+def largest_contribution(largest: float, values: int, sigma: float, amplitude: float) -> float:
+    """A p-value against one example that adds more than it may to its own coordinate, at any step.
+
+    A value is a contribution in [-a, a] and Gaussian noise. Its magnitude is above x > a with a probability
+    of at most sf((x - a) / sigma) + sf((x + a) / sigma), since that grows with the magnitude of the
+    contribution. The number of values is paid for (Bonferroni), whether they are independent or not.
+
+    Args:
+        largest: magnitude of the largest value.
+        values: number of them.
+        sigma: standard deviation of the noise on each, as claimed.
+        amplitude: a, in the same unit.
+    """
+    from scipy.stats import norm
+
+    if largest <= amplitude:
+        return 1.0
+    tail = norm.sf((largest - amplitude) / sigma) + norm.sf((largest + amplitude) / sigma)
+    return min(1.0, values * float(tail))
 
 
 class SilentNoise:
@@ -145,11 +182,12 @@ class SilentNoise:
         return math.sqrt(total / chi2.ppf(1 - tail, n)), math.sqrt(total / chi2.ppf(tail, n))
 
     def p_values(self) -> dict[str, float]:
-        """The tests of too little noise, one-sided, and of noise that came twice.
+        """The tests of too little noise, of too much, and of noise that came twice.
 
         Under the claim the sum of n squares has the chi-square distribution with n degrees of freedom, and
         the smallest of several p-values times their number is a p-value. Noise that is left out at one step,
-        or for one coordinate, shows in those of single steps and coordinates.
+        or for one coordinate, shows in those of single steps and coordinates. Too much of it harms nobody by
+        itself, but says that a release is scaled by something else than the plan, such as the batch.
         """
         from scipy.stats import chi2
 
@@ -158,6 +196,7 @@ class SilentNoise:
         weakest_step, weakest = min(self._by_step), float(self._by_coordinate.min())
         return {
             "variance": float(chi2.cdf(sum(self._by_step), steps * coordinates)),
+            "variance_above": float(chi2.sf(sum(self._by_step), steps * coordinates)),
             "weakest_step": min(1.0, steps * float(chi2.cdf(weakest_step, coordinates))),
             "weakest_coordinate": min(1.0, coordinates * float(chi2.cdf(weakest, steps))),
             "alike_steps": most_alike(watched),
@@ -205,6 +244,7 @@ class ReleasedNoise:
     def __init__(self, sizes: Sequence[int], noise_std: float, steps: int) -> None:
         self._starts = np.cumsum([0, *sizes[:-1]])
         self._sizes, self._noise_std, self._steps = np.array(sizes), noise_std, 0
+        self._checks: dict[str, float] = {}
         self._by_coordinate = np.zeros(sum(sizes))
         self._triples = 0
         self._kept: list[tuple[Words, Words]] = []
@@ -236,14 +276,18 @@ class ReleasedNoise:
             chosen &= pairs * _GOLDEN >> np.uint64(64 - self._thinned) == 0
         self._kept.append((pairs[chosen], third[chosen]))
 
+    def checked(self, p_values: Mapping[str, float]) -> None:
+        """Takes what else was found in these steps, by the names in `TESTS`."""
+        self._checks |= p_values
+
     def p_values(self) -> dict[str, float]:
-        """The tests of too little noise, one-sided, and of noise that came twice.
+        """The tests of too little noise, of too much, and of noise that came twice; and what else was found.
 
-        The first two are chi-square tests of the squares of each tensor and of each coordinate; the smallest
-        p-value is multiplied by their number. With few steps, that of a coordinate sees no more than a
-        coordinate that has no noise at all, or almost none.
+        Those of the size are chi-square tests of the squares of each tensor and of each coordinate; the
+        smallest p-value is multiplied by their number. With few steps, that of a coordinate sees no more than
+        a coordinate that has no noise at all, or almost none. No step, no test.
 
-        The third counts pairs of places, of one step or of two, at which three neighbouring values are equal
+        The last counts pairs of places, of one step or of two, at which three neighbouring values are equal
         but for their signs. The magnitude of a normal number that is rounded to float32 has any given value
         with a probability of at most max x f(x) 2^-23 = 0.484 x 2^-23 < 2^-24, f its density. In the order of
         the later place, each of three equalities is one of a new value with one that is given, so two places
@@ -252,15 +296,20 @@ class ReleasedNoise:
         """
         from scipy.stats import chi2
 
+        if not self._steps:
+            return dict(self._checks)
         by_tensor = np.add.reduceat(self._by_coordinate, self._starts)
-        tensors = chi2.cdf(by_tensor, self._steps * self._sizes)
+        weak = chi2.cdf(by_tensor, self._steps * self._sizes)
+        loud = chi2.sf(by_tensor, self._steps * self._sizes)
         coordinate = chi2.cdf(self._by_coordinate.min(), self._steps)
         found = _equal_pairs(*(np.concatenate(part) for part in zip(*self._kept, strict=True)))
         expected = self._triples * (self._triples - 1) / 2 * _SAME
         return {
-            "weakest_tensor": min(1.0, len(self._sizes) * float(tensors.min())),
+            "weakest_tensor": min(1.0, len(self._sizes) * float(weak.min())),
+            "loudest_tensor": min(1.0, len(self._sizes) * float(loud.min())),
             "weakest_trained_coordinate": min(1.0, len(self._by_coordinate) * float(coordinate)),
             "repeated_noise": min(1.0, expected / found) if found else 1.0,
+            **self._checks,
         }
 
 

@@ -262,12 +262,36 @@ def noise_line(audit: Mapping[str, Any]) -> str:
         )
     parts.append(f"update norms of the run: {found['update_norms']}")
     parts.append(f"p = {found['p_value']:.2g}")
-    verdict = (
-        f"too little or repeated ({', '.join(found['accused_by'])})" if found["accused"] else "as claimed"
-    )
+    verdict = _verdict(found)
     return (
         f"Noise, by tests with {100 * found['false_alarm']:g} % false alarms, {verdict}: {'; '.join(parts)}."
     )
+
+
+_REASONS = {
+    "variance_above": "more noise than claimed: the scale of the release depends on the batch",
+    "loudest_tensor": "more noise than claimed: the scale of the release depends on the batch",
+    "largest_contribution": "one example adds more than the clip allows",
+    "missing_release": "a step without examples released nothing",
+    "unreleased_update": "parameters changed by something else than what was released",
+}
+"""What tests say of the engine that do not look for too little or repeated noise."""
+
+
+def _verdict(found: Mapping[str, Any]) -> str:
+    """Of the tests of the noise in a few words, from the key `noise_test` of an audit."""
+    by = found["accused_by"]
+    if found["accused"]:
+        weak = ["too little or repeated"] if any(name not in _REASONS for name in by) else []
+        return f"{'; '.join([*weak, *_reasons(by)])} ({', '.join(by)})"
+    low, high = found.get("interval", [found["noise_multiplier"]] * 2)
+    if low <= found["noise_multiplier"] <= high:
+        return "as claimed"
+    return "not refuted, though the interval leaves the claim out"
+
+
+def _reasons(accused_by: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(_REASONS[name] for name in accused_by if name in _REASONS))
 
 
 ACCUSED = (
@@ -283,12 +307,16 @@ CONTRADICTED = (
 def warnings(audit: Mapping[str, Any]) -> list[str]:
     """What speaks against the guarantee, from the key `audit` of result.json; empty when nothing does.
 
-    `contradicted` says whether a lower bound lies above epsilon, `noise_test.accused` whether the noise
-    failed a test. The two are verdicts of their own.
+    `contradicted` says whether a lower bound lies above epsilon, `noise_test.accused` whether a
+    release failed a test. The two are verdicts of their own.
     """
     return [
         *([CONTRADICTED] if audit["contradicted"] else []),
-        *([ACCUSED] if audit["noise_test"]["accused"] else []),
+        *([ACCUSED] if any(name not in _REASONS for name in audit["noise_test"]["accused_by"]) else []),
+        *(
+            f"**The audit accuses the engine: {reason}. Do not rely on the guarantee.**"
+            for reason in _reasons(audit["noise_test"]["accused_by"])
+        ),
     ]
 
 

@@ -41,7 +41,7 @@ from dp_lora.records.progress import Progress
 from dp_lora.storage.files import private_directory, write_atomic, write_json
 from dp_lora.training import tuning
 from dp_lora.training.divergence import Watch
-from dp_lora.training.loop import Checkpoint, learning_rate, resume, run_steps
+from dp_lora.training.loop import Checkpoint, average_decay, learning_rate, resume, run_steps
 from dp_lora.training.numerics import digest, numerics
 from dp_lora.training.processes import agreed, everyone, largest
 from dp_lora.training.receipts import PLAN, check_begun, check_lineage, check_same_plan
@@ -240,8 +240,7 @@ class PrivateStep:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _average(self, step: int) -> None:
-        # A short average at first, so that the start is forgotten.
-        decay = min(self.train.ema_decay, (1 + step) / (10 + step))
+        decay = average_decay(self.train.ema_decay, step)
         for averaged, parameter in zip(self.average, self.parameters, strict=True):
             averaged.lerp_(parameter.detach(), 1 - decay)
 

@@ -120,6 +120,39 @@ def test_noise_that_fails_only_where_no_canary_is_does_not_pass(
         assert not any(other in card for other in ("weakest_step", "weakest_coordinate", "alike_steps"))
 
 
+@pytest.mark.parametrize(
+    ("defect", "test", "said"),
+    [
+        ("padding counts as examples", "largest_contribution", "one example adds more than the clip allows"),
+        (
+            "the sum without noise is descended as well",
+            "unreleased_update",
+            "parameters changed by something else than what was released",
+        ),
+        (
+            "divided by the size of the batch that came",
+            "variance_above",
+            "more noise than claimed: the scale of the release depends on the batch",
+        ),
+        (
+            "a step with an empty batch is skipped",
+            "missing_release",
+            "a step without examples released nothing",
+        ),
+    ],
+)
+def test_an_engine_with_enough_noise_that_is_wrong_otherwise_does_not_pass(
+    defect: str, test: str, said: str, right: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = shutil.copytree(right, tmp_path / right.name)
+    assert audited_with(directory, DEFECTS[defect]()) == 1
+    shown = capsys.readouterr().out
+    assert f"The audit accuses the engine: {said}." in shown and "as claimed" not in shown
+    card = (directory / "adapter" / "README.md").read_text()
+    assert test in card and f"The audit accuses the engine: {said}." in card
+    assert "The audit accuses the noise" not in card
+
+
 def test_a_run_with_too_little_noise_does_not_pass_a_right_engine(run: Callable[[float], Path]) -> None:
     """What the run itself has logged gives it away, though the code has been put right since."""
     directory = run(0.5)

@@ -74,3 +74,30 @@ def test_a_forgotten_class_embedding_is_found(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(finetune.PrivateStep, "_descend", forgets)
     _, accused = _accused(_model())
     assert "weakest_tensor" in accused and "repeated_noise" not in accused
+
+
+def test_steps_that_are_skipped_are_found_and_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They log nothing either, not even the loss."""
+    monkeypatch.setattr(finetune.PrivateStep, "__call__", lambda step, number: {})
+    assert _accused(_model(), 0.5)[1] == ("missing_release",)
+
+
+def test_a_step_of_which_only_some_are_skipped_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = finetune.PrivateStep.__call__
+    monkeypatch.setattr(
+        finetune.PrivateStep, "__call__", lambda step, number: call(step, number) if number else {}
+    )
+    assert _accused(_model())[1] == ("missing_release",)
+
+
+def test_a_frozen_weight_that_moves_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No step gives it a gradient, so nothing of it is released."""
+    descend = finetune.PrivateStep._descend
+
+    def moves(step: finetune.PrivateStep, update: torch.Tensor, number: int) -> None:
+        descend(step, update, number)
+        frozen = next(p for p in step.model.parameters() if not p.requires_grad)
+        frozen.data += 1e-6
+
+    monkeypatch.setattr(finetune.PrivateStep, "_descend", moves)
+    assert _accused(_model())[1] == ("unreleased_update",)
