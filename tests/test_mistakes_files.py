@@ -70,6 +70,7 @@ ADAPTER = (
     "expected the files that the training left: put them back, or remove the folder, and the same command "
     "writes it again from checkpoint/ at no further epsilon"
 )
+WAY_OUT = "put it back, or remove the run directory to start again, and count what was spent"
 GONE, ZEROS = b"gone", b"zeros"
 """What is done in place of writing these."""
 REFUSED = {
@@ -139,6 +140,7 @@ def test_what_cannot_be_made_again_is_refused(
     status, lines = dp_lora()
     assert status == 2 and len(lines) == 1, lines
     assert lines[0].startswith(f"dp-lora: {directory}{expected}")
+    assert lines[0].endswith(WAY_OUT) or file in ("config.yaml",) or "adapter" in file
     assert content(tmp_path) == before, "nothing was written and nothing charged"
 
 
@@ -158,7 +160,8 @@ def test_a_folder_in_the_place_of_a_file_is_damage(
     (directory / name).unlink()
     (directory / name).mkdir()
     before = content(tmp_path)
-    assert dp_lora() == (2, [f"dp-lora: {directory}{A_FOLDER[name]}"])
+    way_out = "" if name.startswith("adapter") else f": {WAY_OUT}"
+    assert dp_lora() == (2, [f"dp-lora: {directory}{A_FOLDER[name]}{way_out}"])
     assert content(tmp_path) == before, "nothing was written and nothing charged"
 
 

@@ -29,6 +29,9 @@ _OBJECTS = (
 )
 """Files with one JSON object that are not made again."""
 
+WAY_OUT = "put it back, or remove the run directory to start again, and count what was spent"
+"""From a file that is missing or damaged and that is not made again."""
+
 ADAPTER_RECORD = "adapter.json"
 """In the private `checkpoint/`: the SHA-256 of each file of the adapter that is loaded again, by its name."""
 
@@ -77,17 +80,19 @@ def result(directory: Path) -> dict[str, Any]:
 
 def check_records(directory: Path) -> None:
     """Raises UserError for the first file of a run that is damaged and not made again."""
-    for name in _OBJECTS:
-        path = directory / name
-        if path.exists() and not isinstance(read_json(path), dict):
-            raise Damaged(f"{path}: expected a JSON object as this program writes it")
+    try:
+        for name in _OBJECTS:
+            path = directory / name
+            if path.exists() and not isinstance(read_json(path), dict):
+                raise Damaged(f"{path}: expected a JSON object as this program writes it")
+        read_lines(directory / "metrics.jsonl")
+    except Damaged as error:
+        raise Damaged(f"{error}: {WAY_OUT}") from error
     images = directory / "checkpoint" / "content.json"
     if _object(directory / "checkpoint" / "plan.json").get("content") and not images.exists():
         raise UserError(
-            f"{images}: is missing; expected the record of the images that the run began with: put it back, "
-            "or remove the run directory to start again, and count what was spent"
+            f"{images}: is missing; expected the record of the images that the run began with: {WAY_OUT}"
         )
-    read_lines(directory / "metrics.jsonl")
     if (directory / OUTPUTS["finetune"]).exists():
         _check_adapter(directory / OUTPUTS["finetune"])
 
