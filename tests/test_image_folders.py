@@ -55,6 +55,12 @@ def latin1(folder: Path, below: str, name: bytes) -> None:
     shutil.copy(folder / "cat/0.png", os.fsencode(folder / below) + b"/" + name)
 
 
+def saved_to_disk(folder: Path) -> None:
+    put(folder / "data-00000-of-00001.arrow")
+    put(folder / "dataset_info.json", "{}")
+    put(folder / "state.json", "{}")
+
+
 def both(*makes: Make) -> Make:
     def make(folder: Path) -> None:
         for one in makes:
@@ -90,6 +96,15 @@ READ: dict[str, tuple[Make, dict[str, Any], tuple[str, ...], tuple[int, int, int
     "Training and Testing": (lambda f: roles(f, "Training", "Testing"), {}, ("cat", "dog"), (6, 0, 6)),
     "a class named train": (
         lambda f: two(f, ("boat", "car", "train")), {}, ("boat", "car", "train"), (9, 0, 0)
+    ),
+    "classes named train and test, as they are said to be": (
+        lambda f: two(f, ("train", "test")), {"classes": ["train", "test"]}, ("train", "test"), (6, 0, 0)
+    ),
+    "classes named train and trail": (
+        lambda f: two(f, ("trail", "train")), {}, ("trail", "train"), (6, 0, 0)
+    ),
+    "classes that begin as roles": (
+        lambda f: two(f, ("test_tube", "train_station")), {}, ("test_tube", "train_station"), (6, 0, 0)
     ),
     "classes named test and control": (
         lambda f: two(f, ("control", "test")), {}, ("control", "test"), (6, 0, 0)
@@ -196,9 +211,8 @@ REFUSED: dict[str, tuple[Make, dict[str, Any], str]] = {
     ),
     "a test part without classes": (
         both(lambda f: roles(f, "train"), lambda f: image(f / "test/0.png")), {},
-        "data.source: {}/test/0.png is a file; expected only class folders there, or data.layout=folders, "
-        "which "
-        "takes the classes from the folders and leaves it out",
+        "data.source: {}/test/0.png is a file, and no class folders are beside it; expected a folder of "
+        "images for each class",
     ),
     "a class that does not train": (
         both(lambda f: roles(f, "train", "test"), lambda f: image(f / "test/cow/0.png")), {},
@@ -216,9 +230,43 @@ REFUSED: dict[str, tuple[Make, dict[str, Any], str]] = {
     ),
     "flat": (
         lambda f: image(f / "0.png"), {},
-        "data.source: {}/0.png is a file; expected only class folders there, or data.layout=folders, which "
-        "takes "
-        "the classes from the folders and leaves it out",
+        "data.source: {}/0.png is a file, and no class folders are beside it; expected a folder of images "
+        "for each class",
+    ),
+    "a table alone": (
+        lambda f: put(f / "labels.csv"), {},
+        "data.source: {}/labels.csv is a file, and no class folders are beside it; expected a folder of "
+        "images for each class, or a parquet file as data.source",
+    ),
+    "save_to_disk": (
+        saved_to_disk, {},
+        "data.source={}: holds data-00000-of-00001.arrow, as save_to_disk of Hugging Face's datasets writes "
+        "it, which is not read; expected parquet files, one for each role: "
+        "load_from_disk(folder)['train'].to_parquet('train.parquet')",
+    ),
+    "save_to_disk, with roles": (
+        lambda f: (put(f / "dataset_dict.json"), saved_to_disk(f / "train"), saved_to_disk(f / "test")), {},
+        "data.source={}: holds test/data-00000-of-00001.arrow, as save_to_disk of Hugging Face's datasets "
+        "writes it, which is not read; expected parquet files, one for each role: "
+        "load_from_disk(folder)['train'].to_parquet('train.parquet')",
+    ),
+    "train and test without classes": (
+        lambda f: two(f, ("train", "test")), {},
+        "data.source={}: images lie directly in test, train, which may be roles or classes; expected a "
+        "folder for each class in them, such as train/images, if they are roles, or "
+        "data.classes=[test,train] if they are classes",
+    ),
+    "three roles without classes": (
+        lambda f: two(f, ("Training", "Testing", "VAL")), {"test_size": 0.5},
+        "data.source={}: images lie directly in Testing, Training, VAL, which may be roles or classes; "
+        "expected a folder for each class in them, such as Training/images, if they are roles, or "
+        "data.classes=[Testing,Training,VAL] if they are classes",
+    ),
+    "nearly roles without classes": (
+        lambda f: two(f, ("train_images", "test_images")), {},
+        "data.source={}: images lie directly in test_images, train_images, which may be roles or classes; "
+        "expected a folder for each class in them, such as train_images/images, if they are roles, or "
+        "data.classes=[test_images,train_images] if they are classes",
     ),
     "empty": (
         lambda f: f.mkdir(),
