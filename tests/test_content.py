@@ -17,7 +17,8 @@ from dp_lora.config.schema import PathsConfig
 from dp_lora.data.sets import ImageSet, ImageSplits, load
 from dp_lora.errors import UserError
 from dp_lora.jobs import content
-from dp_lora.jobs.content import changes, content_of, keep, refusal
+from dp_lora.jobs.content import changes, content_of, keep, refusal, unknown
+from dp_lora.jobs.job import check_content
 from dp_lora.storage.files import read_json
 
 KEY = "11" * 32
@@ -161,3 +162,33 @@ def test_a_run_without_a_record_or_with_a_damaged_one(tmp_path: Path) -> None:
             "expected it as it was written: put it back, or remove the run directory to start again, and "
             "count what was spent"
         )
+
+
+def test_the_owner_is_told_where_images_cannot_be_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    check_content(SET, tmp_path)
+    checkpoint.mkdir()
+    (checkpoint / "lock").touch()
+    check_content(SET, tmp_path)
+    assert capsys.readouterr().err == "", "a run that begins"
+    for begun in (tmp_path / "adapter", checkpoint / "plan.json"):
+        begun.mkdir()
+        check_content(SET, tmp_path)
+        assert capsys.readouterr().err == (
+            f"data: {checkpoint}/content.json is not there, so these images cannot be compared with those "
+            "that the run was made from; put it back, or make sure yourself that they are the same\n"
+        )
+        begun.rmdir()
+    keep(SET, checkpoint)
+    (tmp_path / "adapter").mkdir()
+    check_content(SET, tmp_path)
+    assert capsys.readouterr().err == "" and unknown(tmp_path) is None
+
+
+def test_a_run_that_goes_on_without_a_record_gets_none(tmp_path: Path) -> None:
+    """It would say that the run began with the images of today."""
+    (tmp_path / "plan.json").write_text("{}")
+    keep(SET, tmp_path)
+    assert not (tmp_path / content.NAME).exists()

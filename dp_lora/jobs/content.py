@@ -29,7 +29,7 @@ import numpy as np
 from dp_lora.data.digests import array_digests
 from dp_lora.data.sets import ImageSet, ImageSplits
 from dp_lora.errors import UserError
-from dp_lora.records.run_directory import WAY_OUT
+from dp_lora.records.run_directory import OUTPUTS, WAY_OUT
 from dp_lora.storage.files import private_directory, read_json, write_json
 from dp_lora.training.processes import agreed, largest, size
 
@@ -122,13 +122,14 @@ def changes(images: ImageSplits, record: dict[str, Any]) -> list[str]:
 def keep(images: ImageSplits, folder: Path) -> None:
     """Writes the record of a run that begins into `folder`, its `checkpoint/`.
 
-    Raises UserError when there is one already and `images` are others.
+    A run that goes on without one gets none: nobody knows what it began with. Raises UserError when there is
+    one already and `images` are others.
     """
     reason = refusal(images, folder)
     if reason is not None:
         raise UserError(reason)
     path = private_directory(folder) / NAME
-    if not path.exists():
+    if not path.exists() and not (folder / "plan.json").exists():
         write_json(path, content_of(images, secrets.token_hex(32)), mode=0o600)
 
 
@@ -146,7 +147,7 @@ def agree(images: ImageSplits) -> None:
 def refusal(images: ImageSplits, folder: Path) -> str | None:
     """Why the run of the private `folder` must not see `images`; None where they are what it began with.
 
-    A run without a record, as earlier versions left them, has nothing to say.
+    A run without a record, as earlier versions left them, is not refused: `unknown` says so.
     """
     path = folder / NAME
     if not path.exists():
@@ -161,6 +162,18 @@ def refusal(images: ImageSplits, folder: Path) -> str | None:
         f"data: {_listed(found)} changed since this run began ({folder.parent}): expected the images that it "
         "was made from. Bring them back; or, to train on the new ones, move the run directory away or choose "
         "another paths.outputs: that is a new run, charged by itself"
+    )
+
+
+def unknown(directory: Path) -> str | None:
+    """What to tell the owner of a run that was begun and has no record; None of all others."""
+    path = directory / "checkpoint" / NAME
+    begun = (directory / OUTPUTS["finetune"], path.with_name("plan.json"))
+    if path.exists() or not any(one.exists() for one in begun):
+        return None
+    return (
+        f"data: {path} is not there, so these images cannot be compared with those that the run was made "
+        "from; put it back, or make sure yourself that they are the same"
     )
 
 
