@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from image_files import config, refused, write_parquet
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from dp_lora.config.schema import DataConfig, PathsConfig
 from dp_lora.data.pixels import shown
@@ -29,6 +30,15 @@ def put(path: Path, content: bytes | str = "x") -> None:
 def image(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) * 3).save(path)
+
+
+def pages(path: Path, *each: tuple[int, dict[int, int]]) -> None:
+    """A TIFF with a page of grey for each side and its tags; a page is as bright as it is wide."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TiffImagePlugin.AppendingTiffWriter(str(path), True) as writer:
+        for side, tags in each:
+            Image.new("L", (side, side), side).save(writer, format="TIFF", tiffinfo=tags)
+            writer.newFrame()
 
 
 def two(folder: Path, classes: tuple[str, ...] = ("cat", "dog"), count: int = 3) -> Path:
@@ -388,6 +398,23 @@ REFUSED: dict[str, tuple[Make, dict[str, Any], str]] = {
         both(two, lambda f: put(f / "cat/0.svg", "<svg xmlns='http://www.w3.org/2000/svg'/>")), {},
         "data.source: {}/cat/0.svg is no image that can be read: a drawing (SVG); expected pixels",
     ),
+    "EPS": (
+        both(two, lambda f: Image.new("RGB", (8, 8)).save(f / "cat/0.eps")), {},
+        "data.source: {}/cat/0.eps is no image that can be read: a drawing (PostScript); expected pixels",
+    ),
+    "PostScript": (
+        both(two, lambda f: put(f / "cat/0.jpg", "%!PS-Adobe-3.0\nshowpage\n")), {},
+        "data.source: {}/cat/0.jpg is no image that can be read: a drawing (PostScript); expected pixels",
+    ),
+    "EMF": (
+        both(two, lambda f: put(f / "cat/0.emf", b"\1\0\0\0" + bytes(36) + b" EMF" + bytes(60))), {},
+        "data.source: {}/cat/0.emf is no image that can be read: a drawing (WMF or EMF); expected pixels",
+    ),
+    "thumbnails alone": (
+        both(two, lambda f: pages(f / "cat/0.tif", (4, {254: 1}), (2, {254: 1}))), {},
+        "data.source: {}/cat/0.tif is no image that can be read: a TIFF with thumbnails alone; expected the "
+        "image itself",
+    ),
     "HEIC": (
         both(two, lambda f: put(f / "cat/0.heic", b"\0\0\0\x18ftypheic\0\0\0\0")), {},
         "data.source: {}/cat/0.heic is no image that can be read: HEIC, which cannot be read; expected PNG "
@@ -460,6 +487,33 @@ def test_a_file_with_too_many_pixels_is_said_to_be(tmp_path: Path, monkeypatch: 
     Image.new("L", (30, 30)).save(tmp_path / "set/cat/large.png")
     said = refused(config(tmp_path / "set"))
     assert said.endswith("large.png is no image that can be read: too large: more pixels than an image has")
+
+
+def test_a_file_of_many_pixels_is_read_without_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    two(tmp_path / "set")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    Image.new("L", (12, 12)).save(tmp_path / "set/cat/large.png")
+    warnings.simplefilter("always")
+    assert len(load(config(tmp_path / "set"), PathsConfig()).train) == 7
+    assert not [warned for warned in recwarn if warned.category is Image.DecompressionBombWarning]
+
+
+@pytest.mark.parametrize(
+    "before",
+    [[], [{254: 1}], [{255: 2}], [{254: 4}], [{254: 5}, {254: 1}]],
+    ids=["nothing", "a thumbnail", "an old thumbnail", "a mask", "two of them"],
+)
+@pytest.mark.parametrize("resample", ["pad", "bicubic"])
+def test_the_first_page_that_is_no_thumbnail_is_the_image(
+    tmp_path: Path, before: list[dict[int, int]], resample: str
+) -> None:
+    """A page of several (2) is an image, as one that says nothing is."""
+    small = [(4 + number, tags) for number, tags in enumerate(before)]
+    pages(tmp_path / "set/cat/0.tif", *small, (8, {254: 2}), (7, {}))
+    (image,) = load(config(tmp_path / "set", channels=1, resample=resample), PathsConfig()).train.images
+    assert (image == 8).all()
 
 
 def test_splits_of_the_hub_of_one_role_are_refused_and_unknown_ones_are_said(
