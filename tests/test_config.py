@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +115,30 @@ def test_the_fingerprint_changes_with_what_can_change_the_result(override: str, 
 )
 def test_the_fingerprint_ignores_what_cannot(override: str, default: Config) -> None:
     assert fingerprint(composed(override)) == fingerprint(default)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *("data.source", "public_data.source", "model.pretrained"),
+        *("model.pretrain.perceptual_network", "evaluation.dinov2"),
+    ],
+)
+def test_a_place_in_the_home_folder_is_one_run_in_both_spellings(
+    setting: str, default: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/ann")
+    *path, name = setting.split(".")
+
+    def given(place: str) -> Config:
+        config = copy.deepcopy(default)
+        setattr(functools.reduce(getattr, path, config), name, place)
+        return config
+
+    for identity in (fingerprint, pretrained_fingerprint):
+        places = ("~/set", "/home/ann/set", "~/set/", "/home/ann/./set")
+        assert len({identity(given(place)) for place in places}) == 1
+    assert len({fingerprint(given(place)) for place in ("set", "~/set", "/home/bob/set")}) == 3
 
 
 def test_the_weights_of_a_pre_training_depend_on_what_is_public_alone() -> None:

@@ -109,3 +109,72 @@ def test_many_images_are_prepared_once(folder: Path, tmp_path: Path, monkeypatch
     load(dataclasses.replace(config(folder), image_size=6), paths)
     assert load(config(folder), paths).train.images[0, 0, 4, 4] == 77
     assert len(list((tmp_path / "cache/images").iterdir())) == 3
+
+
+def write_roles(root: Path, red: dict[str, list[int]]) -> Path:
+    """Images of one colour each; `red` has those of each `role/class`."""
+    for place, values in red.items():
+        for value in values:
+            write_image(root / place / f"{value}.png", value)
+    return root
+
+
+def test_the_owner_is_told_of_images_that_train_and_test(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = {
+        "train/cat": [1, 2, 3], "train/dog": [4, 5], "test/cat": [2, 3, 9], "test/dog": [6],
+        "val/dog": [4, 7, 8],
+    }  # fmt: skip
+    load(config(write_roles(tmp_path / "set", parts)), PathsConfig())
+    rest = "what is measured on these says nothing about images that were not trained on"
+    assert capsys.readouterr().err.splitlines() == [
+        f"data: validation images that train too (the same pixels): 1 of 3; {rest}",
+        f"data: test images that train too (the same pixels): 2 of 4; {rest}",
+    ]
+
+
+def test_the_owner_is_told_of_a_picture_in_two_classes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load(
+        config(write_roles(tmp_path / "one", {"cat": [1, 2, 3], "dog": [3, 4], "cow": [3, 1]})), PathsConfig()
+    )
+    said = "data: pictures that stand in more than one class (the same pixels): "
+    assert capsys.readouterr().err == f"{said}2\n"
+    across = {"train/cat": [1], "train/dog": [2], "test/cat": [3], "test/dog": [1]}
+    load(config(write_roles(tmp_path / "two", across)), PathsConfig())
+    assert capsys.readouterr().err.splitlines()[-1] == f"{said}1"
+
+
+def test_nothing_is_said_of_a_set_without_copies_in_other_places(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = {"train/cat": [1, 2], "train/dog": [4, 5], "test/cat": [3], "test/dog": [6]}
+    write_roles(tmp_path / "set", parts)
+    write_image(tmp_path / "set/train/cat/copy.png", 1)
+    load(config(tmp_path / "set"), PathsConfig())
+    assert capsys.readouterr().err == ""
+    write_roles(tmp_path / "public", {"cat": [1], "dog": [1]})
+    load(config(tmp_path / "public", public=True), PathsConfig(), "public_data")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"test_size": 0.9999}, "data.test_size=0.9999"),
+        ({"validation_size": 0.9999}, "data.validation_size=0.9999"),
+        (
+            {"validation_size": 0.5, "test_size": 0.4999},
+            "data.test_size=0.4999 with data.validation_size=0.5",
+        ),
+        ({"test_size": 0.1, "train_size": 0.0001}, "data.train_size=0.0001"),
+    ],
+)
+def test_the_line_about_an_empty_part_names_what_was_given(
+    folder: Path, settings: dict[str, float], named: str
+) -> None:
+    said = refused(config(folder, **settings))
+    assert said.startswith(f"{named}: none of the 20 images fell to train, where ")
+    assert said.endswith(" were expected; expected another fraction")

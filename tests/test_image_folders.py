@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from image_files import config, refused, write_parquet
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from dp_lora.config.schema import DataConfig, PathsConfig
 from dp_lora.data.pixels import shown
@@ -29,6 +30,15 @@ def put(path: Path, content: bytes | str = "x") -> None:
 def image(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) * 3).save(path)
+
+
+def pages(path: Path, *each: tuple[int, dict[int, int]]) -> None:
+    """A TIFF with a page of grey for each side and its tags; a page is as bright as it is wide."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TiffImagePlugin.AppendingTiffWriter(str(path), True) as writer:
+        for side, tags in each:
+            Image.new("L", (side, side), side).save(writer, format="TIFF", tiffinfo=tags)
+            writer.newFrame()
 
 
 def two(folder: Path, classes: tuple[str, ...] = ("cat", "dog"), count: int = 3) -> Path:
@@ -53,6 +63,12 @@ def latin1(folder: Path, below: str, name: bytes) -> None:
     """A copy of an image under a name that is not UTF-8."""
     os.makedirs(os.fsencode(folder / below), exist_ok=True)
     shutil.copy(folder / "cat/0.png", os.fsencode(folder / below) + b"/" + name)
+
+
+def saved_to_disk(folder: Path) -> None:
+    put(folder / "data-00000-of-00001.arrow")
+    put(folder / "dataset_info.json", "{}")
+    put(folder / "state.json", "{}")
 
 
 def both(*makes: Make) -> Make:
@@ -90,6 +106,15 @@ READ: dict[str, tuple[Make, dict[str, Any], tuple[str, ...], tuple[int, int, int
     "Training and Testing": (lambda f: roles(f, "Training", "Testing"), {}, ("cat", "dog"), (6, 0, 6)),
     "a class named train": (
         lambda f: two(f, ("boat", "car", "train")), {}, ("boat", "car", "train"), (9, 0, 0)
+    ),
+    "classes named train and test, as they are said to be": (
+        lambda f: two(f, ("train", "test")), {"classes": ["train", "test"]}, ("train", "test"), (6, 0, 0)
+    ),
+    "classes named train and trail": (
+        lambda f: two(f, ("trail", "train")), {}, ("trail", "train"), (6, 0, 0)
+    ),
+    "classes that begin as roles": (
+        lambda f: two(f, ("test_tube", "train_station")), {}, ("test_tube", "train_station"), (6, 0, 0)
     ),
     "classes named test and control": (
         lambda f: two(f, ("control", "test")), {}, ("control", "test"), (6, 0, 0)
@@ -196,9 +221,8 @@ REFUSED: dict[str, tuple[Make, dict[str, Any], str]] = {
     ),
     "a test part without classes": (
         both(lambda f: roles(f, "train"), lambda f: image(f / "test/0.png")), {},
-        "data.source: {}/test/0.png is a file; expected only class folders there, or data.layout=folders, "
-        "which "
-        "takes the classes from the folders and leaves it out",
+        "data.source: {}/test/0.png is a file, and no class folders are beside it; expected a folder of "
+        "images for each class",
     ),
     "a class that does not train": (
         both(lambda f: roles(f, "train", "test"), lambda f: image(f / "test/cow/0.png")), {},
@@ -216,9 +240,43 @@ REFUSED: dict[str, tuple[Make, dict[str, Any], str]] = {
     ),
     "flat": (
         lambda f: image(f / "0.png"), {},
-        "data.source: {}/0.png is a file; expected only class folders there, or data.layout=folders, which "
-        "takes "
-        "the classes from the folders and leaves it out",
+        "data.source: {}/0.png is a file, and no class folders are beside it; expected a folder of images "
+        "for each class",
+    ),
+    "a table alone": (
+        lambda f: put(f / "labels.csv"), {},
+        "data.source: {}/labels.csv is a file, and no class folders are beside it; expected a folder of "
+        "images for each class, or a parquet file as data.source",
+    ),
+    "save_to_disk": (
+        saved_to_disk, {},
+        "data.source={}: holds data-00000-of-00001.arrow, as save_to_disk of Hugging Face's datasets writes "
+        "it, which is not read; expected parquet files, one for each role: "
+        "load_from_disk(folder)['train'].to_parquet('train.parquet')",
+    ),
+    "save_to_disk, with roles": (
+        lambda f: (put(f / "dataset_dict.json"), saved_to_disk(f / "train"), saved_to_disk(f / "test")), {},
+        "data.source={}: holds test/data-00000-of-00001.arrow, as save_to_disk of Hugging Face's datasets "
+        "writes it, which is not read; expected parquet files, one for each role: "
+        "load_from_disk(folder)['train'].to_parquet('train.parquet')",
+    ),
+    "train and test without classes": (
+        lambda f: two(f, ("train", "test")), {},
+        "data.source={}: images lie directly in test, train, which may be roles or classes; expected a "
+        "folder for each class in them, such as train/images, if they are roles, or "
+        "data.classes=[test,train] if they are classes",
+    ),
+    "three roles without classes": (
+        lambda f: two(f, ("Training", "Testing", "VAL")), {"test_size": 0.5},
+        "data.source={}: images lie directly in Testing, Training, VAL, which may be roles or classes; "
+        "expected a folder for each class in them, such as Training/images, if they are roles, or "
+        "data.classes=[Testing,Training,VAL] if they are classes",
+    ),
+    "nearly roles without classes": (
+        lambda f: two(f, ("train_images", "test_images")), {},
+        "data.source={}: images lie directly in test_images, train_images, which may be roles or classes; "
+        "expected a folder for each class in them, such as train_images/images, if they are roles, or "
+        "data.classes=[test_images,train_images] if they are classes",
     ),
     "empty": (
         lambda f: f.mkdir(),
@@ -340,6 +398,23 @@ REFUSED: dict[str, tuple[Make, dict[str, Any], str]] = {
         both(two, lambda f: put(f / "cat/0.svg", "<svg xmlns='http://www.w3.org/2000/svg'/>")), {},
         "data.source: {}/cat/0.svg is no image that can be read: a drawing (SVG); expected pixels",
     ),
+    "EPS": (
+        both(two, lambda f: Image.new("RGB", (8, 8)).save(f / "cat/0.eps")), {},
+        "data.source: {}/cat/0.eps is no image that can be read: a drawing (PostScript); expected pixels",
+    ),
+    "PostScript": (
+        both(two, lambda f: put(f / "cat/0.jpg", "%!PS-Adobe-3.0\nshowpage\n")), {},
+        "data.source: {}/cat/0.jpg is no image that can be read: a drawing (PostScript); expected pixels",
+    ),
+    "EMF": (
+        both(two, lambda f: put(f / "cat/0.emf", b"\1\0\0\0" + bytes(36) + b" EMF" + bytes(60))), {},
+        "data.source: {}/cat/0.emf is no image that can be read: a drawing (WMF or EMF); expected pixels",
+    ),
+    "thumbnails alone": (
+        both(two, lambda f: pages(f / "cat/0.tif", (4, {254: 1}), (2, {254: 1}))), {},
+        "data.source: {}/cat/0.tif is no image that can be read: a TIFF with thumbnails alone; expected the "
+        "image itself",
+    ),
     "HEIC": (
         both(two, lambda f: put(f / "cat/0.heic", b"\0\0\0\x18ftypheic\0\0\0\0")), {},
         "data.source: {}/cat/0.heic is no image that can be read: HEIC, which cannot be read; expected PNG "
@@ -412,6 +487,33 @@ def test_a_file_with_too_many_pixels_is_said_to_be(tmp_path: Path, monkeypatch: 
     Image.new("L", (30, 30)).save(tmp_path / "set/cat/large.png")
     said = refused(config(tmp_path / "set"))
     assert said.endswith("large.png is no image that can be read: too large: more pixels than an image has")
+
+
+def test_a_file_of_many_pixels_is_read_without_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    two(tmp_path / "set")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    Image.new("L", (12, 12)).save(tmp_path / "set/cat/large.png")
+    warnings.simplefilter("always")
+    assert len(load(config(tmp_path / "set"), PathsConfig()).train) == 7
+    assert not [warned for warned in recwarn if warned.category is Image.DecompressionBombWarning]
+
+
+@pytest.mark.parametrize(
+    "before",
+    [[], [{254: 1}], [{255: 2}], [{254: 4}], [{254: 5}, {254: 1}]],
+    ids=["nothing", "a thumbnail", "an old thumbnail", "a mask", "two of them"],
+)
+@pytest.mark.parametrize("resample", ["pad", "bicubic"])
+def test_the_first_page_that_is_no_thumbnail_is_the_image(
+    tmp_path: Path, before: list[dict[int, int]], resample: str
+) -> None:
+    """A page of several (2) is an image, as one that says nothing is."""
+    small = [(4 + number, tags) for number, tags in enumerate(before)]
+    pages(tmp_path / "set/cat/0.tif", *small, (8, {254: 2}), (7, {}))
+    (image,) = load(config(tmp_path / "set", channels=1, resample=resample), PathsConfig()).train.images
+    assert (image == 8).all()
 
 
 def test_splits_of_the_hub_of_one_role_are_refused_and_unknown_ones_are_said(

@@ -6,14 +6,22 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import words
 from hydra.core.global_hydra import GlobalHydra
+from safetensors.torch import save
 
 from dp_lora.__main__ import main
+from dp_lora.config.schema import Config
+from dp_lora.errors import UserError
+from dp_lora.jobs import stages
+from dp_lora.jobs.job import _check_stages
+from dp_lora.records.run_directory import is_whole
 from dp_lora.storage.files import Damaged, read_json, read_lines
 
 Run = Callable[..., tuple[int, list[str]]]
@@ -70,6 +78,7 @@ ADAPTER = (
     "expected the files that the training left: put them back, or remove the folder, and the same command "
     "writes it again from checkpoint/ at no further epsilon"
 )
+WAY_OUT = "put it back, or remove the run directory to start again, and count what was spent"
 GONE, ZEROS = b"gone", b"zeros"
 """What is done in place of writing these."""
 REFUSED = {
@@ -139,6 +148,7 @@ def test_what_cannot_be_made_again_is_refused(
     status, lines = dp_lora()
     assert status == 2 and len(lines) == 1, lines
     assert lines[0].startswith(f"dp-lora: {directory}{expected}")
+    assert lines[0].endswith(WAY_OUT) or file in ("config.yaml",) or "adapter" in file
     assert content(tmp_path) == before, "nothing was written and nothing charged"
 
 
@@ -158,7 +168,8 @@ def test_a_folder_in_the_place_of_a_file_is_damage(
     (directory / name).unlink()
     (directory / name).mkdir()
     before = content(tmp_path)
-    assert dp_lora() == (2, [f"dp-lora: {directory}{A_FOLDER[name]}"])
+    way_out = "" if name.startswith("adapter") else f": {WAY_OUT}"
+    assert dp_lora() == (2, [f"dp-lora: {directory}{A_FOLDER[name]}{way_out}"])
     assert content(tmp_path) == before, "nothing was written and nothing charged"
 
 
@@ -231,3 +242,39 @@ def test_what_is_no_json_says_why(tmp_path: Path) -> None:
         path.write_bytes(text)
         with pytest.raises(Damaged, match=f"a.json: no JSON .*{reason}"):
             read_json(path)
+
+
+def test_samples_of_which_a_byte_is_changed_are_not_whole(tmp_path: Path) -> None:
+    """Wherever the byte lies, what counts as whole can be loaded as it was written."""
+    path, rng = tmp_path / "samples.npz", np.random.default_rng(0)
+    arrays = {"images": rng.integers(0, 256, (2, 1, 8, 8), np.uint8), "labels": np.arange(2)}
+    np.savez_compressed(path, classes=np.array(["a", "b"]), **arrays)
+    assert is_whole(tmp_path, "sample")
+    whole = path.read_bytes()
+    missed = []
+    for at in range(0, len(whole), 11):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :])
+        if is_whole(tmp_path, "sample"):
+            with np.load(path) as found:
+                missed += [at] if any((found[name] != arrays[name]).any() for name in arrays) else []
+    assert not missed
+
+
+def test_a_finished_run_without_its_statement_says_so(tmp_path: Path) -> None:
+    job: Any = SimpleNamespace(directory=tmp_path)
+    (tmp_path / "adapter").mkdir()
+    assert stages._summary(job, {}).splitlines()[0] == (
+        f"what was spent is not known here: {tmp_path}/privacy.json is missing; put it back, or read it in "
+        "adapter/README.md and in the ledger (python -m sweeps bill)"
+    )
+
+
+def test_a_release_is_refused_where_there_is_no_statement_to_add_to(tmp_path: Path) -> None:
+    config = Config()
+    config.evaluation.release, config.stages = "dp", ["sample", "evaluate"]
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "trained.safetensors").write_bytes(save({"x": torch.zeros(1)}))
+    with pytest.raises(UserError, match=f"{tmp_path}/privacy.json: is missing; expected what the training"):
+        _check_stages(config, tmp_path)
+    (tmp_path / "privacy.json").write_text("{}")
+    _check_stages(config, tmp_path)

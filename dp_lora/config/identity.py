@@ -50,18 +50,28 @@ def fingerprint(config: Config) -> str:
     del values["model"]["pretrain"]["samples_every"]
     # Where the published file lies: what is in it is fixed.
     del values["evaluation"]["inception_weights"]
-    for group, name in (("data", "source"), ("public_data", "source"), ("model", "pretrained")):
+    for group, name in (
+        ("data", "source"),
+        ("public_data", "source"),
+        ("model", "pretrained"),
+        ("evaluation", "dinov2"),
+    ):
         values[group][name] = _one_spelling(values[group][name])
+    pretrain = values["model"]["pretrain"]
+    pretrain["perceptual_network"] = _one_spelling(pretrain["perceptual_network"])
     return _digest(values)
 
 
 def _one_spelling(place: str | None) -> str | None:
     """The same for all spellings of one path that mean the same place wherever it is.
 
+    `~` is the home folder. A relative path stays as it is, so that a folder and its runs can be moved
+    together, and links are not followed.
+
     >>> _one_spelling("set/"), _one_spelling("./set//."), _one_spelling("uoft-cs/cifar10")
     ('set', 'set', 'uoft-cs/cifar10')
     """
-    return str(PurePosixPath(place)) if place else place
+    return str(PurePosixPath(os.path.expanduser(place))) if place else place
 
 
 def pretrained_fingerprint(config: Config) -> str:
@@ -70,6 +80,8 @@ def pretrained_fingerprint(config: Config) -> str:
     del model["pretrained"], model["prompt"], model["pretrain"]["samples_every"]
     public = dataclasses.asdict(config.public_data)
     public["source"] = _one_spelling(public["source"])
+    pretrain = model["pretrain"]
+    pretrain["perceptual_network"] = _one_spelling(pretrain["perceptual_network"])
     # As long as they say what was done before they were there, models that are kept stay what they are.
     for name, value in (("value_range", None), ("background", "white"), ("layout", None)):
         if public[name] == value:

@@ -1,8 +1,8 @@
 """Images in folders: a folder a class, or train/, validation/ and test/ with a folder a class in each.
 
 What could be read in two ways is an error that names both: tables beside class folders, two folders of one
-role, two folders that are the same place by a link. Hidden files, and what Windows, macOS and network drives
-leave behind, are passed over.
+role, images directly in train/ and test/, two folders that are the same place by a link. Hidden files, and
+what Windows, macOS and network drives leave behind, are passed over.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ class Survey(NamedTuple):
     parquet: list[Path]
     picture: Path | None
     """One of the image files, by their names."""
+    arrow: Path | None = None
+    """One of the files in which `datasets` of Hugging Face saves."""
 
 
 def survey(location: Path) -> Survey:
@@ -55,6 +57,7 @@ def survey(location: Path) -> Survey:
         return Survey([location], None)
     parquet: list[Path] = []
     picture: Path | None = None
+    arrow: Path | None = None
     walked: set[str] = set()
     for folder, below, names in os.walk(location, followlinks=True):
         if (real := os.path.realpath(folder)) in walked:  # a link that leads back
@@ -67,7 +70,9 @@ def survey(location: Path) -> Survey:
                 parquet.append(Path(folder) / name)
             elif picture is None and name.lower().endswith(PICTURES):
                 picture = Path(folder) / name
-    return Survey(sorted(parquet), picture)
+            elif arrow is None and name.endswith(".arrow"):
+                arrow = Path(folder) / name
+    return Survey(sorted(parquet), picture, arrow)
 
 
 def parquet_files(location: Path, request: Request) -> list[Path]:
@@ -77,6 +82,12 @@ def parquet_files(location: Path, request: Request) -> list[Path]:
     that has no such files where `data.layout` asks for them.
     """
     found, layout, field = survey(location), request.data.layout, request.field
+    if found.arrow is not None and not found.parquet and found.picture is None:
+        raise UserError(
+            f"{field}.source={shown(location)}: holds {_below(found.arrow, location)}, as save_to_disk of "
+            "Hugging Face's datasets writes it, which is not read; expected parquet files, one for each "
+            "role: load_from_disk(folder)['train'].to_parquet('train.parquet')"
+        )
     if layout == "tables" and not found.parquet:
         raise UserError(
             f"{field}.layout=tables: no parquet file in {shown(location)}; expected some, or null"
@@ -98,7 +109,7 @@ def read_folders(root: Path, request: Request, preprocessing: Preprocessing) -> 
     Raises UserError for what is no such folder, and Damaged with all files that are no images.
     """
     field, data = request.field, request.data
-    reader = _Reader(root, field, tables_left_out=data.layout == "folders")
+    reader = _Reader(root, field, tables_left_out=data.layout == "folders", classes_given=bool(data.classes))
     roles = reader.roles()
     if roles is None:
         files = {"train": reader.classes(root)}
@@ -126,8 +137,9 @@ def read_folders(root: Path, request: Request, preprocessing: Preprocessing) -> 
 class _Reader:
     """The folders of one set."""
 
-    def __init__(self, root: Path, field: str, *, tables_left_out: bool) -> None:
-        self.root, self.field, self.tables_left_out = root, field, tables_left_out
+    def __init__(self, root: Path, field: str, *, tables_left_out: bool, classes_given: bool) -> None:
+        self.root, self.field = root, field
+        self.tables_left_out, self.classes_given = tables_left_out, classes_given
         self._places: dict[tuple[int, int], Path] = {}
 
     def roles(self) -> dict[str, str] | None:
@@ -139,6 +151,7 @@ class _Reader:
         named = [name for name in names if name.lower() in tables.SPLITS and self._has_folders(name)]
         if not named:
             self._refuse_nearly_roles(names)
+            self._refuse_roles_without_classes(names)
             return None
         if all(tables.SPLITS[name.lower()] != "train" for name in named):
             if len(named) < len(names):
@@ -178,6 +191,24 @@ class _Reader:
             raise UserError(
                 f"{self.field}.source={shown(self.root)}: class folders lie in {shown(', '.join(nearly))}; "
                 f"if these are roles, rename them to {', '.join(ROLES)}"
+            )
+
+    def _refuse_roles_without_classes(self, names: Sequence[str]) -> None:
+        """Images directly in train/ and test/, or in train_images/ and test_images/, may be meant as roles.
+
+        Taken for classes, the test images would train. Beside a folder of another name they are classes.
+        """
+        words = [re.split(r"[-_. ]", name.lower()) for name in names]
+        roles = [{tables.SPLITS[word] for word in of_name if word in tables.SPLITS} for of_name in words]
+        rests = {tuple(word for word in of_name if word not in tables.SPLITS) for of_name in words}
+        all_of_them = all(roles) and len(rests) == 1 and len(names) > 1
+        if all_of_them and {"train"} < set().union(*roles) and not self.classes_given:
+            one = shown(next(name for name, role in zip(names, roles, strict=True) if "train" in role))
+            raise UserError(
+                f"{self.field}.source={shown(self.root)}: images lie directly in {shown(', '.join(names))}, "
+                "which may be roles or classes; expected a folder for each class in them, such as "
+                f"{one}/images, if they are roles, or {self.field}.classes=[{shown(','.join(names))}] if "
+                "they are classes"
             )
 
     def classes(self, folder: Path) -> dict[str, list[Path]]:
@@ -225,15 +256,21 @@ class _Reader:
             )
         for path in paths:
             if not path.is_dir():
-                raise self._beside(path)
+                raise self._beside(path, any(other.is_dir() for other in paths))
         return paths
 
-    def _beside(self, path: Path) -> UserError:
-        """What to say of a file beside class folders."""
+    def _beside(self, path: Path, has_folders: bool) -> UserError:
+        """What to say of a file where class folders were expected; `has_folders` if some are beside it."""
         try:
             check_file(path)
         except Unreadable as error:
             return UserError(f"{self.field}.source: {shown(path)} is {error}; expected a class folder")
+        if not has_folders:
+            table = f", or a parquet file as {self.field}.source" if path.suffix.lower() in TABLES else ""
+            return UserError(
+                f"{self.field}.source: {shown(path)} is a file, and no class folders are beside it; expected "
+                f"a folder of images for each class{table}"
+            )
         layout = f"{self.field}.layout=folders, which takes the classes from the folders and leaves it out"
         if path.suffix.lower() in TABLES:
             return UserError(

@@ -18,6 +18,7 @@ import math
 import os
 import sys
 import unicodedata
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -247,17 +248,10 @@ class Preprocessing:
         from PIL import Image
 
         try:
-            if isinstance(content, np.ndarray):
-                return self._prepared(Image.fromarray(content))
-            if isinstance(content, Path):
-                pixels.check_file(content)
-            with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
-                if self.resample == "pad" and max(image.size) > self.size:
-                    raise PrivateRefusal(
-                        f"{field}.resample=pad: {name} has {image.size[0]} x {image.size[1]} pixels, "
-                        f"expected at most {self.size} x {self.size}, or a filter such as bicubic"
-                    )
-                return self._prepared(image)
+            with warnings.catch_warnings():
+                # Pillow warns from 90 million pixels on, and refuses from 180 million.
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                return self._opened(content, name, field)
         except NoRange as error:
             holds, expected = error.args
             given = pixels.said(self.decoding.value_range)
@@ -266,6 +260,22 @@ class Preprocessing:
             raise
         except Exception as error:  # a damaged file fails in every way there is
             raise Damaged([(name, pixels.reason(content, error))], field) from error
+
+    def _opened(self, content: Content, name: str, field: str) -> Prepared:
+        from PIL import Image
+
+        if isinstance(content, np.ndarray):
+            return self._prepared(Image.fromarray(content))
+        if isinstance(content, Path):
+            pixels.check_file(content)
+        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
+            pixels.to_the_image(image)
+            if self.resample == "pad" and max(image.size) > self.size:
+                raise PrivateRefusal(
+                    f"{field}.resample=pad: {name} has {image.size[0]} x {image.size[1]} pixels, "
+                    f"expected at most {self.size} x {self.size}, or a filter such as bicubic"
+                )
+            return self._prepared(image)
 
     def _prepared(self, opened: Any) -> Prepared:
         decoded = pixels.decode(opened, self.decoding)

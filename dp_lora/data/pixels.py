@@ -36,6 +36,8 @@ Content = Path | bytes | np.ndarray
 
 _PHOTOMETRIC, _BITS, _SAMPLE_FORMAT = 262, 258, 339
 """TIFF's tags: whether white is zero, bits a sample, signed or floating-point samples."""
+_KIND, _OLD_KIND = 254, 255
+"""TIFF's tags: whether a page is a reduced picture of another one, or a mask; whether it is the former."""
 _ORIENTATION = 0x0112
 """EXIF's tag."""
 _EIGHT_BITS = ("1", "L", "P", "RGB", "CMYK", "YCbCr", "HSV", "RGBX", "LA", "PA", "La", "RGBA", "RGBa")
@@ -95,8 +97,25 @@ def said(value_range: tuple[float, float] | None) -> str:
     return "null" if value_range is None else f"[{value_range[0]:g},{value_range[1]:g}]"
 
 
+def to_the_image(opened: Any) -> None:
+    """Brings an opened file to its first page that is an image of its own, past thumbnails and masks.
+
+    Raises Unreadable where there is none, and for a drawing, which has no pixels before it is drawn.
+    """
+    if opened.format == "EPS":
+        raise Unreadable(_POSTSCRIPT)
+    page, tags = 0, getattr(opened, "tag_v2", {})
+    while opened.format == "TIFF" and (tags.get(_KIND, 0) & 0b101 or tags.get(_OLD_KIND) == 2):
+        page += 1
+        try:
+            opened.seek(page)
+        except EOFError:
+            raise Unreadable("a TIFF with thumbnails alone; expected the image itself") from None
+        tags = opened.tag_v2
+
+
 def decode(opened: Any, decoding: Decoding) -> Decoded:
-    """The first picture of an opened file, upright, in 8 bits, on the background.
+    """The picture to which `to_the_image` brought an opened file, upright, in 8 bits, on the background.
 
     Raises:
         Unreadable: values or colours that cannot be brought to 8 bits.
@@ -333,6 +352,7 @@ _REASONS = {
     EACCES: "it may not be read (permission denied)",
 }
 _RAW = (".dng", ".nef", ".arw", ".cr2", ".cr3", ".orf", ".rw2", ".raf", ".pef", ".srw")
+_POSTSCRIPT = "a drawing (PostScript); expected pixels"
 _BEGINNINGS = (
     (rb".{128}DICM", "DICOM; expected its pixels as PNG or TIFF"),
     (rb".{344}(n\+1|ni1)\0", "NIfTI, a volume; expected its slices as PNG or TIFF"),
@@ -345,6 +365,8 @@ _BEGINNINGS = (
     (rb"version https://git-lfs", "a pointer of Git LFS; `git lfs pull` fetches the file"),
     (rb"\s*(<\?xml.*)?<svg", "a drawing (SVG); expected pixels"),
     (rb"%PDF", "a PDF"),
+    (rb"%!PS|\xc5\xd0\xd3\xc6", _POSTSCRIPT),
+    (rb"\xd7\xcd\xc6\x9a|\x01\0\0\0.{36} EMF", "a drawing (WMF or EMF); expected pixels"),
     (rb"PK\x03\x04", "a zip archive"),
     (rb"\x1f\x8b", "a gzip archive"),
     (rb"PAR1", "a parquet table"),
@@ -361,7 +383,7 @@ def reason(content: Content, error: Exception) -> str:
 
     if isinstance(error, Unreadable):
         return str(error)
-    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+    if isinstance(error, Image.DecompressionBombError):
         return "too large: more pixels than an image has"
     if isinstance(content, np.ndarray):
         return str(error)

@@ -114,6 +114,8 @@ def load(data: DataConfig, paths: PathsConfig, field: str = "data") -> ImageSpli
             "parquet files or a data set of the hub, or null"
         )
     source = _split(_keep_classes(source, request), request)
+    if source.own and not data.public:
+        _say_copies(source, request)
     size = _number(data.train_size, len(source.train.labels))
     if not source.own and size is not None and size != len(source.train.labels):
         source = source._replace(train=_balanced(source, size, field))
@@ -359,13 +361,50 @@ def _say_sizes(parts: tuple[Part, Part, Part], count: int, request: Request) -> 
     for role, part, fraction in zip(ROLES, parts, fractions, strict=True):
         expected, size = fraction * count, len(part.labels)
         if fraction and not size:
+            # What is left of the others trains, where nothing else is asked for.
+            given = [role] if getattr(data, f"{role}_size") else ["test", "validation"]
+            named = [name for name in given if getattr(data, f"{name}_size")]
+            asked = " with ".join(
+                f"{request.field}.{name}_size={getattr(data, f'{name}_size')}" for name in named
+            )
             raise PrivateRefusal(
-                f"{request.field}.{role}_size={getattr(data, f'{role}_size')}: none of the {count} images "
-                f"fell to {role}, where {expected:.3g} were expected; expected another fraction"
+                f"{asked}: none of the {count} images fell to {role}, where {expected:.3g} were expected; "
+                "expected another fraction"
             )
         if fraction:
             said.append(f"{size} {role} (expected {expected:.4g})")
     say(f"{request.field}: of {count} images {', '.join(said)}; each image draws its role by its own pixels")
+
+
+def _say_copies(source: Source, request: Request) -> None:
+    """Tells the owner of test and validation images that train too, and of pictures in several classes.
+
+    Whoever brings such a set may mean it, so it is not refused.
+    """
+    field = request.field
+    parts = {"train": source.train, "validation": source.validation, "test": source.test}
+    found = {role: part for role, part in parts.items() if part is not None}
+    pictures = {role: _picture(part) for role, part in found.items()}
+    for role in [role for role in found if role != "train"]:
+        copies = int(np.isin(pictures[role], pictures["train"]).sum())
+        if copies:
+            say(
+                f"{field}: {role} images that train too (the same pixels): {copies} of "
+                f"{len(pictures[role])}; what is measured on these says nothing about images that were not "
+                "trained on"
+            )
+    _, number = np.unique(np.concatenate([*pictures.values()]), return_inverse=True)
+    labels = np.concatenate([part.labels for part in found.values()])
+    classes = len(source.classes)
+    several = int((np.bincount(np.unique(number * classes + labels) // classes) > 1).sum())
+    if several:
+        say(f"{field}: pictures that stand in more than one class (the same pixels): {several}")
+
+
+def _picture(part: Part) -> np.ndarray:
+    """uint64 [N]: a number for each image, the same for the same pixels in the file."""
+    assert part.digests is not None
+    return np.ascontiguousarray(part.digests[:, :8]).view("<u8")[:, 0]
 
 
 def _set_aside(

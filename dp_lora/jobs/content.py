@@ -7,6 +7,10 @@ set gave with the other.
 Guarantee: a stage of a run that has this record either sees the images, labels, captions, classes and roles
 that the run began with, or ends with one line that says what is different, and has written nothing.
 
+Two digests tell an image: that of its file's pixels, which decides its role, and that of the pixels that are
+trained on. The first alone is not enough: a file that is written again with the same numbers in other bits,
+with black and white exchanged, or with another transparent value, is another image to train on.
+
 The record holds keyed digests (HMAC-SHA256 under a key of its own) and the names of the classes, which the
 adapter shows too. It is as private as the images, since it confirms a guess of the whole set.
 """
@@ -25,6 +29,7 @@ import numpy as np
 from dp_lora.data.digests import array_digests
 from dp_lora.data.sets import ImageSet, ImageSplits
 from dp_lora.errors import UserError
+from dp_lora.records.run_directory import OUTPUTS, WAY_OUT
 from dp_lora.storage.files import private_directory, read_json, write_json
 from dp_lora.training.processes import agreed, largest, size
 
@@ -39,8 +44,9 @@ _SAID = {
     "labels": "the labels",
     "captions": "the captions",
     "order": "the order of the images",
+    "prepared": "the pixels as they are trained on (as this Pillow reads and resizes the files)",
 }
-"""What can be different, in words; each of them makes those below it different too."""
+"""What can be different, in words; the first that is has most of those below it in its wake."""
 
 
 def digests(images: ImageSet) -> np.ndarray:
@@ -71,7 +77,16 @@ def content_of(images: ImageSplits, key: str) -> dict[str, Any]:
         "labels": keyed(*(_sorted(np.hstack(both)) for both in zip(roles, labels, strict=True))),
         "captions": keyed(*(_sorted(np.hstack(both)) for both in zip(roles, captions, strict=True))),
         "order": keyed(*(part.tobytes() for part in roles)),
+        "prepared": keyed(*(_prepared(part) for part in images)),
     }
+
+
+def _prepared(images: ImageSet) -> bytes:
+    """A digest of the images as they are trained on, in their order."""
+    hashed = hashlib.sha256(f"{images.images.shape}".encode())
+    for first in range(0, len(images), 4096):  # which may be mapped from the disk
+        hashed.update(np.ascontiguousarray(images.images[first : first + 4096]).data)
+    return hashed.digest()
 
 
 def _sorted(rows: np.ndarray) -> bytes:
@@ -90,8 +105,12 @@ def _captions(images: ImageSet) -> np.ndarray:
 
 
 def changes(images: ImageSplits, record: dict[str, Any]) -> list[str]:
-    """What of `images` is not as in `record`, in words; an empty list where all of it is."""
+    """What of `images` is not as in `record`, in words; an empty list where all of it is.
+
+    Records of earlier versions say nothing of the prepared pixels, and are compared in all else.
+    """
     now = content_of(images, record["key"])
+    record = {"prepared": now["prepared"], **record}
     different = [name for name in _SAID if now[name] != record[name]]
     # The first of the rest has the others in its wake, and other names of classes have all but two.
     first = next((name for name in different if name != "classes"), None)
@@ -103,13 +122,14 @@ def changes(images: ImageSplits, record: dict[str, Any]) -> list[str]:
 def keep(images: ImageSplits, folder: Path) -> None:
     """Writes the record of a run that begins into `folder`, its `checkpoint/`.
 
-    Raises UserError when there is one already and `images` are others.
+    A run that goes on without one gets none: nobody knows what it began with. Raises UserError when there is
+    one already and `images` are others.
     """
     reason = refusal(images, folder)
     if reason is not None:
         raise UserError(reason)
     path = private_directory(folder) / NAME
-    if not path.exists():
+    if not path.exists() and not (folder / "plan.json").exists():
         write_json(path, content_of(images, secrets.token_hex(32)), mode=0o600)
 
 
@@ -127,7 +147,7 @@ def agree(images: ImageSplits) -> None:
 def refusal(images: ImageSplits, folder: Path) -> str | None:
     """Why the run of the private `folder` must not see `images`; None where they are what it began with.
 
-    A run without a record, as earlier versions left them, has nothing to say.
+    A run without a record, as earlier versions left them, is not refused: `unknown` says so.
     """
     path = folder / NAME
     if not path.exists():
@@ -135,13 +155,25 @@ def refusal(images: ImageSplits, folder: Path) -> str | None:
     try:
         found = changes(images, read_json(path))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{path}: cannot be read ({type(error).__name__}); expected it as it was written"
+        return f"{path}: cannot be read ({type(error).__name__}); expected it as it was written: {WAY_OUT}"
     if not found:
         return None
     return (
         f"data: {_listed(found)} changed since this run began ({folder.parent}): expected the images that it "
         "was made from. Bring them back; or, to train on the new ones, move the run directory away or choose "
         "another paths.outputs: that is a new run, charged by itself"
+    )
+
+
+def unknown(directory: Path) -> str | None:
+    """What to tell the owner of a run that was begun and has no record; None of all others."""
+    path = directory / "checkpoint" / NAME
+    begun = (directory / OUTPUTS["finetune"], path.with_name("plan.json"))
+    if path.exists() or not any(one.exists() for one in begun):
+        return None
+    return (
+        f"data: {path} is not there, so these images cannot be compared with those that the run was made "
+        "from; put it back, or make sure yourself that they are the same"
     )
 
 

@@ -19,7 +19,7 @@ from dp_lora.config.schema import Config
 from dp_lora.config.wandb_mode import wandb_mode
 from dp_lora.errors import UserError
 from dp_lora.records import manifest
-from dp_lora.records.run_directory import OUTPUTS, check_records, is_whole
+from dp_lora.records.run_directory import OUTPUTS, WAY_OUT, check_records, is_whole
 from dp_lora.storage.files import append_line, check_writable, file_lock
 from dp_lora.training.processes import agreed, rank
 
@@ -161,7 +161,10 @@ def steps_of(config: Config, num_examples: int | None) -> int | None:
 
 
 def check_content(images: ImageSplits, directory: Path) -> None:
-    """Refuses images that are not those that the run in `directory` was made from, or differ by process."""
+    """Refuses images that are not those that the run in `directory` was made from, or differ by process.
+
+    Where the run has no record of its images, the owner is told.
+    """
     from dp_lora.jobs import content
 
     # The first process speaks for all, so that all of them end.
@@ -169,6 +172,8 @@ def check_content(images: ImageSplits, directory: Path) -> None:
     if reason is not None:
         raise UserError(reason)
     content.agree(images)
+    if rank() == 0 and (line := content.unknown(directory)) is not None:
+        say(line)
 
 
 def _check_budget(config: Config, plan: PrivacyPlan, directory: Path, images: ImageSplits) -> None:
@@ -236,6 +241,17 @@ def _check_stages(config: Config, directory: Path) -> None:
         raise UserError(
             f"{result}: cannot be read; expected what the evaluation left: its budget is spent, so put it "
             "back, or remove it to pay for another one"
+        )
+    if (
+        config.evaluation.release == "dp"
+        and "evaluate" in config.stages
+        and not result.exists()
+        and (directory / OUTPUTS["finetune"]).exists()
+        and not (directory / "privacy.json").exists()
+    ):
+        raise UserError(
+            f"{directory / 'privacy.json'}: is missing; expected what the training left, to which "
+            f"evaluation.release=dp adds its own: {WAY_OUT}"
         )
     for stage, before in (("sample", "finetune"), ("evaluate", "sample")):
         output = directory / OUTPUTS[before]

@@ -435,6 +435,11 @@ def _summary(job: Job, result: Mapping[str, Any]) -> str:
         together = line_of_all_runs(job.config, record["delta"], job.images)
         if together is not None:
             lines.append(f"all runs           {together}")
+    elif (job.directory / OUTPUTS["finetune"]).exists():
+        lines.append(
+            f"what was spent is not known here: {path} is missing; put it back, or read it in "
+            "adapter/README.md and in the ledger (python -m sweeps bill)"
+        )
     metrics = result.get("metrics", {})
     if metrics:
         columns, rows = baseline_table(metrics)

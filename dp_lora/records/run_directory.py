@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ _OBJECTS = (
     "checkpoint/adapter.json",
 )
 """Files with one JSON object that are not made again."""
+
+WAY_OUT = "put it back, or remove the run directory to start again, and count what was spent"
+"""From a file that is missing or damaged and that is not made again."""
 
 ADAPTER_RECORD = "adapter.json"
 """In the private `checkpoint/`: the SHA-256 of each file of the adapter that is loaded again, by its name."""
@@ -56,11 +60,7 @@ def is_whole(directory: Path, stage: str) -> bool:
         _check_adapter(path)
         return True
     if stage == "sample":
-        try:
-            with zipfile.ZipFile(path) as archive:
-                return set(archive.namelist()) >= _SAMPLES
-        except (zipfile.BadZipFile, OSError):
-            return False
+        return _is_whole_archive(path)
     return bool(_object(path))
 
 
@@ -77,17 +77,19 @@ def result(directory: Path) -> dict[str, Any]:
 
 def check_records(directory: Path) -> None:
     """Raises UserError for the first file of a run that is damaged and not made again."""
-    for name in _OBJECTS:
-        path = directory / name
-        if path.exists() and not isinstance(read_json(path), dict):
-            raise Damaged(f"{path}: expected a JSON object as this program writes it")
+    try:
+        for name in _OBJECTS:
+            path = directory / name
+            if path.exists() and not isinstance(read_json(path), dict):
+                raise Damaged(f"{path}: expected a JSON object as this program writes it")
+        read_lines(directory / "metrics.jsonl")
+    except Damaged as error:
+        raise Damaged(f"{error}: {WAY_OUT}") from error
     images = directory / "checkpoint" / "content.json"
     if _object(directory / "checkpoint" / "plan.json").get("content") and not images.exists():
         raise UserError(
-            f"{images}: is missing; expected the record of the images that the run began with: put it back, "
-            "or remove the run directory to start again, and count what was spent"
+            f"{images}: is missing; expected the record of the images that the run began with: {WAY_OUT}"
         )
-    read_lines(directory / "metrics.jsonl")
     if (directory / OUTPUTS["finetune"]).exists():
         _check_adapter(directory / OUTPUTS["finetune"])
 
@@ -138,6 +140,16 @@ def _broken(folder: Path) -> str | None:
         if _sha256(folder / name) != digest:
             return f"{name} is not the file that the training left"
     return None
+
+
+def _is_whole_archive(path: Path) -> bool:
+    """Whether this is a zip file with the samples, each with the checksum that it was written with."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return set(archive.namelist()) >= _SAMPLES and archive.testzip() is None
+    # What a changed byte makes of the format: no zip, no deflate, an unknown method, a password asked for.
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError, ValueError):
+        return False
 
 
 def _sha256(path: Path) -> str:
