@@ -190,15 +190,12 @@ _AUDIT: Shape = {
     "membership_inference": {
         **dict.fromkeys(("members", "others", "draws", "confidence"), number),
         ANY: {
-            "auc": number,
-            "auc_interval": field_kinds.interval,
-            "tpr_at_fpr": {
-                ANY: {"tpr": number, "interval": field_kinds.interval, "false_positives": number},
-            },
+            "auc": number, "auc_interval": field_kinds.interval,
+            "tpr_at_fpr": {ANY: {"tpr": number, "interval": field_kinds.interval, "false_positives": number}},
             "roc": {"fpr": field_kinds.sequence, "tpr": field_kinds.sequence},
         },
     },
-}
+}  # fmt: skip
 _RESULT: Mapping[str, Shape] = {
     "metrics": field_kinds.numbers,
     "intervals": {ANY: field_kinds.interval},
