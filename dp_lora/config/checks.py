@@ -48,11 +48,13 @@ from dp_lora.config.schema import (
 )
 from dp_lora.config.wandb_mode import MEANT
 from dp_lora.errors import UserError, did_you_mean
+from dp_lora.storage.files import expanded
 
 
 def check(config: Config) -> None:
     """Raises UserError naming field, value and range for the first value that cannot be right."""
     _check_texts(config, "")
+    _check_homes(config)
     _check_choices(config)
     check_bounds(config)
     _check_privacy(config.privacy)
@@ -115,6 +117,21 @@ def _check_texts(section: Any, prefix: str) -> None:
         elif value == "":
             rest = ", or null" if "None" in str(known.type) else ""
             raise UserError(f'{prefix}{known.name}="": expected a text that is not empty{rest}')
+
+
+def _check_homes(config: Config) -> None:
+    """Refuses `~name` where there is no such user, before anybody looks below that home."""
+    places = {
+        "data.source": config.data.source,
+        "public_data.source": config.public_data.source,
+        "model.pretrained": config.model.pretrained,
+        "model.pretrain.perceptual_network": config.model.pretrain.perceptual_network,
+        "evaluation.inception_weights": config.evaluation.inception_weights,
+        **{f"paths.{name}": place for name, place in dataclasses.asdict(config.paths).items()},
+    }
+    for name, place in places.items():
+        if place is not None:
+            expanded(place, f"{name}={place}")
 
 
 def _check_tracking(tracking: TrackingConfig) -> None:
