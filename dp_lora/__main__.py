@@ -30,7 +30,10 @@ from dp_lora.errors import SweepFailed, UserError
 ConfigStore.instance().store(name="schema", node=Config)
 
 
-_PLACES = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+_PLACES = (
+    errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EISDIR,
+    errno.ELOOP, errno.ENAMETOOLONG,
+)  # fmt: skip
 """What the system says when a folder that the user named cannot take a file."""
 
 
@@ -55,15 +58,15 @@ def app(composed: DictConfig) -> dict[str, object]:
         returned = run(from_omegaconf(composed), list(settings.overrides.task))
         _ended.append("")
         return returned
-    except (UserError, OmegaConfBaseException) as error:
-        reason = explain(error)
-        if settings.mode != RunMode.MULTIRUN:
-            _stop(reason, 2)
     except Exception as error:
+        known = _of_the_user(error)
         if settings.mode != RunMode.MULTIRUN:
-            raise
-        traceback.print_exc()
-        reason = " ".join(f"{type(error).__name__} {error}".split())
+            if known is None:
+                raise
+            _stop(known, 2)
+        if known is None:
+            traceback.print_exc()
+        reason = known or " ".join(f"{type(error).__name__} {error}".split())
     # The other jobs of the sweep go on; Hydra passes on the first failure only, so each is told here.
     _say(f"job {settings.job.num} ({settings.job.override_dirname}): {reason}")
     _ended.append(reason)
@@ -93,14 +96,22 @@ def main() -> None:
         sys.exit(2)
     except SweepFailed as error:
         _stop(str(error), 1)
-    except (UserError, HydraException, OmegaConfBaseException) as error:
-        _stop(explain(error), 2)
-    except OSError as error:
-        if error.errno not in _PLACES:
-            raise
-        _stop(f"{error.filename or 'writing'}: {error.strerror}; expected a place that can be written", 2)
     except KeyboardInterrupt as error:
         _stop(f"{str(error) or 'interrupted'}; the same command continues", 130)
+    except Exception as error:
+        known = _of_the_user(error)
+        if known is None:
+            raise
+        _stop(known, 2)
+
+
+def _of_the_user(error: Exception) -> str | None:
+    """The line for what a user can cause; None for any other error."""
+    if isinstance(error, UserError | HydraException | OmegaConfBaseException):
+        return explain(error)
+    if isinstance(error, OSError) and error.errno in _PLACES:
+        return f"{error.filename or 'writing'}: {error.strerror}; expected a place that can be written"
+    return None
 
 
 def _say(line: str) -> None:

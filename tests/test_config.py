@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from conftest import composed
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError
 
+from dp_lora.commands.vocabulary import field_names, kind_of
 from dp_lora.config.checks import check
 from dp_lora.config.identity import fingerprint, pretrained_fingerprint, run_directory
 from dp_lora.config.load import config_directory, from_omegaconf
@@ -214,6 +216,49 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "k zero": ({"privacy.noise_multiplicity": 0}, "privacy.noise_multiplicity=0"),
     "C zero": ({"privacy.max_grad_norm": 0.0}, "privacy.max_grad_norm=0"),
     "C NaN": ({"privacy.max_grad_norm": float("nan")}, "privacy.max_grad_norm=nan"),
+    "C beyond what an optimiser holds": (
+        {"privacy.max_grad_norm": 1e300},
+        "privacy.max_grad_norm=1e+300: expected a number above 0, at most 1e+06",
+    ),
+    "k beyond the timesteps": (
+        {"privacy.noise_multiplicity": 10**8},
+        "privacy.noise_multiplicity=100000000: expected at most 1000",
+    ),
+    "alpha beyond float32": (
+        {"lora.alpha": 1e30},
+        "lora.alpha=1e+30: expected a number above 0, at most 1e+06, or null",
+    ),
+    "seed beyond 63 bits": (
+        {"seed": 99999999999999999999},
+        "seed=99999999999999999999: expected at most 9223372036854775807",
+    ),
+    "threads beyond all machines": (
+        {"resources.threads": 99999999999999},
+        "resources.threads=99999999999999: expected at most 4096",
+    ),
+    "microbatch beyond memory": (
+        {"train.microbatch": 10**20},
+        "train.microbatch=100000000000000000000: expected 'auto' or a whole number from 1 to 100000",
+    ),
+    "epochs beyond float64": ({"train.epochs": 1e308}, "train.epochs=1e+308: expected a number above 0, at"),
+    "guidance beyond float32": (
+        {"sampler.guidance": 1e38},
+        "sampler.guidance=1e+38: expected a number from 0",
+    ),
+    "memory beyond all machines": ({"resources.memory_gb": 1e300}, "resources.memory_gb=1e+300: expected"),
+    "more images than fit": ({"data.train_size": 10**30}, "expected at most 10000000, or a fraction"),
+    "weight decay beyond the weight": (
+        {"train.weight_decay": 1e9},
+        "train.weight_decay=1e+09: with train.learning_rate=0.02, times the largest factor 5, expected a",
+    ),
+    "weight decay times a factor": (
+        {"train.weight_decay": 10.0, "trainable.learning_rate_factor": 100.0},
+        "train.weight_decay=10: with train.learning_rate=0.02, times the largest factor 100, expected",
+    ),
+    "no level": (
+        {"model.unet.block_out_channels": []},
+        "model.unet.block_out_channels=[]: expected at least",
+    ),
     "clipping": ({"privacy.clipping": "flatt"}, "privacy.clipping='flatt'"),
     "rank zero": ({"lora.rank": 0}, "lora.rank=0"),
     "alpha infinite": ({"lora.alpha": float("inf")}, "lora.alpha=inf"),
@@ -288,6 +333,44 @@ def test_an_impossible_value_is_refused_by_field_and_value(name: str, default: C
     with pytest.raises(UserError) as caught:
         check(config)
     assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+WHOLE = [
+    "seed", "privacy.noise_multiplicity", "lora.rank", "train.max_steps", "train.expected_batch_size",
+    "train.warmup_steps", "train.microbatch", "sampler.steps", "sampler.num_samples", "sampler.batch_size",
+    "evaluation.classifier_epochs", "evaluation.deep_classifier_epochs", "evaluation.batch_size",
+    "evaluation.bootstrap", "tracking.log_every", "resources.threads", "resources.nodes", "resources.gpus",
+    "resources.processes", "resources.cpus", "resources.time_limit_min",
+    *(f"model.autoencoder.{name}"
+      for name in ("latent_channels", "layers_per_block", "norm_num_groups", "num_codes")),
+    *(f"model.unet.{name}" for name in ("layers_per_block", "cross_attention_dim", "num_heads", "head_dim",
+                                        "norm_num_groups")),
+    "model.scheduler.num_train_timesteps",
+    *(f"model.pretrain.{name}" for name in (
+        "autoencoder_steps", "unet_steps", "decoder_steps", "warmup_steps", "adversarial_start",
+        "samples_every", "autoencoder_batch_size", "unet_batch_size")),
+    *(f"{data}.{name}" for data in ("data", "public_data")
+      for name in ("image_size", "train_size", "validation_size", "test_size")),
+]  # fmt: skip
+"""Every field that takes a whole number, but for those of `ANY`."""
+
+ANY = {"data.channels", "public_data.channels", "privacy.insecure_seed"}
+"""1 or 3; and what is hashed, of any size."""
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_every_whole_number_has_an_end(name: str, default: Config) -> None:
+    for value in (10**30, -1):
+        config = _copy(default)
+        *groups, last = name.split(".")
+        setattr(functools.reduce(getattr, groups, config), last, value)
+        with pytest.raises(UserError, match=re.escape(f"{name}={value}: expected ")):
+            check(config)
+
+
+def test_no_whole_number_was_left_out() -> None:
+    whole = {name for name in field_names(leaves=True) if re.match(r"int\b", kind_of(name))}
+    assert whole == {*WHOLE, *ANY}
 
 
 def _copy(value: Any) -> Any:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from dp_lora.storage.files import (
+    Damaged,
     append_line,
     file_lock,
     private_directory,
@@ -111,6 +112,60 @@ def test_a_file_of_one_torn_line_begins_anew(tmp_path: Path) -> None:
     assert read_lines(path) == []
     append_line(path, {"step": 0})
     assert read_lines(path) == [{"step": 0}]
+
+
+RECORD = {"a": [1, 2.5e-7, True, False, None, -3], "b": {"x": 'ü\\"é中\n\u2028', "y": {}}, "z": "\u0001"}
+
+
+def test_every_beginning_of_a_record_is_dropped_and_the_whole_of_one_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    append_line(path, RECORD)
+    whole = path.read_bytes()
+    for end in range(1, len(whole) - 1):
+        path.write_bytes(whole + whole[:end])
+        assert read_lines(path) == [RECORD], whole[:end]
+        append_line(path, {"step": 2})
+        assert read_lines(path) == [RECORD, {"step": 2}], whole[:end]
+    path.write_bytes(whole[:-1])
+    assert read_lines(path) == [RECORD]
+    append_line(path, {"step": 2})
+    assert read_lines(path) == [RECORD, {"step": 2}]
+
+
+@pytest.mark.parametrize("zeros", [b"\0" * 9, b'{"step": 2\0\0'])
+def test_zeros_that_a_crash_leaves_behind_a_record_are_cut(tmp_path: Path, zeros: bytes) -> None:
+    path = tmp_path / "ledger.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + zeros)
+    append_line(path, {"step": 2})
+    assert read_lines(path) == [{"step": 1}, {"step": 2}]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"my diary", b"5", b'"text"', b"[1, 2", b"{my: notes", b'{"a": hello', b'{"a": 1} x', b"\0\0\0",
+     b"\xff\xd8", b'{"step": 1}\nmy diary'],
+)  # fmt: skip
+def test_what_ends_as_no_record_does_is_refused_and_untouched(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "diary.txt"
+    path.write_bytes(content)
+    for attempt in (lambda: append_line(path, {"step": 1}), lambda: read_lines(path)):
+        with pytest.raises(Damaged, match=r"diary.txt, .*line( \d)?: (no JSON|expected a JSON object)"):
+            attempt()
+    assert path.read_bytes() == content
+
+
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "pipe", tmp_path / "folder", Path("/dev/full"), Path("/dev/zero")):
+        for attempt in (
+            lambda path=path: append_line(path, {"step": 1}),
+            lambda path=path: read_lines(path),
+            lambda path=path: read_json(path),
+            lambda path=path: file_lock(path).__enter__(),
+        ):
+            with pytest.raises(Damaged, match=f"{path}: (a folder|no regular file); expected a file"):
+                attempt()
 
 
 def test_damage_before_the_last_line_is_an_error_that_names_the_line(tmp_path: Path) -> None:

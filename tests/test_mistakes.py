@@ -50,6 +50,11 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> Refu
 
 EPSILONS = "one of eps1, eps3, eps5, eps10, inf, none"
 RANKS = "one of r1, r2, r4, r8, r16, r32, r64"
+COLOUR = "expected white, grey, black or a colour such as 'data.background=\"#f0f0f0\"'"
+SWEEPS = (
+    "one of baselines, batch, clip_norm, components, epsilon, headline, noise_multiplicity, "
+    "noise_multiplier, none, rank"
+)
 DRAWS = "one of k1, k2, k4, k8, k12, k16, k32"
 SETS = (
     "one of celeba32, celeba64, celebahq256, cifar10, digits, emnist_letters, fashion_mnist, imagefolder, "
@@ -318,7 +323,63 @@ WORDS = {
     ("+data@extra=mnist",): "+data@extra=mnist: no such place for a preset; expected data=mnist",
 }
 
+TWICE = {
+    ("sweep=rank", "sweep=epsilon"): (
+        "sweep=rank and sweep=epsilon: one sweep a command; expected one of the two"
+    ),
+    ("-m", "sweep=rank,epsilon"): f"sweep=rank,epsilon: one sweep a command; expected sweep=<{SWEEPS}>",
+    ("-m", "sweep=glob(*)"): f"sweep=glob(*): one sweep a command; expected sweep=<{SWEEPS}>",
+    ("-m", "cluster=example,none", "--dry-run"): (
+        "cluster=example,none: one cluster a command; expected cluster=<one of example, example_container, "
+        "example_preemptible, none>"
+    ),
+    ("-m", "hydra/launcher=local,basic"): (
+        "hydra/launcher=local,basic: one launcher a command; expected hydra/launcher=<one of basic, local, "
+        "slurm>"
+    ),
+    ("-m", "tracking.wandb=offline,disabled"): (
+        "tracking.wandb=offline,disabled: both ask for the same run, since this cannot change its result; "
+        "expected one value"
+    ),
+    ("-m", "stages=[finetune],[sample]", "--dry-run"): (
+        "stages=[finetune],[sample]: both ask for the same run, since this cannot change its result; "
+        "expected one value"
+    ),
+}
+
+EMPTY = {
+    ("-m", "lora_rank=glob(zz*)", "--dry-run"): (
+        "lora_rank=glob(zz*): stands for no value at all; expected at least one"
+    ),
+    ("-m", "seed=range(0,0)"): "seed=range(0,0): stands for no value at all; expected at least one",
+    ("seed=range(0,0)", "--dry-run"): "seed=range(0,0): stands for no value at all; expected at least one",
+    ("sweep=baselines", "seed=range(0,0)"): (
+        "seed=range(0,0): stands for no value at all; expected at least one"
+    ),
+    ("-m", "seed=interval(0,1)"): "seed=interval(0,1): expected values between commas, or a range",
+    (
+        "--shell-completion",
+    ): "--shell-completion: expected install=bash or uninstall=bash with it (zsh, fish)",
+    ("--package", "foo", "--cfg", "job"): (
+        "--package=foo: no part of the configuration; expected one such as privacy"
+    ),
+}
+
+ADVICE = {
+    ("data.background=#fff",): f"data.background=#fff: {COLOUR}",
+    ("data.background=(255,255,255)",): f"data.background=(255,255,255): {COLOUR}",
+    ("data.value_range=(0,4095)",): (
+        "data.value_range=(0,4095): expected a list of numbers: data.value_range=[0,4095]"
+    ),
+    **{(f"epsilon={number}",): f"epsilon={number}: expected {EPSILONS}"
+       for number in ("0", "-1", "nan", "1e400")},
+    ("lora.rank: 4",): "lora.rank: 4: expected lora.rank=4",
+    ("lora.rank",): "lora.rank: expected lora.rank=<value>",
+    ("train.lr=1",): "train.lr: no such option; expected train.learning_rate=1",
+}  # fmt: skip
+
 TABLE = {
+    **TWICE, **EMPTY, **ADVICE,
     **NUMBERS_FOR_PRESETS, **PRESETS, **FOLDERS, **SIGNS, **FLAGS, **CHARACTERS, **COMPOSED, **BOUNDS,
     **NULL, **TRACKING, **OTHERS, **WORDS,
 }  # fmt: skip

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from dp_lora.config.load import read_config
 from dp_lora.config.schema import Config
 from dp_lora.errors import UserError
-from dp_lora.storage.files import private_directory, write_atomic, write_json
+from dp_lora.storage.files import expanded, private_directory, write_atomic, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -199,8 +199,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--neighbours", type=_at_least_one, default=5, metavar="K", help="shown beside each")
     try:
         given = parser.parse_args(words)
-        directory = given.run.expanduser()
-        folder = given.out.expanduser() if given.out else directory / "checkpoint"
+        directory = expanded(given.run, str(given.run))
+        folder = expanded(given.out, f"--out={given.out}") if given.out else directory / "checkpoint"
         path = inspect(
             directory, folder, extractor=given.extractor, images=given.images, count=given.neighbours
         )

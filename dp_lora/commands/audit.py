@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from dp_lora.auditing.options import DEVICES, KINDS, Options, check
 from dp_lora.errors import UserError
+from dp_lora.storage.files import expanded
 
 CONTRADICTED = 1
 """The exit status when more was measured than is claimed, or the noise failed a test."""
@@ -86,7 +87,8 @@ def _parse(words: Sequence[str]) -> tuple[Path, Options]:
     )
     parser.add_argument("--device", choices=DEVICES, default=default.device, help="(%(default)s)")
     given = vars(parser.parse_args(words))
-    return given.pop("directory").expanduser(), Options(**given)
+    directory = given.pop("directory")
+    return expanded(directory, str(directory)), Options(**given)
 
 
 def summary(record: dict[str, Any], directory: Path) -> str:

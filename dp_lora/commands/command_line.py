@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import re
 import shlex
 import string
@@ -52,6 +53,13 @@ _PLAIN = frozenset(f"{string.ascii_letters}{string.digits}_/-\\+.$%*@?|: [],")
 """What a value without quotes may hold in Hydra's grammar, and what lists are written with."""
 
 _WANTED = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+
+_ONE = {
+    "sweep": "one sweep a command",
+    "cluster": "one cluster a command",
+    "hydra/launcher": "one launcher a command",
+}
+"""Why a group cannot be swept: it says what or where the jobs are, not what one of them does."""
 
 _PACKAGES = ("data@public_data",)
 """The places other than its own at which a group may be chosen."""
@@ -125,6 +133,16 @@ def check_words(words: Sequence[str]) -> None:
 
     for word in overrides:
         _check_override(word, groups, choices)
+    _refuse_twice(overrides)
+
+
+def _refuse_twice(overrides: Sequence[str]) -> None:
+    """Raises UserError for two sweeps, clusters or launchers, where Hydra takes the last in silence."""
+    given: dict[str, str] = {}
+    for word in overrides:
+        name, _, value = word.lstrip("+").partition("=")
+        if name in _ONE and given.setdefault(name, value) != value:
+            raise UserError(f"{name}={given[name]} and {name}={value}: {_ONE[name]}; expected one of the two")
 
 
 # Flags
@@ -164,6 +182,16 @@ def _arguments(words: Sequence[str]) -> argparse.Namespace:
             raise UserError(f"--{one} with --{other}: expected one of the two flags")
     if arguments.resolve and not (arguments.cfg or arguments.help):
         raise UserError("--resolve: expected --cfg job with it")
+    if arguments.shell_completion and not any(
+        word.startswith(("install=", "uninstall=", "query=")) for word in words
+    ):
+        raise UserError("--shell-completion: expected install=bash or uninstall=bash with it (zsh, fish)")
+    package = arguments.package
+    if package and package.split(".")[0] not in ("_global_", "hydra") and package not in field_names():
+        raise UserError(
+            f"--package={package}: no part of the configuration; expected one such as privacy"
+            f"{did_you_mean(package, field_names())}"
+        )
     if arguments.config_dir is not None and not Path(arguments.config_dir).is_dir():
         raise UserError(f"--config-dir={arguments.config_dir}: expected a folder of presets")
     return arguments
@@ -250,10 +278,10 @@ def _refuse_bare(word: str, words: Sequence[str], place: int) -> NoReturn:
     after = [*words[place + 1 : place + 3], "", ""]
     # Blanks around the equals sign make two words of one, or three.
     apart = after[1] if after[0] == "=" else after[0][1:] if after[0].startswith("=") else ""
-    given = value or apart or next(filter(is_bare, words[place + 1 : place + 2]), "")
+    given = value.strip() or apart or next(filter(is_bare, words[place + 1 : place + 2]), "")
     if word in COMMANDS and not (word in group_names(None) and given):
         raise UserError(f"{word!r}: expected {COMMANDS[word]}")
-    if name in (*field_names(leaves=True), *group_names(None)) and (given or word != name):
+    if name in (*field_names(leaves=True), *group_names(None)):
         raise UserError(f"{word}: expected {name}={given or '<value>'}")
     before = words[place - 1] if place else ""
     if before.endswith("=") and not before.startswith("-"):
@@ -320,7 +348,9 @@ def _check_override(word: str, groups: Sequence[str], choices: Choices) -> None:
     if prefix and (group in groups or (prefix == "+" and name in field_names(leaves=True))):
         raise UserError(f"{word}: {name} is there already; expected {shlex.quote(f'{name}={value}')}")
     is_own = name in known or group in groups or name.startswith(_OPEN)
-    if not is_own and "." not in name and (option := _of_others(name, value)):
+    near = did_you_mean(name, known)
+    is_near = "." in name and any(repr(leaf) in near for leaf in field_names(leaves=True))
+    if not is_own and not is_near and (option := _of_others(name.rpartition(".")[2], value)):
         raise UserError(f"{name}: no such option; expected {option}")
     if name in OWN_FOLDERS:
         folder = value if name.endswith(".dir") and value else "<folder>"
@@ -344,6 +374,8 @@ def _check_override(word: str, groups: Sequence[str], choices: Choices) -> None:
 def _not_read(word: str, name: str, value: str, choices: Choices) -> str:
     """What to write for a value that Hydra cannot read."""
     kind = kind_of(name)
+    if name.endswith(".background") and not re.fullmatch("#[0-9a-fA-F]{6}", value):
+        return _colour(word, name)
     if options := choices(name):
         return f"{word}: expected one of {', '.join(options)}{_folder_of(name, value)}"
     for beginning, wanted in _WANTED.items():
@@ -351,7 +383,10 @@ def _not_read(word: str, name: str, value: str, choices: Choices) -> str:
             return f"{word}: expected {wanted}"
     whole = f"{name}={_in_quotes(value)}"
     if kind and kind.startswith("list"):
-        parts = value.strip().removeprefix("[").removesuffix("]").split(",")
+        parts = value.strip().strip("[]()").split(",")
+        if kind.startswith("list[float]"):
+            numbers = ",".join(part.strip() for part in parts)
+            return f"{word}: expected a list of numbers: {name}=[{numbers}]"
         whole = f"{name}=[{','.join(_in_quotes(part.strip(chr(34) + chr(39) + chr(32))) for part in parts)}]"
     odd = next((letter for letter in value if letter not in _PLAIN), None)
     which = f"{odd!r} takes" if odd is not None else "this takes"
@@ -368,6 +403,10 @@ def _check_choice(override: Override, name: str, value: str, choices: Choices) -
         names = ",".join(str(one) for one in chosen)
         raise UserError(
             f"{name}={value}: a job takes one preset of a group; expected -m {name}={names} for a job each"
+        )
+    if override.is_sweep_override() and group in _ONE:
+        raise UserError(
+            f"{name}={value}: {_ONE[group]}; expected {group}=<one of {', '.join(choices(group))}>"
         )
     if isinstance(chosen, Glob):
         return
@@ -389,11 +428,23 @@ def _no_preset(name: str, value: str, options: Sequence[str], *, numbers: bool) 
         hint = did_you_mean("none" if value == "null" else value, options)
         return f"{name}={value}: expected {expected}{hint}"
     flag = "-m " if "," in value else ""
-    field = f"{flag}{VALUES[group]}={value}, or " if group in VALUES else ""
+    field = f"{flag}{VALUES[group]}={value}, or " if group in VALUES and _positive(value) else ""
     by_number = {re.sub(r"^\D+", "", option): option for option in options}
     near = [by_number.get(number.strip()) for number in value.split(",")]
     hint = f"; did you mean {flag}{name}={','.join(map(str, near))}?" if None not in near else ""
     return f"{name}={value}: expected {field}{expected}{hint}"
+
+
+def _positive(value: str) -> bool:
+    """Whether no number in `value`, as far as numbers are in it, is beyond what a field can take."""
+    for part in value.split(","):
+        try:
+            number = float(part)
+        except ValueError:
+            continue
+        if not 0 < number < math.inf:
+            return False
+    return True
 
 
 def _folder_of(group: str, value: str) -> str:
@@ -412,13 +463,15 @@ def _check_text(override: Override, word: str, value: str) -> None:
     if name == "tracking.wandb" and (mode := MEANT.get(value.lower(), value)) != value:
         raise UserError(f"{word}: expected tracking.wandb={mode}")
     if name.endswith(".background") and isinstance(read, list):
-        raise UserError(
-            f"{word}: expected white, grey, black or a colour such as {quoted(f'{name}=#f0f0f0')}"
-        )
+        raise UserError(_colour(word, name))
     if any(isinstance(one, list | dict) for one in values):
         raise UserError(f"{word}: would be read as a list or mapping; expected quotes: {quoted(word)}")
     if isinstance(read, bool | int | float) and str(read) != value.strip():
         raise UserError(f"{word}: would be read as {read}; expected quotes: {quoted(word)}")
+
+
+def _colour(word: str, name: str) -> str:
+    return f"{word}: expected white, grey, black or a colour such as {quoted(f'{name}=#f0f0f0')}"
 
 
 def several(name: str, value: str) -> str:

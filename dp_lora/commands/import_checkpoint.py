@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from dp_lora.errors import UserError
 from dp_lora.models.layouts import LAYOUTS
+from dp_lora.storage.files import expanded
 
 
 class _Parser(argparse.ArgumentParser):
@@ -30,7 +31,10 @@ def main() -> None:
     )
     try:
         given = parser.parse_args()
-        path, out = given.checkpoint.expanduser(), given.out.expanduser()
+        path, out = (
+            expanded(given.checkpoint, str(given.checkpoint)),
+            expanded(given.out, f"--out={given.out}"),
+        )
         if not path.is_file():
             raise UserError(f"{path}: no such file; expected a CompVis checkpoint (.ckpt or .safetensors)")
         if out.exists():

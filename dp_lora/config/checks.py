@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from dp_lora.config.bounds import LARGEST_GUIDANCE, check_bounds
 from dp_lora.config.schema import (
     ADJACENCIES,
     AUTOENCODERS,
@@ -24,7 +25,6 @@ from dp_lora.config.schema import (
     EXTRACTORS,
     FEWEST_RESAMPLES,
     LARGEST_EPSILON,
-    LARGEST_RATE,
     LAYOUTS,
     LONGEST_PROJECT,
     LONGEST_TAG,
@@ -48,12 +48,15 @@ from dp_lora.config.schema import (
 )
 from dp_lora.config.wandb_mode import MEANT
 from dp_lora.errors import UserError, did_you_mean
+from dp_lora.storage.files import expanded
 
 
 def check(config: Config) -> None:
     """Raises UserError naming field, value and range for the first value that cannot be right."""
     _check_texts(config, "")
+    _check_homes(config)
     _check_choices(config)
+    check_bounds(config)
     _check_privacy(config.privacy)
     _check_train(config.train, config.privacy)
     _check_relation(config.train, config.data, config.privacy.adjacency)
@@ -86,13 +89,6 @@ def check(config: Config) -> None:
 
 
 def _check_data(name: str, data: DataConfig) -> None:
-    for part in ("train_size", "validation_size", "test_size"):
-        size = getattr(data, part)
-        if isinstance(size, float) and not 0 < size < 1:
-            raise UserError(f"{name}.{part}={size}: expected a whole number, or a fraction between 0 and 1")
-        least = 1 if part == "train_size" else 0
-        if isinstance(size, int) and size < least:
-            raise UserError(f"{name}.{part}={size}: expected at least {least}, or a fraction")
     values = data.value_range
     if values is not None and (
         len(values) != 2 or not all(map(math.isfinite, values)) or not values[0] < values[1]
@@ -121,6 +117,21 @@ def _check_texts(section: Any, prefix: str) -> None:
         elif value == "":
             rest = ", or null" if "None" in str(known.type) else ""
             raise UserError(f'{prefix}{known.name}="": expected a text that is not empty{rest}')
+
+
+def _check_homes(config: Config) -> None:
+    """Refuses `~name` where there is no such user, before anybody looks below that home."""
+    places = {
+        "data.source": config.data.source,
+        "public_data.source": config.public_data.source,
+        "model.pretrained": config.model.pretrained,
+        "model.pretrain.perceptual_network": config.model.pretrain.perceptual_network,
+        "evaluation.inception_weights": config.evaluation.inception_weights,
+        **{f"paths.{name}": place for name, place in dataclasses.asdict(config.paths).items()},
+    }
+    for name, place in places.items():
+        if place is not None:
+            expanded(place, f"{name}={place}")
 
 
 def _check_tracking(tracking: TrackingConfig) -> None:
@@ -212,9 +223,6 @@ def _check_model(model: ModelConfig) -> None:
             f"model.autoencoder.attention: {given} values, expected one a level, {levels}, or none"
         )
     heads, dim = model.unet.num_heads, model.unet.head_dim
-    for name, value in (("num_heads", heads), ("head_dim", dim)):
-        if value is not None and value < 1:
-            raise UserError(f"model.unet.{name}={value}: expected at least 1")
     for channels, attends in zip(model.unet.block_out_channels, model.unet.attention, strict=True):
         field_of, size = ("num_heads", heads) if dim is None else ("head_dim", dim)
         if attends and channels % size:
@@ -246,17 +254,9 @@ def _check_privacy(privacy: PrivacyConfig) -> None:
     budget = privacy.budget_epsilon
     if budget is not None and not 0 < budget < math.inf:
         raise UserError(f"privacy.budget_epsilon={budget}: expected a finite number above 0, or null")
-    if privacy.noise_multiplicity < 1:
-        raise UserError(f"privacy.noise_multiplicity={privacy.noise_multiplicity}: expected at least 1")
-    if not 0 < privacy.max_grad_norm < math.inf:
-        raise UserError(f"privacy.max_grad_norm={privacy.max_grad_norm}: expected a finite number above 0")
 
 
 def _check_train(train: TrainConfig, privacy: PrivacyConfig) -> None:
-    if isinstance(train.microbatch, str) and train.microbatch != "auto":
-        raise UserError(f"train.microbatch={train.microbatch!r}: expected 'auto' or a positive integer")
-    if isinstance(train.microbatch, int) and train.microbatch < 1:
-        raise UserError(f"train.microbatch={train.microbatch}: expected 'auto' or a positive integer")
     if train.max_steps is None and train.epochs is None and privacy.noise_multiplier is None:
         raise UserError(
             "train.max_steps=null with train.epochs=null and privacy.noise_multiplier=null: "
@@ -267,21 +267,6 @@ def _check_train(train: TrainConfig, privacy: PrivacyConfig) -> None:
             "train.max_steps=null with train.epochs=null and privacy.epsilon=null: expected a number of "
             "steps or an epsilon at which to stop"
         )
-    if train.epochs is not None and not 0 < train.epochs < math.inf:
-        raise UserError(f"train.epochs={train.epochs}: expected a number above 0, or null")
-    if not 0 < train.learning_rate <= LARGEST_RATE:
-        raise UserError(
-            f"train.learning_rate={train.learning_rate}: expected a number above 0, at most {LARGEST_RATE:g}"
-        )
-    factor = train.embedder_learning_rate_factor
-    if factor * train.learning_rate > LARGEST_RATE:
-        raise UserError(
-            f"train.embedder_learning_rate_factor={factor}: with train.learning_rate={train.learning_rate} "
-            f"expected a product of at most {LARGEST_RATE:g}"
-        )
-    for name in ("weight_decay", "checkpoint_minutes", "warmup_steps", "embedder_learning_rate_factor"):
-        if not 0 <= getattr(train, name) < math.inf:
-            raise UserError(f"train.{name}={getattr(train, name)}: expected at least 0")
     if not 0 <= train.ema_decay < 1:
         raise UserError(f"train.ema_decay={train.ema_decay}: expected a number in [0, 1)")
 
@@ -315,47 +300,7 @@ def _check_relation(train: TrainConfig, data: DataConfig, adjacency: str) -> Non
 
 
 def _check_counts(config: Config) -> None:
-    at_least_one = {
-        "train.max_steps": config.train.max_steps,
-        "train.expected_batch_size": config.train.expected_batch_size,
-        "lora.rank": config.lora.rank,
-        "sampler.steps": config.sampler.steps,
-        "sampler.num_samples": config.sampler.num_samples,
-        "sampler.batch_size": config.sampler.batch_size,
-        "evaluation.classifier_epochs": config.evaluation.classifier_epochs,
-        "evaluation.deep_classifier_epochs": config.evaluation.deep_classifier_epochs,
-        "evaluation.batch_size": config.evaluation.batch_size,
-        "tracking.log_every": config.tracking.log_every,
-        "resources.threads": config.resources.threads,
-        "resources.nodes": config.resources.nodes,
-        "resources.processes": config.resources.processes,
-        "resources.cpus": config.resources.cpus,
-        "resources.time_limit_min": config.resources.time_limit_min,
-        "model.pretrain.autoencoder_steps": config.model.pretrain.autoencoder_steps,
-        "model.pretrain.unet_steps": config.model.pretrain.unet_steps,
-        "model.pretrain.autoencoder_batch_size": config.model.pretrain.autoencoder_batch_size,
-        "model.pretrain.unet_batch_size": config.model.pretrain.unet_batch_size,
-        "data.image_size": config.data.image_size,
-        "public_data.image_size": config.public_data.image_size,
-    }
-    for name, value in at_least_one.items():
-        if value is not None and not value >= 1:
-            raise UserError(f"{name}={value}: expected at least 1")
-    factor = config.trainable.learning_rate_factor
-    if not 0 < factor < math.inf:
-        raise UserError(f"trainable.learning_rate_factor={factor}: expected a finite number above 0")
-    if factor * config.train.learning_rate > LARGEST_RATE:
-        raise UserError(
-            f"trainable.learning_rate_factor={factor}: with train.learning_rate={config.train.learning_rate} "
-            f"expected a product of at most {LARGEST_RATE:g}"
-        )
-    if config.resources.gpus < 0:
-        raise UserError(f"resources.gpus={config.resources.gpus}: expected at least 0")
-    if not 0 < config.resources.memory_gb < math.inf:
-        raise UserError(f"resources.memory_gb={config.resources.memory_gb}: expected a number above 0")
     _check_pretrain(config.model.pretrain)
-    if config.lora.alpha is not None and not 0 < config.lora.alpha < math.inf:
-        raise UserError(f"lora.alpha={config.lora.alpha}: expected a finite number above 0, or null")
     if not config.lora.target_modules and "lora" in config.trainable.components:
         raise UserError(
             f"lora.target_modules=[]: expected at least one of {', '.join(TARGET_GROUPS)} or an end of a "
@@ -363,23 +308,16 @@ def _check_counts(config: Config) -> None:
         )
     if "{}" not in config.model.prompt:
         raise UserError(f"model.prompt={config.model.prompt!r}: expected {{}} for the name of the class")
-    if config.seed < 0:
-        raise UserError(f"seed={config.seed}: expected at least 0")
-    if not 0 <= config.sampler.guidance < math.inf:
-        raise UserError(f"sampler.guidance={config.sampler.guidance}: expected a finite number, at least 0")
+    if not 0 <= config.sampler.guidance <= LARGEST_GUIDANCE:
+        raise UserError(
+            f"sampler.guidance={config.sampler.guidance}: expected a number from 0 to {LARGEST_GUIDANCE:g}"
+        )
     if not 0 <= config.sampler.eta <= 1:
         raise UserError(f"sampler.eta={config.sampler.eta}: expected a number in [0, 1]")
 
 
 def _check_pretrain(pretrain: PretrainConfig) -> None:
-    for name in ("autoencoder_learning_rate", "unet_learning_rate"):
-        if not 0 < getattr(pretrain, name) <= LARGEST_RATE:
-            raise UserError(
-                f"model.pretrain.{name}={getattr(pretrain, name)}: expected a number above 0, at most "
-                f"{LARGEST_RATE:g}"
-            )
-    for name in ("kl_weight", "codebook_weight", "perceptual_weight", "adversarial_weight",
-                 "adversarial_start", "decoder_steps", "warmup_steps", "samples_every"):  # fmt: skip
+    for name in ("kl_weight", "codebook_weight", "perceptual_weight", "adversarial_weight"):
         if not 0 <= getattr(pretrain, name) < math.inf:
             raise UserError(
                 f"model.pretrain.{name}={getattr(pretrain, name)}: expected a finite number, at least 0"

@@ -11,6 +11,7 @@ from typing import Literal, cast
 from urllib.parse import urlsplit
 
 from dp_lora.errors import UserError, did_you_mean
+from dp_lora.storage.files import expanded
 
 Mode = Literal["online", "offline", "disabled"]
 
@@ -72,8 +73,8 @@ def _mode(name: str, word: str) -> Mode:
 
 def _kept() -> dict[str, str]:
     """W&B's settings: those of the user's home, and over them those of the folder of the command."""
-    here = Path(os.environ.get("WANDB_DIR") or ".").expanduser()
-    home = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser()
+    here = _place("WANDB_DIR", ".")
+    home = _place("WANDB_CONFIG_DIR", "~/.config/wandb")
     local = here / (".wandb" if (here / ".wandb").exists() else "wandb")
     found: dict[str, str] = {}
     for path in (home / "settings", local / "settings"):
@@ -95,10 +96,20 @@ def _has_key() -> bool:
     """Whether W&B would find a key, by the environment or netrc, without the time its import takes."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    path = _place("NETRC", "~/.netrc")
     server = os.environ.get("WANDB_BASE_URL") or _kept().get("base_url") or "https://api.wandb.ai"
     try:
         return path.is_file() and urlsplit(server).netloc in netrc.netrc(path).hosts
     except netrc.NetrcParseError as error:
         _log.warning("W&B: no key taken from %s (line %s cannot be read)", path.name, error.lineno)
         return False
+    except (OSError, UnicodeDecodeError) as error:
+        # No word of the content, which is secret.
+        _log.warning("W&B: no key taken from %s, which cannot be read (%s)", path.name, type(error).__name__)
+        return False
+
+
+def _place(variable: str, default: str) -> Path:
+    """The file or folder that a variable of the shell names; an empty one counts as none."""
+    given = os.environ.get(variable) or default
+    return expanded(given, f"{variable}={given}")

@@ -37,7 +37,14 @@ from dp_lora.errors import UserError
 from dp_lora.jobs.content import digests
 from dp_lora.privacy.ledger import Charge, CutShort, Ledger, Settled, Turn
 from dp_lora.privacy.marks import Mark
-from dp_lora.storage.files import append_line, file_lock, private_directory, read_lines, write_atomic
+from dp_lora.storage.files import (
+    append_line,
+    expanded,
+    file_lock,
+    private_directory,
+    read_lines,
+    write_atomic,
+)
 
 _DTYPE = np.dtype("<u8")
 """Eight bytes an image: of two sets of a million images each, one pair in 2e7 seems to share one."""
@@ -51,7 +58,7 @@ _computed: WeakKeyDictionary[ImageSet, tuple[bytes, np.ndarray]] = WeakKeyDictio
 def default_folder() -> Path:
     """`$XDG_DATA_HOME/dp_lora/image_index`: it does not depend on where data, outputs or caches lie."""
     home = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
-    return Path(home).expanduser() / "dp_lora" / "image_index"
+    return expanded(home, f"XDG_DATA_HOME={home}") / "dp_lora" / "image_index"
 
 
 class ImageIndex:

@@ -32,7 +32,14 @@ from dp_lora.config.schema import Config
 from dp_lora.errors import UserError
 from dp_lora.jobs.begun import begun, progress_of
 from dp_lora.records.run_directory import OUTPUTS
-from dp_lora.storage.files import Damaged, check_writable, private_directory, read_json, write_json
+from dp_lora.storage.files import (
+    Damaged,
+    check_file,
+    check_writable,
+    private_directory,
+    read_json,
+    write_json,
+)
 from dp_lora.training.receipts import (
     RECEIPT,
     Receipt,
@@ -130,7 +137,7 @@ def refusal(config: Config, plan: PrivacyPlan, directory: Path, images: ImageSpl
     account = Account(config, folder, images)
     try:
         ledger, index = account.books.ledger.path, account.books.index.folder
-        check_writable(ledger.parent, f"paths.ledger={ledger}")
+        check_file(ledger, f"paths.ledger={ledger}")
         check_writable(index, f"paths.index={index}")
         account.check(account.turn(progress_of(folder) if trains else None))
         if trains:

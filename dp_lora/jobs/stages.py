@@ -56,6 +56,8 @@ def run(config: Config, overrides: Sequence[str] = ()) -> dict[str, Any]:
     with joined(device_of(config)) as team:
         if config.stages == ["pretrain"]:
             return _pretrain_alone(config, team)
+        outputs = config.paths.outputs
+        check_writable(Path(outputs).expanduser(), f"paths.outputs={outputs}")
         directory = run_directory(config, overrides)
         if not team.first:
             return _follow(config, directory, team)

@@ -112,5 +112,6 @@ def signal_to_noise(released: Tensor, plan: PrivacyPlan) -> float:
     """
     if not plan.noise_std:
         return float("inf")
-    noise_energy = released.numel() * (plan.noise_std / plan.expected_batch_size) ** 2
-    return float(released.double().square().sum()) / noise_energy - 1.0
+    # In units of the noise: neither number alone need have a square.
+    in_noise = released.double() / (plan.noise_std / plan.expected_batch_size)
+    return float(in_noise.square().mean()) - 1.0

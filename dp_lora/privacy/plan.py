@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dp_lora.config.bounds import LARGEST_GRAD_NORM
 from dp_lora.errors import UserError
 from dp_lora.privacy import accounting
 from dp_lora.privacy.accounting import ADJACENCIES
@@ -281,9 +282,10 @@ def _check_mechanism(noise_multiplicity: int, max_grad_norm: float, clipping: st
         raise UserError(f"privacy.noise_multiplicity={noise_multiplicity}: expected at least 1")
     if clipping not in CLIPPINGS:
         raise UserError(f"privacy.clipping={clipping!r}: expected one of {', '.join(CLIPPINGS)}")
-    if not LEAST_GRAD_NORM <= max_grad_norm < math.inf:
+    if not LEAST_GRAD_NORM <= max_grad_norm <= LARGEST_GRAD_NORM:
         raise UserError(
-            f"privacy.max_grad_norm={max_grad_norm}: expected a finite number, {LEAST_GRAD_NORM:g} or more"
+            f"privacy.max_grad_norm={max_grad_norm}: expected a number from {LEAST_GRAD_NORM:g} to "
+            f"{LARGEST_GRAD_NORM:g}"
         )
 
 

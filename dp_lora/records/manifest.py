@@ -216,9 +216,6 @@ _RESULT: Mapping[str, Shape] = {
     "device": field_kinds.device,
 }
 
-PROVENANCE: Mapping[str, Why] = dict.fromkeys(
-    ("git", "versions", "hardware", "seeds", "reproducible_noise"), Why.MACHINE
-)
 HARDWARE = ("system", "cpu", "gpu")
 _PROVENANCE: Mapping[str, Shape] = {
     "git": {"sha": field_kinds.name, "dirty": field_kinds.name},
@@ -227,6 +224,7 @@ _PROVENANCE: Mapping[str, Shape] = {
     "seeds": {"public": number},
     "reproducible_noise": field_kinds.flag,
 }
+PROVENANCE: Mapping[str, Why] = dict.fromkeys(_PROVENANCE, Why.MACHINE)
 
 KEPT_FIELDS: Mapping[str, Mapping[str, str]] = {
     "privacy.json": {},

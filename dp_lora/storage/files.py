@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import fcntl
 import json
 import math
 import os
+import re
 import secrets
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,14 +98,25 @@ def read_json(path: Path) -> Any:
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
-    """Appends `record` to a JSON-lines file in one write; a torn last line of an earlier crash goes first.
+    """Appends `record` to a JSON-lines file in one write.
+
+    Guarantees:
+        * A last line that an earlier crash left unfinished goes first, if it begins a record; a whole record
+          that lacks its newline stays.
+        * A file that ends with anything else is left as it is, and Damaged is raised.
 
     One process at a time may append.
     """
     data = (_line(record) + "\n").encode()
+    _refuse_special(path)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
-        _cut_torn_line(descriptor)
+        start, last = _last_line(descriptor)
+        if _is_unfinished(last, first=start == 0):
+            os.ftruncate(descriptor, start)
+        elif last:
+            _parse(path, None, last)
+            data = b"\n" + data
         if os.write(descriptor, data) != len(data):
             raise OSError(f"{path}: the disk took only part of a line")
     finally:
@@ -115,14 +129,16 @@ def write_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSON-lines file, without a torn last line; an absent file has none.
+    """The records of a JSON-lines file, without a last one that is unfinished; an absent file has none.
 
-    Raises Damaged naming the line when a line before the last is no JSON object.
+    Raises Damaged naming the line when one is no JSON object, and neither is the last the beginning of one.
     """
     if not path.exists():
         return []
-    whole = _content(path).split(b"\n")[:-1]
-    return [_parse(path, number, line) for number, line in enumerate(whole, start=1)]
+    lines = _content(path).split(b"\n")
+    if _is_unfinished(lines[-1], first=len(lines) == 1) or not lines[-1]:
+        del lines[-1]
+    return [_parse(path, number, line) for number, line in enumerate(lines, start=1)]
 
 
 def _line(record: Mapping[str, Any]) -> str:
@@ -130,10 +146,16 @@ def _line(record: Mapping[str, Any]) -> str:
 
 
 def _content(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except IsADirectoryError as error:
-        raise Damaged(f"{path}: a folder; expected a file as this program writes it") from error
+    _refuse_special(path)
+    return path.read_bytes()
+
+
+def _refuse_special(path: Path) -> None:
+    """Raises Damaged for what is there and is no regular file: reading a pipe or a device has no end."""
+    if path.is_dir():
+        raise Damaged(f"{path}: a folder; expected a file as this program writes it")
+    if path.exists() and not path.is_file():
+        raise Damaged(f"{path}: no regular file; expected a file as this program writes it")
 
 
 def _reason(error: Exception) -> str:
@@ -141,28 +163,62 @@ def _reason(error: Exception) -> str:
     return "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
 
 
-def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
+def _parse(path: Path, number: int | None, line: bytes) -> dict[str, Any]:
+    """The record in line `number` of the file, None for the last; raises Damaged where it is none."""
+    place = f"{path}, " + (f"line {number}" if number else "the last line")
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise Damaged(f"{path}, line {number}: no JSON ({_reason(error)})") from error
+        raise Damaged(f"{place}: no JSON ({_reason(error)})") from error
     if not isinstance(record, dict):
-        raise Damaged(f"{path}, line {number}: expected a JSON object, found {type(record).__name__}")
+        raise Damaged(f"{place}: expected a JSON object, found {type(record).__name__}")
     return record
 
 
-def _cut_torn_line(descriptor: int, block: int = 65536) -> None:
+def _last_line(descriptor: int, block: int = 65536) -> tuple[int, bytes]:
+    """Where the text behind the last newline of a file begins, and that text."""
     end = size = os.lseek(descriptor, 0, os.SEEK_END)
-    if size == 0 or os.pread(descriptor, 1, size - 1) == b"\n":
-        return
+    tail = b""
     while end > 0:
         start = max(0, end - block)
-        newline = os.pread(descriptor, end - start, start).rfind(b"\n")
+        tail = os.pread(descriptor, end - start, start) + tail
+        newline = tail.rfind(b"\n", 0, end - start)
         if newline >= 0:
-            os.ftruncate(descriptor, start + newline + 1)
-            return
+            tail = tail[newline + 1 :]
+            break
         end = start
-    os.ftruncate(descriptor, 0)
+    return size - len(tail), tail
+
+
+def _is_unfinished(line: bytes, *, first: bool) -> bool:
+    """Whether a last line without a newline is what a crash leaves of a record: its beginning.
+
+    Some file systems leave zeros after it, or, behind other lines, zeros alone.
+    """
+    begun = line.rstrip(b"\0")
+    if not begun:
+        return bool(line) and not first
+    try:
+        # The last letter may lack some of its bytes.
+        text = codecs.getincrementaldecoder("utf-8")().decode(begun)
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        return text.startswith("{") and _ends_too_early(text, error)
+    except (ValueError, RecursionError):
+        return False
+    return begun != line
+
+
+def _ends_too_early(text: str, error: json.JSONDecodeError) -> bool:
+    """Whether JSON is no JSON only because it stops."""
+    rest = text[error.pos :]
+    if error.msg.startswith("Unterminated string") or rest.strip() == "":
+        return True
+    if error.msg.startswith("Invalid"):
+        return re.search(r"\\(u[0-9a-fA-F]{0,4})?$", text) is not None and error.pos > len(text) - 7
+    if re.fullmatch(r"\.|[eE][+-]?", rest):
+        return True
+    return any(word.startswith(rest) for word in ("true", "false", "null", "-"))
 
 
 @contextmanager
@@ -176,6 +232,7 @@ def file_lock(path: Path, waiting: Callable[[], None] | None = None) -> Iterator
         waiting: called once when somebody else holds the lock, before waiting for it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _refuse_special(path)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:
@@ -200,8 +257,60 @@ def private_directory(path: Path) -> Path:
     return path
 
 
+def expanded(path: str | Path, field: str) -> Path:
+    """`path` with the home of a user in place of `~` or `~name`; raises UserError naming `field`.
+
+    >>> expanded("images", "data.source=images")
+    PosixPath('images')
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        user = str(path).partition("/")[0]
+        raise UserError(
+            f"{field}: {user} is the home of nobody here; expected a path that is there"
+        ) from error
+
+
 def check_writable(folder: Path, field: str) -> None:
-    """Raises UserError naming `field` unless `folder` is, or can be made, a directory that can be written."""
-    above = next(path for path in [folder, *folder.absolute().parents] if path.exists())
+    """Raises UserError naming `field` unless `folder` is, or can be made, a directory that can be written.
+
+    Nothing is left behind. Whether a folder that is there takes another is found by making one in it: some
+    file systems, such as /proc, only seem to.
+    """
+    above = _nearest(folder.absolute(), field)
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise UserError(f"{field}: {above} is not a directory that can be written")
+    if above != folder.absolute():
+        try:
+            os.rmdir(tempfile.mkdtemp(prefix=".dp_lora-", dir=above))
+        except OSError as error:
+            raise UserError(
+                f"{field}: {above} is not a directory that can be written ({error.strerror})"
+            ) from error
+
+
+def check_file(path: Path, field: str) -> None:
+    """Raises UserError naming `field` unless `path` is, or can be made, a regular file."""
+    check_writable(path.parent, field)
+    if _nearest(path.absolute(), field) == path.absolute() and not path.is_file():
+        raise UserError(f"{field}: no regular file; expected what this program wrote, or a new name for it")
+
+
+def _nearest(path: Path, field: str) -> Path:
+    """The first of `path` and the folders above it that is there; raises UserError for what leads nowhere."""
+    for one in (path, *path.parents):
+        try:
+            one.lstat()
+            one.stat()
+        except (FileNotFoundError, NotADirectoryError) as error:
+            if one.is_symlink():
+                raise UserError(
+                    f"{field}: {one} is a link that leads nowhere; expected another place"
+                ) from error
+        except OSError as error:
+            shown = f"{one.name[:20]}..." if len(one.name) > 100 else one
+            raise UserError(f"{field}: {shown}: {error.strerror}; expected another place") from error
+        else:
+            return one
+    return path

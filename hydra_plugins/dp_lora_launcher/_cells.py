@@ -208,9 +208,23 @@ def compose_cells(
             if (place := getattr(config.paths, name)) is not None:
                 setattr(config.paths, name, str(Path(place).expanduser().absolute()))
         directory = run_directory(config, list(words))
-        cells.setdefault(directory, Cell(number, tuple(words), config, directory))
+        cell = cells.setdefault(directory, Cell(number, tuple(words), config, directory))
+        refuse_no_difference(cell.words, words)
     _check_settings(list(cells.values()))
     return list(cells.values())
+
+
+def refuse_no_difference(one: Sequence[str], other: Sequence[str]) -> None:
+    """Raises UserError when the words of two jobs that ask for the same run differ in one value."""
+    apart = [(a, b) for a, b in zip(one, other, strict=False) if a != b]
+    if len(one) != len(other) or len(apart) != 1:
+        return
+    (first, _, left), (name, _, right) = (word.partition("=") for word in apart[0])
+    if first == name:
+        raise UserError(
+            f"{name}={left},{right}: both ask for the same run, since this cannot change its result; "
+            "expected one value"
+        )
 
 
 def _check_settings(cells: Sequence[Cell]) -> None:

@@ -58,18 +58,23 @@ class GridSweeper(BasicSweeper):
 
         Raises UserError for the first one whose settings cannot work.
         """
+        from dp_lora.config.identity import fingerprint
         from dp_lora.jobs.settings import check_settings
         from dp_lora.storage.files import check_writable
+        from hydra_plugins.dp_lora_launcher._cells import refuse_no_difference
         from hydra_plugins.dp_lora_launcher.launcher import SweepLauncher
 
         if isinstance(self.launcher, SweepLauncher):
             return
         assert self.hydra_context is not None and self.config is not None
+        seen: dict[tuple[str, str], Sequence[str]] = {}
         for words in batch:
             composed = self.hydra_context.config_loader.load_sweep_config(self.config, list(words))
             with open_dict(composed):
                 del composed["hydra"]
             config = from_omegaconf(composed)
+            key = (config.experiment, fingerprint(config))
+            refuse_no_difference(seen.setdefault(key, words), words)
             check_writable(Path(config.paths.outputs).expanduser(), f"paths.outputs={config.paths.outputs}")
             if config.stages != ["pretrain"]:
                 check_settings(config)
@@ -77,6 +82,8 @@ class GridSweeper(BasicSweeper):
     def split_arguments(  # type: ignore[override]  # there it is static, and called on the instance
         self, overrides: list[Override], max_batch_size: int | None
     ) -> list[list[list[str]]]:
+        for override in overrides:
+            _check_sweep(override)
         if not self.cells:
             return BasicSweeper.split_arguments(overrides, max_batch_size)
         assert self.hydra_context is not None
@@ -120,14 +127,23 @@ def jobs(cells: Sequence[Mapping[str, str]], choices: Mapping[str, Sequence[str]
     return list(found.values())
 
 
+def _check_sweep(override: Override) -> None:
+    """Raises UserError for what gives no values, one by one."""
+    if not override.is_sweep_override():
+        return
+    if not override.is_discrete_sweep():
+        raise UserError(f"{override.input_line}: expected values between commas, or a range")
+    if not list(override.sweep_string_iterator()):
+        raise UserError(f"{override.input_line}: stands for no value at all; expected at least one")
+
+
 def _choices(overrides: Sequence[Override]) -> dict[str, list[str]]:
     """The values of each name, the last word of a name being the one that counts."""
     found: dict[str, list[str]] = {}
     for override in overrides:
         name = override.get_key_element()
         if override.is_sweep_override():
-            if not override.is_discrete_sweep():
-                raise UserError(f"{override.input_line}: expected values between commas, or a range")
+            _check_sweep(override)
             found[name] = list(override.sweep_string_iterator())
         else:
             found[name] = [override.get_value_element_as_str()]

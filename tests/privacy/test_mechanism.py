@@ -153,6 +153,11 @@ def test_signal_to_noise_is_an_unbiased_post_processing() -> None:
     assert signal_to_noise(signal, plan(noise_multiplier=0.0)) == math.inf
 
 
+def test_signal_to_noise_needs_no_square_of_the_noise() -> None:
+    large = plan(max_grad_norm=1e300)
+    assert math.isfinite(signal_to_noise(torch.ones(3), large))
+
+
 def test_microbatches_cover_the_batch_in_one_shape() -> None:
     indices = torch.tensor([3, 5, 8, 13, 21])
     parts = list(microbatches(indices, 2))

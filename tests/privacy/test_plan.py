@@ -122,6 +122,7 @@ def test_a_plan_becomes_plain_json(target: float) -> None:
         ({"noise_multiplicity": 0}, "privacy.noise_multiplicity"),
         ({"max_grad_norm": 0.0}, "privacy.max_grad_norm"),
         ({"max_grad_norm": math.inf}, "privacy.max_grad_norm"),
+        ({"max_grad_norm": 1e300}, "privacy.max_grad_norm"),
         ({"num_examples": 0}, "data"),
         ({"clipping": "none"}, "privacy.clipping"),
         ({"adjacency": "replace"}, "privacy.adjacency"),
