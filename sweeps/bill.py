@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from dp_lora.errors import UserError
-from dp_lora.jobs.begun import begun, begun_by_all
+from dp_lora.jobs.begun import begun, begun_by_all, releases_of
 from dp_lora.jobs.image_index import ImageIndex
 from dp_lora.jobs.spending import (
     is_beside,
     ledger_beside,
     may_be_one_set,
     private_set,
-    releases_of,
 )
 from dp_lora.privacy.accounting import ADJACENCIES, MANY, composed
 from dp_lora.privacy.ledger import Charge, Ledger, spent, spent_adaptively

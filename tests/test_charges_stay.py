@@ -12,8 +12,9 @@ from image_sets import private_images
 from dp_lora.config.schema import Config, DataConfig, PathsConfig
 from dp_lora.data.sets import ImageSplits
 from dp_lora.errors import UserError
+from dp_lora.jobs.begun import releases_of
 from dp_lora.jobs.image_index import ImageIndex
-from dp_lora.jobs.spending import charge_release, charged, ledger_path, next_release, refusal, releases_of
+from dp_lora.jobs.spending import charge_release, charged, ledger_path, next_release, refusal
 from dp_lora.privacy.executions import Executions
 from dp_lora.privacy.ledger import Charge, Ledger, fits, spent, spent_adaptively
 from dp_lora.privacy.plan import PrivacyPlan, make_plan

@@ -23,8 +23,8 @@ from dp_lora.evaluation.evaluate import Evaluation
 from dp_lora.evaluation.images import Images
 from dp_lora.evaluation.queries import AccuracyQuery, FrechetFrame, FrechetQuery, Query, Questions
 from dp_lora.jobs import release
+from dp_lora.jobs.begun import releases_of
 from dp_lora.jobs.release import evaluate_privately, keep, noised_sum, release_record
-from dp_lora.jobs.spending import releases_of
 from dp_lora.privacy.accounting import epsilon, noise_multiplier_for
 from dp_lora.privacy.randomness import Randomness
 from dp_lora.privacy.subsampled_gaussian import Mechanism

@@ -1,4 +1,4 @@
-"""How many executions of steps the record of a run names, or the records of its copies together."""
+"""What the private records of a run, or of its copies together, say that it has begun: steps and releases."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import itertools
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from dp_lora.storage.files import Damaged, read_json
 
 
 def begun(folder: Path) -> int:
@@ -51,3 +54,14 @@ def progress_of(folder: Path) -> int:
     """Bytes of the write-ahead record in `folder`, which is only ever added to."""
     path = folder / "executions.jsonl"
     return path.stat().st_size if path.exists() else 0
+
+
+def releases_of(folder: Path) -> list[dict[str, Any]]:
+    """The releases on held-out images that were made in the run of the private `folder`, in their order."""
+    path = folder / "releases.json"
+    found = read_json(path) if path.exists() else []
+    if not isinstance(found, list) or not all(
+        isinstance(one, dict) and {"inputs", "noise_multiplier"} <= one.keys() for one in found
+    ):
+        raise Damaged(f"{path}: no list of releases; expected what this program wrote there")
+    return found

@@ -43,7 +43,8 @@ from dp_lora.evaluation.queries import (
     Query,
     Questions,
 )
-from dp_lora.jobs.spending import charge_release, next_release, releases_of
+from dp_lora.jobs.begun import releases_of
+from dp_lora.jobs.spending import charge_release, next_release
 from dp_lora.privacy import accounting
 from dp_lora.privacy.randomness import Randomness
 from dp_lora.privacy.subsampled_gaussian import Mechanism

@@ -26,18 +26,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dp_lora.config.schema import Config
 from dp_lora.errors import UserError
-from dp_lora.jobs.begun import begun, progress_of
+from dp_lora.jobs.begun import begun, progress_of, releases_of
 from dp_lora.records.run_directory import OUTPUTS
 from dp_lora.storage.files import (
-    Damaged,
     check_file,
     check_writable,
     private_directory,
-    read_json,
     write_json,
 )
 from dp_lora.training.receipts import (
@@ -480,17 +478,6 @@ def line_of_all_runs(config: Config, delta: float, images: ImageSplits) -> str |
 
 def _runs(number: int) -> str:
     return f"{number} run{'s' * (number != 1)}"
-
-
-def releases_of(folder: Path) -> list[dict[str, Any]]:
-    """The releases on held-out images that were made in the run of the private `folder`, in their order."""
-    path = folder / "releases.json"
-    found = read_json(path) if path.exists() else []
-    if not isinstance(found, list) or not all(
-        isinstance(one, dict) and {"inputs", "noise_multiplier"} <= one.keys() for one in found
-    ):
-        raise Damaged(f"{path}: no list of releases; expected what this program wrote there")
-    return found
 
 
 def next_release(config: Config, folder: Path, images: ImageSplits) -> int:
