@@ -21,7 +21,7 @@ from dp_lora.config.schema import Config
 from dp_lora.errors import UserError
 from dp_lora.jobs import stages
 from dp_lora.jobs.job import _check_stages
-from dp_lora.records.run_directory import is_whole
+from dp_lora.records.run_directory import is_whole, result
 from dp_lora.storage.files import Damaged, read_json, read_lines
 
 Run = Callable[..., tuple[int, list[str]]]
@@ -86,6 +86,7 @@ REFUSED = {
     "privacy.json a list": (
         "privacy.json", b"[]", "/privacy.json: expected a JSON object as this program writes it"
     ),
+    "privacy.json of nothing": ("privacy.json", b"{}", "/privacy.json: says nothing of delta; expected the"),
     "provenance.json empty": ("provenance.json", b"", f"/provenance.json: {JSON}"),
     "charge.json empty": ("checkpoint/charge.json", b"", f"/checkpoint/charge.json: {JSON}"),
     "plan.json empty": ("checkpoint/plan.json", b"\n", f"/checkpoint/plan.json: {JSON}"),
@@ -211,6 +212,13 @@ def test_damaged_samples_are_drawn_again(damage: bytes | None, directory: Path, 
     assert status == 0 and f"sample: {path} is damaged and is made again" in lines
     with np.load(path) as saved:
         assert (saved["images"] == images).all()
+
+
+def test_a_result_whose_metrics_are_a_list_is_none(tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text('{"metrics": []}')
+    assert not is_whole(tmp_path, "evaluate") and result(tmp_path) == {}
+    (tmp_path / "result.json").write_text('{"metrics": {"fd_lite0": 1.0}}')
+    assert is_whole(tmp_path, "evaluate") and result(tmp_path)["metrics"] == {"fd_lite0": 1.0}
 
 
 @pytest.mark.parametrize("damage", [b"", b'{"state": "do', b"[]", b"{}"])

@@ -30,6 +30,9 @@ _OBJECTS = (
 )
 """Files with one JSON object that are not made again."""
 
+_STATED = {"epsilon", "delta", "noise_multiplier", "sample_rate", "steps", "reproducible_noise"}
+"""Fields without which privacy.json states nothing."""
+
 WAY_OUT = "put it back, or remove the run directory to start again, and count what was spent"
 """From a file that is missing or damaged and that is not made again."""
 
@@ -61,7 +64,7 @@ def is_whole(directory: Path, stage: str) -> bool:
         return True
     if stage == "sample":
         return _is_whole_archive(path)
-    return bool(_object(path))
+    return bool(result(directory))
 
 
 def state(directory: Path) -> str | None:
@@ -72,7 +75,8 @@ def state(directory: Path) -> str | None:
 
 def result(directory: Path) -> dict[str, Any]:
     """The content of result.json; empty where there is none that can be read."""
-    return _object(directory / "result.json")
+    found = _object(directory / "result.json")
+    return found if isinstance(found.get("metrics", {}), dict) else {}
 
 
 def check_records(directory: Path) -> None:
@@ -82,6 +86,9 @@ def check_records(directory: Path) -> None:
             path = directory / name
             if path.exists() and not isinstance(read_json(path), dict):
                 raise Damaged(f"{path}: expected a JSON object as this program writes it")
+        privacy = directory / "privacy.json"
+        if privacy.exists() and (missing := sorted(_STATED - read_json(privacy).keys())):
+            raise Damaged(f"{privacy}: says nothing of {missing[0]}; expected the statement of a training")
         read_lines(directory / "metrics.jsonl")
     except Damaged as error:
         raise Damaged(f"{error}: {WAY_OUT}") from error
