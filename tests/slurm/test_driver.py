@@ -172,11 +172,12 @@ def test_another_version_of_the_code_is_refused_and_can_be_accepted(start: Start
     assert again.wait() == 0 and "1 done" in again.said()
 
 
-def test_one_array_for_each_kind_of_resources(start: Start) -> None:
-    # Together they would be one sweep only if two runs could differ in nothing but what they ask for.
+def test_a_job_gets_gpus_of_its_own(start: Start) -> None:
+    # The same run with other resources is the same run.
     sweep = start("seed=0,1", "train.max_steps=8", "resources.cpus=1,2")
-    assert sweep.wait() == 0, sweep.said()
-    assert len(sweep.cells()) == 2, "the same run with other resources is the same run"
+    assert sweep.wait() == 2
+    (line,) = sweep.said().splitlines()
+    assert "resources.cpus=1,2: both ask for the same run" in line
     gpus = start("seed=0,1", "train.max_steps=8", "resources.gpus=2")
     assert gpus.wait() == 0, gpus.said()
     rows = [starts(directory)[0] for directory in gpus.cells().values()]
