@@ -326,9 +326,21 @@ def test_a_torn_line_is_a_line_that_was_not_written(tmp_path: Path) -> None:
     record = Executions(path, {})
     kept(record, record.begin(0, ORIGIN), "a")
     whole = path.read_bytes()
-    for size in range(whole.index(b"\n") + 1, len(whole)):
+    for size in range(whole.index(b"\n") + 1, len(whole) - 1):
         path.write_bytes(whole[:size])
         torn = Executions(path, {})
         assert torn.count == 1
         kept(torn, torn.begin(0, ORIGIN), "b")
         assert [row.get("sum") for row in read_lines(path)] == [None, "b"]
+
+
+def test_a_line_that_lacks_its_end_alone_was_written(tmp_path: Path) -> None:
+    """Its sum may have been released, so another one has to be thrown away."""
+    path = tmp_path / "executions.jsonl"
+    record = Executions(path, {})
+    kept(record, record.begin(0, ORIGIN), "a")
+    path.write_bytes(path.read_bytes()[:-1])
+    torn = Executions(path, {})
+    assert torn.count == 1 and torn.keep_sum(torn.begin(0, ORIGIN), "b") is None
+    assert torn.keep_sum(torn.begin(0, ORIGIN), "a") is not None
+    assert [row.get("sum") for row in read_lines(path)] == [None, "a"]

@@ -142,11 +142,18 @@ def test_who_is_not_admitted_leaves_no_trace(three: Ledger) -> None:
 def test_half_a_line_is_left_out_and_then_removed(three: Ledger) -> None:
     whole = three.path.read_bytes()
     start = whole.rstrip(b"\n").rfind(b"\n") + 1
-    for cut in (start, start + 1, start + 40, len(whole) - 1):
+    for cut in (start, start + 1, start + 40, len(whole) - 2):
         three.path.write_bytes(whole[:cut])
         assert [c.run for c in three.charges()] == ["a", "b"]
         three.enter(charge("d"))
         assert [c.run for c in three.charges()] == ["a", "b", "d"]
+
+
+def test_a_charge_whose_line_lacks_its_end_alone_counts(three: Ledger) -> None:
+    three.path.write_bytes(three.path.read_bytes()[:-1])
+    assert [c.run for c in three.charges()] == ["a", "b", "c"]
+    three.enter(charge("d"))
+    assert [c.run for c in three.charges()] == ["a", "b", "c", "d"]
 
 
 WRITER = """
