@@ -29,7 +29,7 @@ from dp_lora.jobs.stages import privacy_record
 from dp_lora.records import manifest, tracker
 from dp_lora.records.provenance import finished, git_state, provenance
 from dp_lora.records.tracker import PrivateValueError, Tracker, baseline_table
-from dp_lora.storage.files import read_json, read_lines
+from dp_lora.storage.files import Damaged, read_json, read_lines
 
 PRIVATE = ["loss", "grad_norm", "clip_fraction", "batch_size", "label_counts", "indices", "Epsilon", "step "]
 PRIVATE += ["examples_per_second", "steps_per_second", "seconds"]
@@ -204,7 +204,7 @@ def test_a_failure_of_the_record_itself_stops_the_run(run_directory: Path) -> No
     with open_tracker(run_directory, job()) as tracker:
         (run_directory / "metrics.jsonl").unlink()
         (run_directory / "metrics.jsonl").mkdir()
-        with pytest.raises(IsADirectoryError):
+        with pytest.raises(Damaged):
             tracker.log(1, row(1), "finetune")
 
 
