@@ -440,7 +440,7 @@ def image_canaries(start: Callable[..., LatentDiffusion], config: Config, folder
 
     There are few bystanders and one canary a class, so that the small model can learn them by heart.
     """
-    loud = replace(plan_at(8.0), noise_multiplier=1e-3, noise_multiplicity=1, sample_rate=1.0, steps=60)
+    loud = replace(plan_at(8.0), noise_multiplier=1e-3, noise_multiplicity=1, sample_rate=1.0, steps=100)
     inside, outside = [], []
     for seed in range(3):
         trained = train_with_canaries(
