@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 
 
 class UserError(Exception):
@@ -12,6 +13,26 @@ class UserError(Exception):
     Its message is one line that names the field, the value and what was expected; the entry point
     prints it without a traceback and exits with status 2.
     """
+
+
+class PlanError(UserError, ValueError):
+    """A number of a privacy plan that is out of range, or numbers that do not go together.
+
+    Args:
+        message: with the names of the parameters of `make_plan` in angle brackets.
+
+    >>> error = PlanError("<steps>=0: expected at least 1")
+    >>> str(error), error.named({"steps": "train.max_steps"})
+    ('steps=0: expected at least 1', 'train.max_steps=0: expected at least 1')
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(re.sub(r"<(\w+)>", r"\1", message))
+        self._message = message
+
+    def named(self, names: Mapping[str, str]) -> str:
+        """The message with the `names` that the parameters have elsewhere, such as in a configuration."""
+        return re.sub(r"<(\w+)>", lambda match: names.get(match[1], match[1]), self._message)
 
 
 class PrivateRefusal(UserError):

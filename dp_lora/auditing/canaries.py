@@ -1,6 +1,6 @@
 """Canaries: examples put into a training by fair coins, to see whether what it releases tells them apart.
 
-The training is the real one: the run's model, plan and loop, from `finetune.PrivateStep` on. Canaries enter
+The training is the real one: the run's model, plan and loop, from `finetune.FinetuneStep` on. Canaries enter
 where an image's data enters, as latents with a label, so their loss is the mean over k draws, their gradient
 is clipped, summed and noised, and their batches are drawn by the engine's own code.
 
@@ -31,11 +31,12 @@ from dp_lora.models.diffusion import in_batches
 from dp_lora.models.latent_diffusion import LatentDiffusion
 from dp_lora.models.latents import Latents, to_unit_range
 from dp_lora.privacy.executions import Executions
-from dp_lora.privacy.gradients import loss_unit
 from dp_lora.privacy.plan import PrivacyPlan
 from dp_lora.privacy.randomness import Randomness
+from dp_lora.privacy.step import DPSGD
 from dp_lora.records.progress import Progress
-from dp_lora.training import finetune, tuning
+from dp_lora.training import tuning
+from dp_lora.training.finetune import FinetuneStep, optimizer_of
 from dp_lora.training.loop import Checkpoint, Step, resume, run_steps
 
 KINDS = ("gradient", "image")
@@ -204,17 +205,10 @@ def silent_noise(
     nothing = torch.zeros(0, *model.latent_shape)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     with tempfile.TemporaryDirectory() as folder:
-        step = finetune.PrivateStep(
-            model,
-            Latents(nothing, nothing),
-            torch.zeros(0, dtype=torch.int64),
-            plan,
-            randomness,
-            config.train,
-            1,
-            Executions(Path(folder) / "executions.jsonl", {"audit": True}),
-            learning_rate_factor=config.trainable.learning_rate_factor,
-        )
+        executions = Executions(Path(folder) / "executions.jsonl", {"audit": True})
+        sgd = _engine(config, model, plan, randomness, executions, examples=0)
+        labels = torch.zeros(0, dtype=torch.int64)
+        step = FinetuneStep(sgd, Latents(nothing, nothing), labels, config.train, microbatch=1)
         noise = released_noise(step)
     for name, parameter in model.named_parameters():
         if name in before:
@@ -222,20 +216,20 @@ def silent_noise(
     return noise
 
 
-def released_noise(step: finetune.PrivateStep) -> ReleasedNoise:
+def released_noise(step: FinetuneStep) -> ReleasedNoise:
     """What `SILENT_STEPS` steps give to the optimiser, and the loss that they log; then the training ends.
 
     Args:
         step: has no example.
     """
-    plan, seen, followed = step.plan, list[np.ndarray](), Followed(step)
-    trained = [p for group in step.optimizer.param_groups for p in group["params"]]
+    plan, seen, followed = step.sgd.plan, list[np.ndarray](), Followed(step)
+    trained = [p for group in step.sgd.optimizer.param_groups for p in group["params"]]
 
     def see(*_: Any) -> None:
         gradients = (torch.zeros_like(p) if p.grad is None else p.grad for p in trained)
         seen[:] = [gradient.flatten().float().cpu().numpy() for gradient in gradients]
 
-    step.optimizer.register_step_pre_hook(see)
+    step.sgd.optimizer.register_step_pre_hook(see)
     sizes = [p.numel() for p in trained] + [1] * (plan.loss_share > 0)
     noise = ReleasedNoise(sizes, plan.noise_std / plan.expected_batch_size, SILENT_STEPS)
     for index in range(SILENT_STEPS):
@@ -244,7 +238,7 @@ def released_noise(step: finetune.PrivateStep) -> ReleasedNoise:
         if not seen:
             continue
         if plan.loss_share:
-            loss = logged["private_loss"] * loss_unit(plan.max_grad_norm, plan.loss_share)
+            loss = logged["private_loss"] * plan.clip.loss_unit
             seen.append(np.array([loss], dtype=np.float32))
         noise.add(np.concatenate(seen))
     followed.release()
@@ -317,15 +311,15 @@ class _Watched:
     """
 
     def __init__(
-        self, step: finetune.PrivateStep, model: GradientCanaries, plan: PrivacyPlan, included: Bools
+        self, step: FinetuneStep, model: GradientCanaries, plan: PrivacyPlan, included: Bools
     ) -> None:
         self._followed, self._model, self._plan, self._seen = Followed(step), model, plan, False
         amplitude = math.sqrt(1 - plan.loss_share**2)
         if plan.clipping == "per_layer":
-            amplitude /= math.sqrt(step.gradients.num_layers)
+            amplitude /= math.sqrt(step.sgd.gradients.num_layers)
         empty = model.canaries.weight.numel() - model.count
         self.watch = Watch(plan, included, empty, amplitude)
-        step.optimizer.register_step_pre_hook(self._see)
+        step.sgd.optimizer.register_step_pre_hook(self._see)
 
     def _see(self, *_: Any) -> None:
         weight, self._seen = self._model.canaries.weight, True
@@ -432,7 +426,7 @@ def _step(
     plan: PrivacyPlan,
     randomness: Randomness,
     folder: Path,
-) -> finetune.PrivateStep:
+) -> FinetuneStep:
     """The step of the run's own fine-tuning, on other examples."""
     plan = replace(plan, num_examples=len(latents))
     stored = Latents(latents, torch.zeros_like(latents))
@@ -442,17 +436,22 @@ def _step(
     sizes = replace(plan, expected_batch_size=plan.sample_rate * len(latents))
     cache = Path(config.paths.cache).expanduser()
     microbatch = tuning.choose_microbatch(model, sizes, config.train, 1, folder, cache)
-    return finetune.PrivateStep(
-        model,
-        stored,
-        labels,
-        plan,
-        randomness,
-        config.train,
-        microbatch,
-        executions,
-        learning_rate_factor=config.trainable.learning_rate_factor,
-    )
+    sgd = _engine(config, model, plan, randomness, executions, len(latents))
+    return FinetuneStep(sgd, stored, labels, config.train, microbatch)
+
+
+def _engine(
+    config: Config,
+    model: nn.Module,
+    plan: PrivacyPlan,
+    randomness: Randomness,
+    executions: Executions,
+    examples: int,
+) -> DPSGD:
+    """The engine of the run's own fine-tuning, on other examples."""
+    optimizer = optimizer_of(model, config.train, config.trainable.learning_rate_factor)
+    ema_decay = config.train.ema_decay
+    return DPSGD(model, optimizer, plan, randomness, executions, examples, ema_decay=ema_decay)
 
 
 def _run(config: Config, step: Step, plan: PrivacyPlan, folder: Path) -> None:

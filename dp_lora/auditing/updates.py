@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dp_lora.training.finetune import PrivateStep
-from dp_lora.training.loop import average_decay, learning_rate
+from dp_lora.privacy.moving_average import average_decay
+from dp_lora.privacy.step import DPSGD
+from dp_lora.training.finetune import FinetuneStep
+from dp_lora.training.loop import learning_rate
 
 
 class Followed:
@@ -30,23 +32,23 @@ class Followed:
         step: before its first step, or with the state of its last one still to be loaded here.
     """
 
-    def __init__(self, step: PrivateStep) -> None:
-        self.step = step
-        self._factors = [group["factor"] for group in step.optimizer.param_groups]
-        self._frozen = _frozen(step)
+    def __init__(self, step: FinetuneStep) -> None:
+        self.step, self.sgd = step, step.sgd
+        self._factors = [group["factor"] for group in self.sgd.optimizer.param_groups]
+        self._frozen = _frozen(self.sgd)
         self._releases, self._missed, self._strayed = 0, False, False
         self._start()
-        step.optimizer.register_step_pre_hook(self._see)
+        self.sgd.optimizer.register_step_pre_hook(self._see)
 
     def _start(self) -> None:
         """Takes parameters and average as they are."""
-        self._parameters = [p.detach().clone() for p in self.step.parameters]
-        self._average = [p.clone() for p in self.step.average]
+        self._parameters = [p.detach().clone() for p in self.sgd.parameters]
+        self._average = [p.clone() for p in self.sgd.average.values]
         self._optimizer = torch.optim.AdamW([{"params": [p]} for p in self._parameters])
 
     def _see(self, *_: Any) -> None:
         self._releases += 1
-        for own, parameter in zip(self._parameters, self.step.parameters, strict=True):
+        for own, parameter in zip(self._parameters, self.sgd.parameters, strict=True):
             own.grad = None if parameter.grad is None else parameter.grad.detach().clone()
 
     def __call__(self, step: int) -> dict[str, float]:
@@ -57,17 +59,17 @@ class Followed:
             self._descend(step)
         else:
             self._missed = True
-        same = _equal(self.step.parameters, self._parameters) and _equal(self.step.average, self._average)
+        same = _equal(self.sgd.parameters, self._parameters) and _equal(self.sgd.average.values, self._average)
         self._strayed |= self._releases > 1 or not (same or (not self._releases and self._unmoved()))
         return logged
 
     def _unmoved(self) -> bool:
         """Whether a step that released nothing left the parameters alone; their average may come nearer."""
-        self._average = [p.clone() for p in self.step.average]
-        return _equal(self.step.parameters, self._parameters)
+        self._average = [p.clone() for p in self.sgd.average.values]
+        return _equal(self.sgd.parameters, self._parameters)
 
     def _descend(self, step: int) -> None:
-        train, steps = self.step.train, self.step.plan.steps
+        train, steps = self.step.train, self.sgd.plan.steps
         rate = learning_rate(train.learning_rate, train.schedule, step, steps, train.warmup_steps)
         for group, factor in zip(self._optimizer.param_groups, self._factors, strict=True):
             group.update(lr=rate * factor, weight_decay=train.weight_decay)
@@ -76,9 +78,9 @@ class Followed:
             averaged.lerp_(parameter, 1 - average_decay(train.ema_decay, step))
 
     def release(self) -> None:
-        """Ends the training: `PrivateStep.release`, and a last look at all parameters."""
+        """Ends the training: `FinetuneStep.release`, and a last look at all parameters."""
         self.step.release()
-        self._strayed |= not _equal(self.step.parameters, self._average) or _frozen(self.step) != self._frozen
+        self._strayed |= not _equal(self.sgd.parameters, self._average) or _frozen(self.sgd) != self._frozen
 
     def p_values(self) -> dict[str, float]:
         """Of the two tests that are no matter of chance: 0 once something was wrong, else 1."""
@@ -96,7 +98,7 @@ class Followed:
         self.step.load_state_dict(state["step"])
         self._missed, self._strayed = bool(state["missed"]), bool(state["strayed"])
         self._start()
-        self._optimizer.load_state_dict(copy.deepcopy(self.step.optimizer.state_dict()))
+        self._optimizer.load_state_dict(copy.deepcopy(self.sgd.optimizer.state_dict()))
 
 
 def _equal(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
@@ -107,10 +109,10 @@ def _equal(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
     )
 
 
-def _frozen(step: PrivateStep) -> str:
+def _frozen(sgd: DPSGD) -> str:
     """A hash of all parameters and buffers that are not trained."""
-    trained, hashed = {id(p) for p in step.parameters}, hashlib.sha256()
-    for name, tensor in [*step.model.named_parameters(), *step.model.named_buffers()]:
+    trained, hashed = {id(p) for p in sgd.parameters}, hashlib.sha256()
+    for name, tensor in [*sgd.module.named_parameters(), *sgd.module.named_buffers()]:
         if id(tensor) not in trained:
             hashed.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             hashed.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

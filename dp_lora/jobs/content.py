@@ -29,9 +29,9 @@ import numpy as np
 from dp_lora.data.digests import array_digests
 from dp_lora.data.sets import ImageSet, ImageSplits
 from dp_lora.errors import UserError
+from dp_lora.privacy.collectives import agreed, largest, size
 from dp_lora.records.run_directory import OUTPUTS, WAY_OUT
 from dp_lora.storage.files import private_directory, read_json, write_json
-from dp_lora.training.processes import agreed, largest, size
 
 NAME = "content.json"
 """The record's name in the private `checkpoint/`."""

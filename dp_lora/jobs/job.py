@@ -18,10 +18,10 @@ from dp_lora.config.load import read_config
 from dp_lora.config.schema import Config
 from dp_lora.config.wandb_mode import wandb_mode
 from dp_lora.errors import UserError
+from dp_lora.privacy.collectives import agreed, rank
 from dp_lora.records import manifest
 from dp_lora.records.run_directory import OUTPUTS, WAY_OUT, check_records, is_whole
 from dp_lora.storage.files import append_line, check_writable, file_lock
-from dp_lora.training.processes import agreed, rank
 
 if TYPE_CHECKING:
     import torch

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dp_lora.errors import UserError
+from dp_lora.errors import PlanError
 from dp_lora.privacy.loss_distribution import delta_bounds, epsilon_bound
 from dp_lora.privacy.renyi import (
     FEW_ORDERS,
@@ -193,16 +193,16 @@ def steps_for(target_epsilon: float, delta: float, sample_rate: float, noise_mul
     """The largest number of steps whose epsilon does not pass `target_epsilon`.
 
     Raises:
-        UserError: one step passes it already, or more than ten million steps do not.
+        PlanError: one step passes it already, or more than ten million steps do not.
     """
     _check_delta(delta)
 
     def fits(steps: int) -> bool:
         return _bound([Mechanism(noise_multiplier, sample_rate, steps)], delta) <= target_epsilon
 
-    name = f"privacy.noise_multiplier={noise_multiplier:g}"
+    name = f"<noise_multiplier>={noise_multiplier:g}"
     if noise_multiplier == 0 or not fits(1):
-        raise UserError(f"{name}: one step passes privacy.epsilon={target_epsilon:g}: expected more noise")
+        raise PlanError(f"{name}: one step passes <target_epsilon>={target_epsilon:g}: expected more noise")
     # What RDP allows, PLD allows; and RDP is cheap and not far off.
     once = divergences_of(Mechanism(noise_multiplier, sample_rate, 1))
     low, high = 1, 2
@@ -218,9 +218,9 @@ def steps_for(target_epsilon: float, delta: float, sample_rate: float, noise_mul
     while high < MAX_STEPS and fits(high):
         low, high = high, high + high // 8 + 1
     if high >= MAX_STEPS:
-        raise UserError(
-            f"{name}: {MAX_STEPS} steps stay under privacy.epsilon={target_epsilon:g}: expected "
-            "train.max_steps, or less noise"
+        raise PlanError(
+            f"{name}: {MAX_STEPS} steps stay under <target_epsilon>={target_epsilon:g}: expected "
+            "<steps>, or less noise"
         )
     while high - low > 1:
         middle = (low + high) // 2

@@ -27,7 +27,7 @@ from dp_lora.privacy.layers import (
     refuse_unsupported_adapter,
     tapped_forward,
 )
-from dp_lora.privacy.plan import CLIPPINGS, LEAST_GRAD_NORM
+from dp_lora.privacy.plan import Clip
 
 AUTOMATIC_GAMMA = 0.01
 """The stability constant of automatic clipping (Bu et al. 2022)."""
@@ -65,34 +65,14 @@ class ClippedGradientSum:
         module: its LoRA layers are peft's; each trainable parameter belongs to a LoRA layer or to a
             Linear, Conv1d, Conv2d, Embedding, GroupNorm, LayerNorm or RMSNorm, once or several times in
             a forward. Train or eval mode does not matter here. Anything else is refused.
-        noise_multiplicity: k, the number of consecutive rows that belong to one example.
-        max_grad_norm: C, at least `LEAST_GRAD_NORM`; inf sums without clipping.
-        clipping: one of the three above.
-        loss_share: rho in [0, 1), for a private reading of the mean loss; 0 leaves the coordinate out.
+        clip: k, C, the kind of clipping and rho; `PrivacyPlan.clip` of the run's plan.
 
     Raises:
         UserError: a layer mixes the examples of a batch, or has no per-example gradient.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        noise_multiplicity: int,
-        max_grad_norm: float,
-        clipping: str = "flat",
-        loss_share: float = 0.0,
-    ) -> None:
-        if clipping not in CLIPPINGS:
-            raise UserError(f"privacy.clipping={clipping!r}: expected one of {', '.join(CLIPPINGS)}")
-        if not max_grad_norm >= LEAST_GRAD_NORM:
-            raise UserError(
-                f"privacy.max_grad_norm={max_grad_norm:g}: expected at least {LEAST_GRAD_NORM:g}, since "
-                "norms are taken in float32"
-            )
-        self.noise_multiplicity = noise_multiplicity
-        self.max_grad_norm = max_grad_norm
-        self.clipping = clipping
-        self.loss_share = loss_share
+    def __init__(self, module: nn.Module, clip: Clip) -> None:
+        self.clip = clip
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise UserError("trainable.components: no parameter of the model is trainable")
@@ -108,7 +88,7 @@ class ClippedGradientSum:
         self._norms: list[Tensor] = []
         self._examples = 0
         first = next(iter(self.parameters.values()))
-        size = self.num_parameters + (loss_share > 0)
+        size = self.num_parameters + (clip.loss_share > 0)
         self._total = torch.zeros(size, dtype=torch.float64, device=first.device)
         self._nonfinite = torch.zeros((), dtype=torch.int64, device=first.device)
         self._patched: list[nn.Module] = []
@@ -210,10 +190,10 @@ class ClippedGradientSum:
         """UserError unless a layer that saw `rows` rows saw M k."""
         if self._samples is None:
             raise RuntimeError("a backward outside ClippedGradientSum.add: detach() the engine first")
-        if rows != self._examples * self.noise_multiplicity:
+        if rows != self._examples * self.clip.noise_multiplicity:
             raise UserError(
                 f"{name}: it saw {rows} rows for {self._examples} losses: expected {self._examples} examples "
-                f"x {self.noise_multiplicity} draws, so that no row is shared between examples"
+                f"x {self.clip.noise_multiplicity} draws, so that no row is shared between examples"
             )
 
     def put(self, parameter: Tensor, sample: Tensor) -> None:
@@ -292,29 +272,24 @@ class ClippedGradientSum:
         parts = zip(self._total[: self.num_parameters].split(_PART), partial[0].split(_PART), strict=True)
         for total, part in parts:
             total += part
-        if self.loss_share:
+        if self.clip.loss_share:
             counted = torch.where(asked & finite, losses.double().clamp(0, 1), 0.0)
-            self._total[-1] += loss_unit(self.max_grad_norm, self.loss_share) * counted.sum()
+            self._total[-1] += self.clip.loss_unit * counted.sum()
 
     def _factors(self, norms: Tensor) -> Tensor:
         """What each parameter's gradients [parameters, M] are multiplied with, from their norms."""
-        bound: float = self.max_grad_norm * math.sqrt(1 - self.loss_share**2)
+        bound: float = self.clip.max_grad_norm * math.sqrt(1 - self.clip.loss_share**2)
         norms = norms * _ROUNDING
-        if self.clipping == "per_layer":
+        if self.clip.clipping == "per_layer":
             numbers = sorted(set(self._layer_of))
             layers = torch.tensor([numbers.index(n) for n in self._layer_of], device=norms.device)
             squares = norms.new_zeros(len(numbers), norms.shape[1]).index_add_(0, layers, norms.square())
             bound = bound / math.sqrt(len(numbers))
             return torch.clamp(bound / squares.sqrt(), max=1.0)[layers]
         whole: Tensor = torch.linalg.vector_norm(norms, dim=0)
-        if self.clipping == "automatic" and math.isfinite(bound):
+        if self.clip.clipping == "automatic" and math.isfinite(bound):
             return (bound / (whole + AUTOMATIC_GAMMA)).expand_as(norms)
         return torch.clamp(bound / whole, max=1.0).expand_as(norms)
-
-
-def loss_unit(max_grad_norm: float, loss_share: float) -> float:
-    """What an example of loss 1 adds to the coordinate of the loss: rho C, or 1 without clipping."""
-    return loss_share * max_grad_norm if math.isfinite(max_grad_norm) else 1.0
 
 
 # The gradients of one parameter, for each example

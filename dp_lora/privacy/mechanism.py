@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dp_lora.privacy.gradients import loss_unit
 from dp_lora.privacy.plan import PrivacyPlan
 from dp_lora.privacy.randomness import Randomness
 
@@ -101,7 +100,7 @@ def private_loss(released: Tensor, plan: PrivacyPlan) -> float:
     sigma / (rho expected_batch_size), and as the divisor is the expected size of the batch, the reading of a
     larger batch is larger by as much.
     """
-    return float(released[-1]) / loss_unit(plan.max_grad_norm, plan.loss_share)
+    return float(released[-1]) / plan.clip.loss_unit
 
 
 def signal_to_noise(released: Tensor, plan: PrivacyPlan) -> float:

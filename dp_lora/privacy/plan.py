@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dp_lora.config.bounds import LARGEST_GRAD_NORM
-from dp_lora.errors import UserError
+from dp_lora.errors import PlanError
 from dp_lora.privacy import accounting
 from dp_lora.privacy.accounting import ADJACENCIES
 from dp_lora.privacy.subsampled_gaussian import Mechanism
@@ -21,6 +21,41 @@ LEAST_NOISE, MOST_NOISE = 1e-3, 1e9
 
 LEAST_GRAD_NORM = 1e-10
 """The smallest C: below it, gradients whose squares underflow in float32 could be longer than C."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """How much one example may add to the sum, and in which form: what the plan gives the engine.
+
+    Args:
+        noise_multiplicity: k, the number of consecutive rows of a forward that belong to one example.
+        max_grad_norm: C, at least `LEAST_GRAD_NORM`; inf sums without clipping.
+        clipping: flat, automatic or per_layer; see `ClippedGradientSum`.
+        loss_share: rho in [0, 1), the share of C of the coordinate of the loss; 0 leaves that out.
+
+    Raises PlanError when a value is out of range.
+    """
+
+    noise_multiplicity: int
+    max_grad_norm: float
+    clipping: str = "flat"
+    loss_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.noise_multiplicity < 1:
+            raise PlanError(f"<noise_multiplicity>={self.noise_multiplicity}: expected at least 1")
+        if self.clipping not in CLIPPINGS:
+            raise PlanError(f"<clipping>={self.clipping!r}: expected one of {', '.join(CLIPPINGS)}")
+        if not self.max_grad_norm >= LEAST_GRAD_NORM:
+            raise PlanError(
+                f"<max_grad_norm>={self.max_grad_norm:g}: expected at least {LEAST_GRAD_NORM:g}, since "
+                "norms are taken in float32"
+            )
+
+    @property
+    def loss_unit(self) -> float:
+        """The share of the sum that a loss of 1 has in the last coordinate: rho C, or 1 without a clip."""
+        return self.loss_share * self.max_grad_norm if math.isfinite(self.max_grad_norm) else 1.0
 
 
 @dataclass(frozen=True)
@@ -72,9 +107,18 @@ class PrivacyPlan:
         return self.noise_multiplier * self.max_grad_norm if self.noise_multiplier else 0.0
 
     @property
+    def clip(self) -> Clip:
+        """The bound on one example's contribution, which `ClippedGradientSum` keeps."""
+        return Clip(self.noise_multiplicity, self.max_grad_norm, self.clipping, self.loss_share)
+
+    @property
     def mechanism(self) -> Mechanism:
-        """What the accountant is told."""
+        """The noisy steps, for the accountant."""
         return Mechanism(self.noise_multiplier, self.sample_rate, self.steps)
+
+    def curve(self) -> accounting.EpsilonCurve:
+        """An upper bound on epsilon after any number of the steps, at `delta`."""
+        return accounting.EpsilonCurve(self.mechanism, self.delta)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields for privacy.json: plain values, an infinite number as the string 'inf'."""
@@ -90,12 +134,12 @@ def _plain(value: Any) -> Any:
 def make_plan(
     *,
     expected_batch_size: float,
-    steps: int | None,
-    noise_multiplier: float | None,
-    target_epsilon: float | None,
     delta: float,
-    noise_multiplicity: int,
     max_grad_norm: float,
+    steps: int | None = None,
+    noise_multiplier: float | None = None,
+    target_epsilon: float | None = None,
+    noise_multiplicity: int = 1,
     num_examples: int | None = None,
     sample_rate: float | None = None,
     clipping: str = "flat",
@@ -124,16 +168,15 @@ def make_plan(
         cache: folder for calibrated noise multipliers.
 
     Raises:
-        UserError: a value out of range, too few of the three, or three that disagree: epsilon of the
+        PlanError: a value out of range, too few of the three, or three that disagree: epsilon of the
             noise multiplier and the steps passes the target, or stays below 99 % of it.
     """
     _check_relation(adjacency, num_examples, sample_rate)
     _check(num_examples, sample_rate, expected_batch_size, steps, noise_multiplier, target_epsilon)
     _check_delta(delta, num_examples, sample_rate, expected_batch_size)
-    _check_mechanism(noise_multiplicity, max_grad_norm, clipping)
+    _check_clip(max_grad_norm, loss_share)
     private = target_epsilon != math.inf
-    if not private:
-        max_grad_norm = math.inf
+    clip = Clip(noise_multiplicity, max_grad_norm if private else math.inf, clipping, loss_share)
     mechanism = mechanism_of(
         num_examples=num_examples,
         sample_rate=sample_rate,
@@ -154,9 +197,9 @@ def make_plan(
         expected_batch_size=expected_batch_size,
         steps=mechanism.steps,
         noise_multiplier=mechanism.noise_multiplier,
-        noise_multiplicity=noise_multiplicity,
-        max_grad_norm=max_grad_norm,
-        clipping=clipping,
+        noise_multiplicity=clip.noise_multiplicity,
+        max_grad_norm=clip.max_grad_norm,
+        clipping=clip.clipping,
         delta=delta,
         target_epsilon=target_epsilon,
         epsilon=spent.epsilon,
@@ -201,17 +244,17 @@ def mechanism_of(
 
 def _check_relation(adjacency: str, num_examples: int | None, sample_rate: float | None) -> None:
     if adjacency not in ADJACENCIES:
-        raise UserError(f"privacy.adjacency={adjacency!r}: expected one of {', '.join(ADJACENCIES)}")
+        raise PlanError(f"<adjacency>={adjacency!r}: expected one of {', '.join(ADJACENCIES)}")
     if adjacency == "add_or_remove" and (sample_rate is None or num_examples is not None):
-        raise UserError(
-            "privacy.adjacency=add_or_remove: the number of images is private, so that neither the sample "
-            "rate nor the noise may follow from it; expected train.sample_rate beside "
-            "train.expected_batch_size, or privacy.adjacency=zero_out"
+        raise PlanError(
+            "<adjacency>=add_or_remove: the number of images is private, so that neither the sample "
+            "rate nor the noise may follow from it; expected <sample_rate> beside "
+            "<expected_batch_size>, or <adjacency>=zero_out"
         )
     if adjacency == "zero_out" and (num_examples is None or sample_rate is not None):
-        raise UserError(
-            f"train.sample_rate={sample_rate} with privacy.adjacency=zero_out: expected null, since the rate "
-            "is train.expected_batch_size over the public number of images"
+        raise PlanError(
+            f"<sample_rate>={sample_rate} with <adjacency>=zero_out: expected null, since the rate "
+            "is <expected_batch_size> over the public number of images"
         )
 
 
@@ -224,35 +267,35 @@ def _check(
     target_epsilon: float | None,
 ) -> None:
     if num_examples is not None and num_examples < 1:
-        raise UserError(f"data: {num_examples} training images: expected at least 1")
+        raise PlanError(f"<num_examples>={num_examples}: expected at least 1")
     if num_examples is not None and not 0 < expected_batch_size <= num_examples:
-        raise UserError(
-            f"train.expected_batch_size={expected_batch_size:g}: expected a number in (0, {num_examples}], "
+        raise PlanError(
+            f"<expected_batch_size>={expected_batch_size:g}: expected a number in (0, {num_examples}], "
             "the number of training images"
         )
     if not 0 < expected_batch_size < math.inf:
-        raise UserError(f"train.expected_batch_size={expected_batch_size}: expected a finite number above 0")
+        raise PlanError(f"<expected_batch_size>={expected_batch_size}: expected a finite number above 0")
     if sample_rate is not None and not 0 < sample_rate <= 1:
-        raise UserError(f"train.sample_rate={sample_rate}: expected a number in (0, 1]")
+        raise PlanError(f"<sample_rate>={sample_rate}: expected a number in (0, 1]")
     if steps is not None and not 1 <= steps <= accounting.MAX_STEPS:
-        raise UserError(f"train.max_steps={steps}: expected 1 to {accounting.MAX_STEPS}")
+        raise PlanError(f"<steps>={steps}: expected 1 to {accounting.MAX_STEPS}")
     if noise_multiplier is not None and not LEAST_NOISE <= noise_multiplier <= MOST_NOISE:
-        raise UserError(
-            f"privacy.noise_multiplier={noise_multiplier:g}: expected a number from {LEAST_NOISE:g} to "
+        raise PlanError(
+            f"<noise_multiplier>={noise_multiplier:g}: expected a number from {LEAST_NOISE:g} to "
             f"{MOST_NOISE:g}"
         )
     if target_epsilon is not None and not target_epsilon > 0:
-        raise UserError(f"privacy.epsilon={target_epsilon}: expected a number above 0, inf or none")
+        raise PlanError(f"<target_epsilon>={target_epsilon}: expected a number above 0, inf or none")
     if target_epsilon == math.inf and noise_multiplier is not None:
-        raise UserError(
-            f"privacy.epsilon=inf with privacy.noise_multiplier={noise_multiplier:g}: expected null, since "
+        raise PlanError(
+            f"<target_epsilon>=inf with <noise_multiplier>={noise_multiplier:g}: expected null, since "
             "the baseline has no noise; epsilon=none reports what a noise multiplier spends"
         )
     if target_epsilon == math.inf and steps is None:
-        raise UserError("train.max_steps=null with privacy.epsilon=inf: expected a number of steps")
+        raise PlanError("<steps>=null with <target_epsilon>=inf: expected a number of steps")
     if target_epsilon != math.inf and (steps, noise_multiplier, target_epsilon).count(None) > 1:
-        raise UserError(
-            "privacy.epsilon, privacy.noise_multiplier, train.max_steps: expected at least two of the three, "
+        raise PlanError(
+            "<target_epsilon>, <noise_multiplier>, <steps>: expected at least two of the three, "
             "which determine the third"
         )
 
@@ -262,8 +305,8 @@ def _check_delta(
 ) -> None:
     if num_examples is not None:
         if not 0 < delta < 1 / num_examples:
-            raise UserError(
-                f"privacy.delta={delta:g}: expected a number in (0, 1/N) = (0, {1 / num_examples:.3g}), or "
+            raise PlanError(
+                f"<delta>={delta:g}: expected a number in (0, 1/N) = (0, {1 / num_examples:.3g}), or "
                 "one image in N may be given away whole"
             )
         return
@@ -271,28 +314,26 @@ def _check_delta(
     # Not against N: whether a job is refused would tell it.
     bound = sample_rate / expected_batch_size
     if not 0 < delta < bound:
-        raise UserError(
-            f"privacy.delta={delta:g}: expected a number in (0, {bound:.3g}), train.sample_rate over "
-            "train.expected_batch_size: one over the number of images that these two were chosen for"
+        raise PlanError(
+            f"<delta>={delta:g}: expected a number in (0, {bound:.3g}), <sample_rate> over "
+            "<expected_batch_size>: one over the number of images that these two were chosen for"
         )
 
 
-def _check_mechanism(noise_multiplicity: int, max_grad_norm: float, clipping: str) -> None:
-    if noise_multiplicity < 1:
-        raise UserError(f"privacy.noise_multiplicity={noise_multiplicity}: expected at least 1")
-    if clipping not in CLIPPINGS:
-        raise UserError(f"privacy.clipping={clipping!r}: expected one of {', '.join(CLIPPINGS)}")
+def _check_clip(max_grad_norm: float, loss_share: float) -> None:
+    if not 0 <= loss_share < 1:
+        raise PlanError(f"<loss_share>={loss_share}: expected a number in [0, 1)")
     if not LEAST_GRAD_NORM <= max_grad_norm <= LARGEST_GRAD_NORM:
-        raise UserError(
-            f"privacy.max_grad_norm={max_grad_norm}: expected a number from {LEAST_GRAD_NORM:g} to "
+        raise PlanError(
+            f"<max_grad_norm>={max_grad_norm}: expected a number from {LEAST_GRAD_NORM:g} to "
             f"{LARGEST_GRAD_NORM:g}"
         )
 
 
 def _check_agreement(target: float, spent: float, mechanism: Mechanism) -> None:
     if not 0.99 * target <= spent <= target:
-        raise UserError(
-            f"privacy.epsilon={target:g} with privacy.noise_multiplier={mechanism.noise_multiplier:g} and "
-            f"train.max_steps={mechanism.steps}: these two spend {spent:.4g}, expected 99 to 100 % of the "
+        raise PlanError(
+            f"<target_epsilon>={target:g} with <noise_multiplier>={mechanism.noise_multiplier:g} and "
+            f"<steps>={mechanism.steps}: these two spend {spent:.4g}, expected 99 to 100 % of the "
             "target; leave out one of the three"
         )

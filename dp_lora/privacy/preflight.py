@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from dp_lora.errors import UserError
 from dp_lora.privacy.gradients import AUTOMATIC_GAMMA, ClippedGradientSum
-from dp_lora.privacy.plan import PrivacyPlan
+from dp_lora.privacy.plan import Clip, PrivacyPlan
 
 
 class PreflightError(UserError):
@@ -46,9 +47,9 @@ def preflight(
     with _disturbed(module):
         expected = _gradients_one_by_one(module, losses, examples)
         if plan.clipping != "per_layer":
-            with _engine(module, plan, loss_share=0.0) as engine:
+            with _engine(module, replace(plan.clip, loss_share=0.0)) as engine:
                 _check_gradients(engine, losses, expected, tolerance)
-        with _engine(module, plan, plan.loss_share) as engine:
+        with _engine(module, plan.clip) as engine:
             _check_sensitivity(engine, losses, examples)
             _check_padding(engine, losses, examples)
     check_accountants(plan.epsilon_by_accountant)
@@ -62,9 +63,8 @@ def check_accountants(bounds: dict[str, float]) -> None:
 
 
 @contextmanager
-def _engine(module: nn.Module, plan: PrivacyPlan, loss_share: float) -> Iterator[ClippedGradientSum]:
-    k, bound = plan.noise_multiplicity, plan.max_grad_norm
-    engine = ClippedGradientSum(module, k, bound, plan.clipping, loss_share)
+def _engine(module: nn.Module, clip: Clip) -> Iterator[ClippedGradientSum]:
+    engine = ClippedGradientSum(module, clip)
     try:
         yield engine
     finally:
@@ -110,10 +110,10 @@ def _check_gradients(
     engine: ClippedGradientSum, losses: Callable[[slice], Tensor], expected: list[Tensor], tolerance: float
 ) -> None:
     """The engine's gradient of each example among the others, clipped, against the clipped expected one."""
-    bound = engine.max_grad_norm
+    bound = engine.clip.max_grad_norm
     for i, gradient in enumerate(expected):
         norm = float(gradient.norm())
-        if engine.clipping == "automatic" and math.isfinite(bound):
+        if engine.clip.clipping == "automatic" and math.isfinite(bound):
             clipped = gradient * bound / (norm + AUTOMATIC_GAMMA)
         else:
             clipped = gradient * min(1.0, bound / norm) if norm else gradient
@@ -138,10 +138,10 @@ def _check_sensitivity(engine: ClippedGradientSum, losses: Callable[[slice], Ten
             batch = losses(slice(0, examples)) * scale
             engine.add(batch, weights.to(batch.device))
             norm = float(engine.total().norm())
-            if not norm <= engine.max_grad_norm * (1 + 1e-6):
+            if not norm <= engine.clip.max_grad_norm * (1 + 1e-6):
                 raise PreflightError(
                     f"privacy: one example contributes {norm:.6g}, expected at most max_grad_norm "
-                    f"{engine.max_grad_norm:g}"
+                    f"{engine.clip.max_grad_norm:g}"
                 )
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from dp_lora.errors import UserError
 from dp_lora.models.folders import LatentDiffusion
+from dp_lora.privacy.collectives import largest
 from dp_lora.training import tuning
-from dp_lora.training.processes import largest
 
 GROWTH = 1e4
 """How many times as large as the largest weight before the training, or as 1, a weight may become."""

@@ -17,9 +17,9 @@ from typing import Any, Protocol
 import torch
 
 from dp_lora.errors import UserError
+from dp_lora.privacy.collectives import largest
 from dp_lora.records.progress import Progress
 from dp_lora.storage.files import private_directory, write_atomic
-from dp_lora.training.processes import largest
 from dp_lora.training.signals import Leave, listening
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)

@@ -7,27 +7,20 @@ and fresh noise at once. What is not known here shows in the sum of a step, to w
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dp_lora.config.load import PACKAGE
 from dp_lora.config.schema import Config
-from dp_lora.models import folders
-from dp_lora.models.folders import LatentDiffusion
-from dp_lora.models.latents import Latents
-from dp_lora.privacy.plan import PrivacyPlan
-from dp_lora.privacy.randomness import Randomness
+from dp_lora.privacy.collectives import everyone
 from dp_lora.records.provenance import hardware, versions
-from dp_lora.training.processes import everyone
 
 _ROUND = ("dp-lora", "torch", "diffusers", "transformers", "peft", "opacus", "numpy", "cryptography")
 """Packages whose version can change how a step rounds."""
@@ -42,54 +35,6 @@ _ELSEWHERE = ("CUDA_VISIBLE_DEVICES", "CUDA_HOME", "CUDA_PATH")
 """Those among them that say where something is."""
 
 
-def digest(
-    model: LatentDiffusion,
-    latents: Latents,
-    labels: Tensor,
-    plan: PrivacyPlan,
-    randomness: Randomness,
-    captions: Sequence[str] | None = None,
-) -> str:
-    """A hash of all that a training begins from. Private: it tells whether a guess of the images is right.
-
-    Of the model it covers the weights, and what is no weight: the networks' and the scheduler's settings, the
-    noise schedule itself, what the network predicts and how the tokenizer reads the prompts.
-    """
-    hashed = hashlib.sha256(randomness.key)
-    hashed.update(json.dumps([plan.to_dict(), captions, _settings(model)], sort_keys=True).encode())
-    hashed.update(folders.digest(model).encode())
-    for tensor in (latents.mean, latents.std, labels, *_constants(model, captions)):
-        hashed.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-        hashed.update(tensor.detach().cpu().contiguous().numpy().data)
-    return hashed.hexdigest()
-
-
-def _settings(model: LatentDiffusion) -> dict[str, Any]:
-    """What the files beside the weights say."""
-    encoder = getattr(getattr(model.prompts, "encoder", None), "config", None)
-    return {
-        "unet": _plain(model.unet.config),
-        "autoencoder": _plain(model.autoencoder.config),
-        "scheduler": _plain(model.scheduler.config),
-        "text_encoder": None if encoder is None else _plain(encoder.to_dict()),
-        "predicts_v": model.predicts_v,
-        "classes": list(model.classes),
-    }
-
-
-def _plain(settings: Mapping[str, Any]) -> dict[str, str]:
-    # Names with an underscore say where a part lies and who wrote it.
-    return {name: repr(value) for name, value in settings.items() if not name.startswith("_")}
-
-
-def _constants(model: LatentDiffusion, captions: Sequence[str] | None) -> Iterable[Tensor]:
-    yield model.scheduler.alphas_cumprod
-    if model.prompts is not None:
-        yield model.prompts.ids
-        if captions:
-            yield model.prompts.tokens(captions)
-
-
 def numerics(config: Config, device: torch.device, microbatch: int, inputs: str) -> dict[str, Any]:
     """All that can change how a step rounds or what it starts from, for the write-ahead record.
 
@@ -100,21 +45,26 @@ def numerics(config: Config, device: torch.device, microbatch: int, inputs: str)
         config: the job.
         device: of the model.
         microbatch: examples per forward and backward.
-        inputs: `digest` of what the training begins from.
+        inputs: a digest of what the training begins from.
     """
-    repeatable = device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
     return {
         "inputs": inputs,
-        "start": None if repeatable else secrets.token_hex(8),
+        "start": start(device),
         "train": asdict(config.train) | {"microbatch": None, "checkpoint_minutes": None},
         "learning_rate_factor": config.trainable.learning_rate_factor,
         "microbatch": microbatch,
-        "processes": everyone(_process(device)),
+        "processes": everyone(process(device)),
     }
 
 
-def _process(device: torch.device) -> dict[str, Any]:
-    """Of one process: its hardware, its libraries, how they are set, and the code that it runs."""
+def start(device: torch.device) -> str | None:
+    """A random name for this start where the device adds up in no fixed order; else None."""
+    repeatable = device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
+    return None if repeatable else secrets.token_hex(8)
+
+
+def process(device: torch.device) -> dict[str, Any]:
+    """The hardware and libraries of this process, how they are set, and the code that it runs."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else hardware()["cpu"],
         "threads": torch.get_num_threads(),

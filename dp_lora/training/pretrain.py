@@ -30,6 +30,7 @@ from dp_lora.errors import UserError
 from dp_lora.models.diffusion import per_example_loss
 from dp_lora.models.folders import LatentDiffusion, build, save
 from dp_lora.models.latents import Latents, cached, encoded_batches, to_unit_range
+from dp_lora.privacy.collectives import rank
 from dp_lora.records.progress import Progress
 from dp_lora.records.provenance import hardware, versions
 from dp_lora.storage.files import write_atomic
@@ -42,7 +43,6 @@ from dp_lora.training.perceptual import (
     load_distance,
 )
 from dp_lora.training.previews import PICTURED, reconstruction_error, reconstructions, samples
-from dp_lora.training.processes import rank
 
 Log = Callable[[int, dict[str, float]], None]
 

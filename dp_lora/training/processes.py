@@ -11,13 +11,11 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
     from torch.distributed.distributed_c10d import Store
-
-T = TypeVar("T")
 
 _PATIENCE = timedelta(days=30)
 """For what the first process has still to do: a cluster's time limit ends a job that hangs."""
@@ -89,50 +87,3 @@ def joined(device: torch.device) -> Iterator[Team]:
     # Not after an error: the others may never come.
     team.part()
     dist.destroy_process_group()
-
-
-def rank() -> int:
-    """The number of this process in the process group; 0 without one."""
-    import torch.distributed as dist
-
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def size() -> int:
-    """Number of processes in the process group; 1 without one."""
-    import torch.distributed as dist
-
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def agreed(value: T) -> T:
-    """What the first process has for `value`; every process of the job has to ask."""
-    import torch.distributed as dist
-
-    shared = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(shared)
-    return shared[0]
-
-
-def everyone(value: T) -> list[T]:
-    """The `value` of every process of the job, in their order; every one has to ask."""
-    import torch.distributed as dist
-
-    if not dist.is_initialized():
-        return [value]
-    shared: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(shared, value)
-    return shared
-
-
-def largest(value: int) -> int:
-    """The largest `value` of all processes of the job; every one has to ask."""
-    import torch
-    import torch.distributed as dist
-
-    if not dist.is_initialized():
-        return value
-    shared = torch.tensor(int(value), device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(shared, dist.ReduceOp.MAX)
-    return int(shared)

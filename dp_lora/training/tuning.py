@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,9 +128,7 @@ def too_large() -> UserError:
 
 def fits(model: LatentDiffusion, plan: PrivacyPlan, train: TrainConfig, size: int) -> bool:
     """Whether forward, backward and clip of `size` synthetic examples fit into the device's memory."""
-    engine = ClippedGradientSum(
-        model, plan.noise_multiplicity, plan.max_grad_norm, plan.clipping, plan.loss_share
-    )
+    engine = ClippedGradientSum(model, plan.clip)
     device = next(model.unet.parameters()).device
     try:
         losses = synthetic_losses(model, size, plan.noise_multiplicity, seed=0)
@@ -205,7 +204,7 @@ def _compile(model: LatentDiffusion, plan: PrivacyPlan, train: TrainConfig, micr
     low = train.precision == "bfloat16"
 
     def clipped_sum() -> Tensor:
-        engine = ClippedGradientSum(model, plan.noise_multiplicity, 1.0, plan.clipping)
+        engine = ClippedGradientSum(model, replace(plan.clip, max_grad_norm=1.0, loss_share=0.0))
         try:
             with torch.autocast(device.type, torch.bfloat16, enabled=low):
                 computed = losses(slice(None))

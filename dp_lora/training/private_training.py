@@ -1,0 +1,346 @@
+"""Private training of any torch module in a loop of the caller's own: what `dp_lora.PrivateTraining` is.
+
+The folder of a training holds its key, its plan, the record of every step begun and the last checkpoint.
+It is private: whoever reads the key can take the noise away.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dp_lora.errors import UserError
+from dp_lora.privacy.collectives import agreed, barrier, everyone, rank
+from dp_lora.privacy.executions import Executions, Spent
+from dp_lora.privacy.plan import PrivacyPlan
+from dp_lora.privacy.preflight import preflight
+from dp_lora.privacy.randomness import KEY_BYTES, Randomness
+from dp_lora.privacy.step import DPSGD, PrivateStep, check_optimizer
+from dp_lora.storage.files import private_directory, write_atomic, write_json
+from dp_lora.training.loop import Checkpoint
+from dp_lora.training.numerics import process, start
+from dp_lora.training.receipts import PLAN, check_begun, check_lineage, check_same_plan
+from dp_lora.training.statement import Statement
+
+_WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "OptimizedModule")
+
+
+class HasState(Protocol):
+    """An object with a state, such as a scheduler of the learning rate."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> Any:
+        """Restores what `state_dict` returned."""
+        ...
+
+
+class PrivateTraining:
+    """DP-SGD on the trainable parameters of a module, with a loop that the caller writes.
+
+        for step in private.steps():
+            for rows, weights, draws in step.microbatches(8):
+                step.add(losses(rows, draws), weights)
+            step.apply()
+
+    Guarantees:
+        * What the parameters become is (epsilon, delta)-differentially private as the plan says, with respect
+          to one of the N examples, whatever the caller's `losses` computes from the rows that it was given.
+          It must not use other private data, and nothing else may train or release from private data.
+        * Every step is on disk before its batch is drawn. A training that is interrupted at any moment and
+          constructed again with the same folder continues from its last checkpoint; steps that it cannot
+          repeat to the bit count anew, and as many fewer follow, so epsilon never passes the plan's.
+        * Noise is used for one sum only, in every run, copy and process.
+
+    On several processes of torch.distributed, every process constructs the same with the same arguments and
+    a folder that all of them see. Each computes its part of a batch; do not wrap the module.
+
+    Args:
+        module: with `requires_grad` set on what is trained. Its layers have to be those that
+            `ClippedGradientSum` knows. Two trainings of one module at a time are refused.
+        optimizer: any torch optimiser over exactly the trainable parameters. It is stepped by `apply` alone.
+        plan: from `make_plan`.
+        folder: of this training, on a local or shared disk; made with mode 0700.
+        synthetic_losses: the losses [n] of a slice of four or more synthetic examples, which the preflight
+            compares with a loop over single ones: a forward of `module` on n k rows, and draws that do
+            not depend on the slice. None leaves the preflight out, and the statement says so.
+        num_examples: N, where the plan keeps it private (add_or_remove); else the plan's.
+        ema_decay: the largest decay of the moving average of the weights, which takes the place of the
+            parameters at the end; 0 keeps the last parameters.
+        insecure_seed: makes batches and noise reproducible, for tests; there is no privacy then.
+        checkpoint_minutes: time between two checkpoints.
+        also: objects whose state belongs to a checkpoint, such as `{"schedule": scheduler}`. Their state must
+            not depend on private data other than through the parameters.
+        begun: called with the number of steps begun and an upper bound on their epsilon, before the batch
+            of a new one is drawn.
+        tolerance: relative error of a gradient that the preflight accepts; wider for bfloat16.
+        numerics: called with the key; returns all that is known to change how a step rounds or what it
+            starts from. None: this process's hardware, libraries and code, and the module's state.
+
+    Raises:
+        UserError: a wrapped module, an optimiser over other parameters, a layer without per-example
+            gradients or with batch statistics, a folder of another plan or without its key or record, or a
+            plan whose steps were all begun without a checkpoint to go on from.
+        PreflightError: the gradients of the synthetic examples are not what they should be.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        plan: PrivacyPlan,
+        folder: str | Path,
+        *,
+        synthetic_losses: Callable[[slice], Tensor] | None,
+        num_examples: int | None = None,
+        ema_decay: float = 0.0,
+        insecure_seed: int | None = None,
+        checkpoint_minutes: float = 10.0,
+        also: Mapping[str, HasState] | None = None,
+        begun: Callable[[int, float], None] = lambda executions, epsilon: None,
+        tolerance: float = 1e-4,
+        numerics: Callable[[Randomness], Mapping[str, Any]] | None = None,
+    ) -> None:
+        _refuse_wrapped(module)
+        check_optimizer(optimizer, module)
+        examples = _number_of_examples(plan, num_examples)
+        self.plan, self.folder, self._also = plan, Path(folder), dict(also or {})
+        self._first, self._checked = rank() == 0, synthetic_losses is not None or numerics is not None
+        randomness = open_folder(plan, self.folder, insecure_seed)
+        self._seeded = not randomness.secure
+        if synthetic_losses is not None:
+            preflight(module, synthetic_losses, plan, tolerance=tolerance)
+        known = numerics(randomness) if numerics is not None else _known(module, optimizer, randomness)
+        executions = Executions(self.folder / "executions.jsonl", known, plan.steps, writes=self._first)
+        barrier()  # before the first process writes to it
+        self.sgd = DPSGD(
+            module, optimizer, plan, randomness, executions, examples, ema_decay=ema_decay, begun=begun
+        )
+        self.checkpoint = Checkpoint(self.folder, checkpoint_minutes, writes=self._first)
+        try:
+            self.finished = self._resumed()
+            self.total = steps_to_finish(plan, executions, self.finished, self.sgd.lineage)
+        except UserError:
+            self.sgd.detach()
+            raise
+
+    def _resumed(self) -> int:
+        found = self.checkpoint.load()
+        finished = 0
+        if found is not None:
+            finished, state = found
+            self.sgd.load_state_dict(state)
+            for name, part in self._also.items():
+                if name not in state.get("also", {}):
+                    raise UserError(f"also: the checkpoint in {self.folder} has no state of {name!r}")
+                part.load_state_dict(state["also"][name])
+        check_lineage(self.sgd.executions, finished, self.sgd.lineage, self.folder)
+        return finished
+
+    def steps(self) -> Iterator[PrivateStep]:
+        """The steps that are left, each to be filled with `add` and taken with `apply`.
+
+        A step comes a second time when `apply` returned False or after `give_up`, with another batch. The
+        state is saved every `checkpoint_minutes` and after the last step. Then the training ends: the moving
+        average takes the place of the parameters, and the key is deleted.
+
+        Raises RuntimeError when a step was neither applied nor given up.
+        """
+        try:
+            while self.finished < self.total:
+                try:
+                    step = self.sgd.begin(self.finished)
+                except Spent:
+                    self.end_early(self.finished)
+                    break
+                while not step.applied and not step.spent:
+                    attempt = step.attempt
+                    yield step
+                    if not step.applied and not step.spent and step.attempt == attempt:
+                        raise RuntimeError(
+                            f"step {step.number} was begun: expected apply() in the loop's body"
+                        )
+                if step.spent:
+                    self.end_early(self.finished)
+                    break
+                self.finished += 1
+                if self.checkpoint.due() or self.finished == self.total:
+                    self.save()
+            self.finish()
+        finally:
+            self.sgd.detach()
+
+    def save(self) -> None:
+        """Saves the state after the last step that was applied."""
+        self.checkpoint.save(self.finished, self.state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next step depends on but the key."""
+        also = {"also": {name: part.state_dict() for name, part in self._also.items()}} if self._also else {}
+        return {**self.sgd.state_dict(), **also}
+
+    def end_early(self, finished: int) -> None:
+        """Ends a training of whose plan every step was begun, after its `finished` steps.
+
+        Raises UserError when there is none to end with.
+        """
+        if not finished:
+            raise _spent(self.sgd.executions, 0, self.plan)
+        self.checkpoint.save(finished, self.state_dict())
+
+    def finish(self) -> None:
+        """Ends the training: the moving average takes the place of the parameters, the key is deleted."""
+        self.sgd.release()
+        if self._first:
+            forget_key(self.folder)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the training has ended."""
+        return (self.folder / "finished").exists()
+
+    def epsilon(self) -> float:
+        """An upper bound on the epsilon of all steps begun so far, at the plan's delta."""
+        return self.sgd.epsilon()
+
+    def statement(self) -> Statement:
+        """The guarantee of what was trained so far: what was spent, and what that covers."""
+        steps = self.sgd.executions.count
+        return Statement.of(
+            self.plan,
+            epsilon=self.plan.epsilon if steps == self.plan.steps else self.epsilon(),
+            steps=steps,
+            complete=self.complete,
+            seeded=self._seeded,
+            checked=self._checked,
+        )
+
+
+def _refuse_wrapped(module: nn.Module) -> None:
+    wrapper = next((kind.__name__ for kind in type(module).__mro__ if kind.__name__ in _WRAPPERS), None)
+    if wrapper is not None:
+        raise UserError(
+            f"module={wrapper}: expected the module inside it; the processes of a job add up their parts by "
+            "themselves, and layers with trainable parameters cannot be compiled"
+        )
+
+
+def _number_of_examples(plan: PrivacyPlan, given: int | None) -> int:
+    if plan.num_examples is None and given is None:
+        raise UserError("num_examples=None: expected the number of examples, which this plan keeps private")
+    if plan.num_examples is not None and given not in (None, plan.num_examples):
+        raise UserError(f"num_examples={given}: expected {plan.num_examples}, for which the plan was made")
+    number = plan.num_examples if plan.num_examples is not None else given
+    assert number is not None
+    return number
+
+
+def _known(module: nn.Module, optimizer: torch.optim.Optimizer, randomness: Randomness) -> dict[str, Any]:
+    """All that is known of this training to change its bits, the same on every process."""
+    hashed = hashlib.sha256(randomness.key)
+    for name, tensor in module.state_dict().items():
+        hashed.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        hashed.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    inputs = hashed.hexdigest()
+    if len(set(everyone(inputs))) > 1:
+        raise UserError("module: the processes of this job hold different parameters; expected the same ones")
+    device = next(p for p in module.parameters() if p.requires_grad).device
+    settings = [
+        {name: value for name, value in group.items() if name not in ("params", "lr")}
+        for group in optimizer.param_groups
+    ]
+    return {
+        "inputs": inputs,
+        "start": agreed(start(device)),
+        "optimizer": f"{type(optimizer).__name__} {settings}",
+        "processes": everyone(process(device)),
+    }
+
+
+# The folder of a training
+
+
+def open_folder(plan: PrivacyPlan, folder: Path, insecure_seed: int | None = None) -> Randomness:
+    """The key of the training in `folder`, new or as an earlier start left it; its plan is kept there.
+
+    Raises UserError when the training goes on under another plan, or its key or record is gone.
+    """
+    if rank() == 0:
+        private_directory(folder)
+        _same_plan(plan, folder)
+        check_begun(folder)
+        run_key(insecure_seed, folder)
+    barrier()
+    return run_key(insecure_seed, folder)
+
+
+def _same_plan(plan: PrivacyPlan, folder: Path) -> None:
+    """Keeps the plan of the run's first start. Raises UserError when the run goes on under another one."""
+    check_same_plan(plan, folder)
+    if not (folder / PLAN).exists():
+        # Whether the images have a record beside it, so that its removal is found (`outputs.check_records`).
+        recorded = (folder / "content.json").exists()
+        write_json(folder / PLAN, plan.to_dict() | {"content": recorded}, mode=0o600)
+
+
+def run_key(insecure_seed: int | None, folder: Path) -> Randomness:
+    """The run's randomness: its key is made once and kept in `folder` until the training has ended.
+
+    Raises UserError when steps were begun with a key that is gone.
+    """
+    if insecure_seed is not None:
+        return Randomness.from_seed(insecure_seed)
+    if (folder / "finished").exists():
+        return Randomness.from_system()  # no step is left that could draw from it
+    path = folder / "key"
+    if not path.exists():
+        if (folder / "executions.jsonl").exists():
+            raise UserError(
+                f"{path}: the noise key of the steps begun is missing; without it they cannot be replayed. "
+                "Remove the run directory to start again, and count what was spent (privacy.json)"
+            )
+        write_atomic(path, Randomness.from_system().key, mode=0o600)
+    key = path.read_bytes()
+    if len(key) != KEY_BYTES:
+        raise UserError(f"{path}: {len(key)} bytes, expected the {KEY_BYTES} of a noise key")
+    return Randomness(key, secure=True)
+
+
+def forget_key(folder: Path) -> None:
+    """Removes the noise key of a finished training: whoever finds it could take the noise away."""
+    write_atomic(folder / "finished", "")
+    (folder / "key").unlink(missing_ok=True)
+
+
+def steps_to_finish(plan: PrivacyPlan, executions: Executions, finished: int, lineage: str) -> int:
+    """Number of steps after which the run ends: its executions, begun and to come, are the plan's steps.
+
+    It ends earlier when a step begun before turns out to have another sum: see `Executions`.
+
+    Args:
+        plan: of the run.
+        executions: all that were begun.
+        finished: number of steps behind the checkpoint.
+        lineage: of the checkpoint's state.
+
+    Raises UserError when all were begun and there is no checkpoint to go on from.
+    """
+    total = finished + executions.replayable(finished, lineage) + plan.steps - executions.count
+    if total < max(1, finished):
+        raise _spent(executions, finished, plan)
+    return total
+
+
+def _spent(executions: Executions, finished: int, plan: PrivacyPlan) -> UserError:
+    return UserError(
+        f"checkpoint: {executions.count} steps of {plan.steps} were begun and none can be replayed from "
+        f"the {finished} that were kept; the privacy of this run is spent. Remove the run directory to "
+        "start again, and count what was spent"
+    )
