@@ -143,14 +143,6 @@ def resume(step: Step, checkpoint: Checkpoint) -> int:
     return finished
 
 
-def average_decay(largest: float, step: int) -> float:
-    """The decay of the moving average of the weights after step `step` (from 0), at most `largest`.
-
-    A short average at first, so that the start is forgotten.
-    """
-    return min(largest, (1 + step) / (10 + step))
-
-
 def learning_rate(base: float, schedule: str, step: int, total: int, warmup_steps: int = 0) -> float:
     """The learning rate of step `step` (from 0) of `total`: a function of the step only, never of the data.
 
