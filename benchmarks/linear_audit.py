@@ -1,6 +1,6 @@
 """Audits of the engine's own step on a linear model, with defects planted in the engine.
 
-`finetune.PrivateStep` runs as in a job, on a model whose gradients cost nothing: batches, clip, sum, noise
+`finetune.FinetuneStep` runs as in a job, on a model whose gradients cost nothing: batches, clip, sum, noise
 and optimiser are the engine's. Many audits share a training, each with canaries, coins and coordinates of its
 own: no gradient of one touches a coordinate of another, inclusions and noise are independent, and so are the
 audits.
@@ -31,6 +31,7 @@ from dp_lora.auditing.noise_tests import Verdict, together
 from dp_lora.auditing.updates import Followed
 from dp_lora.config.schema import TrainConfig
 from dp_lora.models.latents import Latents
+from dp_lora.privacy import step as algorithm
 from dp_lora.privacy.executions import Executions
 from dp_lora.privacy.gradients import ClippedGradientSum
 from dp_lora.privacy.plan import PrivacyPlan, make_plan
@@ -91,7 +92,7 @@ class LinearModel(nn.Module):
         return loss.view(-1, k)
 
 
-class LinearStep(finetune.PrivateStep):
+class LinearStep(finetune.FinetuneStep):
     """The engine's step, with the losses of a linear model, and without the epsilon that it would log."""
 
     def epsilon(self) -> float:
@@ -215,13 +216,13 @@ def noise_times(factor: float) -> Callable[[], AbstractContextManager[object]]:
     """`factor` times the noise that was accounted."""
 
     def planted() -> AbstractContextManager[object]:
-        noised_mean = finetune.noised_mean
+        noised_mean = algorithm.noised_mean
 
         def less(total: Tensor, plan: PrivacyPlan, *rest: Any, **named: Any) -> Tensor:
             weaker = replace(plan, noise_multiplier=factor * plan.noise_multiplier)
             return noised_mean(total, weaker, *rest, **named)
 
-        return mock.patch.object(finetune, "noised_mean", less)
+        return mock.patch.object(algorithm, "noised_mean", less)
 
     return planted
 
@@ -232,7 +233,7 @@ def no_clipping() -> AbstractContextManager[object]:
     def engine(module: nn.Module, k: int, bound: float, *rest: Any) -> ClippedGradientSum:
         return ClippedGradientSum(module, k, math.inf, *rest)
 
-    return mock.patch.object(finetune, "ClippedGradientSum", engine)
+    return mock.patch.object(algorithm, "ClippedGradientSum", engine)
 
 
 class _Apart(ClippedGradientSum):
@@ -255,7 +256,7 @@ def draws_apart() -> Iterator[None]:
         return draws
 
     with (
-        mock.patch.object(finetune, "ClippedGradientSum", _Apart),
+        mock.patch.object(algorithm, "ClippedGradientSum", _Apart),
         mock.patch.object(LinearStep, "losses", losses),
     ):
         yield
@@ -264,7 +265,7 @@ def draws_apart() -> Iterator[None]:
 def whole_batches() -> AbstractContextManager[object]:
     """Every example is in every batch, and a Poisson sample was accounted."""
     return mock.patch.object(
-        finetune, "poisson_batch", lambda randomness, step, count, rate: torch.arange(count)
+        algorithm, "poisson_batch", lambda randomness, step, count, rate: torch.arange(count)
     )
 
 
@@ -274,7 +275,7 @@ def noise_of(
     """What is released is the sum and `choose(step, noise, the noise of the steps before)`."""
 
     def planted() -> AbstractContextManager[object]:
-        noised_mean, releases = finetune.noised_mean, defaultdict[int, list[Tensor]](list)
+        noised_mean, releases = algorithm.noised_mean, defaultdict[int, list[Tensor]](list)
 
         def other(total: Tensor, plan: PrivacyPlan, *rest: Any, **named: Any) -> Tensor:
             noise = noised_mean(torch.zeros_like(total), plan, *rest, **named)
@@ -284,7 +285,7 @@ def noise_of(
             before.append(noise)
             return (total / plan.expected_batch_size).float() + chosen
 
-        return mock.patch.object(finetune, "noised_mean", other)
+        return mock.patch.object(algorithm, "noised_mean", other)
 
     return planted
 
@@ -316,33 +317,33 @@ def _wrapped(step: int, noise: Tensor, before: list[Tensor]) -> Tensor:
 
 def padding_counts() -> AbstractContextManager[object]:
     """The rows that fill up the last microbatch have weight 1: its first example counts once for each."""
-    microbatches = finetune.microbatches
+    microbatches = algorithm.microbatches
 
     def full(indices: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         for part, weights in microbatches(indices, size):
             yield part, torch.ones_like(weights)
 
-    return mock.patch.object(finetune, "microbatches", full)
+    return mock.patch.object(algorithm, "microbatches", full)
 
 
 @contextlib.contextmanager
 def clean_descent() -> Iterator[None]:
     """After the optimiser's step on the release, the sum without noise is descended as well."""
-    noised_mean, descend, sums = finetune.noised_mean, finetune.PrivateStep._descend, list[Tensor]()
+    noised_mean, descend, sums = algorithm.noised_mean, algorithm.PrivateStep._descend, list[Tensor]()
 
     def remembers(total: Tensor, *rest: Any, **named: Any) -> Tensor:
         sums[:] = [total]
         return noised_mean(total, *rest, **named)
 
-    def twice(self: finetune.PrivateStep, update: Tensor, step: int) -> None:
+    def twice(self: finetune.FinetuneStep, update: Tensor, step: int) -> None:
         descend(self, update, step)
         clean = sums[0][: len(update)] / (self.plan.max_grad_norm * self.plan.expected_batch_size)
         for p, part in zip(self.parameters, clean.split([p.numel() for p in self.parameters]), strict=True):
             p.data -= self._rate(step) * part.view_as(p).to(p)
 
     with (
-        mock.patch.object(finetune, "noised_mean", remembers),
-        mock.patch.object(finetune.PrivateStep, "_descend", twice),
+        mock.patch.object(algorithm, "noised_mean", remembers),
+        mock.patch.object(algorithm.PrivateStep, "_descend", twice),
     ):
         yield
 
@@ -350,41 +351,41 @@ def clean_descent() -> Iterator[None]:
 @contextlib.contextmanager
 def _sizes() -> Iterator[list[int]]:
     """Of the batches that were drawn, the last one last."""
-    poisson_batch, sizes = finetune.poisson_batch, list[int]()
+    poisson_batch, sizes = algorithm.poisson_batch, list[int]()
 
     def seen(*given: Any) -> Tensor:
         batch = poisson_batch(*given)
         sizes.append(len(batch))
         return batch
 
-    with mock.patch.object(finetune, "poisson_batch", seen):
+    with mock.patch.object(algorithm, "poisson_batch", seen):
         yield sizes
 
 
 @contextlib.contextmanager
 def own_size() -> Iterator[None]:
     """Sum and noise are divided by the size of the batch that was drawn, at least 1."""
-    noised_mean = finetune.noised_mean
+    noised_mean = algorithm.noised_mean
     with _sizes() as sizes:
 
         def divided(total: Tensor, plan: PrivacyPlan, *rest: Any, **named: Any) -> Tensor:
             return noised_mean(total, replace(plan, expected_batch_size=max(1, sizes[-1])), *rest, **named)
 
-        with mock.patch.object(finetune, "noised_mean", divided):
+        with mock.patch.object(algorithm, "noised_mean", divided):
             yield
 
 
 @contextlib.contextmanager
 def skipped() -> Iterator[None]:
     """A step whose batch is empty releases nothing, which says that it was empty."""
-    descend = finetune.PrivateStep._descend
+    descend = algorithm.PrivateStep._descend
     with _sizes() as sizes:
 
-        def unless_empty(self: finetune.PrivateStep, update: Tensor, step: int) -> None:
+        def unless_empty(self: finetune.FinetuneStep, update: Tensor, step: int) -> None:
             if sizes[-1]:
                 descend(self, update, step)
 
-        with mock.patch.object(finetune.PrivateStep, "_descend", unless_empty):
+        with mock.patch.object(algorithm.PrivateStep, "_descend", unless_empty):
             yield
 
 

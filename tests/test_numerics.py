@@ -16,7 +16,8 @@ from dp_lora.models.latents import Latents
 from dp_lora.privacy.plan import PrivacyPlan, make_plan
 from dp_lora.privacy.randomness import Randomness
 from dp_lora.training import numerics
-from dp_lora.training.numerics import code_digest, digest
+from dp_lora.training.inputs import digest
+from dp_lora.training.numerics import code_digest
 
 CPU = torch.device("cpu")
 KEY = Randomness.from_seed(0)

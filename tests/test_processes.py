@@ -12,6 +12,7 @@ from slurm.conftest import free_ports
 
 from dp_lora.privacy.gradients import ClippedGradientSum
 from dp_lora.privacy.mechanism import microbatches, slice_of_batch
+from dp_lora.privacy.plan import Clip
 from dp_lora.training.processes import Team, joined
 
 C, EXAMPLES, K = 0.02, 9, 2
@@ -64,7 +65,7 @@ def sums(rank: int, size: int) -> torch.Tensor:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2))
     images = 100 * torch.randn(EXAMPLES, 6, generator=torch.Generator().manual_seed(1))
-    engine = ClippedGradientSum(model, K, C)
+    engine = ClippedGradientSum(model, Clip(K, C))
     found = []
     for left_out in range(EXAMPLES + 1):
         batch = torch.tensor([i for i in range(EXAMPLES) if i != left_out - 1])

@@ -23,6 +23,7 @@ from dp_lora.data.sets import ImageSplits
 from dp_lora.errors import UserError
 from dp_lora.jobs import spending, stages
 from dp_lora.jobs.spending import charge_release, charged, ledger_path, refusal
+from dp_lora.privacy import step as algorithm
 from dp_lora.privacy.ledger import Ledger
 from dp_lora.privacy.plan import PrivacyPlan, make_plan
 from dp_lora.privacy.renyi import least_budget, renyi_divergences
@@ -386,7 +387,7 @@ def test_a_failing_job_is_charged_the_steps_that_it_began(
         tiny(FINETUNE, "train.checkpoint_minutes=0", "epsilon=none", "privacy.noise_multiplier=2"),
         0,
     )
-    noised = finetune.noised_mean
+    noised = algorithm.noised_mean
 
     def fail(*args: Any) -> Any:
         nonlocal calls
@@ -396,7 +397,7 @@ def test_a_failing_job_is_charged_the_steps_that_it_began(
         return noised(*args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(finetune, "noised_mean", fail)
+        patched.setattr(algorithm, "noised_mean", fail)
         with pytest.raises(MemoryError):
             stages.run(config)
     (charge,) = Ledger(ledger_path(config)).charges()

@@ -16,7 +16,7 @@ from dp_lora.errors import UserError
 from dp_lora.models import adapters
 from dp_lora.models.folders import LatentDiffusion
 from dp_lora.privacy.gradients import ClippedGradientSum
-from dp_lora.privacy.plan import PrivacyPlan, make_plan
+from dp_lora.privacy.plan import Clip, PrivacyPlan, make_plan
 from dp_lora.training import tuning
 
 CPU = torch.device("cpu")
@@ -39,7 +39,7 @@ def trained(model: LatentDiffusion) -> LatentDiffusion:
 
 
 def clipped_sum(model: LatentDiffusion, examples: int = 5) -> Tensor:
-    engine = ClippedGradientSum(model, 2, 0.1)
+    engine = ClippedGradientSum(model, Clip(2, 0.1))
     engine.add(tuning.synthetic_losses(model, examples, 2, seed=1)(slice(None)))
     engine.detach()
     return engine.total()

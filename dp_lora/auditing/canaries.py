@@ -33,10 +33,9 @@ from dp_lora.models.latents import Latents, to_unit_range
 from dp_lora.privacy.executions import Executions
 from dp_lora.privacy.plan import PrivacyPlan
 from dp_lora.privacy.randomness import Randomness
-from dp_lora.privacy.step import DPSGD
 from dp_lora.records.progress import Progress
 from dp_lora.training import tuning
-from dp_lora.training.finetune import FinetuneStep, optimizer_of
+from dp_lora.training.finetune import FinetuneStep
 from dp_lora.training.loop import Checkpoint, Step, resume, run_steps
 
 KINDS = ("gradient", "image")
@@ -206,9 +205,10 @@ def silent_noise(
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     with tempfile.TemporaryDirectory() as folder:
         executions = Executions(Path(folder) / "executions.jsonl", {"audit": True})
-        sgd = _engine(config, model, plan, randomness, executions, examples=0)
-        labels = torch.zeros(0, dtype=torch.int64)
-        step = FinetuneStep(sgd, Latents(nothing, nothing), labels, config.train, microbatch=1)
+        step = FinetuneStep.on(
+            model, Latents(nothing, nothing), torch.zeros(0, dtype=torch.int64), plan, randomness,
+            config.train, 1, executions, config.trainable.learning_rate_factor,
+        )  # fmt: skip
         noise = released_noise(step)
     for name, parameter in model.named_parameters():
         if name in before:
@@ -436,22 +436,10 @@ def _step(
     sizes = replace(plan, expected_batch_size=plan.sample_rate * len(latents))
     cache = Path(config.paths.cache).expanduser()
     microbatch = tuning.choose_microbatch(model, sizes, config.train, 1, folder, cache)
-    sgd = _engine(config, model, plan, randomness, executions, len(latents))
-    return FinetuneStep(sgd, stored, labels, config.train, microbatch)
-
-
-def _engine(
-    config: Config,
-    model: nn.Module,
-    plan: PrivacyPlan,
-    randomness: Randomness,
-    executions: Executions,
-    examples: int,
-) -> DPSGD:
-    """The engine of the run's own fine-tuning, on other examples."""
-    optimizer = optimizer_of(model, config.train, config.trainable.learning_rate_factor)
-    ema_decay = config.train.ema_decay
-    return DPSGD(model, optimizer, plan, randomness, executions, examples, ema_decay=ema_decay)
+    factor = config.trainable.learning_rate_factor
+    return FinetuneStep.on(
+        model, stored, labels, plan, randomness, config.train, microbatch, executions, factor
+    )
 
 
 def _run(config: Config, step: Step, plan: PrivacyPlan, folder: Path) -> None:

@@ -59,7 +59,9 @@ class Followed:
             self._descend(step)
         else:
             self._missed = True
-        same = _equal(self.sgd.parameters, self._parameters) and _equal(self.sgd.average.values, self._average)
+        same = _equal(self.sgd.parameters, self._parameters) and _equal(
+            self.sgd.average.values, self._average
+        )
         self._strayed |= self._releases > 1 or not (same or (not self._releases and self._unmoved()))
         return logged
 

@@ -17,7 +17,7 @@ from dp_lora.config.identity import fingerprint, pretrained_fingerprint
 from dp_lora.config.load import read_config
 from dp_lora.config.schema import Config
 from dp_lora.config.wandb_mode import wandb_mode
-from dp_lora.errors import UserError
+from dp_lora.errors import PlanError, UserError
 from dp_lora.privacy.collectives import agreed, rank
 from dp_lora.records import manifest
 from dp_lora.records.run_directory import OUTPUTS, WAY_OUT, check_records, is_whole
@@ -31,6 +31,22 @@ if TYPE_CHECKING:
 
 LOSS_SHARE = 0.1
 """Share of the clipping norm that `tracking.private_loss` takes: it leaves 99.5 % to the gradient."""
+
+
+PLAN_FIELDS = {
+    "num_examples": "data",
+    "sample_rate": "train.sample_rate",
+    "expected_batch_size": "train.expected_batch_size",
+    "steps": "train.max_steps",
+    "noise_multiplier": "privacy.noise_multiplier",
+    "target_epsilon": "privacy.epsilon",
+    "delta": "privacy.delta",
+    "noise_multiplicity": "privacy.noise_multiplicity",
+    "max_grad_norm": "privacy.max_grad_norm",
+    "clipping": "privacy.clipping",
+    "adjacency": "privacy.adjacency",
+}
+"""The field of the configuration that gives each parameter of the plan."""
 
 
 @dataclass
@@ -115,21 +131,24 @@ def plan_of(config: Config, num_examples: int) -> PrivacyPlan:
     privacy = config.privacy
     if num_examples < 1:
         raise UserError(f"data: {num_examples} training images: expected at least 1")
-    return make_plan(
-        num_examples=public_number(config, num_examples),
-        sample_rate=config.train.sample_rate,
-        expected_batch_size=config.train.expected_batch_size,
-        steps=steps_of(config, num_examples),
-        noise_multiplier=privacy.noise_multiplier,
-        target_epsilon=privacy.epsilon,
-        delta=privacy.delta,
-        noise_multiplicity=privacy.noise_multiplicity,
-        max_grad_norm=privacy.max_grad_norm,
-        clipping=privacy.clipping,
-        adjacency=privacy.adjacency,
-        loss_share=LOSS_SHARE if config.tracking.private_loss else 0.0,
-        cache=Path(config.paths.cache).expanduser(),
-    )
+    try:
+        return make_plan(
+            num_examples=public_number(config, num_examples),
+            sample_rate=config.train.sample_rate,
+            expected_batch_size=config.train.expected_batch_size,
+            steps=steps_of(config, num_examples),
+            noise_multiplier=privacy.noise_multiplier,
+            target_epsilon=privacy.epsilon,
+            delta=privacy.delta,
+            noise_multiplicity=privacy.noise_multiplicity,
+            max_grad_norm=privacy.max_grad_norm,
+            clipping=privacy.clipping,
+            adjacency=privacy.adjacency,
+            loss_share=LOSS_SHARE if config.tracking.private_loss else 0.0,
+            cache=Path(config.paths.cache).expanduser(),
+        )
+    except PlanError as error:
+        raise UserError(error.named(PLAN_FIELDS)) from None
 
 
 def _say_batch(config: Config, plan: PrivacyPlan, num_examples: int) -> None:

@@ -72,10 +72,10 @@ class ClippedGradientSum:
     """
 
     def __init__(self, module: nn.Module, clip: Clip) -> None:
-        self.clip = clip
+        self.clip, self.noise_multiplicity = clip, clip.noise_multiplicity
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         if not self.parameters:
-            raise UserError("trainable.components: no parameter of the model is trainable")
+            raise UserError("module: no parameter is trainable; expected at least one with requires_grad")
         refuse_low_precision(self.parameters)
         refuse_mixing(module)
         sizes = [p.numel() for p in self.parameters.values()]
@@ -189,11 +189,13 @@ class ClippedGradientSum:
     def check_rows(self, name: str, rows: int) -> None:
         """UserError unless a layer that saw `rows` rows saw M k."""
         if self._samples is None:
-            raise RuntimeError("a backward outside ClippedGradientSum.add: detach() the engine first")
-        if rows != self._examples * self.clip.noise_multiplicity:
+            raise RuntimeError(
+                "a backward outside ClippedGradientSum.add: give it the losses, or detach() the engine"
+            )
+        if rows != self._examples * self.noise_multiplicity:
             raise UserError(
                 f"{name}: it saw {rows} rows for {self._examples} losses: expected {self._examples} examples "
-                f"x {self.clip.noise_multiplicity} draws, so that no row is shared between examples"
+                f"x {self.noise_multiplicity} draws, so that no row is shared between examples"
             )
 
     def put(self, parameter: Tensor, sample: Tensor) -> None:

@@ -103,6 +103,7 @@ class PrivateStep:
     """One step, begun by `DPSGD.begin`: `add` the losses of each microbatch, then `apply`.
 
     Attributes:
+        sgd: the state that it shares with the other steps.
         number: of the step, from 0.
         attempt: how often it was begun: more than once after `give_up`, or when `apply` returned False.
         applied: whether the optimiser has taken the step.
@@ -113,7 +114,7 @@ class PrivateStep:
     """
 
     def __init__(self, sgd: DPSGD, number: int) -> None:
-        self._sgd, self.number = sgd, number
+        self.sgd, self.number = sgd, number
         self.attempt, self.applied, self.spent = 0, False, False
         self.values: dict[str, float] = {}
         self._state = sgd.state_digest()
@@ -121,7 +122,7 @@ class PrivateStep:
         self._begin(sgd.executions.begin(number, sgd.lineage))
 
     def _begin(self, execution: Execution) -> None:
-        sgd = self._sgd
+        sgd = self.sgd
         self.attempt += 1
         sgd.tell_begun()
         self._execution, self._randomness = execution, sgd.randomness_of(execution, self._state)
@@ -134,7 +135,7 @@ class PrivateStep:
 
         On several processes, this process's part of it.
         """
-        for positions, weights in microbatches(self._sgd.positions(len(self._batch)), size):
+        for positions, weights in microbatches(self.sgd.positions(len(self._batch)), size):
             draws = Draws(self._randomness, self.number, int(positions[0]), len(positions))
             yield Microbatch(self._batch[positions], weights, draws)
 
@@ -147,10 +148,9 @@ class PrivateStep:
 
         Raises UserError for losses of another shape, and as `ClippedGradientSum.add` says.
         """
-        if self.applied:
-            raise RuntimeError(f"step {self.number}: add() after apply(); expected it before")
+        self._refuse_ended("add()")
         # 2. Per-example gradients of the mean over k draws. 3. Clip each to C, and sum.
-        self._sgd.gradients.add(losses, None if weights is None else weights.to(losses.device))
+        self.sgd.gradients.add(losses, None if weights is None else weights.to(losses.device))
 
     def give_up(self, **numerics: Any) -> None:
         """Throws the sum away and begins the step again with a fresh batch, because `numerics` changed.
@@ -158,8 +158,8 @@ class PrivateStep:
         For a step that ran out of memory and is taken in smaller microbatches. Nothing was released, so it
         is not counted. On several processes, every one has to call it.
         """
-        self._sgd.gradients.reset()
-        self._begin(self._sgd.executions.begin_again(self._execution, **numerics))
+        self.sgd.gradients.reset()
+        self._begin(self.sgd.executions.begin_again(self._execution, **numerics))
 
     def apply(self) -> bool:
         """Adds the noise and takes the step of the optimiser; returns whether it did.
@@ -168,9 +168,8 @@ class PrivateStep:
         and the step begins anew with a fresh batch, so that no two sums share their noise. The caller then
         adds the losses of the new batch and applies again, unless the step is `spent`.
         """
-        if self.applied or self.spent:
-            raise RuntimeError(f"step {self.number}: apply() after the step had ended")
-        sgd, plan, number = self._sgd, self._sgd.plan, self.number
+        self._refuse_ended("apply()")
+        sgd, plan, number = self.sgd, self.sgd.plan, self.number
         total = all_reduced(sgd.gradients.total(), sgd.group)
         sgd.gradients.reset()
         # The sum is on record before any noise is drawn for it.
@@ -196,16 +195,21 @@ class PrivateStep:
         }
         return True
 
+    def _refuse_ended(self, call: str) -> None:
+        if self.applied or self.spent or not self.sgd.attached:
+            what = "step" if self.applied or self.spent else "loop over the steps"
+            raise RuntimeError(f"step {self.number}: {call} after the {what} has ended")
+
     def _begin_anew(self) -> None:
         try:
-            execution = self._sgd.executions.begin_anew(self._execution)
+            execution = self.sgd.executions.begin_anew(self._execution)
         except Spent:
             self.spent = True
         else:
             self._begin(execution)
 
     def _descend(self, update: Tensor) -> None:
-        sgd = self._sgd
+        sgd = self.sgd
         sgd.gradients.write_gradients(update)
         with sgd.descending():
             sgd.optimizer.step()
@@ -250,6 +254,7 @@ class DPSGD:
         self.average = MovingAverage(self.parameters, ema_decay)
         self.curve = plan.curve()
         self.group = dist.group.WORLD if dist.is_initialized() else None
+        self.attached = True
         self._hook = optimizer.register_step_pre_hook(self._refuse_outside)
 
     def begin(self, number: int) -> PrivateStep:
@@ -310,6 +315,7 @@ class DPSGD:
 
     def detach(self) -> None:
         """Takes the engine off the module and the optimiser."""
+        self.attached = False
         self.gradients.detach()
         self._hook.remove()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from dp_lora.models.diffusion import per_example_loss
 from dp_lora.models.folders import LatentDiffusion
 from dp_lora.models.latents import Latents
 from dp_lora.privacy.collectives import agreed, largest, rank, size
-from dp_lora.privacy.executions import Spent
+from dp_lora.privacy.executions import Executions, Spent
 from dp_lora.privacy.plan import PrivacyPlan
 from dp_lora.privacy.preflight import preflight
 from dp_lora.privacy.randomness import Randomness
@@ -59,6 +59,34 @@ class FinetuneStep:
     ) -> None:
         self.sgd, self.latents, self.labels, self.train = sgd, latents, labels, train
         self.microbatch, self.halved = microbatch, halved
+
+    @classmethod
+    def on(
+        cls,
+        model: nn.Module,
+        latents: Latents,
+        labels: Tensor,
+        plan: PrivacyPlan,
+        randomness: Randomness,
+        train: TrainConfig,
+        microbatch: int,
+        executions: Executions,
+        learning_rate_factor: float = 1.0,
+    ) -> Self:
+        """The step on a fresh engine, as an audit takes it: with any key and any record.
+
+        Args:
+            model: its trainable parameters chosen, on its device.
+            latents, labels, train, microbatch: as of the class.
+            plan: the numbers of the run.
+            randomness: a key.
+            executions: the write-ahead record.
+            learning_rate_factor: over `train.learning_rate`, of all parameters but the class embedding.
+        """
+        optimizer = optimizer_of(model, train, learning_rate_factor)
+        examples, decay = len(labels), train.ema_decay
+        sgd = DPSGD(model, optimizer, plan, randomness, executions, examples, ema_decay=decay)
+        return cls(sgd, latents, labels, train, microbatch)
 
     def __call__(self, number: int) -> dict[str, float]:
         step = self.sgd.begin(number)
@@ -181,36 +209,12 @@ def finetune(
     `folder` and the others read it.
     """
     first = rank() == 0
-    device = next(model.unet.parameters()).device
-    microbatch = 1
-
-    def keep(size: int) -> None:
-        if first:
-            tuning.keep_microbatch(size, device, folder)
-
-    def prepared(randomness: Randomness) -> dict[str, Any]:
-        nonlocal microbatch
-        inputs = digest(model, latents, labels, plan, randomness, captions)
-        check_engine(config, model, plan)
-        microbatch = agreed(_microbatch(config, model, plan, folder))
-        tuning.arrange(model, plan, config.train, microbatch)
-        return agreed(numerics(config, device, microbatch, inputs))
-
-    optimizer = optimizer_of(model, config.train, config.trainable.learning_rate_factor)
     watch = _watch(config, model, plan)
-    private = PrivateTraining(
-        model, optimizer, plan, folder, synthetic_losses=None, num_examples=len(labels),
-        ema_decay=config.train.ema_decay, insecure_seed=config.privacy.insecure_seed,
-        checkpoint_minutes=config.train.checkpoint_minutes, begun=begun if first else _silent,
-        numerics=prepared,
-    )  # fmt: skip
-    keep(microbatch)
-    # After everything that tries the engine on synthetic examples, which never meet a caption.
-    if captions is not None:
-        assert model.prompts is not None
-        model.prompts.use(captions)
-        labels = torch.arange(len(captions))
-    step = FinetuneStep(private.sgd, latents, labels, config.train, microbatch, halved=keep)
+    private, microbatch = _opened(
+        config, model, latents, labels, plan, folder, captions, begun if first else _silent
+    )
+    conditions = labels if captions is None else torch.arange(len(captions))
+    step = FinetuneStep(private.sgd, latents, conditions, config.train, microbatch, _keep(model, folder))
     if first:
         started(private.finished)
 
@@ -230,6 +234,61 @@ def finetune(
         model.prompts.use_classes(model.classes)
     watch.at_the_end(model, private.epsilon())
     return private.sgd.executions.count
+
+
+def _opened(
+    config: Config,
+    model: LatentDiffusion,
+    latents: Latents,
+    labels: Tensor,
+    plan: PrivacyPlan,
+    folder: Path,
+    captions: Sequence[str] | None,
+    begun: Callable[[int, float], None],
+) -> tuple[PrivateTraining, int]:
+    """The training, new or as an earlier start left it, and its microbatch; the engine is on the model.
+
+    Nothing private has been computed on when it returns, and the engine has passed its preflight.
+    """
+    microbatch, device = 1, next(model.unet.parameters()).device
+
+    def prepared(randomness: Randomness) -> dict[str, Any]:
+        nonlocal microbatch
+        inputs = digest(model, latents, labels, plan, randomness, captions)
+        check_engine(config, model, plan)
+        microbatch = agreed(_microbatch(config, model, plan, folder))
+        tuning.arrange(model, plan, config.train, microbatch)
+        if captions is not None and model.prompts is not None:
+            # After everything that tries the engine on synthetic examples, which never meet a caption.
+            model.prompts.use(captions)
+        _keep(model, folder)(microbatch)
+        return agreed(numerics(config, device, microbatch, inputs))
+
+    private = PrivateTraining(
+        model,
+        optimizer_of(model, config.train, config.trainable.learning_rate_factor),
+        plan,
+        folder,
+        synthetic_losses=None,
+        num_examples=len(labels),
+        ema_decay=config.train.ema_decay,
+        insecure_seed=config.privacy.insecure_seed,
+        checkpoint_minutes=config.train.checkpoint_minutes,
+        begun=begun,
+        numerics=prepared,
+    )
+    return private, microbatch
+
+
+def _keep(model: LatentDiffusion, folder: Path) -> Callable[[int], None]:
+    """Called with a microbatch, notes it in the private `folder`."""
+    device = next(model.unet.parameters()).device
+
+    def keep(microbatch: int) -> None:
+        if rank() == 0:
+            tuning.keep_microbatch(microbatch, device, folder)
+
+    return keep
 
 
 def _microbatch(config: Config, model: LatentDiffusion, plan: PrivacyPlan, folder: Path) -> int:

@@ -28,7 +28,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 class Step(Protocol):
     """One optimiser step, with the state that a checkpoint must hold."""
 
-    def __call__(self, step: int) -> dict[str, float]:
+    def __call__(self, step: int, /) -> dict[str, float]:
         """Takes step number `step` and returns what may be shown and logged about it."""
         ...
 

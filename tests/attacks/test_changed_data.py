@@ -17,6 +17,7 @@ from PIL import Image
 from attacks.commands import FOLDER, dp_lora, state_of
 from dp_lora.auditing import neighbours
 from dp_lora.commands import audit as audit_command
+from dp_lora.privacy import step as algorithm
 from dp_lora.storage.files import read_json
 from dp_lora.training import finetune
 
@@ -138,7 +139,7 @@ def test_a_run_that_was_cut_off_does_not_mix_two_sets(
 ) -> None:
     run, calls = Done(cache, tmp_path), 0
     monkeypatch.setattr(finetune, "check_engine", lambda *args: None)
-    noised = finetune.noised_mean
+    noised = algorithm.noised_mean
 
     def stop(*args: Any) -> Any:
         nonlocal calls
@@ -149,7 +150,7 @@ def test_a_run_that_was_cut_off_does_not_mix_two_sets(
 
     given = [*run.words, "train.checkpoint_minutes=0", "stages=[finetune]"]
     with monkeypatch.context() as patched:
-        patched.setattr(finetune, "noised_mean", stop)
+        patched.setattr(algorithm, "noised_mean", stop)
         assert dp_lora(*given) == 130
     backup = tmp_path / "backup"
     shutil.copytree(run.images, backup)

@@ -15,6 +15,7 @@ from image_sets import pixels, write_folder
 from attacks.commands import FOLDER, dp_lora, state_of
 from dp_lora.errors import UserError
 from dp_lora.jobs.job import prepare
+from dp_lora.privacy import step as algorithm
 from dp_lora.storage.files import read_json, read_lines
 from dp_lora.training import finetune
 from sweeps.bill import bill
@@ -36,7 +37,7 @@ def charges(root: Path) -> dict[str, int]:
 
 def interrupted(at: int) -> Callable[..., Any]:
     """`noised_mean`, which is interrupted when it is called for the `at`-th time."""
-    noised, calls = finetune.noised_mean, 0
+    noised, calls = algorithm.noised_mean, 0
 
     def stop(*args: Any) -> Any:
         nonlocal calls
@@ -54,7 +55,7 @@ def test_two_copies_of_a_run_are_not_charged_as_one(
     images = write_folder(tmp_path / "set", PIXELS)
     given = [*words(cache, tmp_path / "outputs"), *FOLDER, f"data.source={images}", FINETUNE]
     with monkeypatch.context() as patched:
-        patched.setattr(finetune, "noised_mean", interrupted(2))
+        patched.setattr(algorithm, "noised_mean", interrupted(2))
         assert dp_lora(*given, "train.checkpoint_minutes=0") == 130
     shutil.copytree(tmp_path / "outputs", tmp_path / "copy")
     in_copy = [*given, f"paths.outputs={tmp_path / 'copy'}"]

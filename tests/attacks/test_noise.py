@@ -22,6 +22,7 @@ from conftest import composed, words
 from dp_lora.config.schema import Config
 from dp_lora.jobs import stages
 from dp_lora.jobs.begun import begun
+from dp_lora.privacy import step as algorithm
 from dp_lora.privacy.mechanism import noised_mean
 from dp_lora.privacy.randomness import Randomness
 from dp_lora.storage.files import read_json, read_lines
@@ -173,8 +174,8 @@ def test_noise_that_is_keyed_by_the_step_alone_is_found(
 ) -> None:
     """The broken twin: streams of (key, purpose, step), and a record that forgets the sums."""
     monkeypatch.setattr(Randomness, "bound_to", lambda self, label: self)
-    monkeypatch.setattr(finetune.PrivateStep, "_randomness", lambda self, *given: self.randomness)
-    monkeypatch.setattr(finetune, "sum_digest", lambda *given: b"")
+    monkeypatch.setattr(algorithm.DPSGD, "randomness_of", lambda self, *given: self._randomness)
+    monkeypatch.setattr(algorithm, "sum_digest", lambda *given: b"")
     run_ = attacked()
     first = run_.reading()
     edit_the_loss(monkeypatch, run_)
@@ -199,7 +200,7 @@ def copies(attacked: Callable[..., Attacked], *names: str) -> tuple[Attacked, ..
         raise Crash
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(finetune, "poisson_batch", die)
+        patched.setattr(algorithm, "poisson_batch", die)
         with pytest.raises(Crash):
             stages.run(one.config)
     made = tuple(attacked(outputs=name) for name in names)
@@ -242,7 +243,7 @@ def test_what_an_unfinished_run_says_covers_the_step_that_it_died_in(
 
         with monkeypatch.context() as patched:
             patched.setenv("MKL_CBWR", mode)
-            patched.setattr(finetune, "noised_mean", die)
+            patched.setattr(algorithm, "noised_mean", die)
             with pytest.raises(Crash):
                 stages.run(run_.config)
         said.append(read_json(run_.checkpoint.parent / "privacy.json"))

@@ -14,6 +14,7 @@ from image_sets import pixels, write_folder
 
 from attacks.commands import FOLDER, dp_lora, state_of
 from attacks.test_ledger import interrupted
+from dp_lora.privacy import step as algorithm
 from dp_lora.storage.files import read_json, read_lines
 from dp_lora.training import finetune
 
@@ -38,7 +39,7 @@ class Cut:
     def begin(self, outputs: str, at: int) -> Path:
         """Begins a run, which is cut off in its `at`-th step."""
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(finetune, "noised_mean", interrupted(at))
+            patched.setattr(algorithm, "noised_mean", interrupted(at))
             assert dp_lora(*self.words, f"paths.outputs={self.root / outputs}") == 130
         (run,) = (self.root / outputs / "default").iterdir()
         return run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -26,8 +27,9 @@ from dp_lora.models import adapters
 from dp_lora.models.diffusion import per_example_loss
 from dp_lora.models.folders import build, load
 from dp_lora.models.latent_diffusion import LatentDiffusion
+from dp_lora.privacy import step as algorithm
 from dp_lora.privacy.gradients import ClippedGradientSum
-from dp_lora.privacy.plan import PrivacyPlan, make_plan
+from dp_lora.privacy.plan import Clip, PrivacyPlan, make_plan
 from dp_lora.privacy.randomness import Randomness
 from dp_lora.privacy.subsampled_gaussian import Mechanism
 from dp_lora.training import finetune
@@ -245,7 +247,7 @@ def test_a_gradient_canary_adds_c_to_its_own_coordinate_and_nothing_else(
 ) -> None:
     model, bound, k = GradientCanaries(start(), 7, 0.5), 0.5, 3
     torch.nn.init.normal_(model.canaries.weight)
-    engine = ClippedGradientSum(model, k, bound, clipping)
+    engine = ClippedGradientSum(model, Clip(k, bound, clipping))
     share = 1 / math.sqrt(engine.num_layers) if clipping == "per_layer" else 1.0
     size = model.canaries.weight.numel()
     for canary in range(7):
@@ -274,7 +276,7 @@ def test_an_unconditional_model_takes_gradient_canaries_too() -> None:
     model = build(config.model, classes=["?"], channels=1, image_size=8)
     adapters.attach(model, ["lora"], config.lora, seed=0)
     odd = GradientCanaries(model, 4, 1.0)
-    engine = ClippedGradientSum(odd, 2, 1.0)
+    engine = ClippedGradientSum(odd, Clip(2, 1.0))
     engine.add(_losses(odd, [odd.first_label + 3], torch.zeros(1, *model.latent_shape), 2))
     own = engine.total()[-odd.canaries.weight.numel() :]
     assert float(own[3]) == pytest.approx(1, rel=1e-3) and len(own) >= 4 + EMPTY
@@ -314,18 +316,18 @@ def no_noise(patched: pytest.MonkeyPatch) -> None:
 def no_clip(patched: pytest.MonkeyPatch) -> None:
     """C is infinite for the clip, and what it was for the noise."""
 
-    def engine(module: Any, k: int, bound: float, *rest: Any) -> ClippedGradientSum:
-        return ClippedGradientSum(module, k, math.inf, *rest)
+    def engine(module: Any, clip: Clip) -> ClippedGradientSum:
+        return ClippedGradientSum(module, dataclasses.replace(clip, max_grad_norm=math.inf))
 
-    patched.setattr(finetune, "ClippedGradientSum", engine)
+    patched.setattr(algorithm, "ClippedGradientSum", engine)
 
 
 class _Apart(ClippedGradientSum):
     """Takes each draw of an example for an example."""
 
-    def __init__(self, module: Any, k: int, *rest: Any) -> None:
-        super().__init__(module, 1, *rest)
-        self.k = k
+    def __init__(self, module: Any, clip: Clip) -> None:
+        super().__init__(module, dataclasses.replace(clip, noise_multiplicity=1))
+        self.k = clip.noise_multiplicity
 
     def add(self, losses: Tensor, weights: Tensor | None = None) -> None:
         super().add(losses, None if weights is None else weights.repeat_interleave(self.k))
@@ -340,7 +342,7 @@ def draws_apart(patched: pytest.MonkeyPatch) -> None:
         return per_example_loss(model, *rows, timesteps.reshape(-1, 1), noise.flatten(0, 1).unsqueeze(1))
 
     patched.setattr(finetune, "per_example_loss", each)
-    patched.setattr(finetune, "ClippedGradientSum", _Apart)
+    patched.setattr(algorithm, "ClippedGradientSum", _Apart)
 
 
 def half_the_noise(patched: pytest.MonkeyPatch) -> None:
@@ -351,7 +353,7 @@ def half_the_noise(patched: pytest.MonkeyPatch) -> None:
 
 def whole_batches(patched: pytest.MonkeyPatch) -> None:
     """Every example is in every batch, and a Poisson sample was accounted."""
-    patched.setattr(finetune, "poisson_batch", lambda randomness, step, count, rate: torch.arange(count))
+    patched.setattr(algorithm, "poisson_batch", lambda randomness, step, count, rate: torch.arange(count))
 
 
 GROSS = (no_noise, no_clip, draws_apart)
@@ -497,15 +499,15 @@ def test_an_interrupted_audit_ends_like_a_quiet_one(
         )
 
     quiet = train("quiet")
-    call = finetune.PrivateStep.__call__
+    call = finetune.FinetuneStep.__call__
 
-    def dies(step: finetune.PrivateStep, number: int) -> dict[str, float]:
+    def dies(step: finetune.FinetuneStep, number: int) -> dict[str, float]:
         if number == 1:
             raise KeyboardInterrupt
         return call(step, number)
 
     with monkeypatch.context() as patched:
-        patched.setattr(finetune.PrivateStep, "__call__", dies)
+        patched.setattr(finetune.FinetuneStep, "__call__", dies)
         with pytest.raises(KeyboardInterrupt):
             train("broken")
     again = train("broken")

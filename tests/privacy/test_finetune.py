@@ -35,6 +35,7 @@ from dp_lora.models import adapters, latents
 from dp_lora.models.folders import LatentDiffusion, load
 from dp_lora.models.latents import Latents
 from dp_lora.privacy import executions
+from dp_lora.privacy import step as algorithm
 from dp_lora.privacy.executions import Executions
 from dp_lora.privacy.gradients import ClippedGradientSum
 from dp_lora.privacy.plan import PrivacyPlan, make_plan
@@ -42,7 +43,8 @@ from dp_lora.privacy.preflight import PreflightError
 from dp_lora.privacy.randomness import Randomness
 from dp_lora.records.tracker import RELEASED
 from dp_lora.storage.files import read_lines
-from dp_lora.training import finetune, loop, tuning
+from dp_lora.training import finetune, loop, private_training, tuning
+from dp_lora.training.inputs import digest
 
 SHORT = ("train.expected_batch_size=20", "train.max_steps=5", "noise_multiplicity=k2", "lora.rank=2")
 SEEDED = "privacy.insecure_seed=7"
@@ -226,10 +228,10 @@ def crashing(function: Callable[..., Any], after: int, *, late: bool) -> Callabl
 BOUNDARIES: dict[str, tuple[Any, str]] = {
     "write-ahead": (executions, "append_line"),
     "clip": (ClippedGradientSum, "add"),
-    "noise": (finetune, "noised_mean"),
+    "noise": (algorithm, "noised_mean"),
     "checkpoint": (loop, "write_atomic"),
-    "optimiser": (finetune.PrivateStep, "_descend"),
-    "end": (finetune, "forget_key"),
+    "optimiser": (algorithm.PrivateStep, "_descend"),
+    "end": (private_training, "forget_key"),
 }
 
 
@@ -339,11 +341,11 @@ def test_a_redone_step_under_other_numerics_draws_fresh_noise_and_is_counted(
         draws.append((randomness.key, step))
         return original(total, plan, randomness, step)
 
-    original = finetune.noised_mean
-    monkeypatch.setattr(finetune, "noised_mean", recorded)
+    original = algorithm.noised_mean
+    monkeypatch.setattr(algorithm, "noised_mean", recorded)
     with monkeypatch.context() as patched:
         patched.setattr(
-            finetune.PrivateStep, "_descend", crashing(finetune.PrivateStep._descend, 3, late=False)
+            algorithm.PrivateStep, "_descend", crashing(algorithm.PrivateStep._descend, 3, late=False)
         )
         with pytest.raises(Crash):
             job.run(tmp_path / "checkpoint")
@@ -367,7 +369,7 @@ def test_a_run_that_can_replay_nothing_stops_at_its_budget(
         other = dataclasses.replace(job, config=dataclasses.replace(job.config, train=changed))
         with monkeypatch.context() as patched:
             patched.setattr(
-                finetune.PrivateStep, "_descend", crashing(finetune.PrivateStep._descend, 1, late=False)
+                algorithm.PrivateStep, "_descend", crashing(algorithm.PrivateStep._descend, 1, late=False)
             )
             if size <= 5:
                 with pytest.raises(Crash):
@@ -435,8 +437,8 @@ def test_a_run_killed_after_memory_ran_out_ends_like_one_that_was_not(
             short_of_memory(patched, most=3)
             if killed:
                 with patched.context() as crash:
-                    noised = finetune.noised_mean
-                    crash.setattr(finetune, "noised_mean", crashing(noised, 3, late=True))
+                    noised = algorithm.noised_mean
+                    crash.setattr(algorithm, "noised_mean", crashing(noised, 3, late=True))
                     with pytest.raises(Crash):
                         job.run(tmp_path / name)
             endings.append(job.run(tmp_path / name))
@@ -455,11 +457,11 @@ def test_memory_for_no_example_is_one_line(
 # The step
 
 
-def a_step(job: Given, folder: Path, microbatch: int = 8, *overrides: str) -> finetune.PrivateStep:
+def a_step(job: Given, folder: Path, microbatch: int = 8, *overrides: str) -> finetune.FinetuneStep:
     config = composed(*TINY, *SHORT, *overrides)
     record = Executions(folder / f"{microbatch}.jsonl", {})
     key = Randomness.from_seed(3)
-    return finetune.PrivateStep(
+    return finetune.FinetuneStep.on(
         job.model(), job.latents, job.labels, job.plan, key, config.train, microbatch, record
     )
 
@@ -468,11 +470,11 @@ def test_an_empty_batch_takes_a_noisy_step_that_is_accounted(
     job: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = a_step(job, tmp_path)
-    monkeypatch.setattr(finetune, "poisson_batch", lambda *args: torch.empty(0, dtype=torch.int64))
+    monkeypatch.setattr(algorithm, "poisson_batch", lambda *args: torch.empty(0, dtype=torch.int64))
     seen: list[torch.Tensor] = []
-    descend = step._descend
+    descend = algorithm.PrivateStep._descend
     monkeypatch.setattr(
-        step, "_descend", lambda update, number: (seen.append(update), descend(update, number))
+        algorithm.PrivateStep, "_descend", lambda own, update: (seen.append(update), descend(own, update))
     )
     rows = [step(0), step(1)]
     assert rows[0].keys() == rows[1].keys() and 0 < rows[0]["epsilon"] < rows[1]["epsilon"]
@@ -488,15 +490,15 @@ def test_an_empty_batch_takes_a_noisy_step_that_is_accounted(
 @pytest.mark.parametrize("microbatch", [1, 20])
 def test_the_moving_average_moves_once_a_batch(microbatch: int, job: Given, tmp_path: Path) -> None:
     step = a_step(job, tmp_path, microbatch, "train.ema_decay=0.5")
-    expected = [p.detach().clone() for p in step.parameters]
+    expected = [p.detach().clone() for p in step.sgd.parameters]
     for number in range(3):
         step(number)
         decay = min(0.5, (1 + number) / (10 + number))
-        for averaged, parameter in zip(expected, step.parameters, strict=True):
+        for averaged, parameter in zip(expected, step.sgd.parameters, strict=True):
             averaged.copy_(decay * averaged + (1 - decay) * parameter.detach())
-    for averaged, own in zip(expected, step.average, strict=True):
+    for averaged, own in zip(expected, step.sgd.average.values, strict=True):
         assert torch.allclose(averaged, own, atol=1e-7)
-    assert not torch.allclose(step.average[0], step.parameters[0], atol=1e-7)
+    assert not torch.allclose(step.sgd.average.values[0], step.sgd.parameters[0], atol=1e-7)
 
 
 def test_the_private_loss_is_logged_when_asked_for_alone(job: Given, tmp_path: Path) -> None:
@@ -511,18 +513,18 @@ def test_the_private_loss_is_logged_when_asked_for_alone(job: Given, tmp_path: P
 
 def test_what_a_step_starts_from_is_part_of_its_lineage(job: Given) -> None:
     model, key = job.model(), Randomness.from_seed(1)
-    own = finetune.digest(model, job.latents, job.labels, job.plan, key)
-    assert own == finetune.digest(job.model(), job.latents, job.labels, job.plan, key)
+    own = digest(model, job.latents, job.labels, job.plan, key)
+    assert own == digest(job.model(), job.latents, job.labels, job.plan, key)
     shifted = Latents(job.latents.mean + 1e-6, job.latents.std)
     noisier = dataclasses.replace(job.plan, noise_multiplier=job.plan.noise_multiplier + 1e-9)
     others = [
-        finetune.digest(model, shifted, job.labels, job.plan, key),
-        finetune.digest(model, job.latents, job.labels.flip(0), job.plan, key),
-        finetune.digest(model, job.latents, job.labels, noisier, key),
-        finetune.digest(model, job.latents, job.labels, job.plan, Randomness.from_seed(2)),
+        digest(model, shifted, job.labels, job.plan, key),
+        digest(model, job.latents, job.labels.flip(0), job.plan, key),
+        digest(model, job.latents, job.labels, noisier, key),
+        digest(model, job.latents, job.labels, job.plan, Randomness.from_seed(2)),
     ]
     next(model.parameters()).data += 1
-    others.append(finetune.digest(model, job.latents, job.labels, job.plan, key))
+    others.append(digest(model, job.latents, job.labels, job.plan, key))
     assert len({own, *others}) == 6
 
 
@@ -535,7 +537,7 @@ def test_the_key_lives_in_the_checkpoint_and_goes_with_the_end(
     job = given(pretrained, digits, seeded=False)
     folder = tmp_path / "checkpoint"
     with monkeypatch.context() as patched:
-        patched.setattr(finetune, "noised_mean", crashing(finetune.noised_mean, 3, late=True))
+        patched.setattr(algorithm, "noised_mean", crashing(algorithm.noised_mean, 3, late=True))
         with pytest.raises(Crash):
             job.run(folder)
     key = (folder / "key").read_bytes()
@@ -560,7 +562,7 @@ def test_a_missing_key_is_an_error(
 ) -> None:
     job = given(pretrained, digits, seeded=False)
     with monkeypatch.context() as patched:
-        patched.setattr(finetune, "noised_mean", crashing(finetune.noised_mean, 2, late=True))
+        patched.setattr(algorithm, "noised_mean", crashing(algorithm.noised_mean, 2, late=True))
         with pytest.raises(Crash):
             job.run(tmp_path)
     (tmp_path / "key").unlink() if damage == "gone" else (tmp_path / "key").write_bytes(b"x")
@@ -571,8 +573,10 @@ def test_a_missing_key_is_an_error(
 def test_other_private_images_under_the_same_run_are_refused(job: Given, tmp_path: Path) -> None:
     job.run(tmp_path)
     fewer = dataclasses.replace(job.plan, num_examples=399)
+    latents = Latents(job.latents.mean[:399], job.latents.std[:399])
+    other = dataclasses.replace(job, plan=fewer, latents=latents, labels=job.labels[:399])
     with pytest.raises(UserError, match="num_examples=400 and now has 399"):
-        dataclasses.replace(job, plan=fewer).run(tmp_path)
+        other.run(tmp_path)
 
 
 def test_a_checkpoint_of_other_parameters_is_refused(
@@ -594,14 +598,16 @@ def _sums(job: Given, folder: Path, examples: int) -> tuple[list[torch.Tensor], 
     for parameter in adapters.trainable_parameters(model).values():
         parameter.data += 0.02  # else B is zero and A has no gradient
     record = Executions(folder / f"{examples}.jsonl", {})
-    step = finetune.PrivateStep(model, encoded, job.labels[:examples], plan, key, job.config.train, 8, record)
+    step = finetune.FinetuneStep.on(
+        model, encoded, job.labels[:examples], plan, key, job.config.train, 8, record
+    )
     sums, batches = [], []
     for number in range(3):
-        batch = finetune.poisson_batch(key, number, examples, plan.sample_rate)
-        step.gradients.reset()
-        for positions, weights in finetune.microbatches(torch.arange(len(batch)), 8):
-            step.gradients.add(step.losses(batch[positions], positions, key, number), weights)
-        sums.append(step.gradients.total())
+        batch = algorithm.poisson_batch(key, number, examples, plan.sample_rate)
+        taken = step.sgd.begin(number)
+        for rows, weights, draws in taken.microbatches(8):
+            taken.add(step.losses(rows, draws), weights)
+        sums.append(step.sgd.gradients.total())
         batches.append(batch)
     return sums, batches
 
@@ -706,7 +712,7 @@ def test_a_caption_that_changed_is_no_replay(tmp_path: Path) -> None:
         num_examples=2, expected_batch_size=1, steps=1, noise_multiplier=1.0, target_epsilon=None,
         delta=1e-4, noise_multiplicity=1, max_grad_norm=0.1,
     )  # fmt: skip
-    digests = {finetune.digest(model, latents_, labels, plan, key, c) for c in (None, ["a", "b"], ["a", "c"])}
+    digests = {digest(model, latents_, labels, plan, key, c) for c in (None, ["a", "b"], ["a", "c"])}
     assert len(digests) == 3
 
 
@@ -746,16 +752,16 @@ def _neighbours(cache: Path, tmp_path: Path, digits: ImageSplits, capsys: Any, p
     labels = train.labels.copy()
     labels[700] = (labels[700] + 1) % 10
     neighbour = ImageSet(changed, labels, train.classes, train.name, train.role, train.public)
-    drawn, noised = finetune.poisson_batch, finetune.noised_mean
+    drawn, noised = algorithm.poisson_batch, algorithm.noised_mean
     runs = []
     for name, images, removed in (("a", train, False), ("b", neighbour, False), ("c", train, True)):
         with patch.context() as patched:
             patched.setattr("dp_lora.data.sets.load", lambda *args, i=images: digits._replace(train=i))
-            patched.setattr(finetune, "noised_mean", lambda total, *rest: noised(0 * total, *rest))
+            patched.setattr(algorithm, "noised_mean", lambda total, *rest: noised(0 * total, *rest))
             for module in ("jobs.stages", "records.tracker", "training.loop"):
                 patched.setattr(f"dp_lora.{module}.time", _Clock())
             if removed:  # never in a batch: what a set without the image does
-                patched.setattr(finetune, "poisson_batch", lambda *args: (b := drawn(*args))[b != 700])
+                patched.setattr(algorithm, "poisson_batch", lambda *args: (b := drawn(*args))[b != 700])
             words = (*TINY, SEEDED, "stages=[finetune,sample]", "tracking.progress=lines")
             places = (
                 f"paths.outputs={tmp_path / name}",
@@ -792,17 +798,17 @@ def test_the_neighbour_test_sees_a_batch_size_that_is_logged(
     cache: Path, tmp_path: Path, digits: ImageSplits, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The broken twin: the size of the last batch instead of the learning rate."""
-    call = finetune.PrivateStep.__call__
+    call = finetune.FinetuneStep.__call__
 
-    def leaking(self: finetune.PrivateStep, step: int) -> dict[str, float]:
+    def leaking(self: finetune.FinetuneStep, step: int) -> dict[str, float]:
         sizes: list[int] = []
-        positions = self._positions
-        self._positions = lambda size: (sizes.append(size), positions(size))[1]  # type: ignore[method-assign]
+        positions = self.sgd.positions
+        self.sgd.positions = lambda size: (sizes.append(size), positions(size))[1]  # type: ignore[method-assign]
         values = call(self, step)
-        del self._positions
+        del self.sgd.positions
         return {**values, "learning_rate": float(sizes[0])}
 
-    monkeypatch.setattr(finetune.PrivateStep, "__call__", leaking)
+    monkeypatch.setattr(finetune.FinetuneStep, "__call__", leaking)
     # Image 700 joins some batch of the four with probability 1 - 0.96^4 for a free seed; this one is fixed.
     monkeypatch.setattr(f"{__name__}.TINY", (*TINY, "train.expected_batch_size=700"))
     runs = _neighbours(cache, tmp_path, digits, capsys, monkeypatch)

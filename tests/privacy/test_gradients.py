@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dp_lora.errors import UserError
 from dp_lora.privacy.gradients import ClippedGradientSum
+from dp_lora.privacy.plan import Clip
 
 PRESETS = ["lora", "lora_everywhere", "lora_embedder", "attention", "embedder", "bias", "norm", "full"]
 CLIPPINGS = ["flat", "automatic", "per_layer"]
@@ -42,7 +43,7 @@ def test_gradients_equal_a_loop_over_single_examples(
 ) -> None:
     model, batch = diffusion(preset), make_batch(3, k)
     expected = one_by_one(model, lambda i: model.losses(example_of(batch, i, k), k), 3)
-    engine = ClippedGradientSum(model, k, 1e9)
+    engine = ClippedGradientSum(model, Clip(k, 1e9))
     for i in range(3):
         assert relative_error(single(engine, lambda: model.losses(batch, k), i), expected[i]) < 1e-5
 
@@ -127,7 +128,7 @@ def test_gradients_of_each_layer_kind(kind: str, k: int, one_by_one: Any) -> Non
         return torch.tanh(model(x[rows])).square().flatten(1).sum(1).view(-1, k).mean(1)
 
     expected = one_by_one(model, lambda i: losses(slice(i * k, (i + 1) * k)), 3)
-    engine = ClippedGradientSum(model, k, 1e9)
+    engine = ClippedGradientSum(model, Clip(k, 1e9))
     for i in range(3):
         assert relative_error(single(engine, losses, i), expected[i]) < 1e-12
 
@@ -136,7 +137,7 @@ def test_a_loop_that_takes_the_wrong_rows_is_told_apart(diffusion: Any, make_bat
     """The broken twin: draws dealt out to examples in the wrong order."""
     model, k = diffusion(), 3
     batch = make_batch(3, k)
-    engine = ClippedGradientSum(model, k, 1e9)
+    engine = ClippedGradientSum(model, Clip(k, 1e9))
     right = single(engine, lambda: model.losses(batch, k), 0)
     latents, classes, timesteps, noise = batch
     order = torch.arange(9).view(3, 3).t().flatten()
@@ -148,7 +149,7 @@ def test_checkpointing_and_modes_change_nothing(diffusion: Any, make_batch: Any)
     batch, sums = make_batch(3, 2), []
     for checkpointing, training in ((False, True), (False, False), (True, True)):
         model = diffusion(checkpointing=checkpointing).train(training)
-        engine = ClippedGradientSum(model, 2, 1e9)
+        engine = ClippedGradientSum(model, Clip(2, 1e9))
         engine.add(model.losses(batch, 2))
         sums.append(engine.total())
     assert relative_error(sums[1], sums[0]) < 1e-6
@@ -158,12 +159,12 @@ def test_checkpointing_and_modes_change_nothing(diffusion: Any, make_batch: Any)
 def test_the_engine_does_not_change_the_forward(diffusion: Any, make_batch: Any) -> None:
     model, batch = diffusion("lora_everywhere"), make_batch(3, 2)
     before = model.losses(batch, 2)
-    engine = ClippedGradientSum(model, 2, 1.0)
+    engine = ClippedGradientSum(model, Clip(2, 1.0))
     during = model.losses(batch, 2)
     engine.detach()
     assert torch.allclose(before, during, rtol=1e-5)
     assert torch.equal(before, model.losses(batch, 2))
-    ClippedGradientSum(model, 2, 1.0).detach()
+    ClippedGradientSum(model, Clip(2, 1.0)).detach()
 
 
 # One example contributes at most C
@@ -173,7 +174,7 @@ def contributions(
     model: Any, batch: tuple[Tensor, ...], k: int, clipping: str, bfloat16: bool, scale: float
 ) -> list[float]:
     bound = 1e-2
-    engine = ClippedGradientSum(model, k, bound, clipping)
+    engine = ClippedGradientSum(model, Clip(k, bound, clipping))
 
     def losses() -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
@@ -213,7 +214,7 @@ def test_clipping_each_draw_apart_passes_c(k: int, diffusion: Any, make_batch: A
     latents, classes, _, noise = make_batch(1, k)
     aligned = noise[:1].expand(k, -1, -1, -1)
     rows = (latents.expand(k, -1, -1, -1), classes.expand(k), torch.full((k,), 900), aligned)
-    engine = ClippedGradientSum(model, 1, 1e-2)
+    engine = ClippedGradientSum(model, Clip(1, 1e-2))
     engine.add(1e4 * model.losses(rows, 1))
     assert float(engine.total().norm()) > 0.99 * k * 1e-2
 
@@ -222,7 +223,7 @@ def test_clipping_each_draw_apart_passes_c(k: int, diffusion: Any, make_batch: A
 def test_a_batch_split_anywhere_has_the_same_sum(clipping: str, diffusion: Any, make_batch: Any) -> None:
     model, k = diffusion().double(), 4
     batch = make_batch(5, k, dtype=torch.float64)
-    engine = ClippedGradientSum(model, k, 0.05, clipping)
+    engine = ClippedGradientSum(model, Clip(k, 0.05, clipping))
     sums = []
     for edges in ([0, 5], [0, 1, 5], [0, 2, 3, 5], [0, 1, 2, 3, 4, 5]):
         engine.reset()
@@ -240,7 +241,7 @@ def test_removing_an_example_removes_its_contribution_alone(
 ) -> None:
     model, k, bound = diffusion().double(), 4, 0.05
     batch = make_batch(5, k, dtype=torch.float64)
-    engine = ClippedGradientSum(model, k, bound)
+    engine = ClippedGradientSum(model, Clip(k, bound))
     engine.add(model.losses(batch, k))
     whole = engine.total()
     alone = single(engine, lambda: model.losses(example_of(batch, 2, k), k), 0)
@@ -255,7 +256,7 @@ def test_bfloat16_stays_close_and_sums_in_float(diffusion: Any, make_batch: Any)
     batch, sums = make_batch(4, 4), []
     for enabled in (False, True):
         model = diffusion()
-        engine = ClippedGradientSum(model, 4, 1e9)
+        engine = ClippedGradientSum(model, Clip(4, 1e9))
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             losses = model.losses(batch, 4)
             engine.add(losses)
@@ -270,7 +271,7 @@ def test_bfloat16_stays_close_and_sums_in_float(diffusion: Any, make_batch: Any)
 def test_padding_contributes_exactly_zero_whatever_it_holds(diffusion: Any, make_batch: Any) -> None:
     model = diffusion()
     latents, classes, timesteps, noise = make_batch(3, 2)
-    engine = ClippedGradientSum(model, 2, 0.05)
+    engine = ClippedGradientSum(model, Clip(2, 0.05))
     weights = torch.tensor([1.0, 1.0, 0.0])
     sums = []
     for content in (latents[2], torch.full_like(latents[2], torch.nan), torch.zeros_like(latents[2])):
@@ -289,7 +290,7 @@ def test_an_example_that_is_not_finite_contributes_zero_and_is_counted(
 ) -> None:
     model = diffusion()
     latents, classes, timesteps, noise = make_batch(3, 2)
-    engine = ClippedGradientSum(model, 2, 0.05, clipping)
+    engine = ClippedGradientSum(model, Clip(2, 0.05, clipping))
     engine.add(model.losses((latents, classes, timesteps, noise), 2), torch.tensor([1.0, 0.0, 1.0]))
     expected = engine.total()
     poisoned = latents.clone()
@@ -307,7 +308,7 @@ def test_infinite_bound_sums_without_clipping(diffusion: Any, make_batch: Any) -
     model.losses(batch, 2).sum().backward()
     expected = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
     for clipping in CLIPPINGS:
-        engine = ClippedGradientSum(model, 2, torch.inf, clipping)
+        engine = ClippedGradientSum(model, Clip(2, torch.inf, clipping))
         engine.add(model.losses(batch, 2))
         assert relative_error(engine.total(), expected) < 1e-5
         engine.detach()
@@ -321,7 +322,7 @@ def test_frozen_weights_stay_bit_identical(diffusion: Any, make_batch: Any) -> N
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.1, weight_decay=0.1)
-    engine = ClippedGradientSum(model, 2, 0.05)
+    engine = ClippedGradientSum(model, Clip(2, 0.05))
     for _ in range(2):
         engine.reset()
         engine.add(model.losses(batch, 2))
@@ -334,7 +335,7 @@ def test_frozen_weights_stay_bit_identical(diffusion: Any, make_batch: Any) -> N
 
 def test_write_gradients_follows_the_order_of_parameters(diffusion: Any) -> None:
     model = diffusion()
-    engine = ClippedGradientSum(model, 2, 0.05)
+    engine = ClippedGradientSum(model, Clip(2, 0.05))
     flat = torch.arange(engine.num_parameters, dtype=torch.float64)
     engine.write_gradients(flat)
     written = torch.cat([p.grad.flatten() for p in engine.parameters.values() if p.grad is not None])
@@ -352,7 +353,7 @@ def test_write_gradients_follows_the_order_of_parameters(diffusion: Any) -> None
 def test_a_layer_with_batch_statistics_is_refused_even_frozen(layer: nn.Module, training: bool) -> None:
     model = nn.Sequential(nn.Linear(4, 4), layer.requires_grad_(False)).train(training)
     with pytest.raises(UserError, match=r"^1 \(.*Norm1d\).*mixes the examples"):
-        ClippedGradientSum(model, 1, 1.0)
+        ClippedGradientSum(model, Clip(1, 1.0))
     assert "forward" not in vars(model[0])
 
 
@@ -373,7 +374,7 @@ class KeepsStatistics(nn.Module):
 @pytest.mark.parametrize("replace", [True, False])
 def test_a_buffer_that_changes_is_refused(replace: bool) -> None:
     model = nn.Sequential(nn.Linear(4, 4), KeepsStatistics(replace))
-    engine = ClippedGradientSum(model, 1, 1.0)
+    engine = ClippedGradientSum(model, Clip(1, 1.0))
     with pytest.raises(UserError, match=r"^1\.mean"):
         engine.add(model(torch.randn(3, 4)).sum(1))
     assert not engine.total().any()
@@ -403,31 +404,31 @@ class Raw(nn.Module):
 )
 def test_a_trainable_layer_without_per_example_gradient_is_refused(layer: nn.Module, named: str) -> None:
     with pytest.raises(UserError, match=rf"^body.*{named}") as refused:
-        ClippedGradientSum(nn.ModuleDict({"body": layer}), 1, 1.0)
+        ClippedGradientSum(nn.ModuleDict({"body": layer}), Clip(1, 1.0))
     assert "\n" not in str(refused.value)
 
 
 def test_lora_variants_and_embeddings_are_refused() -> None:
     with pytest.raises(UserError, match="DoRA"):
-        ClippedGradientSum(adapted(nn.Linear(4, 4), use_dora=True), 1, 1.0)
+        ClippedGradientSum(adapted(nn.Linear(4, 4), use_dora=True), Clip(1, 1.0))
     with pytest.raises(UserError, match="LoRA on Embedding"):
-        ClippedGradientSum(adapted(nn.Embedding(4, 4)), 1, 1.0)
+        ClippedGradientSum(adapted(nn.Embedding(4, 4)), Clip(1, 1.0))
     with pytest.raises(UserError, match="no parameter"):
-        ClippedGradientSum(nn.Linear(4, 4).requires_grad_(False), 1, 1.0)
+        ClippedGradientSum(nn.Linear(4, 4).requires_grad_(False), Clip(1, 1.0))
     with pytest.raises(UserError, match="clipping='none'"):
-        ClippedGradientSum(nn.Linear(4, 4), 1, 1.0, "none")
+        ClippedGradientSum(nn.Linear(4, 4), Clip(1, 1.0, "none"))
 
 
 def test_a_trainable_parameter_without_gradient_is_refused() -> None:
     model = nn.ModuleDict({"used": nn.Linear(4, 4), "idle": nn.Linear(4, 4)})
-    engine = ClippedGradientSum(model, 1, 1.0)
+    engine = ClippedGradientSum(model, Clip(1, 1.0))
     with pytest.raises(UserError, match=r"^idle\.weight: .*no per-example gradient"):
         engine.add(model["used"](torch.randn(3, 4)).sum(1))
 
 
 def test_a_parameter_used_outside_its_layer_is_refused() -> None:
     model = nn.Linear(4, 4)
-    engine = ClippedGradientSum(model, 1, 1.0)
+    engine = ClippedGradientSum(model, Clip(1, 1.0))
     with pytest.raises(UserError, match=r"^weight: used outside"):
         engine.add(model(torch.randn(3, 4)).sum(1) + (model.weight**2).sum())
     assert not engine.total().any()
@@ -435,7 +436,7 @@ def test_a_parameter_used_outside_its_layer_is_refused() -> None:
 
 def test_losses_and_rows_that_do_not_fit_are_refused() -> None:
     model, x = nn.Linear(4, 4), torch.randn(6, 4)
-    engine = ClippedGradientSum(model, 2, 1.0)
+    engine = ClippedGradientSum(model, Clip(2, 1.0))
     for losses in (model(x).mean(), model(x)):
         with pytest.raises(UserError, match="one value for each example"):
             engine.add(losses)
@@ -448,13 +449,13 @@ def test_losses_and_rows_that_do_not_fit_are_refused() -> None:
     with pytest.raises(RuntimeError, match="outside ClippedGradientSum"):
         model(x).sum().backward()
     with pytest.raises(RuntimeError, match="already replaced"):
-        ClippedGradientSum(model, 2, 1.0)
+        ClippedGradientSum(model, Clip(2, 1.0))
     engine.add(model(x).sum(1).view(3, 2).mean(1))
     assert engine.total().any()
 
 
 def test_nothing_to_add_for_no_examples() -> None:
     model = nn.Linear(4, 4)
-    engine = ClippedGradientSum(model, 2, 1.0)
+    engine = ClippedGradientSum(model, Clip(2, 1.0))
     engine.add(model(torch.randn(0, 4)).sum(1))
     assert not engine.total().any()

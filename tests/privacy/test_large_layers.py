@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dp_lora.errors import UserError
 from dp_lora.privacy import gradients
 from dp_lora.privacy.gradients import ClippedGradientSum
-from dp_lora.privacy.plan import PrivacyPlan, make_plan
+from dp_lora.privacy.plan import Clip, PrivacyPlan, make_plan
 from dp_lora.privacy.preflight import preflight
 
 SIZE = (1280, 11_520)
@@ -31,7 +31,7 @@ def contribution(
     layer: nn.Module, x: Tensor, *, clipping: str = "flat", k: int = 2, bfloat16: bool = False
 ) -> float:
     """The norm in float64 of what one example of k rows `x` adds to the sum, clipped to C = 1."""
-    with detaching(ClippedGradientSum(layer, k, 1.0, clipping)) as engine:
+    with detaching(ClippedGradientSum(layer, Clip(k, 1.0, clipping))) as engine:
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             loss = layer(x).float().flatten(1).sum(1).view(-1, k).mean(1)
         engine.add(loss)
@@ -78,7 +78,7 @@ def test_gradients_as_large_as_float32_allows_are_clipped_or_left_out(tokens: in
     for exponent in range(0, 39, 2):
         x = torch.full((2, tokens, 64), 10.0**exponent)
         layer = linear((8, 64))
-        with detaching(ClippedGradientSum(layer, 2, 1e-10)) as engine:
+        with detaching(ClippedGradientSum(layer, Clip(2, 1e-10))) as engine:
             engine.add(layer(x).mul(1e3).sum((1, 2)).view(-1, 2).mean(1))
             assert float(engine.total().norm()) <= 1e-10
 
@@ -86,7 +86,7 @@ def test_gradients_as_large_as_float32_allows_are_clipped_or_left_out(tokens: in
 def test_a_bound_below_what_float32_can_square_is_refused() -> None:
     for bound in (0.0, 1e-30, float("nan")):
         with pytest.raises(UserError, match="max_grad_norm"):
-            ClippedGradientSum(nn.Linear(4, 4), 1, bound)
+            ClippedGradientSum(nn.Linear(4, 4), Clip(1, bound))
     with pytest.raises(UserError, match=r"max_grad_norm=1e-30: expected"):
         a_plan(max_grad_norm=1e-30)
 

@@ -18,7 +18,7 @@ from scipy import stats
 from dp_lora.privacy.batches import poisson_batch
 from dp_lora.privacy.gradients import ClippedGradientSum
 from dp_lora.privacy.mechanism import all_reduced, microbatches, noised_mean, signal_to_noise, slice_of_batch
-from dp_lora.privacy.plan import PrivacyPlan
+from dp_lora.privacy.plan import Clip, PrivacyPlan
 from dp_lora.privacy.randomness import Randomness
 
 SEED = Randomness.from_seed(2)
@@ -65,7 +65,7 @@ def wrong_parameters(engine: ClippedGradientSum, released: torch.Tensor, std: fl
 
 @pytest.mark.parametrize("preset", ["lora_embedder", "full"])
 def test_noise_has_its_standard_deviation_on_every_parameter(preset: str, diffusion: Any) -> None:
-    engine = ClippedGradientSum(diffusion(preset), 2, 0.02)
+    engine = ClippedGradientSum(diffusion(preset), Clip(2, 0.02))
     fixed = plan()
     std = 1.5 * 0.02 / 25
     released = torch.stack([noised_mean(engine.total(), fixed, SEED, step) for step in range(40)])
@@ -79,7 +79,7 @@ def test_noise_has_its_standard_deviation_on_every_parameter(preset: str, diffus
 def test_frozen_parameters_get_no_noise(diffusion: Any) -> None:
     model = diffusion()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    engine = ClippedGradientSum(model, 2, 0.02)
+    engine = ClippedGradientSum(model, Clip(2, 0.02))
     engine.write_gradients(noised_mean(engine.total(), plan(), SEED, 0))
     torch.optim.SGD(list(model.parameters()), lr=1.0).step()
     for name, p in model.named_parameters():
@@ -180,7 +180,7 @@ def shared_sum(batch: torch.Tensor, world_size: int, size: int, *, apart: bool =
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2))
     images = 100 * torch.randn(50, 6)
-    engine = ClippedGradientSum(model, 1 if apart else 3, 0.02)
+    engine = ClippedGradientSum(model, Clip(1 if apart else 3, 0.02))
     for rank in range(world_size):
         for indices, weights in microbatches(slice_of_batch(batch, rank, world_size), size):
             losses = model(images[indices].repeat_interleave(3, 0)).square().sum(1)
@@ -226,7 +226,7 @@ def three_steps(rank: int, world_size: int, group: Any) -> torch.Tensor:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2))
     images = torch.randn(50, 6, generator=torch.Generator().manual_seed(1))
-    fixed, engine = plan(), ClippedGradientSum(model, 2, 0.02)
+    fixed, engine = plan(), ClippedGradientSum(model, Clip(2, 0.02))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     for step in range(3):
         batch = slice_of_batch(poisson_batch(SEED, step, 50, 0.5), rank, world_size)

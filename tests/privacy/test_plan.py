@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from dp_lora.errors import UserError
+from dp_lora.errors import PlanError, UserError
+from dp_lora.jobs.job import PLAN_FIELDS
 from dp_lora.privacy.accounting import epsilon
 from dp_lora.privacy.plan import PrivacyPlan, make_plan
 
@@ -74,11 +75,11 @@ def test_a_plan_under_add_or_remove_knows_no_number_of_images() -> None:
 def test_delta_is_checked_against_public_numbers_only() -> None:
     given = {"noise_multiplier": 4.0, "target_epsilon": None, "steps": 1}
     assert planned(**given, delta=0.00099).delta == 0.00099
-    with pytest.raises(UserError, match=r"privacy.delta=0.0011: expected a number in \(0, 1/N\)"):
+    with pytest.raises(UserError, match=r"^delta=0.0011: expected a number in \(0, 1/N\)"):
         planned(delta=0.0011)
     # 0.2 / 200: the size of a set for which the rate and the divisor agree.
     assert planned(**HIDDEN, **given, delta=0.00099).delta == 0.00099
-    with pytest.raises(UserError, match=r"privacy.delta=0.0011: expected a number in \(0, 0.001\)"):
+    with pytest.raises(UserError, match=r"^delta=0.0011: expected a number in \(0, 0.001\)"):
         planned(**HIDDEN | {"delta": 0.0011})
 
 
@@ -139,7 +140,7 @@ def test_a_plan_becomes_plain_json(target: float) -> None:
     ],
 )
 def test_nonsense_is_refused_in_one_line_that_names_the_field(changes: dict[str, Any], field: str) -> None:
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(PlanError) as refused:
         planned(**changes)
-    message = str(refused.value)
+    message = refused.value.named(PLAN_FIELDS)
     assert message.startswith(field) and "\n" not in message and "expected" in message

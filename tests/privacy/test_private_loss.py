@@ -13,7 +13,7 @@ from torch import Tensor
 from dp_lora.privacy import gradients
 from dp_lora.privacy.gradients import ClippedGradientSum
 from dp_lora.privacy.mechanism import noised_mean, private_loss
-from dp_lora.privacy.plan import PrivacyPlan, make_plan
+from dp_lora.privacy.plan import Clip, PrivacyPlan, make_plan
 from dp_lora.privacy.randomness import Randomness
 
 SHARE, BOUND = 0.1, 1e-2
@@ -34,7 +34,7 @@ def contribution(diffusion: Any, make_batch: Any) -> Callable[..., Tensor]:
 
     def measure(clipping: str, k: int, scale: float = 1e4) -> Tensor:
         model, batch = diffusion(), make_batch(3, k)
-        engine = ClippedGradientSum(model, k, BOUND, clipping, SHARE)
+        engine = ClippedGradientSum(model, Clip(k, BOUND, clipping, SHARE))
         rows = []
         for i in range(3):
             engine.reset()
@@ -69,7 +69,7 @@ def test_a_loss_on_top_of_the_whole_bound_passes_c(
 @pytest.mark.parametrize("bound", [BOUND, math.inf])
 def test_the_reading_is_the_mean_loss(bound: float, diffusion: Any, make_batch: Any) -> None:
     model, batch = diffusion(), make_batch(4, 2)
-    engine = ClippedGradientSum(model, 2, bound, loss_share=SHARE)
+    engine = ClippedGradientSum(model, Clip(2, bound, loss_share=SHARE))
     losses = 0.2 * model.losses(batch, 2)
     expected = float(losses.detach().clamp(0, 1).sum()) / 200
     engine.add(losses)
@@ -85,7 +85,7 @@ def test_the_reading_is_the_mean_loss(bound: float, diffusion: Any, make_batch: 
 
 def test_padding_and_spoilt_examples_add_no_loss(diffusion: Any, make_batch: Any) -> None:
     model, batch = diffusion(), make_batch(4, 1)
-    engine = ClippedGradientSum(model, 1, BOUND, loss_share=SHARE)
+    engine = ClippedGradientSum(model, Clip(1, BOUND, loss_share=SHARE))
     scale = torch.tensor([1.0, math.nan, math.inf, 1.0])
     engine.add(model.losses(batch, 1) * scale, torch.tensor([1.0, 1.0, 1.0, 0.0]))
     total = engine.total()

@@ -19,6 +19,7 @@ from dp_lora.data.sets import ImageSplits
 from dp_lora.errors import UserError
 from dp_lora.jobs.begun import begun
 from dp_lora.privacy import executions
+from dp_lora.privacy import step as algorithm
 from dp_lora.privacy.executions import Executions
 from dp_lora.privacy.mechanism import all_reduced
 from dp_lora.privacy.randomness import Randomness
@@ -56,7 +57,7 @@ def keyed(folder: Path) -> Path:
 
 def sum_of_another_code(patched: pytest.MonkeyPatch) -> None:
     """Changes a sum in its last bits, by what the run cannot know of."""
-    patched.setattr(finetune, "all_reduced", lambda *given: all_reduced(*given) * (1 + 2**-50))
+    patched.setattr(algorithm, "all_reduced", lambda *given: all_reduced(*given) * (1 + 2**-50))
 
 
 class Draws:
@@ -65,7 +66,7 @@ class Draws:
     def __init__(self, patched: pytest.MonkeyPatch) -> None:
         self.batches: list[bytes] = []
         self.released: list[torch.Tensor] = []
-        batch, noised = finetune.poisson_batch, finetune.noised_mean
+        batch, noised = algorithm.poisson_batch, algorithm.noised_mean
 
         def drawn(randomness: Randomness, *rest: Any) -> torch.Tensor:
             self.batches.append(randomness.key)
@@ -75,8 +76,8 @@ class Draws:
             self.released.append(noised(*rest))
             return self.released[-1]
 
-        patched.setattr(finetune, "poisson_batch", drawn)
-        patched.setattr(finetune, "noised_mean", kept)
+        patched.setattr(algorithm, "poisson_batch", drawn)
+        patched.setattr(algorithm, "noised_mean", kept)
 
 
 @pytest.mark.parametrize("write", range(1, 7))
@@ -106,8 +107,8 @@ def test_a_step_with_another_sum_is_thrown_away_and_has_a_fresh_batch(
     folder = keyed(tmp_path / "run")
     draws = Draws(monkeypatch)
     with monkeypatch.context() as patched:
-        descend = finetune.PrivateStep._descend
-        patched.setattr(finetune.PrivateStep, "_descend", crashing(descend, 2, late=False))
+        descend = algorithm.PrivateStep._descend
+        patched.setattr(algorithm.PrivateStep, "_descend", crashing(descend, 2, late=False))
         with pytest.raises(Crash):
             job.run(folder)
     sum_of_another_code(monkeypatch)
@@ -131,8 +132,8 @@ def test_a_run_whose_last_step_has_another_sum_ends_before_it(
     train = dataclasses.replace(job.config.train, checkpoint_minutes=minutes)
     job = dataclasses.replace(job, config=dataclasses.replace(job.config, train=train))
     with monkeypatch.context() as patched:
-        descend = finetune.PrivateStep._descend
-        patched.setattr(finetune.PrivateStep, "_descend", crashing(descend, 3, late=False))
+        descend = algorithm.PrivateStep._descend
+        patched.setattr(algorithm.PrivateStep, "_descend", crashing(descend, 3, late=False))
         with pytest.raises(Crash):
             job.run(folder)
     assert begun(folder) == 3
@@ -167,8 +168,8 @@ def test_what_an_earlier_version_began_is_counted_and_begun_anew(
     """Its record has no sums, and its noise was that of the step's number."""
     folder = keyed(tmp_path / "run")
     with monkeypatch.context() as patched:
-        descend = finetune.PrivateStep._descend
-        patched.setattr(finetune.PrivateStep, "_descend", crashing(descend, 2, late=False))
+        descend = algorithm.PrivateStep._descend
+        patched.setattr(algorithm.PrivateStep, "_descend", crashing(descend, 2, late=False))
         with pytest.raises(Crash):
             job.run(folder)
     rows = [{"step": step, "execution": f"{step:016x}"} for step in range(2)]
@@ -188,16 +189,16 @@ def test_what_was_begun_is_told_before_the_batch_is_drawn(
     """So that nothing that happens later can make it untrue. A replay tells nothing new."""
     told: list[int | str] = []
     step = a_step(job, tmp_path / "executions.jsonl")
-    step.begun = lambda executions, epsilon: told.append(executions)
-    batch = finetune.poisson_batch
-    monkeypatch.setattr(finetune, "poisson_batch", lambda *given: (told.append("batch"), batch(*given))[1])
+    step.sgd.begun = lambda executions, epsilon: told.append(executions)
+    batch = algorithm.poisson_batch
+    monkeypatch.setattr(algorithm, "poisson_batch", lambda *given: (told.append("batch"), batch(*given))[1])
     rows = [step(0), step(1)]
     assert told == [1, "batch", 2, "batch"]
-    assert rows[0]["epsilon"] == step.curve(1) < rows[1]["epsilon"] == step.curve(2)
-    step.gradients.detach()
+    assert rows[0]["epsilon"] == step.sgd.curve(1) < rows[1]["epsilon"] == step.sgd.curve(2)
+    step.sgd.gradients.detach()
     told.clear()
     again = a_step(job, tmp_path / "executions.jsonl")
-    again.begun = lambda executions, epsilon: told.append(executions)
+    again.sgd.begun = lambda executions, epsilon: told.append(executions)
     again(0)
     assert told == [2, "batch"]
     sum_of_another_code(monkeypatch)
@@ -208,9 +209,9 @@ def test_what_was_begun_is_told_before_the_batch_is_drawn(
 # One step
 
 
-def a_step(job: Given, record: Path, **numerics: Any) -> finetune.PrivateStep:
+def a_step(job: Given, record: Path, **numerics: Any) -> finetune.FinetuneStep:
     config, key = composed(*TINY, *SHORT), Randomness(KEY, secure=True)
-    return finetune.PrivateStep(
+    return finetune.FinetuneStep.on(
         job.model(), job.latents, job.labels, job.plan, key, config.train, 8, Executions(record, numerics)
     )
 
@@ -223,10 +224,10 @@ def test_other_parameters_have_another_batch(
     for number in range(3):
         step = a_step(job, tmp_path / f"{number}.jsonl")
         if number == 2:
-            flat = step.parameters[-1].data.view(-1)
+            flat = step.sgd.parameters[-1].data.view(-1)
             flat[-1] = torch.nextafter(flat[-1], torch.tensor(2.0))
         step(0)
-        step.gradients.detach()
+        step.sgd.gradients.detach()
     assert draws.batches[0] == draws.batches[1] != draws.batches[2]
     assert torch.equal(draws.released[0], draws.released[1])
 
@@ -236,14 +237,14 @@ def test_an_empty_batch_of_other_parameters_is_no_replay(
 ) -> None:
     """Its sum is the same, zero, but its noise is not: a second release, which is counted."""
     empty = torch.empty(0, dtype=torch.int64)
-    monkeypatch.setattr(finetune, "poisson_batch", lambda *args: empty)
+    monkeypatch.setattr(algorithm, "poisson_batch", lambda *args: empty)
     draws = Draws(monkeypatch)
     for number in range(3):
         step = a_step(job, tmp_path / "executions.jsonl")
-        step.parameters[-1].data += float(number == 2)
+        step.sgd.parameters[-1].data += float(number == 2)
         step(0)
-        step.gradients.detach()
-    assert torch.equal(draws.released[0], draws.released[1]) and step.executions.count == 2
+        step.sgd.gradients.detach()
+    assert torch.equal(draws.released[0], draws.released[1]) and step.sgd.executions.count == 2
     assert not torch.equal(draws.released[0], draws.released[2])
 
 
@@ -251,12 +252,12 @@ def test_processes_that_hold_different_sums_release_nothing(
     job: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = a_step(job, tmp_path / "executions.jsonl")
-    before = [p.detach().clone() for p in step.parameters]
+    before = [p.detach().clone() for p in step.sgd.parameters]
     draws = Draws(monkeypatch)
-    monkeypatch.setattr(finetune, "everyone", lambda own: [own, "another"])
+    monkeypatch.setattr(algorithm, "everyone", lambda own: [own, "another"])
     with pytest.raises(RuntimeError, match="different sums of one batch: nothing was released"):
         step(0)
-    assert not draws.released and all(map(torch.equal, before, step.parameters))
+    assert not draws.released and all(map(torch.equal, before, step.sgd.parameters))
     (row,) = read_lines(tmp_path / "executions.jsonl")
     assert "sum" not in row
 
@@ -266,9 +267,9 @@ def test_the_record_does_not_tell_the_sum(
 ) -> None:
     """Who guesses the sum cannot check it against the record without the key, nor find a key there."""
     guesses: list[bytes] = []
-    digest = finetune.sum_digest
+    digest = algorithm.sum_digest
     monkeypatch.setattr(
-        finetune, "sum_digest", lambda *given: (guesses.append(digest(*given)), guesses[-1])[1]
+        algorithm, "sum_digest", lambda *given: (guesses.append(digest(*given)), guesses[-1])[1]
     )
     a_step(job, tmp_path / "executions.jsonl")(0)
     text = (tmp_path / "executions.jsonl").read_text()
@@ -288,12 +289,12 @@ def _process(rank: int, store: str, job: Given, folder: str, out: str) -> None:
     finetune.check_engine = lambda *args: None  # type: ignore[assignment]
     whole = job.run(Path(folder) / "whole")[1]
     # Both die after the sum of the second step is on record, and go on.
-    noised = finetune.noised_mean
-    finetune.noised_mean = crashing(noised, 2, late=False)  # type: ignore[assignment]
+    noised = algorithm.noised_mean
+    algorithm.noised_mean = crashing(noised, 2, late=False)  # type: ignore[assignment]
     try:
         job.run(Path(folder) / "broken")
     except Crash:
-        finetune.noised_mean = noised
+        algorithm.noised_mean = noised
     dist.barrier()
     again, broken = job.run(Path(folder) / "broken")
     # The second process computes with another library setting from here on.

@@ -12,6 +12,7 @@ from dp_lora.auditing.noise_tests import Verdict
 from dp_lora.models import adapters
 from dp_lora.models.folders import build
 from dp_lora.models.latent_diffusion import LatentDiffusion
+from dp_lora.privacy import step as algorithm
 from dp_lora.privacy.plan import make_plan
 from dp_lora.privacy.randomness import Randomness
 from dp_lora.training import finetune
@@ -63,41 +64,41 @@ def test_a_loss_without_noise_is_found() -> None:
 
 def test_a_forgotten_class_embedding_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The step gives the optimiser a gradient of the embedding to which no noise was added."""
-    descend = finetune.PrivateStep._descend
+    descend = algorithm.PrivateStep._descend
 
-    def forgets(step: finetune.PrivateStep, update: torch.Tensor, number: int) -> None:
-        names = step.gradients.parameters
+    def forgets(step: algorithm.PrivateStep, update: torch.Tensor) -> None:
+        names = step.sgd.gradients.parameters
         parts = update.split([p.numel() for p in names.values()])
         kept = [part * ("class_embedder" not in name) for name, part in zip(names, parts, strict=True)]
-        descend(step, torch.cat(kept), number)
+        descend(step, torch.cat(kept))
 
-    monkeypatch.setattr(finetune.PrivateStep, "_descend", forgets)
+    monkeypatch.setattr(algorithm.PrivateStep, "_descend", forgets)
     _, accused = _accused(_model())
     assert "weakest_tensor" in accused and "repeated_noise" not in accused
 
 
 def test_steps_that_are_skipped_are_found_and_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """They log nothing either, not even the loss."""
-    monkeypatch.setattr(finetune.PrivateStep, "__call__", lambda step, number: {})
+    monkeypatch.setattr(finetune.FinetuneStep, "__call__", lambda step, number: {})
     assert _accused(_model(), 0.5)[1] == ("missing_release",)
 
 
 def test_a_step_of_which_only_some_are_skipped_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    call = finetune.PrivateStep.__call__
+    call = finetune.FinetuneStep.__call__
     monkeypatch.setattr(
-        finetune.PrivateStep, "__call__", lambda step, number: call(step, number) if number else {}
+        finetune.FinetuneStep, "__call__", lambda step, number: call(step, number) if number else {}
     )
     assert _accused(_model())[1] == ("missing_release",)
 
 
 def test_a_frozen_weight_that_moves_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """No step gives it a gradient, so nothing of it is released."""
-    descend = finetune.PrivateStep._descend
+    descend = algorithm.PrivateStep._descend
 
-    def moves(step: finetune.PrivateStep, update: torch.Tensor, number: int) -> None:
-        descend(step, update, number)
-        frozen = next(p for p in step.model.parameters() if not p.requires_grad)
+    def moves(step: algorithm.PrivateStep, update: torch.Tensor) -> None:
+        descend(step, update)
+        frozen = next(p for p in step.sgd.module.parameters() if not p.requires_grad)
         frozen.data += 1e-6
 
-    monkeypatch.setattr(finetune.PrivateStep, "_descend", moves)
+    monkeypatch.setattr(algorithm.PrivateStep, "_descend", moves)
     assert _accused(_model())[1] == ("unreleased_update",)
