@@ -21,15 +21,15 @@ import absl.logging
 import hypothesis
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from torch import Tensor, nn
 
-import dp_lora.__main__  # noqa: F401  (registers the schema)
-from dp_lora.config.load import config_directory, from_omegaconf
 from dp_lora.config.schema import Config
 from dp_lora.data import sets
 from dp_lora.data.sets import ImageSplits
 from dp_lora.jobs import job
 from dp_lora.models.folders import LatentDiffusion, load
+from tests.builders.tiny import TINY, composed, words
+from tests.builders.tiny_diffusion import PRESETS, TinyDiffusion, batch_of
 
 torch.set_num_threads(1)
 # absl's handler closes its stream, which is pytest's here, each time that Hydra sets up logging.
@@ -37,22 +37,6 @@ absl.logging.PythonHandler.close = logging.StreamHandler.close
 # The same examples in every run, however slow the machine.
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("fixed")
-
-TINY = (
-    "model=tiny8",
-    "data=digits",
-    "data@public_data=digits",
-    "public_data.public=true",
-    "train.expected_batch_size=60",
-    "train.max_steps=4",
-    "sampler.num_samples=20",
-    "sampler.steps=4",
-    "tracking.wandb=disabled",
-    "tracking.progress=off",
-    "resources.device=cpu",
-    "resources.threads=1",
-)
-"""The command line of a job that takes seconds, without its paths."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -67,12 +51,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_unconfigure() -> None:
     """Removes the ledger and the index of the jobs that named none of their own."""
     shutil.rmtree(Path(os.environ["DP_LORA_LEDGER"]).parent)
-
-
-def composed(*overrides: str) -> Config:
-    """The checked configuration of a command line."""
-    with initialize_config_dir(str(config_directory()), version_base="1.3"):
-        return from_omegaconf(compose("config", list(overrides)))
 
 
 @pytest.fixture(scope="session")
@@ -95,18 +73,6 @@ def tiny(cache: Path, tmp_path: Path) -> Callable[..., Config]:
     return lambda *overrides: composed(*words(cache, tmp_path / "outputs"), *overrides)
 
 
-def words(cache: Path, outputs: Path) -> list[str]:
-    """The command line of a tiny job."""
-    ledger = outputs.with_name(f"{outputs.name}.privacy_ledger.jsonl")
-    places = {
-        "cache": cache,
-        "outputs": outputs,
-        "ledger": ledger,
-        "index": outputs.with_name(f"{outputs.name}.image_index"),
-    }
-    return [*TINY, *(f"paths.{name}={place}" for name, place in places.items())]
-
-
 @pytest.fixture
 def model(pretrained: Path) -> LatentDiffusion:
     """The pre-trained tiny model."""
@@ -118,3 +84,43 @@ def digits(cache: Path) -> ImageSplits:
     """The private images of the tiny job."""
     config = composed(*TINY, f"paths.cache={cache}")
     return sets.load(config.data, config.paths)
+
+
+@pytest.fixture
+def diffusion() -> Callable[..., TinyDiffusion]:
+    def build(preset: str = "lora_embedder", seed: int = 0, checkpointing: bool = False) -> TinyDiffusion:
+        torch.manual_seed(seed)
+        return TinyDiffusion(PRESETS[preset], checkpointing).train()
+
+    return build
+
+
+@pytest.fixture
+def make_batch() -> Callable[..., tuple[Tensor, ...]]:
+    return batch_of
+
+
+@pytest.fixture
+def one_by_one() -> Callable[..., Tensor]:
+    """Per-example gradients [M, P] by a loop over single examples with stock autograd."""
+
+    def loop(module: nn.Module, loss_of: Callable[[int], Tensor], examples: int) -> Tensor:
+        trained = [p for p in module.parameters() if p.requires_grad]
+        rows = []
+        for i in range(examples):
+            gradients = torch.autograd.grad(loss_of(i).sum(), trained, allow_unused=True)
+            parts = [torch.zeros_like(p) if g is None else g for p, g in zip(trained, gradients, strict=True)]
+            rows.append(torch.cat([part.flatten() for part in parts]))
+        return torch.stack(rows)
+
+    return loop
+
+
+@pytest.fixture
+def example_of() -> Callable[..., tuple[Tensor, ...]]:
+    def pick(batch: tuple[Tensor, ...], i: int, k: int) -> tuple[Tensor, ...]:
+        latents, labels, timesteps, noise = batch
+        rows = slice(i * k, (i + 1) * k)
+        return latents[i : i + 1], labels[i : i + 1], timesteps[rows], noise[rows]
+
+    return pick

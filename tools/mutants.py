@@ -56,13 +56,17 @@ TARGETS = (
 TESTS = (
     "tests/privacy",
     "tests/attacks",
-    "tests/test_spending.py",
-    "tests/test_bill.py",
-    "tests/test_release.py",
-    "tests/test_audit_command.py",
-    "tests/test_charges_stay.py",
-    "tests/test_copies.py",
-    "tests/test_image_index.py",
+    "tests/auditing",
+    "tests/training/test_finetune.py",
+    "tests/training/test_finetune_replay.py",
+    "tests/jobs/test_spending.py",
+    "tests/jobs/test_spending_copies.py",
+    "tests/jobs/test_spending_model.py",
+    "tests/jobs/test_spending_stays.py",
+    "tests/jobs/test_image_index.py",
+    "tests/jobs/test_release.py",
+    "tests/sweeps/test_bill.py",
+    "tests/commands/test_audit.py",
 )
 BUDGET_S = 10.0
 # Without rewritten assertions: modules that are loaded already cannot be rewritten.

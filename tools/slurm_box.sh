@@ -22,7 +22,7 @@ MAX_ARRAY=${SLURM_BOX_MAX_ARRAY:-1001}
 HOST=$(hostname -s)
 ME=$(id -un)
 PACKAGES=(munge slurmctld slurmd slurm-client slurmdbd mariadb-server-core mariadb-client-core)
-APT_LOCK=/var/tmp/dp-lora-apt.lock # that of tests/packages.py too
+APT_LOCK=/var/tmp/dp-lora-apt.lock # that of tests/builders/packages.py too
 export PATH=$PATH:/usr/sbin:/sbin SLURM_CONF=$BOX/slurm.conf
 
 say() { echo "slurm-box: $*" >&2; }

@@ -1,6 +1,6 @@
 """Epsilon against its exact value, at a delta as small as the checks admit, and numbers out of all range.
 
-The exact value is an integral without a grid of losses (`tests/privacy/exact_loss.py`).
+The exact value is an integral without a grid of losses (`tests/builders/exact_loss.py`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import words
 from dp_accounting.pld import privacy_loss_distribution
 from hydra.core.global_hydra import GlobalHydra
 
@@ -22,7 +21,8 @@ from dp_lora.privacy.accounting import epsilon, epsilon_by_accountant
 from dp_lora.privacy.plan import make_plan
 from dp_lora.privacy.subsampled_gaussian import Mechanism
 from dp_lora.storage.files import read_json
-from tests.privacy.exact_loss import exact_epsilon
+from tests.builders.exact_loss import exact_epsilon
+from tests.builders.tiny import words
 
 Setting = tuple[float, float, int, float]
 

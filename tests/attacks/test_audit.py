@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import words
 from hydra.core.global_hydra import GlobalHydra
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from benchmarks.linear_audit import DEFECTS, noise_of, noise_times
 from dp_lora import __main__
 from dp_lora.commands import audit as audit_command
 from dp_lora.privacy.randomness import Randomness
+from tests.builders.tiny import words
 
 PLAN = ("train.expected_batch_size=350", "train.max_steps=12", "lora.rank=1", "stages=[finetune]")
 """A sample rate of about a quarter, where the scores for the claimed noise do not see less of it."""

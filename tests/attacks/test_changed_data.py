@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import words
-from image_sets import pixels, write_folder
 from PIL import Image
 
-from attacks.commands import FOLDER, dp_lora, state_of
 from dp_lora.auditing import neighbours
 from dp_lora.commands import audit as audit_command
 from dp_lora.privacy import step as algorithm
 from dp_lora.storage.files import read_json
 from dp_lora.training import finetune
+from tests.builders.commands import FOLDER, dp_lora, state_of
+from tests.builders.image_sets import pixels, write_folder
+from tests.builders.tiny import words
 
 STAGES = "stages=[finetune,sample]"
 

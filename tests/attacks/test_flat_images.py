@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import words
 from hydra.core.global_hydra import GlobalHydra
-from image_files import write_image
 from PIL import Image
 
 from dp_lora.__main__ import main
 from dp_lora.config.schema import DataConfig, PathsConfig
 from dp_lora.data.sets import ImageSet, load, refuse_flat
 from dp_lora.errors import PrivateRefusal, recorded
+from tests.builders.image_files import write_image
+from tests.builders.tiny import words
 
 BASE = np.full((8, 8), 40, np.uint16)
 BASE[:, 4:] = 200

@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import composed, words
-from image_sets import pixels, write_folder
 
-from attacks.commands import FOLDER, dp_lora, state_of
 from dp_lora.errors import UserError
 from dp_lora.jobs.job import prepare
 from dp_lora.privacy import step as algorithm
 from dp_lora.storage.files import read_json, read_lines
 from dp_lora.training import finetune
 from sweeps.bill import bill
+from tests.builders.commands import FOLDER, dp_lora, state_of
+from tests.builders.image_sets import pixels, write_folder
+from tests.builders.tiny import composed, words
 
 FINETUNE = "stages=[finetune]"
 PIXELS = pixels(1, 24)

@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import composed, words
 
 from dp_lora.config.schema import Config
 from dp_lora.jobs import stages
@@ -28,6 +27,7 @@ from dp_lora.privacy.randomness import Randomness
 from dp_lora.storage.files import read_json, read_lines
 from dp_lora.training import finetune, numerics
 from dp_lora.training.loop import Checkpoint
+from tests.builders.tiny import composed, words
 
 PLAN = (
     "stages=[finetune]", "epsilon=none", "privacy.noise_multiplier=8", "train.expected_batch_size=20",

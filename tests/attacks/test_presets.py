@@ -9,10 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import composed, words
-from image_sets import pixels, splits_of, write_folder
 
-from attacks.commands import FOLDER, dp_lora, state_of
 from dp_lora.config.schema import Config, DataConfig
 from dp_lora.errors import PrivateRefusal
 from dp_lora.jobs.apart import refuse_shared_images
@@ -20,6 +17,9 @@ from dp_lora.privacy.ledger import Ledger, spent
 from dp_lora.storage.files import read_json, read_lines
 from dp_lora.training import finetune
 from sweeps.bill import bill
+from tests.builders.commands import FOLDER, dp_lora, state_of
+from tests.builders.image_sets import pixels, splits_of, write_folder
+from tests.builders.tiny import composed, words
 
 FINETUNE = "stages=[finetune]"
 LEDGER = "set.privacy_ledger.jsonl"

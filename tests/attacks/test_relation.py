@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import composed, words
 from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 
@@ -19,6 +18,7 @@ from dp_lora.commands import export as export_command
 from dp_lora.errors import UserError
 from dp_lora.jobs.job import plan_of
 from dp_lora.storage.files import read_json
+from tests.builders.tiny import composed, words
 
 HIDDEN = ("privacy.adjacency=add_or_remove", "train.sample_rate=0.3", "privacy.delta=1e-4")
 FEWER, MORE = 137, 138

@@ -21,10 +21,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import words
 from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
-from wandb_file import WandbRun, read_run
 
 from dp_lora.__main__ import main
 from dp_lora.config.schema import Config, DataConfig, ModelConfig
@@ -32,6 +30,8 @@ from dp_lora.privacy.gradients import ClippedGradientSum
 from dp_lora.records import manifest
 from dp_lora.records.tracker import Tracker
 from dp_lora.storage.files import read_json, read_lines
+from tests.builders.tiny import words
+from tests.builders.wandb_file import WandbRun, read_run
 
 STEPS, MANY_STEPS = 120, 500
 SECONDS_PER_IMAGE = 0.21

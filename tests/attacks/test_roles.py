@@ -15,11 +15,11 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from image_files import config, encoded, refused, write_rows
 from PIL import Image
 
 from dp_lora.config.schema import DataConfig, PathsConfig
 from dp_lora.data.sets import ImageSplits, load, shares
+from tests.builders.image_files import config, encoded, refused, write_rows
 
 N = 200
 SIZES = {"test_size": 0.2, "validation_size": 0.1, "channels": 1}

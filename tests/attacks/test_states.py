@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import words
-from image_sets import pixels, write_folder
 
-from attacks.commands import FOLDER, dp_lora, state_of
-from attacks.test_ledger import interrupted
 from dp_lora.privacy import step as algorithm
 from dp_lora.storage.files import read_json, read_lines
 from dp_lora.training import finetune
+from tests.attacks.test_ledger import interrupted
+from tests.builders.commands import FOLDER, dp_lora, state_of
+from tests.builders.image_sets import pixels, write_folder
+from tests.builders.tiny import words
 
 
 @pytest.fixture(autouse=True)

@@ -211,8 +211,8 @@ def test_one_example_moves_the_sum_of_all_processes_by_at_most_c(world_size: int
 
 PROCESS = """
 import datetime, sys, torch, torch.distributed as dist
-sys.path[:0] = [{tests!r}]
-import test_mechanism
+sys.path[:0] = [{root!r}]
+from tests.privacy import test_mechanism
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method="file://" + {store!r}, rank=1, world_size=2,
                         timeout=datetime.timedelta(seconds=900))
@@ -241,7 +241,7 @@ def three_steps(rank: int, world_size: int, group: Any) -> torch.Tensor:
 
 def test_two_processes_end_where_one_does(tmp_path: Path) -> None:
     store, out = tmp_path / "store", tmp_path / "rank1.pt"
-    code = PROCESS.format(tests=str(Path(__file__).parent), store=str(store), out=str(out))
+    code = PROCESS.format(root=str(Path(__file__).parents[2]), store=str(store), out=str(out))
     other = subprocess.Popen([sys.executable, "-c", code])
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=0, world_size=2, timeout=datetime.timedelta(seconds=900)

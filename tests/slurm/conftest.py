@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY
-from packages import unavailable
 
 from dp_lora.storage.files import read_json
 from hydra_plugins.dp_lora_launcher._ledger import Ledger
-from slurm.jobs import go
+from tests.builders.counting import go
+from tests.builders.packages import unavailable
+from tests.builders.tiny import TINY
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BOX = ROOT / "tools" / "slurm_box.sh"
@@ -51,7 +51,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         "SLURM_BOX_MAX_ARRAY": str(LARGEST_ARRAY + 1), "SLURM_BOX_GPUS": "4",
         "SLURM_BOX_MEMORY_MB": "200000", "SLURM_BOX_PROLOG": str(prolog),
         "SLURM_CONF": str(folder / "slurm.conf"),
-        "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin", "PYTHONPATH": str(ROOT / "tests"),
+        "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin", "PYTHONPATH": str(ROOT),
     }  # fmt: skip
 
     def call(command: str) -> subprocess.CompletedProcess[str]:
@@ -143,7 +143,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
             f"hydra/launcher={launcher}", "hydra.launcher.poll_s=0.5",
         ]  # fmt: skip
         if counting:
-            given += ["stages=[finetune]", "hydra.launcher.job=slurm.jobs:counting"]
+            given += ["stages=[finetune]", "hydra.launcher.job=tests.builders.counting:counting"]
         # Later words win, as on any command line; a word may not come twice.
         chosen = {word.partition("=")[0]: word for word in [*given, *words]}
         for name in without:

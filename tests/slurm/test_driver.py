@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from dp_lora.storage.files import read_json
-from slurm.conftest import Start, Sweep, run, until
-from slurm.jobs import starts
-from slurm.test_sweep import is_right, now
 from sweeps.__main__ import main as sweeps
+from tests.builders.counting import starts
+from tests.slurm.conftest import Start, Sweep, run, until
+from tests.slurm.test_sweep import is_right, now
 
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("slurm")]
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from wandb_file import read_run
 
 from dp_lora.storage.files import read_json, read_lines
-from slurm.conftest import Start, run, until
-from slurm.quiet import REAL, Quiet, twin
+from tests.builders.quiet import REAL, Quiet, twin
+from tests.builders.wandb_file import read_run
+from tests.slurm.conftest import Start, run, until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("slurm")]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from dp_lora.storage.files import read_json
-from slurm.conftest import LARGEST_ARRAY, Start, Sweep, how_it_ended, run, until
-from slurm.jobs import counted, starts
+from tests.builders.counting import counted, starts
+from tests.slurm.conftest import LARGEST_ARRAY, Start, Sweep, how_it_ended, run, until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("slurm")]
 

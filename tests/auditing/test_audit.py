@@ -1,0 +1,515 @@
+"""The audit: its statistics against exact cases, and its teeth against an engine with planted defects."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import beta, binom, norm
+from torch import Tensor
+
+from dp_lora.auditing import bounds, canaries
+from dp_lora.auditing.bounds import Outcome
+from dp_lora.auditing.canaries import EMPTY, GradientCanaries, Trained, coins, odd_images, train_with_canaries
+from dp_lora.auditing.noise_tests import Verdict
+from dp_lora.config.schema import Config
+from dp_lora.models import adapters
+from dp_lora.models.diffusion import per_example_loss
+from dp_lora.models.folders import build, load
+from dp_lora.models.latent_diffusion import LatentDiffusion
+from dp_lora.privacy import step as algorithm
+from dp_lora.privacy.gradients import ClippedGradientSum
+from dp_lora.privacy.plan import Clip, PrivacyPlan, make_plan
+from dp_lora.privacy.randomness import Randomness
+from dp_lora.privacy.subsampled_gaussian import Mechanism
+from dp_lora.training import finetune
+from tests.builders.tiny import TINY, composed
+
+# The bound of Steinke, Nasr and Jagielski
+
+
+def test_without_delta_the_p_value_is_the_tail_of_randomised_response() -> None:
+    """Randomised response is the worst case: each guess is right with probability e^eps / (1 + e^eps)."""
+    guesses = 6
+    for epsilon, correct in itertools.product((0.0, 0.7, 3.0), range(guesses + 1)):
+        q = math.exp(epsilon) / (1 + math.exp(epsilon))
+        outcomes = itertools.product((False, True), repeat=guesses)
+        exact = sum(
+            q ** sum(right) * (1 - q) ** (guesses - sum(right)) for right in outcomes if sum(right) >= correct
+        )
+        assert bounds.one_run_p_value(9, guesses, correct, epsilon, 0.0) == pytest.approx(exact, rel=1e-12)
+
+
+def test_without_delta_all_right_gives_the_closed_form() -> None:
+    q = 0.05 ** (1 / 100)
+    bound = bounds.one_run_lower_bound(100, 100, 100, 0.0)
+    assert bound == pytest.approx(math.log(q / (1 - q)), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("guesses", "correct", "confidence", "published"),
+    [
+        (100, 100, 0.95, 3.4791953936219215),
+        (100, 100, 0.99, 3.023197554051876),
+        (100, 60, 0.95, 0.05073561053723097),
+        (35, 23, 0.95, 0.014548719860613346),
+        (100, 60, 0.99, 0.0),
+    ],
+)
+def test_bounds_published_with_the_papers_own_function(
+    guesses: int, correct: int, confidence: float, published: float
+) -> None:
+    """Of 500 canaries at delta 1e-5: audit_results.json of codedp-ase26/codedp-cpt-models on the hub."""
+    bound = bounds.one_run_lower_bound(500, guesses, correct, 1e-5, confidence)
+    assert bound == pytest.approx(published, abs=1e-6)
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("delta", [1e-3, 0.02])
+def test_with_delta_the_p_value_covers_the_mechanisms_that_use_it(epsilon: float, delta: float) -> None:
+    """Two exact mechanisms: each coin is given away with probability delta by itself, or all are at once."""
+    m = 20
+    q = 1 / (1 + math.exp(-epsilon))
+    uncovered = False
+    for guesses, correct in itertools.product((5, m), range(1, m + 1)):
+        if correct > guesses:
+            continue
+        one_by_one = binom.sf(correct - 1, guesses, delta + (1 - delta) * q)
+        at_once = delta + (1 - delta) * binom.sf(correct - 1, guesses, q)
+        bound = bounds.one_run_p_value(m, guesses, correct, epsilon, delta)
+        assert bound >= max(one_by_one, at_once) * (1 - 1e-12)
+        uncovered |= bounds.one_run_p_value(m, guesses, correct, epsilon, 0.0) < at_once
+    assert uncovered, "without the term of delta the bound would be wrong"
+
+
+def _gaussian(mu: float, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and coins of canaries that a Gaussian mechanism of sensitivity over noise mu releases."""
+    random = np.random.default_rng(seed)
+    included = random.random(count) < 0.5
+    values = mu * included + random.standard_normal(count)
+    return bounds.evidence(values / mu, 1 / mu, 1.0), included
+
+
+def _epsilon_of_gaussian(mu: float, delta: float) -> float:
+    """The exact epsilon of mu-GDP (Dong, Roth and Su 2022, corollary 2.13), by bisection."""
+    low, high = 0.0, 200.0
+    for _ in range(60):
+        e = (low + high) / 2
+        spent = norm.cdf(mu / 2 - e / mu) - math.exp(e) * norm.cdf(-mu / 2 - e / mu)
+        low, high = (e, high) if spent > delta else (low, e)
+    return high
+
+
+@pytest.mark.parametrize("mu", [0.5, 2.0])
+def test_a_gaussian_mechanism_is_not_accused(mu: float) -> None:
+    """Each bound may pass the truth with 5 % at most; more than 6 of 40 has a chance below 1 %."""
+    delta, runs = 1e-5, 40
+    true = _epsilon_of_gaussian(mu, delta)
+    found = [bounds.one_run(*_gaussian(mu, 400, seed), delta).epsilon for seed in range(runs)]
+    assert sum(bound > true for bound in found) <= 6
+    assert np.mean(found) > 0.05 * true, "a bound that says nothing cannot be wrong"
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_the_gaussian_family_is_not_accused_and_close(steps: int) -> None:
+    """The same with the other bound; with 1,000 canaries it comes within a third of the truth."""
+    delta, runs, mu = 1e-5, 40, 1.5
+    mechanism = Mechanism(math.sqrt(steps) / mu, 1.0, steps)
+    outcomes = [Outcome.of(*_gaussian(mu, 1000, seed)) for seed in range(runs)]
+    assert sum(bounds.refutes([outcome], mechanism, delta) for outcome in outcomes) <= 6
+    bound = bounds.gaussian_family(outcomes[:1], mechanism, delta)
+    assert 0.66 < bound / _epsilon_of_gaussian(mu, delta) < 1
+
+
+def test_the_gaussian_family_finds_less_noise_than_claimed() -> None:
+    claimed, real = Mechanism(2.0, 1.0, 1), 1.5
+    outcome = Outcome.of(*_gaussian(real, 1000, 3))
+    bound = bounds.gaussian_family([outcome], claimed, 1e-5)
+    assert bounds.refutes([outcome], claimed, 1e-5)
+    assert _epsilon_of_gaussian(1 / 2.0, 1e-5) < bound < _epsilon_of_gaussian(real, 1e-5)
+    nothing = Outcome(250, 500, 250, 500)
+    assert bounds.gaussian_family([nothing], claimed, 1e-5) == 0.0
+
+
+def test_a_high_threshold_helps_where_most_canaries_are_in_no_batch() -> None:
+    """The noise of the released scores is that of the claim, so the thresholds hold what they promise."""
+    claimed, random, count = Mechanism(0.4, 0.025, 10), np.random.default_rng(1), 20_000
+    included = np.arange(count) % 2 == 0
+    scores = np.zeros(count)
+    for _ in range(claimed.steps):
+        values = included * (random.random(count) < claimed.sample_rate) + 0.4 * random.standard_normal(count)
+        scores += bounds.evidence(values, 0.4, 0.025)
+    outcomes = [Outcome.of(scores, included, at) for at in bounds.thresholds(claimed)]
+    for outcome, rate in zip(outcomes[1:], bounds.FALSE_POSITIVES, strict=True):
+        assert outcome.false_positives / outcome.negatives == pytest.approx(rate, rel=0.5)
+    found = [bounds.gaussian_family(kept, claimed, 1e-5) for kept in (outcomes[:1], outcomes)]
+    assert found[0] < found[1] and not bounds.refutes(outcomes, claimed, 1e-5)
+
+
+def test_the_evidence_is_the_ratio_of_the_densities() -> None:
+    values, sigma, q, a = np.linspace(-3, 4, 29), 0.8, 0.3, 0.7
+    inside = (1 - q) * norm.pdf(values, 0, sigma) + q * norm.pdf(values, a, sigma)
+    expected = np.log(inside / norm.pdf(values, 0, sigma))
+    assert np.allclose(bounds.evidence(values, sigma, q, amplitude=a), expected, atol=1e-12)
+    full = bounds.evidence(values, sigma, 1.0, amplitude=a)
+    assert np.allclose(full, norm.logpdf(values, a, sigma) - norm.logpdf(values, 0, sigma), atol=1e-12)
+
+
+def test_abstaining_helps_and_the_number_of_guesses_is_paid_for() -> None:
+    scores, included = _gaussian(1.5, 1000, 0)
+    all_of_them = bounds.one_run(scores, included, 1e-5, shares=(1.0,))
+    chosen = bounds.one_run(scores, included, 1e-5, shares=(0.1,))
+    several = bounds.one_run(scores, included, 1e-5, shares=(1.0, 0.1))
+    assert chosen.guesses == 100 and chosen.epsilon > several.epsilon > all_of_them.epsilon
+    assert (
+        several.correct
+        == chosen.correct
+        == int(((scores > 0) == included)[np.argsort(-abs(scores))][:100].sum())
+    )
+
+
+# Intervals and membership
+
+
+@pytest.mark.parametrize(("successes", "trials"), [(0, 7), (3, 7), (7, 7), (40, 1000)])
+def test_clopper_pearson_is_made_of_beta_quantiles(successes: int, trials: int) -> None:
+    low, high = bounds.clopper_pearson(successes, trials, 0.9)
+    assert low == pytest.approx(beta.ppf(0.05, successes, trials - successes + 1) if successes else 0.0)
+    assert high == pytest.approx(
+        beta.ppf(0.95, successes + 1, trials - successes) if successes < trials else 1.0
+    )
+    assert bounds.clopper_pearson(0, 0) == (0.0, 1.0)
+
+
+def test_membership_is_what_counting_gives() -> None:
+    random = np.random.default_rng(0)
+    members, others = np.round(random.normal(1, 1, 60), 1), np.round(random.normal(0, 1, 40), 1)
+    found = bounds.membership(members, others, at=(0.1, 0.01))
+    pairs = [(m > o) + 0.5 * (m == o) for m in members for o in others]
+    assert found.auc == pytest.approx(np.mean(pairs))
+    for rate in found.rates:
+        thresholds = [t for t in members if np.mean(others >= t) <= rate.at]
+        assert rate.tpr == pytest.approx(max((np.mean(members >= t) for t in thresholds), default=0.0))
+        assert rate.low <= rate.tpr <= rate.high and rate.false_positives <= rate.at * 40
+    table = np.array(pairs).reshape(60, 40)
+    error = math.sqrt(table.mean(1).var(ddof=1) / 60 + table.mean(0).var(ddof=1) / 40)
+    assert found.auc_high - found.auc == pytest.approx(1.959964 * error, rel=1e-6)
+    assert found.roc[0] == (0, 0) and found.roc[-1] == (1, 1)
+
+
+def test_membership_of_the_same_images_is_a_coin_and_of_others_certain() -> None:
+    values = np.linspace(0, 1, 50)
+    same = bounds.membership(values, values)
+    assert same.auc == pytest.approx(0.5) and same.auc_low < 0.5 < same.auc_high
+    certain = bounds.membership(values + 2, values)
+    assert certain.auc == 1 and all(rate.tpr == 1 for rate in certain.rates)
+
+
+# Canaries
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    return composed(*TINY, "lora.rank=2", "train.microbatch=128")
+
+
+@pytest.fixture
+def start(pretrained: Path, config: Config) -> Callable[..., LatentDiffusion]:
+    """The model as a run finds it."""
+
+    def make(*components: str) -> LatentDiffusion:
+        model = load(pretrained)
+        adapters.attach(model, components or config.trainable.components, config.lora, seed=0)
+        return model
+
+    return make
+
+
+def _losses(model: LatentDiffusion, labels: list[int], latents: Tensor, k: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(len(labels), k, *model.latent_shape, generator=generator)
+    timesteps = torch.randint(0, 1000, (len(labels), k), generator=generator)
+    return per_example_loss(model, latents, torch.tensor(labels), timesteps, noise)
+
+
+@pytest.mark.parametrize("clipping", ["flat", "automatic", "per_layer"])
+def test_a_gradient_canary_adds_c_to_its_own_coordinate_and_nothing_else(
+    start: Callable[..., LatentDiffusion], clipping: str
+) -> None:
+    model, bound, k = GradientCanaries(start(), 7, 0.5), 0.5, 3
+    torch.nn.init.normal_(model.canaries.weight)
+    engine = ClippedGradientSum(model, Clip(k, bound, clipping))
+    share = 1 / math.sqrt(engine.num_layers) if clipping == "per_layer" else 1.0
+    size = model.canaries.weight.numel()
+    for canary in range(7):
+        engine.reset()
+        labels = [model.first_label + canary, 1]
+        latents = torch.cat([torch.zeros(1, *model.latent_shape), torch.randn(1, *model.latent_shape)])
+        engine.add(_losses(model, labels, latents, k), torch.tensor([1.0, 0.0]))
+        total = engine.total()
+        own = total[-size:]
+        assert own[canary] == pytest.approx(share * bound, rel=1e-3)
+        assert torch.count_nonzero(total) == 1
+    engine.reset()
+    engine.add(_losses(model, [1], torch.randn(1, *model.latent_shape), k))
+    assert torch.count_nonzero(engine.total()[-size:]) == 0 < torch.count_nonzero(engine.total())
+
+
+def test_beside_canaries_a_model_computes_what_it_did(start: Callable[..., LatentDiffusion]) -> None:
+    model = start()
+    latents = torch.randn(3, *model.latent_shape)
+    expected = _losses(model, [0, 4, 9], latents, 2)
+    torch.testing.assert_close(_losses(GradientCanaries(model, 5, 1.0), [0, 4, 9], latents, 2), expected)
+
+
+def test_an_unconditional_model_takes_gradient_canaries_too() -> None:
+    config = composed(*TINY, "model.conditioning=none")
+    model = build(config.model, classes=["?"], channels=1, image_size=8)
+    adapters.attach(model, ["lora"], config.lora, seed=0)
+    odd = GradientCanaries(model, 4, 1.0)
+    engine = ClippedGradientSum(odd, Clip(2, 1.0))
+    engine.add(_losses(odd, [odd.first_label + 3], torch.zeros(1, *model.latent_shape), 2))
+    own = engine.total()[-odd.canaries.weight.numel() :]
+    assert float(own[3]) == pytest.approx(1, rel=1e-3) and len(own) >= 4 + EMPTY
+
+
+def test_coins_are_fair_and_images_are_all_different() -> None:
+    """Of 10,000 fair coins the count is within 200 of the half, but for 6 of 100,000 cases."""
+    randomness = Randomness.from_seed(0)
+    assert abs(int(coins(randomness, 10_000).sum()) - 5000) < 200
+    images = odd_images((3, 10, 12), 50, randomness)
+    assert images.shape == (50, 3, 10, 12) and images.dtype == np.uint8
+    assert len({image.tobytes() for image in images}) == 50
+
+
+# Teeth
+
+
+@functools.cache
+def plan_at(epsilon: float, k: int = 1) -> PrivacyPlan:
+    return make_plan(
+        num_examples=2000,
+        expected_batch_size=1000,
+        steps=2,
+        noise_multiplier=None,
+        target_epsilon=epsilon,
+        delta=1e-5,
+        noise_multiplicity=k,
+        max_grad_norm=1e-3,
+    )
+
+
+def no_noise(patched: pytest.MonkeyPatch) -> None:
+    """Sigma is 0, whatever the plan says."""
+    patched.setattr(PrivacyPlan, "noise_std", property(lambda plan: 0.0))
+
+
+def no_clip(patched: pytest.MonkeyPatch) -> None:
+    """C is infinite for the clip, and what it was for the noise."""
+
+    def engine(module: Any, clip: Clip) -> ClippedGradientSum:
+        return ClippedGradientSum(module, dataclasses.replace(clip, max_grad_norm=math.inf))
+
+    patched.setattr(algorithm, "ClippedGradientSum", engine)
+
+
+class _Apart(ClippedGradientSum):
+    """Takes each draw of an example for an example."""
+
+    def __init__(self, module: Any, clip: Clip) -> None:
+        super().__init__(module, dataclasses.replace(clip, noise_multiplicity=1))
+        self.k = clip.noise_multiplicity
+
+    def add(self, losses: Tensor, weights: Tensor | None = None) -> None:
+        super().add(losses, None if weights is None else weights.repeat_interleave(self.k))
+
+
+def draws_apart(patched: pytest.MonkeyPatch) -> None:
+    """The k draws are clipped one by one, as in the code released with the paper."""
+
+    def each(model: Any, latents: Tensor, labels: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
+        k = timesteps.shape[1]
+        rows = latents.repeat_interleave(k, 0), labels.repeat_interleave(k)
+        return per_example_loss(model, *rows, timesteps.reshape(-1, 1), noise.flatten(0, 1).unsqueeze(1))
+
+    patched.setattr(finetune, "per_example_loss", each)
+    patched.setattr(algorithm, "ClippedGradientSum", _Apart)
+
+
+def half_the_noise(patched: pytest.MonkeyPatch) -> None:
+    """The noise is half of what was accounted."""
+    noise_std = PrivacyPlan.noise_std
+    patched.setattr(PrivacyPlan, "noise_std", property(lambda plan: noise_std.fget(plan) / 2))  # type: ignore[misc]
+
+
+def whole_batches(patched: pytest.MonkeyPatch) -> None:
+    """Every example is in every batch, and a Poisson sample was accounted."""
+    patched.setattr(algorithm, "poisson_batch", lambda randomness, step, count, rate: torch.arange(count))
+
+
+GROSS = (no_noise, no_clip, draws_apart)
+DEFECTS = (*GROSS, half_the_noise, whole_batches)
+
+
+class Audited:
+    """The two bounds, which hold together with 95 %, and the tests of the noise."""
+
+    def __init__(self, trained: Trained, plan: PrivacyPlan) -> None:
+        self.claimed = plan.epsilon
+        at = bounds.thresholds(plan.mechanism, trained.noise_factor)
+        outcomes = [Outcome.of(trained.scores, trained.included, threshold) for threshold in at]
+        assert trained.noise is not None
+        self.accused = Verdict(trained.p_values()).accused
+        self.one_run = bounds.one_run(trained.scores, trained.included, plan.delta, 0.975).epsilon
+        self.refuted = self.one_run > plan.epsilon or bounds.refutes(
+            outcomes, plan.mechanism, plan.delta, 0.975
+        )
+        self.family = lambda: bounds.gaussian_family(outcomes, plan.mechanism, plan.delta, 0.975)
+
+
+@pytest.fixture
+def audited(start: Callable[..., LatentDiffusion], config: Config, tmp_path: Path) -> Callable[..., Audited]:
+    def run(seed: int, epsilon: float, canaries: int, k: int = 1) -> Audited:
+        plan = plan_at(epsilon, k)
+        trained = train_with_canaries(
+            config,
+            start(),
+            plan,
+            kind="gradient",
+            count=canaries,
+            randomness=Randomness.from_seed(seed),
+            folder=tmp_path / str(len(list(tmp_path.iterdir()))),
+        )
+        return Audited(trained, plan)
+
+    return run
+
+
+@pytest.mark.parametrize("defect", GROSS, ids=lambda defect: defect.__name__)
+def test_a_gross_defect_is_found_whatever_the_mechanism(
+    defect: Callable[[pytest.MonkeyPatch], None],
+    audited: Callable[..., Audited],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patched:
+        defect(patched)
+        found = audited(1, epsilon=1.0, canaries=400, k=8)
+    assert found.one_run > found.claimed
+    if defect is no_noise:
+        assert "variance" in found.accused
+    else:
+        assert set(found.accused) <= {"largest_contribution"}, "clip and draws do not change the noise"
+
+
+@pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.__name__)
+def test_a_defect_is_found_at_a_large_epsilon_too(
+    defect: Callable[[pytest.MonkeyPatch], None],
+    audited: Callable[..., Audited],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patched:
+        defect(patched)
+        found = audited(2, epsilon=8.0, canaries=300, k=4)
+    assert found.refuted
+    by_noise = set(found.accused) - {"largest_contribution"}
+    assert bool(by_noise) == (defect in (no_noise, half_the_noise))
+    if defect is no_clip:
+        assert "largest_contribution" in found.accused
+
+
+def test_twenty_correct_runs_are_not_accused(audited: Callable[..., Audited]) -> None:
+    """Each may be accused with a probability of 5 %, and by the tests of the noise with one of 1 %.
+
+    More than five are a chance of 0.03 %, and more than three of 4 in 100,000.
+    """
+    runs = [audited(seed, epsilon=8.0, canaries=300) for seed in range(100, 120)]
+    assert sum(run.refuted for run in runs) <= 5 and sum(bool(run.accused) for run in runs) <= 3
+    bound = runs[0].family()
+    assert 0.1 * runs[0].claimed < bound < runs[0].claimed, "a bound that says nothing cannot be wrong"
+
+
+def image_canaries(start: Callable[..., LatentDiffusion], config: Config, folder: Path) -> bounds.Membership:
+    """Three trainings almost without noise, of every parameter, on some of ten odd images each.
+
+    There are few bystanders and one canary a class, so that the small model can learn them by heart.
+    """
+    loud = replace(plan_at(8.0), noise_multiplier=1e-3, noise_multiplicity=1, sample_rate=1.0, steps=100)
+    inside, outside = [], []
+    for seed in range(3):
+        trained = train_with_canaries(
+            config,
+            start("full"),
+            loud,
+            kind="image",
+            count=10,
+            randomness=Randomness.from_seed(seed),
+            folder=folder / str(seed),
+        )
+        assert np.isfinite(trained.scores).all() and len(trained.scores) == 10
+        inside.append(trained.scores[trained.included])
+        outside.append(trained.scores[~trained.included])
+    return bounds.membership(np.concatenate(inside), np.concatenate(outside))
+
+
+@pytest.mark.slow
+def test_image_canaries_that_were_learnt_are_told_from_those_that_were_not(
+    start: Callable[..., LatentDiffusion], config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores that say nothing pass this in less than 2.5 of 100 cases; these are nearly always in order."""
+    monkeypatch.setattr(canaries, "BYSTANDERS", 8)
+    config.train.schedule = "constant"
+    found = image_canaries(start, config, tmp_path / "learnt")
+    assert found.auc > 0.8 and found.auc_low > 0.5
+
+    # A twin whose training does not see the canaries that are said to be in it.
+    step = canaries._step
+
+    def blind(config: Config, model: LatentDiffusion, latents: Tensor, labels: Tensor, *rest: Any) -> Any:
+        return step(config, model, latents[-8:], labels[-8:], *rest)
+
+    monkeypatch.setattr(canaries, "_step", blind)
+    found = image_canaries(start, config, tmp_path / "blind")
+    assert found.auc < 0.8 and found.auc_low < 0.5
+
+
+def test_an_interrupted_audit_ends_like_a_quiet_one(
+    start: Callable[..., LatentDiffusion], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = composed(*TINY, "lora.rank=2", "train.checkpoint_minutes=0")
+
+    def train(folder: str) -> Trained:
+        randomness = Randomness.from_seed(9)
+        return train_with_canaries(
+            config,
+            start(),
+            plan_at(8.0),
+            kind="gradient",
+            count=20,
+            randomness=randomness,
+            folder=tmp_path / folder,
+        )
+
+    quiet = train("quiet")
+    call = finetune.FinetuneStep.__call__
+
+    def dies(step: finetune.FinetuneStep, number: int) -> dict[str, float]:
+        if number == 1:
+            raise KeyboardInterrupt
+        return call(step, number)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(finetune.FinetuneStep, "__call__", dies)
+        with pytest.raises(KeyboardInterrupt):
+            train("broken")
+    again = train("broken")
+    for one, other in zip(again.arrays().items(), quiet.arrays().items(), strict=True):
+        assert one[0] == other[0] and np.array_equal(one[1], other[1]), one[0]

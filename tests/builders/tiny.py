@@ -1,0 +1,45 @@
+"""The command line and the configuration of a job that takes seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+
+import dp_lora.__main__  # noqa: F401  (registers the schema)
+from dp_lora.config.load import config_directory, from_omegaconf
+from dp_lora.config.schema import Config
+
+TINY = (
+    "model=tiny8",
+    "data=digits",
+    "data@public_data=digits",
+    "public_data.public=true",
+    "train.expected_batch_size=60",
+    "train.max_steps=4",
+    "sampler.num_samples=20",
+    "sampler.steps=4",
+    "tracking.wandb=disabled",
+    "tracking.progress=off",
+    "resources.device=cpu",
+    "resources.threads=1",
+)
+"""The command line of a job that takes seconds, without its paths."""
+
+
+def composed(*overrides: str) -> Config:
+    """The checked configuration of a command line."""
+    with initialize_config_dir(str(config_directory()), version_base="1.3"):
+        return from_omegaconf(compose("config", list(overrides)))
+
+
+def words(cache: Path, outputs: Path) -> list[str]:
+    """The command line of a tiny job."""
+    ledger = outputs.with_name(f"{outputs.name}.privacy_ledger.jsonl")
+    places = {
+        "cache": cache,
+        "outputs": outputs,
+        "ledger": ledger,
+        "index": outputs.with_name(f"{outputs.name}.image_index"),
+    }
+    return [*TINY, *(f"paths.{name}={place}" for name, place in places.items())]

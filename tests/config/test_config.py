@@ -1,0 +1,387 @@
+"""The configuration: every preset composes, impossible values are refused, and what names a run."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError
+
+from dp_lora.commands.vocabulary import field_names, kind_of
+from dp_lora.config.checks import check
+from dp_lora.config.identity import fingerprint, pretrained_fingerprint, run_directory
+from dp_lora.config.load import config_directory, from_omegaconf
+from dp_lora.config.schema import Config
+from dp_lora.errors import UserError
+from tests.builders.tiny import composed
+
+# What a preset needs beside itself to make sense.
+COMPANIONS = {
+    "data/imagefolder": ["data.source=/images"],
+    "epsilon/none": ["privacy.noise_multiplier=1"],
+}
+
+PRESETS = sorted(path.relative_to(config_directory()) for path in config_directory().glob("*/**/*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def default() -> Config:
+    return composed()
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=str)
+def test_every_preset_composes_and_passes_the_checks(preset: Path) -> None:
+    group, choice = preset.parent.as_posix(), preset.stem
+    override = f"{group}='{choice}'"  # quoted, because `inf` would be a number
+    config = composed(override, *COMPANIONS.get(f"{group}/{choice}", []))
+    assert isinstance(config, Config)
+
+
+def test_presets_say_what_their_names_say() -> None:
+    config = composed("epsilon=eps1", "lora_rank=r16", "noise_multiplicity=k8")
+    assert (config.privacy.epsilon, config.lora.rank, config.privacy.noise_multiplicity) == (1.0, 16, 8)
+    assert composed("epsilon=none", "noise_multiplier=fixed", "train.max_steps=5").privacy.epsilon is None
+    assert composed("epsilon='inf'").privacy.epsilon == float("inf")
+    fixed = composed("noise_multiplier=fixed")
+    assert fixed.privacy.noise_multiplier == 1.0 and fixed.train.max_steps is None
+
+
+@pytest.mark.parametrize(
+    "experiment", ["mnist", "fashion_mnist", "cifar10", "celeba32", "celeba64", "celebahq256"]
+)
+def test_smoke_is_the_experiment_in_small(experiment: str) -> None:
+    config, full = composed(f"experiment={experiment}", "scale=smoke"), composed(f"experiment={experiment}")
+    train, pretrain = config.train, config.model.pretrain
+    assert (train.max_steps, train.epochs, train.expected_batch_size) == (2, None, 10)
+    assert (pretrain.autoencoder_steps, pretrain.unet_steps, config.sampler.num_samples) == (1, 1, 20)
+    for name in ("data", "public_data", "trainable", "lora", "resources"):
+        assert getattr(config, name) == getattr(full, name)
+    assert (config.model.unet, config.model.autoencoder) == (full.model.unet, full.model.autoencoder)
+    assert (config.privacy.epsilon, config.privacy.delta) == (full.privacy.epsilon, full.privacy.delta)
+
+
+def test_every_preset_is_overridden_by_value() -> None:
+    config = composed("epsilon=eps1", "privacy.epsilon=2.5", "lora_rank=r16", "lora.rank=12")
+    assert config.privacy.epsilon == 2.5 and config.lora.rank == 12
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=1",
+        "data=digits",
+        "public_data.train_size=100",
+        "model.unet.cross_attention_dim=32",
+        "trainable=bias",
+        "lora.rank=3",
+        "lora.alpha=2",
+        "privacy.epsilon=3",
+        "privacy.adjacency=add_or_remove train.sample_rate=0.25",
+        "tracking.private_loss=true",
+        "privacy.delta=1e-6",
+        "privacy.insecure_seed=1",
+        "train.learning_rate=0.1",
+        "train.precision=bfloat16",
+        "sampler.steps=3",
+        "evaluation.reference=train",
+        "evaluation.bootstrap=50",
+        "evaluation=release",
+    ],
+)
+def test_the_fingerprint_changes_with_what_can_change_the_result(override: str, default: Config) -> None:
+    assert fingerprint(composed(*override.split())) != fingerprint(default)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "paths.outputs=/elsewhere",
+        "paths.cache=/elsewhere",
+        "tracking.project=other",
+        "tracking.log_every=5",
+        "resources.device=cpu",
+        "resources.threads=1",
+        "stages=[sample]",
+        "train.microbatch=7",
+        "train.compile=true",
+        "train.channels_last=true",
+        "train.checkpoint_minutes=9",
+        "evaluation.inception_weights=/elsewhere",
+    ],
+)
+def test_the_fingerprint_ignores_what_cannot(override: str, default: Config) -> None:
+    assert fingerprint(composed(override)) == fingerprint(default)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *("data.source", "public_data.source", "model.pretrained"),
+        *("model.pretrain.perceptual_network", "evaluation.dinov2"),
+    ],
+)
+def test_a_place_in_the_home_folder_is_one_run_in_both_spellings(
+    setting: str, default: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/ann")
+    *path, name = setting.split(".")
+
+    def given(place: str) -> Config:
+        config = copy.deepcopy(default)
+        setattr(functools.reduce(getattr, path, config), name, place)
+        return config
+
+    for identity in (fingerprint, pretrained_fingerprint):
+        places = ("~/set", "/home/ann/set", "~/set/", "/home/ann/./set")
+        assert len({identity(given(place)) for place in places}) == 1
+    assert len({fingerprint(given(place)) for place in ("set", "~/set", "/home/bob/set")}) == 3
+
+
+def test_the_weights_of_a_pre_training_depend_on_what_is_public_alone() -> None:
+    own = pretrained_fingerprint(composed())
+    assert own == pretrained_fingerprint(
+        composed("data=digits", "privacy.epsilon=1", "model.pretrained=null")
+    )
+    assert own != pretrained_fingerprint(composed("public_data.train_size=26"))
+    assert own != pretrained_fingerprint(composed("model.pretrain.unet_steps=7"))
+
+
+def test_the_run_directory_is_readable_and_the_same_however_the_run_is_asked_for(tmp_path: Path) -> None:
+    said = ["paths.outputs=x", "lora.rank=3", "epsilon='inf'", "tracking.project=p", "train.microbatch=4"]
+    config = composed(*said[1:], f"paths.outputs={tmp_path}")
+    directory = run_directory(config, said)
+    assert directory == tmp_path / "default" / f"epsilon=inf,lora.rank=3-{fingerprint(config)}"
+    assert run_directory(config, []).name == f"defaults-{fingerprint(config)}"
+    directory.mkdir(parents=True)
+    assert run_directory(config, ["lora.rank=3", "privacy.epsilon=.inf"]) == directory
+    odd = run_directory(composed(f"paths.outputs={tmp_path}", "seed=9"), ["data.source=/a b/'c'", "x" * 300])
+    assert odd.parent == tmp_path / "default" and len(odd.name) < 140 and " " not in odd.name
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "prompt": ({"model.prompt": "a photo"}, "model.prompt='a photo': expected {}"),
+    "adjacency": ({"privacy.adjacency": "replace"}, "privacy.adjacency='replace'"),
+    "add or remove without a rate": (
+        {"privacy.adjacency": "add_or_remove"},
+        "train.sample_rate=null with privacy.adjacency=add_or_remove: expected a number in (0, 1]",
+    ),
+    "add or remove by passes": (
+        {"privacy.adjacency": "add_or_remove", "train.sample_rate": 0.25, "train.epochs": 2.0},
+        "train.epochs=2.0 with privacy.adjacency=add_or_remove: expected null and train.max_steps",
+    ),
+    "add or remove of a number that is said": (
+        {"privacy.adjacency": "add_or_remove", "train.sample_rate": 0.25, "data.train_size": 300},
+        "data.train_size=300 with privacy.adjacency=add_or_remove: expected null or a fraction",
+    ),
+    "a fraction of one": (
+        {"data.test_size": 1.0},
+        "data.test_size=1.0: expected a whole number, or a fraction",
+    ),
+    "range of one value": ({"data.value_range": [0.0]}, "data.value_range=[0.0]: expected the values of"),
+    "range upside down": ({"data.value_range": [255.0, 0.0]}, "data.value_range=[255.0, 0.0]"),
+    "range without an end": ({"data.value_range": [0.0, float("inf")]}, "data.value_range=[0.0, inf]"),
+    "background": ({"data.background": "whit"}, "data.background='whit': expected white, grey, black or"),
+    "layout": (
+        {"data.layout": "folder"},
+        "data.layout='folder': expected one of folders, tables, or null; did",
+    ),
+    "a rate beside a public number": ({"train.sample_rate": 0.25}, "train.sample_rate=0.25 with"),
+    "sample rate": (
+        {"privacy.adjacency": "add_or_remove", "train.sample_rate": 1.5},
+        "train.sample_rate=1.5",
+    ),
+    "sample rate NaN": (
+        {"privacy.adjacency": "add_or_remove", "train.sample_rate": float("nan")},
+        "train.sample_rate=nan",
+    ),
+    "epsilon zero": ({"privacy.epsilon": 0.0}, "privacy.epsilon=0"),
+    "epsilon negative": ({"privacy.epsilon": -1.0}, "privacy.epsilon=-1"),
+    "epsilon NaN": ({"privacy.epsilon": float("nan")}, "privacy.epsilon=nan"),
+    "delta zero": ({"privacy.delta": 0.0}, "privacy.delta=0"),
+    "delta one": ({"privacy.delta": 1.0}, "privacy.delta=1"),
+    "delta NaN": ({"privacy.delta": float("nan")}, "privacy.delta=nan"),
+    "sigma zero": ({"privacy.noise_multiplier": 0.0}, "privacy.noise_multiplier=0"),
+    "sigma infinite": ({"privacy.noise_multiplier": float("inf")}, "privacy.noise_multiplier=inf"),
+    "nothing given": ({"privacy.epsilon": None}, "privacy.epsilon=null"),
+    "noise on the baseline": (
+        {"privacy.epsilon": float("inf"), "privacy.noise_multiplier": 1.0},
+        "privacy.epsilon=inf",
+    ),
+    "k zero": ({"privacy.noise_multiplicity": 0}, "privacy.noise_multiplicity=0"),
+    "C zero": ({"privacy.max_grad_norm": 0.0}, "privacy.max_grad_norm=0"),
+    "C NaN": ({"privacy.max_grad_norm": float("nan")}, "privacy.max_grad_norm=nan"),
+    "C beyond what an optimiser holds": (
+        {"privacy.max_grad_norm": 1e300},
+        "privacy.max_grad_norm=1e+300: expected a number above 0, at most 1e+06",
+    ),
+    "k beyond the timesteps": (
+        {"privacy.noise_multiplicity": 10**8},
+        "privacy.noise_multiplicity=100000000: expected at most 1000",
+    ),
+    "alpha beyond float32": (
+        {"lora.alpha": 1e30},
+        "lora.alpha=1e+30: expected a number above 0, at most 1e+06, or null",
+    ),
+    "seed beyond 63 bits": (
+        {"seed": 99999999999999999999},
+        "seed=99999999999999999999: expected at most 9223372036854775807",
+    ),
+    "threads beyond all machines": (
+        {"resources.threads": 99999999999999},
+        "resources.threads=99999999999999: expected at most 4096",
+    ),
+    "microbatch beyond memory": (
+        {"train.microbatch": 10**20},
+        "train.microbatch=100000000000000000000: expected 'auto' or a whole number from 1 to 100000",
+    ),
+    "epochs beyond float64": ({"train.epochs": 1e308}, "train.epochs=1e+308: expected a number above 0, at"),
+    "guidance beyond float32": (
+        {"sampler.guidance": 1e38},
+        "sampler.guidance=1e+38: expected a number from 0",
+    ),
+    "memory beyond all machines": ({"resources.memory_gb": 1e300}, "resources.memory_gb=1e+300: expected"),
+    "more images than fit": ({"data.train_size": 10**30}, "expected at most 10000000, or a fraction"),
+    "weight decay beyond the weight": (
+        {"train.weight_decay": 1e9},
+        "train.weight_decay=1e+09: with train.learning_rate=0.02, times the largest factor 5, expected a",
+    ),
+    "weight decay times a factor": (
+        {"train.weight_decay": 10.0, "trainable.learning_rate_factor": 100.0},
+        "train.weight_decay=10: with train.learning_rate=0.02, times the largest factor 100, expected",
+    ),
+    "no level": (
+        {"model.unet.block_out_channels": []},
+        "model.unet.block_out_channels=[]: expected at least",
+    ),
+    "clipping": ({"privacy.clipping": "flatt"}, "privacy.clipping='flatt'"),
+    "rank zero": ({"lora.rank": 0}, "lora.rank=0"),
+    "alpha infinite": ({"lora.alpha": float("inf")}, "lora.alpha=inf"),
+    "no target": ({"lora.target_modules": []}, "lora.target_modules=[]"),
+    "no component": ({"trainable.components": []}, "trainable.components=[]"),
+    "component": ({"trainable.components": ["lorra"]}, "did you mean 'lora'?"),
+    "stage": ({"stages": ["finetune", "evalute"]}, "did you mean 'evaluate'?"),
+    "batch zero": ({"train.expected_batch_size": 0}, "train.expected_batch_size=0"),
+    "steps zero": ({"train.max_steps": 0}, "train.max_steps=0"),
+    "no end": ({"train.max_steps": None}, "train.max_steps=null"),
+    "epochs NaN": ({"train.epochs": float("nan")}, "train.epochs=nan"),
+    "rate NaN": ({"train.learning_rate": float("nan")}, "train.learning_rate=nan"),
+    "decay one": ({"train.ema_decay": 1.0}, "train.ema_decay=1"),
+    "factor below 0": (
+        {"train.embedder_learning_rate_factor": -1.0},
+        "train.embedder_learning_rate_factor=-1",
+    ),
+    "rate factor zero": (
+        {"trainable.learning_rate_factor": 0.0},
+        "trainable.learning_rate_factor=0.0: expected a finite number above 0",
+    ),
+    "captions of public images": (
+        {"public_data.caption_column": "text"},
+        "public_data.caption_column=text: pre-training knows classes",
+    ),
+    "guidance NaN": ({"sampler.guidance": float("nan")}, "sampler.guidance=nan"),
+    "microbatch zero": ({"train.microbatch": 0}, "train.microbatch=0"),
+    "microbatch word": ({"train.microbatch": "many"}, "train.microbatch='many'"),
+    "precision": ({"train.precision": "float16"}, "train.precision='float16'"),
+    "schedule": ({"train.schedule": "cosin"}, "did you mean 'cosine'?"),
+    "sampler": ({"sampler.name": "ddmi"}, "did you mean 'ddim'?"),
+    "eta": ({"sampler.eta": 2.0}, "sampler.eta=2"),
+    "no samples": ({"sampler.num_samples": 0}, "sampler.num_samples=0"),
+    "device": ({"resources.device": "tpu"}, "resources.device='tpu'"),
+    "threads": ({"resources.threads": 0}, "resources.threads=0"),
+    "channels": ({"data.channels": 2}, "data.channels=2"),
+    "negative part": ({"data.test_size": -1}, "data.test_size=-1"),
+    "private pre-training": ({"public_data.public": False}, "public_data.public=false"),
+    "levels": ({"model.unet.attention": [True]}, "model.unet.attention"),
+    "experiment": ({"experiment": "../up"}, "experiment='../up'"),
+    "seed": ({"seed": -1}, "seed=-1"),
+    "classifier": ({"evaluation.classifiers": ["resnext", "wnr"]}, "did you mean 'wrn'?"),
+    "nothing measured": (
+        {"evaluation.extractors": [], "evaluation.classifiers": []},
+        "evaluation.extractors=[] with evaluation.classifiers=[]",
+    ),
+    "few resamples": ({"evaluation.bootstrap": 5}, "evaluation.bootstrap=5"),
+    "negative resamples": ({"evaluation.bootstrap": -50}, "evaluation.bootstrap=-50"),
+    "release": ({"evaluation.release": "pd"}, "evaluation.release='pd'"),
+    "release epsilon NaN": ({"evaluation.release_epsilon": float("nan")}, "evaluation.release_epsilon=nan"),
+    "release epsilon infinite": ({"evaluation.release_epsilon": float("inf")}, "release_epsilon=inf"),
+    "release delta": ({"evaluation.release_delta": 1.0}, "evaluation.release_delta=1"),
+    "release on trained images": (
+        {"evaluation.release": "dp", "evaluation.reference": "train"},
+        "evaluation.release=dp with evaluation.reference=train",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_an_impossible_value_is_refused_by_field_and_value(name: str, default: Config) -> None:
+    changes, expected = BAD[name]
+    config = _copy(default)
+    check(config)
+    for field, value in changes.items():
+        *groups, last = field.split(".")
+        target: Any = config
+        for group in groups:
+            target = getattr(target, group)
+        assert hasattr(target, last)
+        setattr(target, last, value)
+    with pytest.raises(UserError) as caught:
+        check(config)
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+WHOLE = [
+    "seed", "privacy.noise_multiplicity", "lora.rank", "train.max_steps", "train.expected_batch_size",
+    "train.warmup_steps", "train.microbatch", "sampler.steps", "sampler.num_samples", "sampler.batch_size",
+    "evaluation.classifier_epochs", "evaluation.deep_classifier_epochs", "evaluation.batch_size",
+    "evaluation.bootstrap", "tracking.log_every", "resources.threads", "resources.nodes", "resources.gpus",
+    "resources.processes", "resources.cpus", "resources.time_limit_min",
+    *(f"model.autoencoder.{name}"
+      for name in ("latent_channels", "layers_per_block", "norm_num_groups", "num_codes")),
+    *(f"model.unet.{name}" for name in ("layers_per_block", "cross_attention_dim", "num_heads", "head_dim",
+                                        "norm_num_groups")),
+    "model.scheduler.num_train_timesteps",
+    *(f"model.pretrain.{name}" for name in (
+        "autoencoder_steps", "unet_steps", "decoder_steps", "warmup_steps", "adversarial_start",
+        "samples_every", "autoencoder_batch_size", "unet_batch_size")),
+    *(f"{data}.{name}" for data in ("data", "public_data")
+      for name in ("image_size", "train_size", "validation_size", "test_size")),
+]  # fmt: skip
+"""Every field that takes a whole number, but for those of `ANY`."""
+
+ANY = {"data.channels", "public_data.channels", "privacy.insecure_seed"}
+"""1 or 3; and what is hashed, of any size."""
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_every_whole_number_has_an_end(name: str, default: Config) -> None:
+    for value in (10**30, -1):
+        config = _copy(default)
+        *groups, last = name.split(".")
+        setattr(functools.reduce(getattr, groups, config), last, value)
+        with pytest.raises(UserError, match=re.escape(f"{name}={value}: expected ")):
+            check(config)
+
+
+def test_no_whole_number_was_left_out() -> None:
+    whole = {name for name in field_names(leaves=True) if re.match(r"int\b", kind_of(name))}
+    assert whole == {*WHOLE, *ANY}
+
+
+def _copy(value: Any) -> Any:
+    if not dataclasses.is_dataclass(value):
+        return value
+    return type(value)(**{f.name: _copy(getattr(value, f.name)) for f in dataclasses.fields(value)})
+
+
+def test_a_missing_value_and_an_unknown_field_are_refused() -> None:
+    with pytest.raises(UserError, match=r"^data\.name: no value given$"):
+        from_omegaconf(OmegaConf.structured(Config))
+    # `+` adds a key to what Hydra composes; it must not pass in silence.
+    with pytest.raises(ConfigKeyError, match="rnk"):
+        composed("+lora.rnk=3")

@@ -1,0 +1,181 @@
+"""The rooms of the package: imports point one way and in no circle, and what starts fast stays light."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "dp_lora"
+
+ROOMS = (
+    "errors", "storage", "config", "records", "privacy", "data", "models", "evaluation", "training", "jobs",
+    "auditing", "commands", "__main__",
+)  # fmt: skip
+"""From the bottom up: a room imports from itself and from those before it."""
+
+LIGHT = (
+    "dp_lora",
+    "dp_lora.__main__",
+    "dp_lora.commands.audit",
+    "dp_lora.commands.command_line",
+    "dp_lora.commands.explain",
+    "dp_lora.commands.export",
+    "dp_lora.commands.fetch",
+    "dp_lora.commands.import_checkpoint",
+)
+"""What a user waits for before the first word, or after a mistake."""
+HEAVY = ("torch", "torchmetrics", "diffusers", "peft", "opacus", "dp_accounting", "scipy", "wandb", "sklearn")
+
+Imports = Mapping[str, Mapping[str, bool]]
+"""Of each module, the modules that it imports, and whether that is at its top."""
+
+
+def name_of(path: Path, package: Path) -> str:
+    parts = path.relative_to(package.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported(node: ast.AST, top: bool = True) -> Iterator[tuple[str, bool]]:
+    """The names that a module imports; of `from a import b` both a and a.b, since b may be a module."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            yield from ((alias.name, top) for alias in child.names)
+        elif isinstance(child, ast.ImportFrom) and child.module and child.level == 0:
+            yield child.module, top
+            yield from ((f"{child.module}.{alias.name}", top) for alias in child.names)
+        elif isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+            # For the types alone: such an arrow has to point downwards too, but nothing is loaded.
+            yield from imported(child, False)
+        else:
+            yield from imported(child, top and not isinstance(child, ast.FunctionDef))
+
+
+def imports_of(package: Path) -> dict[str, dict[str, bool]]:
+    found: dict[str, dict[str, bool]] = {}
+    for path in package.rglob("*.py"):
+        own = found.setdefault(name_of(path, package), {})
+        for name, top in imported(ast.parse(path.read_text(encoding="utf-8"))):
+            own[name] = own.get(name, False) or top
+    return found
+
+
+def own_modules(graph: Imports) -> dict[str, set[str]]:
+    """The same graph with the package's own modules alone."""
+    return {name: {other for other in names if other in graph and other != name}
+            for name, names in graph.items()}  # fmt: skip
+
+
+def room(name: str) -> str:
+    return name.partition(".")[2].partition(".")[0]
+
+
+def upward(graph: Imports) -> list[str]:
+    """The imports that point to a room above."""
+    return [
+        f"{name} -> {other}"
+        for name, others in own_modules(graph).items()
+        for other in sorted(others)
+        if room(name) and room(other) and ROOMS.index(room(other)) > ROOMS.index(room(name))
+    ]
+
+
+def circles(graph: Imports) -> list[str]:
+    """Modules that import themselves by way of others."""
+    below = own_modules(graph)
+
+    def reachable(start: str) -> set[str]:
+        seen: set[str] = set()
+        left = [start]
+        while left:
+            for other in below[left.pop()] - seen:
+                seen.add(other)
+                left.append(other)
+        return seen
+
+    return sorted(name for name in below if name in reachable(name))
+
+
+def heavy(graph: Imports, light: str) -> list[str]:
+    """What is slow to load and is loaded with `light`."""
+    seen, left, found = {light}, [light], set[str]()
+    while left:
+        for other, top in graph[left.pop()].items():
+            if top and other.split(".")[0] in HEAVY:
+                found.add(other.split(".")[0])
+            if top and other in graph and other not in seen:
+                seen.add(other)
+                left.append(other)
+    return sorted(found)
+
+
+@pytest.fixture(scope="module")
+def graph() -> dict[str, dict[str, bool]]:
+    return imports_of(PACKAGE)
+
+
+def test_every_module_has_a_room(graph: Imports) -> None:
+    assert {room(name) for name in graph} - {""} == {*ROOMS}
+    assert len(list(PACKAGE.iterdir())) - (PACKAGE / "__pycache__").exists() <= 20
+
+
+def test_imports_point_downwards(graph: Imports) -> None:
+    assert upward(graph) == []
+
+
+def test_nothing_imports_itself_by_way_of_others(graph: Imports) -> None:
+    assert circles(graph) == []
+
+
+@pytest.mark.parametrize("light", LIGHT)
+def test_what_starts_fast_loads_nothing_heavy(graph: Imports, light: str) -> None:
+    assert heavy(graph, light) == []
+
+
+def test_the_package_knows_nothing_of_what_is_built_on_it(graph: Imports) -> None:
+    above = ("sweeps", "hydra_plugins", "benchmarks", "tests")
+    assert [name for name, others in graph.items() for o in others if o.split(".")[0] in above] == []
+
+
+def test_privacy_knows_tensors_alone(graph: Imports) -> None:
+    strangers = ("diffusers", "omegaconf", "yaml", "hydra", "wandb")
+    inside = {name: others for name, others in graph.items() if room(name) == "privacy"}
+    assert [name for name, others in inside.items() for o in others if o.split(".")[0] in strangers] == []
+
+
+def test_the_checks_find_what_they_look_for(tmp_path: Path) -> None:
+    package = tmp_path / "dp_lora"
+    for path, text in {
+        "__init__.py": "",
+        "__main__.py": "from dp_lora.jobs import job\n",
+        "data/__init__.py": "",
+        "data/sets.py": "def load():\n    from dp_lora.jobs.job import run\n",
+        "jobs/__init__.py": "",
+        "jobs/job.py": "import torch\nfrom dp_lora.jobs import other\n",
+        "jobs/other.py": "def late():\n    from dp_lora.jobs.job import run\n",
+    }.items():
+        (package / path).parent.mkdir(parents=True, exist_ok=True)
+        (package / path).write_text(text)
+    graph = imports_of(package)
+    assert upward(graph) == ["dp_lora.data.sets -> dp_lora.jobs.job"]
+    assert circles(graph) == ["dp_lora.jobs.job", "dp_lora.jobs.other"]
+    assert heavy(graph, "dp_lora.__main__") == ["torch"] and heavy(graph, "dp_lora.data.sets") == []
+
+
+def test_files_and_functions_stay_short() -> None:
+    long = []
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        if len(text.splitlines()) > 500:
+            long.append(str(path.relative_to(ROOT)))
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                first = node.body[0]
+                written = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+                documented = (first.end_lineno or 0) - first.lineno + 1 if written else 0
+                if (node.end_lineno or 0) - node.lineno + 1 - documented > 60:
+                    long.append(f"{path.relative_to(ROOT)}: {node.name}")
+    assert long == []

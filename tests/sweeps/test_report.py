@@ -1,0 +1,295 @@
+"""Tables and figures of a sweep: means over seeds, published figures, partial reports, files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from dp_lora.errors import UserError
+from dp_lora.storage.files import read_json
+from sweeps import figures, published, tables
+from sweeps.collect import collect
+from sweeps.curves import MOST_POINTS, curves
+from sweeps.folders import find, read
+from sweeps.report import FILES, build, write
+from sweeps.summary import Group, Stat, Summary, summarise
+from tests.builders.sweep_folder import SHA, grid, write_sweep
+
+RANKS = grid(lora__rank=[4, 8], seed=[0, 1, 2])
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    return write_sweep(tmp_path / "outputs", "rank", RANKS, ["done"] * 4 + ["failed", "missing"])
+
+
+def summary(folder: Path, **options: Any) -> Summary:
+    return summarise(collect([read(folder)], **options))
+
+
+def cells_of(line: str) -> list[str]:
+    return [word.strip() for word in line.strip("|").split("|")]
+
+
+def test_a_setting_is_mean_and_deviation_over_its_seeds(sweep: Path) -> None:
+    found = summary(sweep)
+    assert [group.setting for group in found.groups] == ["lora.rank=4", "lora.rank=8"]
+    assert found.varying == ("rank",) and found.axis == "rank" and found.counted == "4 of 6"
+    values = [row["accuracy_cnn"] for row in found.groups[0].done]
+    stat = found.groups[0].stat("accuracy_cnn")
+    assert stat == Stat(statistics.fmean(values), statistics.stdev(values), 3)
+    single = found.groups[1].stat("accuracy_cnn")
+    assert single is not None and single.std is None and "±" not in str(single)
+
+
+def test_the_table_has_a_line_a_setting_and_the_baselines(sweep: Path) -> None:
+    table = tables.main_table(summary(sweep), "dp-lora -m sweep=rank")
+    lines = table.markdown().splitlines()
+    head = cells_of(lines[0])
+    assert head == ["lora.rank", "runs", "epsilon", "delta", "sigma", "trained", "accuracy_cnn ↑‡",
+                    "fd_lite0 ↓‡", "kid_lite0 ↓‡", "seconds", "peak GB"]  # fmt: skip
+    first, second, before, real = (cells_of(line) for line in lines[2:6])
+    assert first[:6] == ["4", "3 of 3", "10", "1e-05", "0.800", "12,000"] and " ± " in first[6]
+    assert second[:2] == ["8", "1 of 3"] and " ± " not in second[6]
+    assert before[0] == "before fine-tuning" and before[6] == "0.095 ± 0.000"
+    assert real[0] == "real images" and real[7] == "21.00 ± 0.00"
+    notes = table.notes
+    for note in (
+        "partial: 4 of 6 runs are done; means are over those",
+        "epsilon at the delta beside it, by pld, add or remove one image, Poisson sampling",
+        "mean ± standard deviation over seeds 0, 1, 2",
+        "metrics on mnist5k: 2,000 generated images against test, n=1000; lite0: EfficientNet-Lite0, sha256 "
+        "579344248a93; bilinear to 64 px",
+        tables.PRIVATE_MEANS,
+        "rebuilt by: dp-lora -m sweep=rank",
+    ):
+        assert note in notes
+
+
+def test_no_place_of_one_machine_is_in_the_commands(sweep: Path) -> None:
+    record = read_json(sweep / "sweep.json")
+    command = (
+        "dp-lora -m paths.outputs=/home/dr_who/runs sweep=rank 'tracking.tags=[a b]' paths.cache=/home/x"
+    )
+    (sweep / "sweep.json").write_text(json.dumps({**record, "command": command}))
+    build([read(sweep)], sweep)
+    for name in ("table.md", "table.tex", "report.html", "provenance.json"):
+        text = (sweep / name).read_text()
+        assert "dr_who" not in text and "/home" not in text, name
+    kept = "dp-lora -m sweep=rank 'tracking.tags=[a b]'"
+    assert read_json(sweep / "provenance.json")["commands"][0] == kept
+
+
+def test_the_numbers_of_the_csv_are_not_rounded(sweep: Path) -> None:
+    found = summary(sweep)
+    records = list(csv.DictReader(io.StringIO(tables.as_csv(found))))
+    assert [record["lora.rank"] for record in records] == ["4", "8"]
+    stat = found.groups[0].stat("fd_lite0")
+    assert stat is not None
+    assert (float(records[0]["fd_lite0"]), float(records[0]["fd_lite0_std"])) == (stat.mean, stat.std)
+    assert records[1]["fd_lite0_std"] == "" and records[1]["fd_lite0_n"] == "1"
+
+
+def test_what_latex_reads_as_commands_is_escaped() -> None:
+    table = tables.Table("a_b", ("100 %", "x & y ±"), (("{c}", "d\\e #1 $2"),), notes=("~^†‡",))
+    text = table.latex()
+    assert "a\\_b" in text and "100 \\% & x \\& y $\\pm$ \\\\" in text
+    assert "\\{c\\} & d\\textbackslash{}e \\#1 \\$2 \\\\" in text
+    assert "\\textasciitilde{}\\textasciicircum{}$^\\dagger$$^\\ddagger$" in text
+
+
+def test_no_epsilon_is_shown_of_noise_that_has_a_seed(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path, "mine", grid(privacy__insecure_seed=[None, 5]))
+    table = tables.main_table(summary(folder), None)
+    assert [row[2] for row in table.rows[:2]] == ["10", "none"]
+    assert any("no guarantee" in note for note in table.notes)
+
+
+def test_a_sweep_without_privacy_says_inf_and_no_delta(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path, "mine", grid(privacy__epsilon=[1.0, math.inf], seed=[0, 1]))
+    found = summary(folder)
+    table = tables.main_table(found, None)
+    assert [row[2:5] for row in table.rows[:2]] == [("1", "1e-05", "8.000"), ("inf", "", "0")]
+    assert found.axis == "target_epsilon" and figures.places(found) == ["1", "inf"]
+
+
+def test_a_value_may_have_spaces() -> None:
+    words = Group("s", "model.prompt=a photo of a {} seed=1", ()).words
+    assert words == {"model.prompt": "a photo of a {}", "seed": "1"}
+
+
+# Published figures
+
+
+def group(**values: Any) -> Group:
+    row = {"state": "done", "data": "celeba64", "trainable": "lora", "rank": 4, "target_epsilon": 10.0,
+           "noise_multiplicity": 4, **values}  # fmt: skip
+    return Group("s", "x", (row,))
+
+
+def test_published_figures_stand_beside_the_same_setting_only() -> None:
+    def fids(**values: Any) -> list[tuple[str, float]]:
+        found = published.beside([group(**values)]).get(0, [])
+        return [(figure.method, figure.value) for figure in found if figure.metric == "fid"]
+
+    assert fids() == [("LoRA r4", 18.5)]
+    assert fids(target_epsilon=1.0) == [("LoRA r4", 21.5)]
+    assert fids(rank=16) == [] and fids(target_epsilon=3.0) == [] and fids(data="celeba32", rank=4) == [
+        ("DP-LoRA", 32.2)
+    ]  # fmt: skip
+    assert fids(trainable="attention", rank=None) == [("DP-LDM", 14.3)]
+    assert fids(data="mnist", target_epsilon=1.0, noise_multiplicity=8) == [("DPDM k8", 44.8)]
+    assert fids(data="mnist5k") == [], "a part of MNIST is not MNIST"
+
+
+def test_figures_of_code_that_clips_each_draw_are_marked() -> None:
+    rows = published.figures()
+    assert {f.method for f in rows if f.broken} == {"DP-LoRA"}
+    assert all(f.broken for f in rows if f.source == "DPImageBench" and f.method == "DP-LoRA")
+    assert all(f.source in published.SOURCES for f in rows) and len(rows) > 50
+    marked = {f.title for f in rows if f.broken and f.metric == "fid"}
+    assert marked == {"DP-LoRA FID†"}
+
+
+def test_columns_of_published_figures(tmp_path: Path) -> None:
+    fixed = {"data.name": "celeba", "data.image_size": 64}
+    folder = write_sweep(tmp_path, "rank", [fixed | choice for choice in grid(lora__rank=[2, 8, 16])])
+    table = tables.main_table(summary(folder), None)
+    place = table.columns.index("LoRA FID, published")
+    assert [row[place] for row in table.rows[:3]] == ["20.6", "17", ""]
+    assert table.rows[2][table.columns.index("DP-LoRA parameters, published")] == "470,000"
+    assert any("ParkLabML/DP-LDM" in note for note in table.notes)
+    beside = tables.published_table(summary(folder))
+    assert beside is not None and published.MARK_MEANS in beside.notes
+    line = next(row for row in beside.rows if row[1] == "DP-LoRA†")
+    assert line[beside.columns.index("what epsilon 10 may be")] == "380"
+
+
+def test_published_figures_of_the_whole_set_are_shown_for_a_part_of_it(sweep: Path) -> None:
+    table = tables.published_table(summary(sweep))
+    assert table is not None and "mnist5k is a part of mnist" in table.notes
+    assert {row[0] for row in table.rows} == {"mnist"}
+
+
+# Plots
+
+
+def test_a_plot_goes_along_what_the_settings_differ_in(tmp_path: Path) -> None:
+    two = grid(lora__rank=[16, 4], privacy__epsilon=[1.0, 5.0, 10.0], seed=[0, 1])
+    found = summary(write_sweep(tmp_path / "two", "mine", two))
+    assert found.axis == "target_epsilon" and figures.places(found) == ["1", "5", "10"]
+    assert [found.series(g) for g in found.groups[::3]] == ["r = 16", "r = 4"]
+    names = grid(trainable__components=[["lora", "embedder"], ["bias", "embedder"]], seed=[0, 1])
+    found = summary(write_sweep(tmp_path / "names", "mine", names))
+    assert found.axis is None and len(figures.places(found)) == 2
+
+
+def test_what_an_experiment_implies_is_no_axis(tmp_path: Path) -> None:
+    pairs = [("mnist", "mnist", 2000), ("cifar10", "cifar10", 80), ("celeba32", "celeba", 8192)]
+    choices = [
+        {
+            "experiment": experiment,
+            "data.name": data,
+            "train.expected_batch_size": batch,
+            "privacy.epsilon": e,
+        }
+        for experiment, data, batch in pairs
+        for e in (1.0, 10.0)
+    ]
+    found = summary(write_sweep(tmp_path, "headline", choices))
+    assert found.varying == ("target_epsilon", "data") and found.axis == "target_epsilon"
+    assert [found.series(g) for g in found.groups[::2]] == [
+        "mnist", "cifar10", "celeba32"
+    ]  # fmt: skip
+
+
+def test_plots_hold_every_run_and_say_their_numbers_in_words(sweep: Path) -> None:
+    found = summary(sweep)
+    charts = figures.charts(found, curves(found.groups))
+    assert [chart.name for chart in charts] == [
+        "metric-accuracy_cnn", "metric-fd_lite0", "metric-kid_lite0", "steps-epsilon", "steps-signal_to_noise"
+    ]  # fmt: skip
+    accuracy = charts[0]
+    stat = found.groups[0].stat("accuracy_cnn")
+    assert f"4: {stat}" in accuracy.description
+    runs, line, _, points = accuracy.spec["layer"]
+    assert len(runs["data"]["values"]) == 4 and line["mark"]["type"] == "line"
+    assert [point["n"] for point in points["data"]["values"]] == [3, 1]
+    assert "before fine-tuning 0.095; real images 0.957" in accuracy.spec["title"]["subtitle"]
+
+
+def test_the_front_is_drawn_where_epsilon_is_not_the_axis(tmp_path: Path) -> None:
+    choices = grid(privacy__noise_multiplier=[0.5, 1.0, 2.0], privacy__epsilon=[None], seed=[0, 1])
+    found = summary(write_sweep(tmp_path, "sigma", choices))
+    assert found.axis == "given_noise_multiplier"
+    front = next(c for c in figures.charts(found, ()) if c.name == "front-accuracy_cnn")
+    assert [point["epsilon"] for point in front.spec["data"]["values"]] == [16, 8, 4]
+
+
+def test_curves_are_thinned_and_keep_their_end(tmp_path: Path) -> None:
+    folder = write_sweep(
+        tmp_path, "mine", [{"train.max_steps": 1001, "tracking.private_loss": True}], ["done"]
+    )
+    found = curves(summary(folder).groups)
+    assert [curve.name for curve in found] == ["epsilon", "private_loss", "signal_to_noise"]
+    assert all(len(curve.steps) <= 2 * MOST_POINTS and curve.steps[-1] == 1001 for curve in found)
+
+
+# Files
+
+
+def test_a_report_is_all_its_files(sweep: Path) -> None:
+    text = write(sweep)
+    assert set(FILES) < {path.name for path in sweep.iterdir()}
+    assert "### Privacy bill\n\n- mnist: 5 runs, 361 steps on the same images\n" in text
+    assert (sweep / "table.md").read_text() == text and text.startswith("## rank: 4 of 6 runs\n")
+    assert "- lora.rank=8 seed=1: failed, OutOfMemoryError\n- lora.rank=8 seed=2: missing\n" in text
+    assert (sweep / "figure.pdf").read_bytes().startswith(b"%PDF-")
+    with Image.open(sweep / "figure.png") as image:
+        assert min(image.size) > 500
+    page = (sweep / "report.html").read_text()
+    assert len(page) < 3_000_000 and "A partial report: 4 of 6 runs are done, 1 failed, 1 missing." in page
+    assert "\\toprule" in (sweep / "table.tex").read_text()
+    origin = read_json(sweep / "provenance.json")
+    assert origin["commands"][-1].startswith("python -m sweeps report") and origin["runs"] >= 1
+    assert [record["sha"] for record in origin["git"]] == [SHA]
+
+
+def test_what_a_page_shows_is_text_and_never_markup(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path, "mine", grid(seed=[0, 1]))
+    directory = read(folder).cells[0].directory
+    status = {"state": "failed", "error": "</script><script>alert(1)</script>"}
+    (directory / "status.json").write_text(json.dumps(status))
+    write(folder)
+    page = (folder / "report.html").read_text()
+    assert "<script>alert" not in page and "&lt;script&gt;alert(1)" in page
+
+
+def test_nothing_is_overwritten_by_a_report_that_is_refused(sweep: Path) -> None:
+    build([read(sweep)], sweep)
+    kept = {path: path.read_bytes() for path in sweep.iterdir() if path.is_file()}
+    (read(sweep).cells[0].directory / "privacy.json").unlink()
+    with pytest.raises(UserError, match=r"without privacy\.json"):
+        build([read(sweep)], sweep)
+    assert {path: path.read_bytes() for path in sweep.iterdir() if path.is_file()} == kept
+
+
+def test_an_ended_sweep_that_mixes_is_reported_and_says_so(sweep: Path) -> None:
+    path = read(sweep).cells[0].directory / "provenance.json"
+    path.write_text(json.dumps({"git": {"sha": "f" * 40, "dirty": None}}))
+    assert "mixed code versions: ffffffffffff, e33cf45027fa" in write(sweep)
+
+
+def test_a_sweep_of_which_nothing_is_done_has_a_page(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path, "mine", grid(seed=[0, 1]), ["missing", "running"])
+    text = build(find([folder]), tmp_path / "out")
+    assert "mine: 0 of 2 runs" in text and not (tmp_path / "out" / "figure.pdf").exists()
+    assert "No run is done yet" in (tmp_path / "out" / "report.html").read_text()
