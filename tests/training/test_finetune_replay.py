@@ -24,20 +24,11 @@ from dp_lora.privacy.mechanism import all_reduced
 from dp_lora.privacy.randomness import Randomness
 from dp_lora.storage.files import read_lines, write_lines
 from dp_lora.training import finetune
-from tests.builders.tiny import composed
-from tests.training.test_finetune import (
-    SHORT,
-    TINY,
-    Crash,
-    Given,
-    crashing,
-    given,
-    processes,
-    short_of_memory,
-    unchecked,
-)
+from tests.builders.finetuning import SHORT, Crash, Given, crashing, given, short_of_memory
+from tests.builders.tiny import TINY, composed
 
-__all__ = ["processes", "unchecked"]  # fixtures
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 
 KEY = bytes(range(32))
 

@@ -1,0 +1,162 @@
+"""Twelve tiny trainings at a fixed seed, for comparing two versions of the code on one machine.
+
+    python -m tests.builders.same_bits > after.json
+
+Run it in two checkouts and compare the files: what changes no result leaves every digest as it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dp_lora.auditing.canaries import train_with_canaries
+from dp_lora.jobs import job as jobs
+from dp_lora.jobs import stages
+from dp_lora.models import adapters
+from dp_lora.models.folders import load
+from dp_lora.privacy.randomness import Randomness
+from dp_lora.records.tracker import Tracker
+from tests.builders.architectures import stable_diffusion
+from tests.builders.tiny import TINY, composed
+
+SHORT = (
+    *TINY, "train.expected_batch_size=20", "train.max_steps=5", "noise_multiplicity=k2", "lora.rank=2",
+    "train.checkpoint_minutes=0", "privacy.insecure_seed=7", "stages=[finetune,sample]",
+)  # fmt: skip
+
+JOBS: dict[str, tuple[str, ...]] = {
+    "lora and embedder": (),
+    "lora of every layer, four draws": ("trainable=lora_all", "noise_multiplicity=k4"),
+    "norm": ("trainable=norm",),
+    "lora and bias, one draw": ("trainable=lora_bias", "noise_multiplicity=k1"),
+    "attention": ("trainable=attention",),
+    "all weights, automatic clipping": ("trainable=full", "privacy.clipping=automatic"),
+    "per_layer clipping and the private loss": ("privacy.clipping=per_layer", "tracking.private_loss=true"),
+    "bfloat16 in microbatches of three": ("train.precision=bfloat16", "train.microbatch=3"),
+    "interrupted and resumed": ("train.microbatch=5",),
+    "two processes": ("train.microbatch=4",),
+    "a pipeline": ("trainable=lora_alone", "data.channels=3"),
+}
+"""The words of each job, after `SHORT`."""
+
+AUDIT = "an audit's canaries"
+NAMES = (*JOBS, AUDIT)
+
+
+def result_of(name: str, folder: Path, cache: Path) -> dict[str, Any]:
+    """The digest of all that the training called `name` releases, and some of its numbers.
+
+    Args:
+        name: one of `NAMES`.
+        folder: an empty folder.
+        cache: `paths.cache`.
+    """
+    if name == AUDIT:
+        return _audit(folder, cache)
+    given = [*SHORT, *JOBS[name], *_places(folder, cache)]
+    if name == "a pipeline":
+        given += [f"model.pretrained={stable_diffusion(folder / 'pipeline')}"]
+    if name == "two processes":
+        _on_two_processes(given)
+    elif name == "interrupted and resumed":
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(Tracker, "log", _dies_after(2, Tracker.log))
+            with pytest.raises(_Dies):
+                stages.run(composed(*given))
+        stages.run(composed(*given))
+    else:
+        stages.run(composed(*given))
+    (directory,) = (path.parent for path in folder.rglob("privacy.json"))
+    return _released(directory)
+
+
+def _places(folder: Path, cache: Path) -> list[str]:
+    named = {"ledger": "ledger.jsonl", "index": "index", "outputs": "outputs"}
+    return [f"paths.cache={cache}", *(f"paths.{key}={folder / name}" for key, name in named.items())]
+
+
+def _released(directory: Path) -> dict[str, Any]:
+    privacy = json.loads((directory / "privacy.json").read_text())
+    samples = np.load(directory / "samples.npz")["images"]
+    adapter = sorted((directory / "adapter").glob("*.safetensors"))
+    hashed = hashlib.sha256(b"".join(path.read_bytes() for path in adapter) + samples.tobytes())
+    return {
+        "digest": hashed.hexdigest(),
+        "epsilon": privacy["epsilon"],
+        "noise_multiplier": privacy["noise_multiplier"],
+        "samples": float(samples.mean()),
+    }
+
+
+class _Dies(BaseException):
+    pass
+
+
+def _dies_after(steps: int, log: Any) -> Any:
+    def call(self: Tracker, step: int, *rest: Any) -> None:
+        log(self, step, *rest)
+        if step == steps:
+            raise _Dies
+
+    return call
+
+
+def _on_two_processes(given: list[str]) -> None:
+    with socket.socket() as held:
+        held.bind(("localhost", 0))
+        port = held.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    # The second process asks for the weights that the first one makes.
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-m", "dp_lora", *given], env=os.environ | shared | {"RANK": str(rank)},
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for process in both:
+        _, errors = process.communicate(timeout=900)
+        if process.returncode:
+            raise RuntimeError(errors)
+
+
+def _audit(folder: Path, cache: Path) -> dict[str, Any]:
+    config = composed(*SHORT, *_places(folder, cache))
+    plan = jobs.plan_of(config, 400)
+    model = load(jobs.pretrained_model(config))
+    adapters.attach(model, config.trainable.components, config.lora, seed=0)
+    key = Randomness.from_seed(1)
+    private = folder / "audit"
+    found = train_with_canaries(
+        config, model, plan, kind="gradient", count=50, randomness=key, folder=private
+    )
+    return {
+        "digest": hashlib.sha256(np.ascontiguousarray(found.scores).tobytes()).hexdigest(),
+        "epsilon": plan.epsilon,
+        "noise_multiplier": plan.noise_multiplier,
+        "scores": float(found.scores[found.included].mean()),
+    }
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
+    found = {}
+    with tempfile.TemporaryDirectory() as place:
+        for name in NAMES:
+            (own := Path(place) / name.replace(" ", "_").replace(",", "").replace("'", "")).mkdir()
+            found[name] = result_of(name, own, Path(place) / "cache")
+            print(f"{name}: {found[name]}", file=sys.stderr, flush=True)
+    print(json.dumps(found, indent=2))
