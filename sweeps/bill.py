@@ -37,7 +37,7 @@ from sweeps.folders import read_settings
 
 @dataclass(frozen=True)
 class SetBill:
-    """What was spent on one private set. Epsilons are upper bounds for `delta`; inf: no guarantee."""
+    """The privacy spent on one private set. Epsilons are upper bounds for `delta`; inf: no guarantee."""
 
     private_set: str
     runs: int
@@ -46,27 +46,27 @@ class SetBill:
     """Of them, those without noise or with noise from a seed."""
     steps: int
     epsilon: float
-    """Of all runs together."""
+    """Epsilon of all runs together."""
     private_epsilon: float
-    """Of the runs with privacy together."""
+    """Epsilon of the runs with privacy together."""
     largest_epsilon: float
-    """Of a single run with privacy."""
+    """The largest epsilon of a single run with privacy."""
     delta: float
     """The smallest of the runs' own."""
     accountant: str
     adjacency: str
     best_of_epsilon: float | None
-    """Of releasing only the best run, if the number of runs were random; None without a run with privacy."""
+    """Epsilon of releasing only the best of a random number of runs; None without a run with privacy."""
     best_of_distribution: str | None
     ledger: str | None = None
     """Its file name."""
     ledger_runs: int | None = None
     ledger_epsilon: float | None = None
-    """Of all runs that the ledger counts for this set."""
+    """Epsilon of all runs that the ledger counts for this set."""
     adaptive_epsilon: float | None = None
-    """Of the runs with privacy together, also if later ones were chosen after seeing earlier ones."""
+    """Epsilon of the runs with privacy together, even if later ones were chosen after seeing earlier ones."""
     ledger_adaptive_epsilon: float | None = None
-    """Of all runs that the ledger counts, likewise."""
+    """The same for all runs that the ledger counts."""
 
     def lines(self) -> list[str]:
         """The bill in words, each number with what it needs to be read."""
@@ -113,7 +113,7 @@ class SetBill:
 
 @dataclass(frozen=True)
 class Bill:
-    """What was spent on each private set."""
+    """The privacy spent on each private set."""
 
     sets: tuple[SetBill, ...]
 
@@ -298,7 +298,7 @@ def _largest(runs: Sequence[_Run], delta: float) -> float:
 
 
 def _ledgers(runs: Sequence[_Run], delta: float) -> dict[str, Any]:
-    """What the ledgers of these runs say about their set; nothing where there is none to be seen."""
+    """The entries of these runs' ledgers on their set; empty if no ledger can be seen."""
     counted = dict[tuple[str, str], Charge]()
     runs = [one for run in runs for one in (run, *run.copies)]
     paths = sorted({run.ledger for run in runs if run.ledger is not None and run.ledger.exists()})
@@ -330,7 +330,7 @@ def _ledgers(runs: Sequence[_Run], delta: float) -> dict[str, Any]:
 def _on_these_images(
     charges: Sequence[Charge], runs: Sequence[_Run], charged: Sequence[_Run]
 ) -> list[Charge]:
-    """Of the `charges` of a ledger those that are on the images of `runs`, or may be; `charged` are in it.
+    """The `charges` of a ledger that are on the images of `runs`, or may be; `charged` are in it.
 
     The same choice as `dp_lora.jobs.spending.Books` makes for a job.
     """

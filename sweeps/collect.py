@@ -86,7 +86,7 @@ def _short(value: Any) -> str:
 
 
 def run_row(directory: Path) -> Row:
-    """What a run directory says of its run, apart from its place in a sweep; see `Row` and `collect`."""
+    """The row of a run directory, without its place in a sweep; see `Row` and `collect`."""
     row: Row = dict.fromkeys(COLUMNS)
     row |= {"state": "missing", "directory": str(directory), "fingerprint": identity(directory)}
     if not is_run(directory):
@@ -131,7 +131,7 @@ def settings(config: Mapping[str, Any]) -> Row:
 
 
 def trainable(config: Mapping[str, Any]) -> str:
-    """What a configuration trains apart from the class embedding, in one word; of LoRA with its targets."""
+    """The parts trained besides the class embedding, in one word; for LoRA with its targets."""
     components = config["trainable"]["components"]
     words = [name for name in components if name != "embedder"] or ["embedder"]
     targets = config["lora"]["target_modules"]
@@ -210,7 +210,7 @@ def check_comparable(rows: Sequence[Row]) -> None:
 
 
 def mixtures(rows: Sequence[Row]) -> dict[str, Counter[str]]:
-    """What should be the same in all rows and is not, with its values and in how many runs each is.
+    """Columns that should be the same in all rows and are not: each value with its number of runs.
 
     That is the code's version, and on each private set delta, extractors, reference, number of images, and
     whether metrics were released under privacy.

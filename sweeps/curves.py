@@ -12,7 +12,7 @@ from sweeps.collect import Row
 from sweeps.summary import Group
 
 NAMES = ("epsilon", "private_loss", "signal_to_noise")
-"""What is drawn; all of it may leave a run (`dp_lora.records.tracker.RELEASED`)."""
+"""The values that are drawn; all of them may leave a run (`dp_lora.records.tracker.RELEASED`)."""
 
 MOST_POINTS = 60
 MOST_RUNS = 24

@@ -31,19 +31,19 @@ SETTINGS = {
     "clipping norm C": "config:privacy.max_grad_norm",
     "expected batch size": "config:train.expected_batch_size",
 }
-"""What a metric is shown against, and where W&B keeps it."""
+"""The settings against which a metric is shown, and where W&B keeps them."""
 
 
 @dataclass(frozen=True)
 class Shown:
-    """What the runs of a sweep have to show."""
+    """The metrics and settings that the runs of a sweep have to show."""
 
     project: str
     groups: tuple[str, ...]
     metrics: tuple[str, ...]
     """Without those that are another one's baseline, in the order of the runs' own."""
     private_metrics: tuple[str, ...] = ()
-    """Of `metrics`, those that were computed on private or held-out images."""
+    """Those of `metrics` that were computed on private or held-out images."""
     private_loss: bool = False
 
 
@@ -72,7 +72,7 @@ def dashboard(folder: Path, directories: Sequence[Path], entity: str | None = No
 
 
 def look(directories: Sequence[Path]) -> Shown:
-    """What these runs have to show. Raises UserError when none has begun, or they differ in project."""
+    """Collects what these runs have to show. Raises UserError if none has begun, or if projects differ."""
     projects, groups, metrics, private = dict[str, None](), dict[str, None](), dict[str, None](), set[str]()
     private_loss = False
     for directory in directories:
@@ -127,7 +127,7 @@ def build(shown: Shown, name: str, spent: Bill, entity: str = "") -> Workspace:
 
 
 def specification(workspace: Workspace) -> dict[str, Any]:
-    """What W&B keeps of the workspace, as JSON."""
+    """The workspace as JSON, in the form in which W&B keeps it."""
     # The library has no public way to it; `save` does the same and sends it off.
     view = workspace._to_model()
     spec = json.loads(view.spec.model_dump_json(by_alias=True, exclude_none=True))
@@ -172,7 +172,7 @@ def _setting_sections(shown: Shown) -> list[Section]:
 
 
 def _step_section(shown: Shown) -> Section:
-    """What a run shows while it trains, all of it released values."""
+    """The panels of values that a run releases while it trains."""
     import wandb_workspaces.reports.v2 as wr
     import wandb_workspaces.workspaces as ws
 

@@ -38,7 +38,7 @@ class Chart:
     """A plot, and what it says to whoever cannot see it."""
 
     name: str
-    """Of the element on the page."""
+    """The name of the element on the page."""
     title: str
     description: str
     spec: Spec

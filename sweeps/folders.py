@@ -24,9 +24,9 @@ class Cell:
     identity: str
     """The run's fingerprint."""
     words: tuple[str, ...]
-    """What was asked of it; empty for a run that no sweep asked for."""
+    """The words that asked for it; empty for a run that no sweep asked for."""
     directory: Path
-    """Of the run; it may not be there yet."""
+    """The directory of the run; it may not exist yet."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Sweep:
     folder: Path
     cells: tuple[Cell, ...]
     command: str | None = None
-    """What begins it, and builds it again; None for a folder of runs."""
+    """The command that begins it and builds it again; None for a folder of runs."""
     code: str | None = None
     """Version of the code that it was begun with."""
 

@@ -17,9 +17,9 @@ from sweeps.summary import Summary
 
 MOST_IMAGES = 24
 IMAGE_SIDE = 420
-"""Of a shown grid of samples, in pixels, at most."""
+"""The largest side of a shown grid of samples, in pixels."""
 IMAGE_BYTES = 800_000
-"""Of all grids together; the page stays below 3 MB."""
+"""The size of all grids together, at most; the page stays below 3 MB."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a sweep will take and spend, before anything runs."""
+"""The time that a sweep will take and the privacy it will spend, before anything runs."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def pretrainings(configs: Sequence[Config]) -> list[str]:
 
 
 def spending(configs: Sequence[Config]) -> list[str]:
-    """What the runs spend, each and all together, a line a private set.
+    """Lines on what the runs spend, each and all together, one for each private set.
 
     Where the settings tell the number of images, the noise is calibrated as the runs will do it and their
     mechanisms are composed. Else, and where a mechanism cannot be, together is by basic composition: epsilons
@@ -133,7 +133,7 @@ def _together(configs: Sequence[Config]) -> str | None:
 
 
 def _mechanism_of(config: Config) -> Mechanism | None:
-    """What a run will release; None where only the data would tell, or it will be refused."""
+    """The mechanism of a run; None if only the data would tell, or if the run will be refused."""
     from dp_lora.privacy.plan import mechanism_of
 
     size = public_number(config, expected_train_size(config.data))
@@ -192,7 +192,7 @@ def draws(config: Config) -> float | None:
 
 
 def rates(experiment: Path) -> list[dict[str, Any]]:
-    """What the newest `RATED` finished runs of an experiment took.
+    """The times that the newest `RATED` finished runs of an experiment took.
 
     `kind` is what makes runs comparable, `seconds_per_draw` is of the training, `rest_s` of all other stages.
     """

@@ -19,7 +19,7 @@ from sweeps.summary import Summary, summarise
 
 FILES = ("report.html", "table.md", "table.tex", "table.csv", "figure.pdf", "figure.png", "runs.csv",
          "runs.parquet", "provenance.json")  # fmt: skip
-"""What a report consists of; the figure where a run is done, parquet where pyarrow is."""
+"""The files of a report; the figure if a run is done, parquet if pyarrow is installed."""
 
 
 def write(folder: Path) -> str:

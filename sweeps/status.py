@@ -1,4 +1,4 @@
-"""What the runs of sweeps are doing: a live table on a terminal, plain lines elsewhere."""
+"""The state of the runs of sweeps: a live table on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ TITLES = {
     "expected_batch_size": "expected batch size", "learning_rate": "learning rate", "trainable": "trained",
     "data": "private set", "model": "model", "experiment": "experiment",
 }  # fmt: skip
-"""What a reader calls a setting."""
+"""The title of a setting for a reader."""
 
 SYMBOLS = {
     "rank": "r", "noise_multiplicity": "k", "target_epsilon": "epsilon", "given_noise_multiplier": "sigma",
@@ -36,12 +36,12 @@ class Stat:
 
     mean: float
     std: float | None
-    """Of the sample (n - 1); None of a single run."""
+    """The standard deviation of the sample (n - 1); None for a single run."""
     n: int
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Stat | None:
-        """Of these values; None of none."""
+        """The statistics of these values; None if there are none."""
         known = [float(value) for value in values]
         if not known:
             return None
@@ -93,7 +93,7 @@ class Group:
         return {name: value for name, sign, value in pairs if sign}
 
     def value(self, name: str) -> Any:
-        """Of a setting, or of what all runs have alike; None where no run has it yet."""
+        """The value of a setting, or of a field that all runs share; None if no run has it yet."""
         return next((row[name] for row in self.rows if row.get(name) is not None), None)
 
     def stat(self, name: str) -> Stat | None:
@@ -151,7 +151,7 @@ class Summary:
         return len({group.value(name) for group in self.groups})
 
     def series(self, group: Group) -> str:
-        """What a group differs in from others at the same place of the axis; empty when in nothing."""
+        """The settings in which a group differs from others at its place of the axis; empty if in none."""
         others = [name for name in self.varying if name != self.axis]
         if self.axis is None:
             return ""

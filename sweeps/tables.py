@@ -172,7 +172,7 @@ def _record(group: Group, labelled: Sequence[str], named: Sequence[str], summary
 
 
 def notes(summary: Summary, used: set[Figure], command: str | None) -> tuple[str, ...]:
-    """What the numbers of a table mean, and what builds it again."""
+    """Notes on what the numbers of a table mean, and the command that builds it again."""
     done = [row for row in summary.rows if row["state"] == "done"]
     lines = []
     if not summary.complete:
@@ -278,7 +278,7 @@ def _stat(stat: Stat | None) -> str:
 
 
 def number_of_parameters(group: Group) -> str:
-    """Of what a group trains."""
+    """The number of parameters that a group trains."""
     return number(group.value("trainable_parameters")).split(".")[0]
 
 

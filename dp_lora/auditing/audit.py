@@ -61,7 +61,7 @@ from dp_lora.storage.files import (
 )
 
 _VERSION = 3
-"""Of what is kept of a training with canaries: of another version it is trained again."""
+"""The version of what is kept of a training with canaries; under another version it is trained again."""
 
 
 def audit(directory: Path, options: Options) -> dict[str, Any]:
@@ -228,7 +228,7 @@ def _bounds(plan: PrivacyPlan, trained: Trained, options: Options) -> dict[str, 
 def _noise_test(
     job: Job, trained: Trained, norms: Sequence[float], silent: Mapping[str, float]
 ) -> dict[str, Any]:
-    """What all noise says; a function of released values and of the canaries' coins."""
+    """The verdict on all noise; a function of released values and of the canaries' coins."""
     plan = job.plan
     parameters = adapters.count(_model(job))
     logged = update_norm_p_values(norms, parameters, plan.noise_std / plan.expected_batch_size)
@@ -278,7 +278,7 @@ def _silent(job: Job, folder: Path) -> dict[str, float]:
 
 
 def _trained(job: Job, options: Options, folder: Path) -> Trained:
-    """What a training with canaries came to, from `folder` if it has been done."""
+    """The outcome of a training with canaries, from `folder` if it has been done."""
     done = folder / "scores.npz"
     if not done.exists():
         _save(done, **_train(job, options, folder).arrays())
@@ -289,7 +289,7 @@ def _trained(job: Job, options: Options, folder: Path) -> Trained:
 
 
 def _settings(folder: Path) -> Any:
-    """Of the audit that `folder` was made for; null when a crash came before they were written."""
+    """The settings of the audit that `folder` was made for; None if a crash came before they were written."""
     path = folder / "settings.json"
     return read_json(path) if path.exists() else None
 

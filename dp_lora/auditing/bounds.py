@@ -190,7 +190,7 @@ def one_run(
 
 
 def most(canaries: int, delta: float, confidence: float = 0.95) -> float:
-    """What `one_run` would find if every guess were right: no number of canaries shows more."""
+    """The bound that `one_run` would find if every guess were right: this many canaries can show no more."""
     return one_run(np.ones(canaries), np.ones(canaries, dtype=np.bool_), delta, confidence).epsilon
 
 

@@ -91,7 +91,7 @@ class GradientCanaries(LatentDiffusion):
 
     @property
     def device(self) -> torch.device:
-        """Of the parameters."""
+        """The device of the parameters."""
         return self.canaries.weight.device
 
     def condition(self, labels: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ class GradientCanaries(LatentDiffusion):
 
 @dataclass(frozen=True)
 class Trained:
-    """What an auditor knows after the training: a score for each canary, the coins, and the noise."""
+    """The knowledge of an auditor after the training: a score for each canary, the coins, and the noise."""
 
     scores: Floats
     """Above 0 says "in"."""
@@ -130,12 +130,12 @@ class Trained:
     noise_factor: float = 1.0
     """The share of the claimed noise that the scores are the evidence for."""
     noise: SilentNoise | None = None
-    """What was released where no example took part; null for canaries that have no coordinates."""
+    """The noise released where no example took part; None for canaries that have no coordinates."""
     checks: Mapping[str, float] = field(default_factory=dict)
     """The p-values of other tests than those of the noise."""
 
     def p_values(self) -> dict[str, float]:
-        """Of all tests that look at this training, by the names in `noise_tests.TESTS`."""
+        """The p-values of all tests that look at this training, by their names in `noise_tests.TESTS`."""
         return {**({} if self.noise is None else self.noise.p_values()), **self.checks}
 
     def arrays(self) -> dict[str, Any]:
@@ -146,7 +146,7 @@ class Trained:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Any]) -> Trained:
-        """What `arrays` returned."""
+        """The training whose `arrays` these are."""
         noise = SilentNoise.from_arrays(arrays) if "noise_by_step" in arrays else None
         checks = {name: float(arrays[name]) for name in TESTS if name in arrays}
         return cls(arrays["scores"], arrays["included"], float(arrays["noise_factor"]), noise, checks)
@@ -191,7 +191,7 @@ def train_with_canaries(
 def silent_noise(
     config: Config, model: LatentDiffusion, plan: PrivacyPlan, randomness: Randomness
 ) -> ReleasedNoise:
-    """What the run's own step releases of no example: noise alone, at every coordinate that is trained.
+    """Releases of the run's own step on no example: noise alone, at every coordinate that is trained.
 
     Canaries have coordinates of their own; this looks at those of the run. `model` is left as it was.
 
@@ -217,7 +217,7 @@ def silent_noise(
 
 
 def released_noise(step: FinetuneStep) -> ReleasedNoise:
-    """What `SILENT_STEPS` steps give to the optimiser, and the loss that they log; then the training ends.
+    """The releases of `SILENT_STEPS` steps to the optimiser, and the loss that they log; ends the training.
 
     Args:
         step: has no example.
@@ -250,7 +250,7 @@ def released_noise(step: FinetuneStep) -> ReleasedNoise:
 
 
 class Watch:
-    """What an auditor keeps of the noised sums at the coordinates of gradient canaries.
+    """The auditor's record of the noised sums at the coordinates of gradient canaries.
 
     Args:
         plan: of the run.
@@ -283,7 +283,7 @@ class Watch:
         self._scores += evidence(own, sigma, plan.sample_rate, amplitude=self._amplitude)
 
     def trained(self) -> Trained:
-        """What it comes to, after the last step."""
+        """The outcome, after the last step."""
         values = self._noise.steps * len(self._included)
         sigma = self._plan.noise_multiplier
         p_value = largest_contribution(self._largest, values, sigma, self._amplitude)
@@ -336,7 +336,7 @@ class _Watched:
         return logged
 
     def trained(self) -> Trained:
-        """What it comes to; the training ends."""
+        """The outcome; the training ends."""
         self._followed.release()
         trained = self.watch.trained()
         return replace(trained, checks={**trained.checks, **self._followed.p_values()})

@@ -48,7 +48,7 @@ TESTS = {
     "run_update_norms": "the update norms that the run has logged, together",
     "run_smallest_update_norm": "the smallest update norm that the run has logged",
 }
-"""What each test looks at. In `missing_release` and `unreleased_update` there is no chance: p is 0 or 1."""
+"""The subject of each test. `missing_release` and `unreleased_update` involve no chance: p is 0 or 1."""
 
 WATCHED = 256
 """Coordinates whose noise is kept for every step, to see whether some of it came twice."""
@@ -77,7 +77,7 @@ class Verdict:
 
     @property
     def p_value(self) -> float:
-        """Of all tests together: the smallest one, corrected for their number."""
+        """The p-value of all tests together: the smallest one, corrected for their number."""
         return min(1.0, len(TESTS) * min(self.p_values.values(), default=1.0))
 
     @property
@@ -117,7 +117,7 @@ def largest_contribution(largest: float, values: int, sigma: float, amplitude: f
 
 
 class SilentNoise:
-    """What the steps of a training released at coordinates where no example has a gradient.
+    """The releases of a training's steps at coordinates where no example has a gradient.
 
     Args:
         coordinates: number of them, at least 1.
@@ -162,7 +162,7 @@ class SilentNoise:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> SilentNoise:
-        """What `arrays` returned, to go on from."""
+        """The record whose `arrays` these are, to go on from."""
         made = cls(len(arrays["noise_by_coordinate"]))
         made._by_coordinate += arrays["noise_by_coordinate"]
         made._by_step = [float(value) for value in arrays["noise_by_step"]]
@@ -233,7 +233,7 @@ def most_alike(rows: Floats) -> float:
 
 
 class ReleasedNoise:
-    """What steps on no example released, at every coordinate that is trained: noise and nothing else.
+    """The releases of steps on no example, at every coordinate that is trained: noise and nothing else.
 
     Args:
         sizes: number of coordinates of each trained tensor, in the order of a release; each at least 1.

@@ -1,4 +1,4 @@
-"""What an audit is asked to do, without what is slow to load."""
+"""The options of an audit, in a module that is fast to load."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ DEVICES = ("auto", "cpu", "cuda")
 
 @dataclass(frozen=True)
 class Options:
-    """What an audit does."""
+    """The options of an audit."""
 
     kind: str = "gradient"
-    """Of canaries."""
+    """The kind of canaries."""
     canaries: int = 1000
     confidence: float = 0.95
     images: int = 1000

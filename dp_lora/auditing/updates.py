@@ -85,7 +85,7 @@ class Followed:
         self._strayed |= not _equal(self.sgd.parameters, self._average) or _frozen(self.sgd) != self._frozen
 
     def p_values(self) -> dict[str, float]:
-        """Of the two tests that are no matter of chance: 0 once something was wrong, else 1."""
+        """The p-values of the two tests in which chance plays no part: 0 once something was wrong, else 1."""
         return {
             "missing_release": 0.0 if self._missed else 1.0,
             "unreleased_update": 0.0 if self._strayed else 1.0,

@@ -44,13 +44,13 @@ OWN_FOLDERS = (
 """Settings by which Hydra would make folders of its own beside the run directories."""
 
 _DASHES = re.compile("^[\N{HYPHEN}-\N{HORIZONTAL BAR}\N{MINUS SIGN}]+")
-"""What a text processor makes of the two hyphens of a flag."""
+"""The dash that a text processor makes of the two hyphens of a flag."""
 
 _OPEN = ("resources.sbatch.", "hydra.", "hydra/")
 """Beginnings of names that may be added or left out, and that are checked elsewhere."""
 
 _PLAIN = frozenset(f"{string.ascii_letters}{string.digits}_/-\\+.$%*@?|: [],")
-"""What a value without quotes may hold in Hydra's grammar, and what lists are written with."""
+"""The characters of a value without quotes in Hydra's grammar, and those with which lists are written."""
 
 _WANTED = {"int": "a whole number", "float": "a number", "bool": "true or false"}
 
@@ -240,7 +240,7 @@ def _check_flag(word: str, following: Sequence[str], flags: Sequence[str]) -> No
 
 
 def _of_others(name: str, value: str) -> str | None:
-    """What to write for an option that another trainer has, or for the end of a name; None where unknown."""
+    """The word to write for another trainer's option, or for the end of a name; None if it is unknown."""
     if (word := meant(name, value, field_names(leaves=True))) is None:
         return None
     if not value:
@@ -372,7 +372,7 @@ def _check_override(word: str, groups: Sequence[str], choices: Choices) -> None:
 
 
 def _not_read(word: str, name: str, value: str, choices: Choices) -> str:
-    """What to write for a value that Hydra cannot read."""
+    """The message for a value that Hydra cannot read, with what to write instead."""
     kind = kind_of(name)
     if name.endswith(".background") and not re.fullmatch("#[0-9a-fA-F]{6}", value):
         return _colour(word, name)
@@ -421,7 +421,7 @@ def _check_choice(override: Override, name: str, value: str, choices: Choices) -
 
 
 def _no_preset(name: str, value: str, options: Sequence[str], *, numbers: bool) -> str:
-    """What to write in place of a preset, or of several between commas, that there is not."""
+    """The message for a preset that does not exist, or for several between commas, with what to write."""
     group = name.partition("@")[0]
     expected = f"one of {', '.join(options)}{_folder_of(group, value)}"
     if not numbers:
@@ -475,7 +475,7 @@ def _colour(word: str, name: str) -> str:
 
 
 def several(name: str, value: str) -> str:
-    """What to write for values between commas that were given to one job."""
+    """The message for values between commas that were given to one job, with what to write instead."""
     word, kind = f"{name}={value}", kind_of(name)
     if kind.startswith("float") and re.fullmatch(r"\d+,\d+", value):
         return (

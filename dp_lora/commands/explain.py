@@ -12,7 +12,7 @@ _TYPES = {"Float": "a number", "Integer": "a whole number", "Boolean": "true or 
 
 
 def explain(error: Exception) -> str:
-    """What Hydra or OmegaConf says in many, with what to write in its place."""
+    """One line for an error of Hydra or OmegaConf, with what to write instead."""
     if isinstance(error, UserError):
         return str(error)
     causes = [error]
@@ -23,7 +23,7 @@ def explain(error: Exception) -> str:
 
 
 def _of_choice(text: str) -> str | None:
-    """Of a preset that there is not, and of several values for one job."""
+    """The line for a preset that does not exist, or for several values for one job."""
     if found := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
         options = presets(found[1])
         hint = f"; expected one of {', '.join(options)}" if options else ""
@@ -36,7 +36,7 @@ def _of_choice(text: str) -> str | None:
 
 
 def _of_name(text: str, cause: str) -> str | None:
-    """Of a name that there is not, and of a value of the wrong type."""
+    """The line for a name that does not exist, or for a value of the wrong type."""
     if found := re.search(r"Error parsing override '(.*)'", text):
         return f"{found[1]!r}: expected option=value, in Hydra's syntax"
     if found := re.search(r"Error merging override (.*)", text):
@@ -66,7 +66,7 @@ def _of_name(text: str, cause: str) -> str | None:
 
 
 def _wanted(kind: str) -> str:
-    """What a field of this type takes, in words; an empty type is that of a section."""
+    """The values that a field of this type takes, in words; an empty type is that of a section."""
     wanted = {
         "": "values of its fields",
         "str": "a text",
@@ -80,7 +80,7 @@ def _wanted(kind: str) -> str:
 
 
 def _expected(text: str) -> str:
-    """What OmegaConf's `text` about a value of the wrong type says was expected."""
+    """The expected type, from OmegaConf's `text` about a value of the wrong type."""
     if found := re.search(r"could not be converted to (\w+)", text):
         return f"expected {_TYPES.get(found[1], found[1])}"
     if found := re.search(r"field '([\w.]+)' is not Optional", text):

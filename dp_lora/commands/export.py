@@ -207,7 +207,7 @@ def _locked(folder: Path) -> Iterator[bool]:
 
 
 def _umask() -> int:
-    """Of this process; to read it is to set it."""
+    """The umask of this process; to read it is to set it."""
     mask = os.umask(0o077)
     os.umask(mask)
     return mask

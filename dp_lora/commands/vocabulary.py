@@ -1,4 +1,4 @@
-"""What the command line can name: presets, groups and fields, with their types."""
+"""The names that the command line knows: presets, groups and fields, with their types."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What can be asked of a job: the schema, its checks, and the identity of a run."""
+"""The settings of a job: the schema, its checks, and the identity of a run."""

@@ -9,7 +9,7 @@ from dp_lora.config.schema import LARGEST_RATE, Config
 from dp_lora.errors import UserError
 
 LARGEST_SEED = 2**63 - 1
-"""What the generators of torch and NumPy both take."""
+"""The largest seed that the generators of both torch and NumPy take."""
 MOST_DRAWS = 1000
 """As many (timestep, noise) draws of an image as there are timesteps; all of them are in memory at once."""
 MOST_IMAGES = 10**7
@@ -23,11 +23,11 @@ LARGEST_SIDE = 8192
 WIDEST = 2**16
 """Channels of a layer: one square matrix of this width has 4e9 weights."""
 MOST_THREADS = 4096
-"""Of a process, and processes of a job; the libraries that torch computes with crash beyond."""
+"""Threads of a process, and processes of a job; beyond it the libraries that torch computes with crash."""
 LARGEST_GRAD_NORM = 1e6
 """C: with the largest noise multiplier (1e9) noise is 1e15, whose square an optimiser holds in float32."""
 LARGEST_ALPHA = 1e6
-"""Of LoRA: gradients grow with alpha / rank, and are computed in float32."""
+"""The largest alpha of LoRA: gradients grow with alpha / rank, and are computed in float32."""
 LARGEST_GUIDANCE = 1e4
 """Latents grow with it in each step of the sampler, and are float32."""
 LARGEST_DECAY = 1.0

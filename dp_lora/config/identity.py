@@ -29,7 +29,7 @@ take the noise away."""
 
 _CANNOT_CHANGE_THE_RESULT = ("experiment", "stages", "tracking", "resources", "paths")
 _NOR_CAN = ("microbatch", "channels_last", "compile", "checkpoint_minutes")
-"""Of `train`."""
+"""Fields of `train`."""
 
 
 def fingerprint(config: Config) -> str:
@@ -112,7 +112,7 @@ def run_directory(config: Config, overrides: Sequence[str]) -> Path:
 
 
 def readable(overrides: Sequence[str]) -> str:
-    """What of the command line's words can change the result and may be shown, as part of a name.
+    """The command line's words that can change the result and may be shown, as part of a name.
 
     >>> readable(["seed=1", "data.source=/home/ann/patients", "lora.rank=4", "tracking.tags=[a]"])
     'lora.rank=4,seed=1'

@@ -61,7 +61,7 @@ _WITHOUT_FILES = ("letters",)
 
 @functools.cache
 def _schema() -> DictConfig:
-    """Of `Config`; making it takes longer than filling it, and a sweep has hundreds of jobs."""
+    """The schema of `Config`; making it takes longer than filling it, and a sweep has hundreds of jobs."""
     return OmegaConf.structured(Config)  # type: ignore[no-any-return]
 
 

@@ -32,7 +32,7 @@ LARGEST_RATE = 1e9
 SMALLEST_EPSILON, LARGEST_EPSILON = 1e-9, 1e5
 """Where the accountants' numbers end: beyond them no noise multiplier is found, or one of almost nothing."""
 LONGEST_TAG, LONGEST_PROJECT, NOT_IN_PROJECT = 64, 128, "/\\#?%:"
-"""What W&B takes as tags and as the name of a project."""
+"""The limits of W&B on tags and on the name of a project."""
 FEWEST_RESAMPLES = 40
 """Below that, an interval of 95 % would lie beyond the smallest and the largest resample."""
 
@@ -61,7 +61,7 @@ class DataConfig:
     takes what a file's mode can hold: 255, or 65535 for 16 bits. Files of floating-point numbers and of 32
     bits have no such range and need one. It is never found from the images."""
     background: str = "white"
-    """What images with transparency are laid on: white, grey, black, or a colour such as '#f0f0f0'."""
+    """The colour behind images with transparency: white, grey, black, or a colour such as '#f0f0f0'."""
     layout: str | None = None
     """How a folder with both parquet tables and images is read: folders (a folder a class, whatever files lie
     beside them) or tables; null refuses what can be read in two ways."""
@@ -145,15 +145,15 @@ class PretrainConfig:
     reconstruction: str = "mse"
     """Error of the pixels: mse, or l1 as in latent diffusion."""
     kl_weight: float = 1e-6
-    """Of the divergence from N(0, I) for each value of an image; only for kl autoencoders."""
+    """Weight of the divergence from N(0, I) for each value of an image; only for kl autoencoders."""
     codebook_weight: float = 1.0
-    """Of the distance to the nearest code; only for vq autoencoders."""
+    """Weight of the distance to the nearest code; only for vq autoencoders."""
     perceptual_weight: float = 0.0
-    """Of the distance between features; 0 leaves it out."""
+    """Weight of the distance between features; 0 leaves it out."""
     perceptual_network: str = "lite0"
     """Whose features: lite0, or a file with torchvision's weights of vgg16."""
     adversarial_weight: float = 0.0
-    """Of a patch discriminator, times the weight at which both gradients are as long; 0 leaves it out."""
+    """Weight of a patch discriminator, times the weight that makes both gradients equally long; 0: none."""
     adversarial_start: int = 0
     """Number of the step from which the discriminator takes part."""
     decoder_steps: int = 0
@@ -162,7 +162,7 @@ class PretrainConfig:
     unet_batch_size: int = 256
     unet_learning_rate: float = 1e-3
     ema_decay: float = 0.999
-    """Of the moving average of the diffusion model's weights, which is what is kept."""
+    """Decay of the moving average of the diffusion model's weights; the average is kept."""
     schedule: str = "cosine"
     """Learning rates over the steps: constant, linear or cosine to zero."""
     warmup_steps: int = 100
@@ -184,7 +184,7 @@ class ModelConfig:
     with the package, or the name of a pipeline on the hub; null pre-trains on `public_data` once and keeps
     the result in `paths.cache`."""
     prompt: str = PROMPT
-    """What a text-to-image model is told of an image, with {} for the name of its class."""
+    """The prompt of a text-to-image model for an image, with {} for the name of its class."""
     conditioning: str = "class"
     """class: one learnt token a class; none: the model is unconditional."""
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
@@ -239,7 +239,8 @@ class PrivacyConfig:
     insecure_seed: int | None = None
     """Derives all private randomness from a number, for tests; no privacy against whoever knows it."""
     budget_epsilon: float | None = None
-    """What all runs on the private set may spend together, at `delta`; one that would pass it is refused."""
+    """The epsilon, at `delta`, that all runs on the private set may spend together; a run that would exceed
+    it is refused."""
 
 
 @dataclass
@@ -247,7 +248,7 @@ class TrainConfig:
     """The private fine-tuning, apart from its privacy."""
 
     expected_batch_size: int = 1000
-    """What the noised sum of a step is divided by. Under privacy.adjacency=zero_out it is q N, the mean size
+    """The number that divides a step's noised sum. Under privacy.adjacency=zero_out it is q N, the mean size
     of a Poisson batch, and determines q; under add_or_remove it is a constant beside `sample_rate`."""
     sample_rate: float | None = None
     """q, the probability with which an image joins a batch, where privacy.adjacency=add_or_remove; null under
@@ -294,7 +295,7 @@ class SamplerConfig:
 
 @dataclass
 class EvaluationConfig:
-    """What is measured on the generated images."""
+    """The metrics that are computed on the generated images."""
 
     extractors: list[str] = field(default_factory=lambda: ["lite0"])
     """Whose features the images are compared by: lite0, inception (FID and Inception score), dinov2."""
@@ -305,8 +306,8 @@ class EvaluationConfig:
     reference: str = "test"
     """Which real images the distances compare with: train, validation or test."""
     classifiers: list[str] = field(default_factory=lambda: ["cnn"])
-    """What is trained on the generated images and tested on real ones: cnn; wrn, resnet and resnext take a
-    GPU."""
+    """The classifiers that are trained on generated images and tested on real ones: cnn; wrn, resnet and
+    resnext take a GPU."""
     classifier_epochs: int = 10
     """Passes of the CNN over the generated images."""
     deep_classifier_epochs: int = 50
@@ -345,7 +346,7 @@ class TrackingConfig:
 
 @dataclass
 class ResourcesConfig:
-    """What one job may use and what it asks a cluster for; none of it changes the result."""
+    """The resources that one job may use and asks a cluster for; none of them changes the result."""
 
     device: str = "auto"
     threads: int | None = None
@@ -362,7 +363,7 @@ class ResourcesConfig:
     time_limit_min: int = 240
     """Minutes until SLURM stops the job, which is then continued; short ones start earlier."""
     partition: str | None = None
-    """Of SLURM, like the next three; null takes the cluster's default."""
+    """The partition of SLURM; null takes the cluster's default, as for the next three fields."""
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None
@@ -399,7 +400,7 @@ class Config:
     """First folder under `paths.outputs`."""
     stages: list[str] = field(default_factory=lambda: ["finetune", "sample", "evaluate"])
     seed: int = 0
-    """Of what is public: initialisation, sampling, evaluation. Never of private randomness."""
+    """The seed of public randomness: initialisation, sampling, evaluation. Never of private randomness."""
     data: DataConfig = field(default_factory=DataConfig)
     public_data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

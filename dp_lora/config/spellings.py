@@ -1,4 +1,4 @@
-"""What the options and commands of other trainers, such as kohya's and diffusers', are called here."""
+"""Our names for the options and commands of other trainers, such as kohya's and diffusers'."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _VALUES = {
     "train.precision": {"no": "float32", "fp32": "float32", "fp16": "bfloat16", "bf16": "bfloat16"},
     "train.schedule": {"constant_with_warmup": "constant"},
 }
-"""What others write for a value, by the field."""
+"""The spellings of other trainers for a value, by the field."""
 
 
 COMMANDS = {
@@ -46,14 +46,14 @@ COMMANDS = {
     "help": "--help",
     "version": "--version",
 }
-"""What to write for the commands that other programs have."""
+"""The words to write for the commands of other programs."""
 
 INSTEAD = {
     "experimental_rerun": "the run's own command, which continues it; its config.yaml says what it was",
     "config_name": "--config-dir=FOLDER with presets of your own",
     "config_path": "--config-dir=FOLDER with presets of your own",
 }
-"""What serves in place of a flag of Hydra."""
+"""The replacement for a flag of Hydra."""
 
 NO_SPACES = ("tracking.wandb", "tracking.progress", "resources.device")
 """Texts of which each possible value is one word."""

@@ -20,12 +20,12 @@ _SPELLINGS: dict[str, Mode] = {
     **dict.fromkeys(("offline", "dryrun"), "offline"),
     **dict.fromkeys(("disabled", "disable", "none", "off", "false", "no", "0", "null"), "disabled"),
 }  # fmt: skip
-"""What W&B and those who use it write for a mode."""
+"""The spellings of a mode by W&B and its users."""
 
 _YES = ("1", "true", "yes", "on", "y", "t")
 
 MEANT: dict[str, Mode] = {**_SPELLINGS, **dict.fromkeys(_YES, "online")}
-"""What was meant by a word, in small letters, that is no value of `tracking.wandb`."""
+"""The meaning of a lower-case word that is not a value of `tracking.wandb`."""
 
 _log = logging.getLogger(__name__)
 

@@ -42,7 +42,7 @@ PICTURES = (
 
 
 class Survey(NamedTuple):
-    """What lies anywhere in a folder."""
+    """The kinds of files that lie anywhere in a folder."""
 
     parquet: list[Path]
     picture: Path | None
@@ -260,7 +260,7 @@ class _Reader:
         return paths
 
     def _beside(self, path: Path, has_folders: bool) -> UserError:
-        """What to say of a file where class folders were expected; `has_folders` if some are beside it."""
+        """The error for a file where class folders were expected; `has_folders` if some are beside it."""
         try:
             check_file(path)
         except Unreadable as error:

@@ -65,7 +65,7 @@ def part_of(images: np.ndarray, labels: np.ndarray) -> Part:
 
 
 class Source(NamedTuple):
-    """What a loader found: the classes, the training part, the parts that the source sets aside itself.
+    """The result of a loader: the classes, the training part, the parts that the source sets aside itself.
 
     Where a set is published as one, `held_out` of its training images are its test images. `own`: it is a
     user's own set, in which nobody has fixed the position of an image.
@@ -305,7 +305,7 @@ class Preprocessing:
 
 
 def preprocessing_of(data: DataConfig, resample: str, crop: str = "fit") -> Preprocessing:
-    """What `data` asks for; `resample` and `crop` are the set's own where it leaves them open."""
+    """The preprocessing that `data` asks for; `resample` and `crop` are used where it leaves them open."""
     background = pixels.background_of(data.background)
     assert background is not None, "the configuration was checked"
     low_high = None if data.value_range is None else (data.value_range[0], data.value_range[1])

@@ -64,7 +64,7 @@ class Decoded(NamedTuple):
     """An upright image."""
 
     image: Any
-    """Of Pillow, mode L or RGB."""
+    """An image of Pillow, mode L or RGB."""
     digest: bytes
     """SHA-256 of the pixels as they are in the file, upright, before range, background and size."""
     transparent: bool
@@ -195,7 +195,7 @@ class _Range(NamedTuple):
 
 
 def _deep_range(opened: Any, decoding: Decoding) -> _Range | None:
-    """Of a file of more than 8 bits; None for one of 8 bits, for which `value_range` has been checked."""
+    """The range of a file of more than 8 bits; None for 8 bits, for which `value_range` has been checked."""
     tags = getattr(opened, "tag_v2", {})
     mode, given = opened.mode, decoding.value_range
     if mode in _EIGHT_BITS:
@@ -406,7 +406,7 @@ def reason(content: Content, error: Exception) -> str:
 
 
 def _floats_of_tiff(content: Path | bytes) -> str | None:
-    """What floating-point numbers a TIFF holds; None for another file. Pillow reads 32 bits alone."""
+    """The kind of floating-point numbers in a TIFF; None for another file. Pillow reads only 32 bits."""
     from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
     try:

@@ -139,7 +139,7 @@ TRAIN_SIZES = {
 
 
 FLAT, NARROW = 16, 64
-"""Of 256 levels: what 12 bits fill where 16 were expected, and what 14 bits do."""
+"""Of 256 levels, those that 12 bits fill where 16 were expected, and those that 14 bits fill."""
 NEARLY_ALL = 0.95
 TAIL = 0.01
 """Share of an image's pixels, at either end, that does not count: dead pixels, a marker in a corner."""
@@ -200,7 +200,7 @@ def expected_train_size(data: DataConfig) -> int | None:
 
 
 def provenance(data: DataConfig, paths: PathsConfig) -> dict[str, Any]:
-    """What, besides `data`, determines the images: for letters the fonts, [(file name, sha256)]."""
+    """The inputs besides `data` that determine the images: for letters the fonts, [(file name, sha256)]."""
     if data.name != "letters":
         return {}
     folders: list[str | Path] = [Path(paths.data).expanduser() / "fonts", *letters.SYSTEM_FOLDERS]

@@ -1,4 +1,4 @@
-"""What reads one set: packaged CSVs, IDX files, official archives, folders, tables, rendered letters.
+"""Loaders of one set: packaged CSVs, IDX files, official archives, folders, tables, rendered letters.
 
 Each loader of `LOADERS` turns a `Request` into a `Source`: all labelled images, in the size asked for, and
 the parts that the source sets aside itself. `dp_lora.data.sets` decides about the rest.
@@ -284,7 +284,7 @@ class Published(NamedTuple):
     archive: Callable[[Tree, Request, Preprocessing], Source | None]
     """Reads the official files; None where they are not."""
     files: str
-    """What these are, for who has to fetch them."""
+    """A description of these files for those who have to fetch them."""
     hub: str | None
     crop: str = "fit"
     resample: str = "bicubic"
@@ -430,7 +430,7 @@ def _load_imagefolder(request: Request) -> Source:
 
 
 def _no_folder(path: Path) -> str:
-    """What lies where a folder was expected."""
+    """Says what lies where a folder was expected."""
     if not path.exists():
         return "no such folder"
     name = path.name.lower()

@@ -27,7 +27,7 @@ LARGEST_SIDE = 64
 
 @dataclass(frozen=True)
 class ClassifierRecipe:
-    """What a classifier is and how it is trained: everything that result.json says of it."""
+    """The architecture and the training of a classifier: everything that result.json says about it."""
 
     layers: str
     dropout: float
@@ -36,7 +36,7 @@ class ClassifierRecipe:
     decay: float = 1.0
     """Factor of the learning rate after two fifths and after four fifths of the epochs."""
     ema_decay: float = 0.0
-    """Of the moving average of the weights, which is what is tested; 0: the last ones."""
+    """Decay of the moving average of the weights, which is tested; 0: the last weights are tested."""
     optimizer: str = "Adam"
     smallest_side: int = SMALLEST_SIDE
     largest_side: int = LARGEST_SIDE

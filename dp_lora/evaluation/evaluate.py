@@ -50,12 +50,12 @@ Say = Callable[[str], None]
 
 
 class Evaluation(NamedTuple):
-    """What result.json shows."""
+    """The metrics and the metadata that result.json shows."""
 
     metrics: dict[str, float]
     """Flat: `accuracy_<classifier>` in [0, 1] and those of `metrics`, with `_before` and `_real`."""
     metadata: dict[str, Any]
-    """What was compared with what, by what, the intervals, and which metrics are not covered by epsilon."""
+    """The images that were compared, by which networks, the intervals, and the metrics outside of epsilon."""
 
 
 class Instruments:
@@ -302,7 +302,7 @@ def _compared(n: int, real: Real) -> dict[str, Any]:
 
 
 def described(instruments: Instruments) -> dict[str, Any]:
-    """What result.json says of the networks and of the definitions of the metrics."""
+    """The description of the networks and of the metrics' definitions in result.json."""
     config = instruments.config
     return {
         "classifiers": {

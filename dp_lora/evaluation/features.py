@@ -90,7 +90,7 @@ class DinoV2(nn.Module):
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What becomes of an image before the network sees it."""
+    """The preprocessing of an image before the network sees it."""
 
     side: int
     """Pixels of the square that it is resized to."""
@@ -122,7 +122,7 @@ class Loaded(NamedTuple):
         }
 
     def logits(self, features: Tensor) -> Tensor | None:
-        """What the Inception score is made of; null over other networks than Inception 2015."""
+        """The logits for the Inception score; None for networks other than Inception 2015."""
         return self.network.logits(features) if isinstance(self.network, Inception2015) else None
 
 
@@ -211,7 +211,7 @@ def _load_inception(config: EvaluationConfig) -> tuple[nn.Module, str]:
 
 
 def _find_dinov2(config: EvaluationConfig, loader: str) -> Any:
-    """What transformers makes of `evaluation.dinov2` with the class `loader`."""
+    """The object that transformers' class `loader` makes of `evaluation.dinov2`."""
     field = f"evaluation.dinov2={config.dinov2!r}"
     try:
         import transformers

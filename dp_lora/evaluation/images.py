@@ -61,7 +61,7 @@ class Real(NamedTuple):
     train: RealPart
     reference: RealPart
     test: RealPart
-    """What classifiers are tested on."""
+    """The images on which classifiers are tested."""
     opposite: RealPart
     """The real images whose distance to the reference is the baseline."""
     num_classes: int

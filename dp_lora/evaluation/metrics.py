@@ -34,7 +34,7 @@ from dp_lora.evaluation.distances import (
 from dp_lora.evaluation.pairs import Across, Within, across, within
 
 LEVEL = 0.95
-"""Of every interval."""
+"""The confidence level of every interval."""
 
 INCEPTION = "inception"
 """The extractor over which a Frechet distance is called FID, and the only one with an Inception score."""
@@ -56,14 +56,14 @@ class Measured(NamedTuple):
 
 @dataclass(frozen=True)
 class Options:
-    """What is computed beyond the values."""
+    """Settings for what is computed besides the values of the metrics."""
 
     bootstrap: int = 0
     """Resamples behind each interval; 0: no intervals."""
     infinity: bool = False
     """Also the Frechet distance extrapolated to infinitely many images."""
     seed: int = 0
-    """Of resamples and subsets."""
+    """The seed of resamples and subsets."""
 
 
 class Reference(NamedTuple):
@@ -76,7 +76,7 @@ class Reference(NamedTuple):
 
     @classmethod
     def of(cls, features: Tensor) -> Reference:
-        """Of features [M, F], M at least 6."""
+        """The reference made of features [M, F], M at least 6."""
         return cls(features, gaussian(features), within(features))
 
     def tensors(self) -> dict[str, Tensor]:
@@ -86,7 +86,7 @@ class Reference(NamedTuple):
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], device: torch.device) -> Reference:
-        """What `tensors` returned, on `device`."""
+        """The reference whose `tensors` these are, moved to `device`."""
         moved = {name: value.to(device) for name, value in tensors.items()}
         return cls(
             moved["features"],
@@ -96,7 +96,7 @@ class Reference(NamedTuple):
 
 
 def frechet_name(extractor: str, *, infinity: bool = False) -> str:
-    """What the Frechet distance over `extractor` is called.
+    """The name of the Frechet distance over `extractor`.
 
     >>> frechet_name("lite0"), frechet_name("inception"), frechet_name("lite0", infinity=True)
     ('fd_lite0', 'fid', 'fdinf_lite0')

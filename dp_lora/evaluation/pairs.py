@@ -1,4 +1,4 @@
-"""What is computed from all pairs of features: KID, precision, recall, density and coverage, in one pass.
+"""Metrics from all pairs of features: KID, precision, recall, density and coverage, in one pass.
 
 Shapes and dtypes at the boundaries: features float32 or float64 [N, F]; everything is computed in float64.
 Every pair of blocks is multiplied once; the kernel and the squared distances both come from that product.

@@ -84,7 +84,7 @@ class FrechetFrame:
         return max(2.0, float(sums[-1]) / _COUNT_WEIGHT)
 
     def moments(self, sums: Tensor) -> Moments:
-        """What sums [size] tell: of all covariances of their trace, the one nearest to theirs.
+        """The moments that sums [size] tell: of all covariances with their trace, the one nearest to theirs.
 
         Noise makes a covariance indefinite. To set its negative eigenvalues to 0 would add to the trace, and
         so to every distance; with the trace held, all eigenvalues are lowered by one number first.
@@ -127,7 +127,7 @@ class AccuracyQuery(NamedTuple):
 
     @classmethod
     def of(cls, name: str, right: Tensor) -> AccuracyQuery:
-        """Of bool [N], for the metric `name`."""
+        """The query for the metric `name`, made of bool [N]: which images the classifier gets right."""
         return cls(name, torch.stack([right, ~right], dim=1).double())
 
     def values(self, sums: Tensor) -> dict[str, float]:
@@ -150,7 +150,7 @@ class FrechetQuery(NamedTuple):
     rows: Tensor
     """float64 [N, size]: `frame.rows` of the held-out images. Private."""
     compared: dict[str, Moments]
-    """Of generated images, by the names of the metrics: one noised sum serves them all."""
+    """The moments of generated images, by the names of the metrics: one noised sum serves them all."""
 
     def values(self, sums: Tensor) -> dict[str, float]:
         """The metrics by their names, of the noised sums of `rows`."""
@@ -191,7 +191,7 @@ class Questions:
         return one.number(part)
 
     def noise_effects(self, sums: Tensor, noise_multiplier: float, seed: int) -> dict[str, dict[str, float]]:
-        """What the noise does to each metric, simulated from the released sums alone.
+        """The effect of the noise on each metric, simulated from the released sums alone.
 
         `deviation` is its standard deviation, `bias` what noise once more adds to the released value.
         """

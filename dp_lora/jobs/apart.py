@@ -46,5 +46,5 @@ def refuse_shared_images(config: Config, public: ImageSplits, private: ImageSpli
 
 
 def _digests(images: ImageSplits) -> set[bytes]:
-    """Of all images that show something, in all roles."""
+    """The digests of all images that show something, in all roles."""
     return {row.tobytes() for part in images for row in array_digests(part.images[~plain(part.images)])}

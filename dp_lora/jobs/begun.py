@@ -1,4 +1,4 @@
-"""What the private records of a run, or of its copies together, say that it has begun: steps and releases."""
+"""The steps and releases that a run, or its copies together, have begun, by their private records."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run was made from: a record in its private `checkpoint/`, by which its stages know its images again.
+"""The record of a run's images in its private `checkpoint/`, by which its stages know them again.
 
 A command names its images by a folder, and what lies in the folder can change. A run that went on with other
 images would mix two sets in one adapter, draw one set's classes under the other's names, or compare what one
@@ -46,7 +46,7 @@ _SAID = {
     "order": "the order of the images",
     "prepared": "the pixels as they are trained on (as this Pillow reads and resizes the files)",
 }
-"""What can be different, in words; the first that is has most of those below it in its wake."""
+"""The possible differences, in words; the first one that applies causes most of those below it."""
 
 
 def digests(images: ImageSet) -> np.ndarray:
@@ -105,7 +105,7 @@ def _captions(images: ImageSet) -> np.ndarray:
 
 
 def changes(images: ImageSplits, record: dict[str, Any]) -> list[str]:
-    """What of `images` is not as in `record`, in words; an empty list where all of it is.
+    """Lists in words what of `images` is not as in `record`; empty if nothing differs.
 
     Records of earlier versions say nothing of the prepared pixels, and are compared in all else.
     """
@@ -166,7 +166,7 @@ def refusal(images: ImageSplits, folder: Path) -> str | None:
 
 
 def unknown(directory: Path) -> str | None:
-    """What to tell the owner of a run that was begun and has no record; None of all others."""
+    """The message for the owner of a run that was begun and has no record; None for all other runs."""
     path = directory / "checkpoint" / NAME
     begun = (directory / OUTPUTS["finetune"], path.with_name("plan.json"))
     if path.exists() or not any(one.exists() for one in begun):

@@ -222,7 +222,7 @@ class ImageIndex:
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
-        """What is said of the ledger inside of the block is said of a whole one."""
+        """Makes sure that what is said about the ledger inside the block is said about a whole one."""
         try:
             if not self._is_new():
                 # The charges first: somebody may add a set, and then a charge.

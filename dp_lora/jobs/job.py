@@ -51,7 +51,7 @@ PLAN_FIELDS = {
 
 @dataclass
 class Job:
-    """What the stages share, all of it checked."""
+    """A job as its stages share it, with everything checked."""
 
     config: Config
     directory: Path
@@ -63,7 +63,7 @@ class Job:
 
     @property
     def base_model(self) -> str:
-        """What the adapter's card calls the pre-trained model: never the path of a folder.
+        """The name of the pre-trained model on the adapter's card: never the path of a folder.
 
         The name of shipped weights or of a pipeline on the hub; of a folder, the model's name and eight
         digits of the SHA-256 of its weights, by which whoever has it can tell that it is the one.

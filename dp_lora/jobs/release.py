@@ -261,7 +261,7 @@ def _delta(config: Config) -> float:
 
 
 def release_record(training: Mapping[str, Any], config: Config, folder: Path) -> dict[str, Any]:
-    """What privacy.json says of the releases of a run, each of which is counted.
+    """The entry of privacy.json about the releases of a run, each of which is counted.
 
     `epsilon` and `delta` are for one held-out image. `with_training` is the composition with the training,
     for one person with an image in each set.

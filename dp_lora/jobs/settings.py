@@ -1,4 +1,4 @@
-"""What the settings alone tell of a job: whether its model, its images and its adapters fit each other.
+"""Checks of a job by its settings alone: whether its model, its images and its adapters fit each other.
 
 Neither images nor weights are read, so that a plan and a dry run find what every job of a sweep would fail
 with.

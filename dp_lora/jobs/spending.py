@@ -1,4 +1,4 @@
-"""What a job charges to the ledger of its private set, and the budget that may refuse the job.
+"""The charges of a job to the ledger of its private set, and the budget that may refuse the job.
 
 The ledger lies beside the data: `privacy_ledger.jsonl` in `paths.data` for the published sets, and for a
 folder or file that `data.source` names `<its name>.privacy_ledger.jsonl` next to it. `paths.ledger` names
@@ -114,7 +114,7 @@ def may_be_one_set(one: str, other: str, *, own: bool) -> bool:
 
 
 def charge_of(config: Config, plan: PrivacyPlan, run: str) -> Charge:
-    """What the whole plan costs."""
+    """The charge for the whole plan."""
     from dp_lora.privacy.ledger import Charge
 
     private = plan.private and config.privacy.insecure_seed is None
@@ -186,13 +186,13 @@ class Books:
         self.one_set = is_beside(self.ledger.path, config.data.source)
 
     def others(self, mine: Charge) -> list[Charge]:
-        """What all other runs spent on the set of `mine`, and on sets that share images with it."""
+        """The charges of all other runs on the set of `mine`, and on sets that share images with it."""
         found = self.index.find(self.images)
         own = self._on_these_images(mine, self.ledger.charges(), found)
         return [] if found is None and not own else self._together(mine, own, self.index.charges(), found)
 
     def in_ledger(self, mine: Charge) -> list[Charge]:
-        """Of `others` those that stand in the ledger."""
+        """Those of `others` that are in the ledger."""
         return self._on_these_images(mine, self.ledger.charges(), self.index.find(self.images))
 
     def enter(self, charge: Charge, known: str | None, turn: Turn, *, admitted: bool) -> str:
@@ -215,7 +215,7 @@ class Books:
         return self.ledger.enter(charge, ask, known, turn)
 
     def of_run(self, run: str) -> list[Charge]:
-        """What both say of the run `run`: its training and its releases."""
+        """The charges of the run `run` in the ledger and in the index: its training and its releases."""
         found = [*self.ledger.charges(), *self.index.charges()]
         return [charge for charge in found if charge.run == run or charge.run.startswith(f"{run}-release-")]
 
@@ -234,7 +234,7 @@ class Books:
     def _on_these_images(
         self, mine: Charge, charges: Sequence[Charge], found: KnownSet | None
     ) -> list[Charge]:
-        """Of `charges` in the ledger those of other runs that are on the images of `mine`, or may be.
+        """The `charges` of other runs in the ledger that are on the images of `mine`, or may be.
 
         In a ledger of several sets, those of another name are left out that the index has seen begin on
         other images.
@@ -267,7 +267,7 @@ class Books:
 
 
 class Account:
-    """What one run is charged: its receipt in the private `folder`, and its lines in the books.
+    """The account of one run: its receipt in the private `folder`, and its lines in the books.
 
     Methods raise UserError as those of `Books`, and for a run that has gone on elsewhere.
     """
@@ -294,7 +294,7 @@ class Account:
             raise self.gone_on() from error
 
     def planned(self, plan: PrivacyPlan) -> Charge:
-        """What a start of the run is charged: its whole plan, and no less than at an earlier end.
+        """The charge for a start of the run: its whole plan, and no less than at an earlier end.
 
         Raises UserError when the run does not go on as it began (`dp_lora.training.receipts`).
         """
@@ -449,7 +449,7 @@ def charge_release(
 
 
 def line_of_all_runs(config: Config, delta: float, images: ImageSplits) -> str | None:
-    """What the ledger and the index say of all runs on the job's private images; None of one run or none."""
+    """One line on all runs on the job's private images, by ledger and index; None for fewer than two runs."""
     from dp_lora.privacy.ledger import Charge, spent, spent_adaptively
     from dp_lora.privacy.subsampled_gaussian import Mechanism
 

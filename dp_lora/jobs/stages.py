@@ -65,7 +65,7 @@ def run(config: Config, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def _pretrain_alone(config: Config, team: Team) -> dict[str, Any]:
-    """What stages=[pretrain] asks for; all processes of the job take part."""
+    """Runs stages=[pretrain]; all processes of the job take part."""
     check_writable(Path(config.paths.cache).expanduser(), f"paths.cache={config.paths.cache}")
     folder = pretrained_model(config, again=True)
     if team.first:
@@ -459,7 +459,7 @@ def _summary(job: Job, result: Mapping[str, Any]) -> str:
 
 
 def _guarantee(record: Mapping[str, Any]) -> list[str]:
-    """What a fine-tuning spends by its `record`, as in privacy.json, or why it guarantees nothing."""
+    """Lines on what a fine-tuning spends by its `record` (privacy.json), or on why it guarantees nothing."""
     from dp_lora.records.card import no_guarantee
 
     nothing = no_guarantee(record, reproducible_noise=record["reproducible_noise"])

@@ -40,7 +40,7 @@ TRAINED = "trained.safetensors"
 """Parameters that were trained in place, by their name in the model: the class embedding among them."""
 
 _PREFIX = "base_model.model."
-"""What peft puts before the names of a model's parameters."""
+"""The prefix that peft puts before the names of a model's parameters."""
 
 _LORA_LAYERS = (nn.Linear, nn.Conv2d)
 _NORMS = (nn.GroupNorm, nn.LayerNorm)
@@ -93,7 +93,7 @@ def count_by_component(model: LatentDiffusion, components: Sequence[str]) -> dic
 
 @dataclass(frozen=True)
 class _Layer:
-    """What can be said of a layer before it has an adapter."""
+    """The facts about a layer that are known before it has an adapter."""
 
     sides: tuple[int, int]
     groups: frozenset[str] = frozenset()

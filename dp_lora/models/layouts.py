@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Layout:
-    """What a kind of checkpoint holds."""
+    """The contents of one kind of checkpoint."""
 
     preset: str
-    """Of the group `model`: the sizes."""
+    """The preset of the group `model` with the sizes."""
     image_size: int
     scaled: bool = False
     """Whether its latents were scaled to unit variance, so that the checkpoint has to say by what."""

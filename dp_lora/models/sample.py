@@ -69,7 +69,7 @@ def save(samples: Samples, folder: Path, rows: int = 10) -> None:
 
 
 def load(folder: Path) -> Samples:
-    """What `save` wrote. Raises UserError when the file is damaged."""
+    """Loads the samples that `save` wrote. Raises UserError if the file is damaged."""
     path = folder / "samples.npz"
     try:
         with np.load(path, allow_pickle=False) as saved:

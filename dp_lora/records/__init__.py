@@ -1,1 +1,1 @@
-"""What is said about a run: its files, its tracker, its card, and what of them may leave."""
+"""The records of a run: its files, its tracker, its card, and the parts of them that may leave."""

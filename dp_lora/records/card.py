@@ -17,7 +17,7 @@ COVERS = (
     "noised update, the signal-to-noise estimated from it and, where asked for, the loss that the noised sum "
     "tells.",
 )
-"""What the guarantee covers, for privacy.json and the card."""
+"""The guarantee's coverage, for privacy.json and the card."""
 
 DOES_NOT_COVER = (
     "Metrics computed on private or held-out images, such as distances and accuracies in result.json.",
@@ -32,13 +32,13 @@ DOES_NOT_COVER = (
     "What `dp-lora export` leaves behind of a run, above all its checkpoint/ folder, which holds the noise "
     "key and must stay private.",
 )
-"""What the guarantee does not cover, for privacy.json and the card."""
+"""The limits of the guarantee, for privacy.json and the card."""
 
 LIVE = (
     "When each step ended, which follows the size of its batch: W&B got the rows while the job trained "
     "(tracking.live)."
 )
-"""What it does not cover either where W&B shows a private job live."""
+"""A further limit if W&B shows a private job live."""
 
 NO_GUARANTEE = "**This adapter has NO privacy guarantee: {reason}.**"
 
@@ -220,7 +220,7 @@ def _at_least(value: Any) -> str:
 
 
 def bounds(audit: Mapping[str, Any]) -> list[str]:
-    """What is proven and what was measured, a line each, from the key `audit` of result.json.
+    """One line for what is proven and one for what was measured, from the key `audit` of result.json.
 
     >>> lines = bounds({"epsilon": 10.0, "delta": 1e-5, "confidence": 0.95, "epsilon_lower_bound": 2.875,
     ...     "canaries": 1000, "kind": "gradient", "epsilon_lower_bound_if_gaussian": 8.6})
@@ -245,7 +245,7 @@ def bounds(audit: Mapping[str, Any]) -> list[str]:
 
 
 def noise_line(audit: Mapping[str, Any]) -> str:
-    """What the tests of the noise found, from the key `audit` of result.json.
+    """The findings of the noise tests in one line, from the key `audit` of result.json.
 
     >>> noise_line({"noise_test": {"accused": False, "accused_by": [], "p_value": 0.4, "false_alarm": 0.01,
     ...     "noise_multiplier": 1.355, "estimated_noise_multiplier": 1.352, "interval": [1.34, 1.364],
@@ -275,11 +275,11 @@ _REASONS = {
     "missing_release": "a step without examples released nothing",
     "unreleased_update": "parameters changed by something else than what was released",
 }
-"""What tests say of the engine that do not look for too little or repeated noise."""
+"""The findings of tests that look for something other than too little or repeated noise."""
 
 
 def _verdict(found: Mapping[str, Any]) -> str:
-    """Of the tests of the noise in a few words, from the key `noise_test` of an audit."""
+    """The verdict of the noise tests in a few words, from the key `noise_test` of an audit."""
     by = found["accused_by"]
     if found["accused"]:
         weak = ["too little or repeated"] if any(name not in _REASONS for name in by) else []
@@ -305,7 +305,7 @@ CONTRADICTED = (
 
 
 def warnings(audit: Mapping[str, Any]) -> list[str]:
-    """What speaks against the guarantee, from the key `audit` of result.json; empty when nothing does.
+    """Lists what speaks against the guarantee, from the key `audit` of result.json; empty if nothing does.
 
     `contradicted` says whether a lower bound lies above epsilon, `noise_test.accused` whether a
     release failed a test. The two are verdicts of their own.

@@ -1,4 +1,4 @@
-"""Of what kind the values of a record are that may leave a run: a list of numbers is no place for a text."""
+"""The kinds of values that a released record may hold: a text in a list of numbers is refused."""
 
 from __future__ import annotations
 

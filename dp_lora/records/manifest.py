@@ -1,4 +1,4 @@
-"""What may leave a run, in one place: files, their fields, and what Weights & Biases is sent, each with why.
+"""The list of all that may leave a run: files, fields, and what Weights & Biases gets, each with a reason.
 
 Everything that is named here is covered by epsilon, is public, or is marked as what epsilon does not cover.
 Everything else in a run directory is private: the directory has mode 0700, and a field that is not listed
@@ -87,7 +87,7 @@ ROWS: Mapping[str, Why] = {
     "signal_to_noise": Why.NOISED,
     "private_loss": Why.NOISED,
 }
-"""What a stage that sees private data may log: metrics.jsonl and the rows of W&B.
+"""The values that a stage that sees private data may log, in metrics.jsonl and the rows of W&B.
 
 `update_norm` and `signal_to_noise` are of the noised update, `private_loss` is read from the noised sum. A
 row holds no time: how long a step takes follows the size of its batch, which no noise protects. Lines of
@@ -118,7 +118,7 @@ _RELEASE: Shape = {
     "covers": field_kinds.sentence,
     "with_training": _SPENT,
 }
-"""Of `release` in privacy.json."""
+"""The shape of `release` in privacy.json."""
 
 _KINDS: Mapping[str, Shape] = {
     **dict.fromkeys(("complete", "private", "reproducible_noise"), field_kinds.flag),
@@ -127,7 +127,7 @@ _KINDS: Mapping[str, Shape] = {
     "epsilon_by_accountant": field_kinds.numbers,
     "release": _RELEASE,
 }
-"""Of the fields of privacy.json that are no numbers."""
+"""The shapes of the fields of privacy.json that are not numbers."""
 
 GENERATED_METRICS = frozenset({"inception_score", "inception_score_before"})
 """Metrics of generated images alone: epsilon of the adapter covers them."""
@@ -143,7 +143,7 @@ AUDIT = frozenset(
         "negatives",
     }
 )  # fmt: skip
-"""What an audit finds without a private image: canaries are trained without one."""
+"""The fields that an audit finds without a private image: canaries are trained without one."""
 
 UNCOVERED_NOTE = "computed on private data; releasing it is not covered by epsilon"
 
@@ -258,9 +258,9 @@ WANDB: Mapping[str, Why] = {
     "table: baselines": Why.UNCOVERED,
     "artifact: adapter": Why.NOISED,
 }
-"""What W&B is sent. The run begins there when the private training has ended, and its rows arrive together:
-neither its clocks nor the times of arrival see a step. Metrics that epsilon does not cover carry a note. The
-run's id is random.
+"""The data that W&B is sent. The run begins there when the private training has ended, and its rows arrive
+together: neither its clocks nor the times of arrival see a step. Metrics that epsilon does not cover carry a
+note. The run's id is random.
 
 The start time is of what comes after the training. Where jobs run one after another, the time from one run's
 start to the next one's bounds the duration of a training from above.
@@ -304,14 +304,14 @@ def shown_fingerprint(config: Config) -> str:
 
 
 def run_name(config: Config, overrides: Sequence[str]) -> str:
-    """What W&B shows as the run's name: the words that may be shown, and the fingerprint of what may be."""
+    """The run's name in W&B: the words that may be shown, and the fingerprint of the settings that may be."""
     public = _size_is_public(config.privacy.adjacency)
     words = [word for word in overrides if public or word.lstrip("+~").partition("=")[0] not in SIZES]
     return f"{readable(words)}-{shown_fingerprint(config)}"
 
 
 def privacy(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What may leave of privacy.json. Raises UserError for a value of another kind than its field's."""
+    """The fields of privacy.json that may leave. Raises UserError for a value not of its field's kind."""
     public = _size_is_public(str(record.get("adjacency")))
     return {
         name: field_kinds.shaped(name, value, _KINDS.get(name, number))
@@ -356,7 +356,7 @@ def uncovered(record: Mapping[str, Any], *, public: bool, released: bool) -> lis
 def result(
     record: Mapping[str, Any], *, public: bool, released: bool, with_uncovered: bool
 ) -> dict[str, Any]:
-    """What may leave of result.json.
+    """The fields of result.json that may leave.
 
     Guarantee: on private data a metric leaves unmarked only if it is known to be computed from generated
     images alone, or read from a sum with noise of its own. A record that does not say which metrics are
@@ -423,7 +423,7 @@ def _audit(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def row(record: Mapping[str, Any], *, private_loss: bool) -> dict[str, Any]:
-    """What may leave of a line of metrics.jsonl that a private stage wrote.
+    """The fields that may leave of a line of metrics.jsonl that a private stage wrote.
 
     Args:
         record: the line.
@@ -439,7 +439,7 @@ def row(record: Mapping[str, Any], *, private_loss: bool) -> dict[str, Any]:
 
 
 def provenance(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What may leave of provenance.json. Raises UserError for a value of another kind than its field's."""
+    """The fields of provenance.json that may leave. Raises UserError for a value not of its field's kind."""
     shown = {
         name: field_kinds.shaped(name, value, _PROVENANCE[name])
         for name, value in record.items()
@@ -495,5 +495,5 @@ def is_shipped(config: Config) -> bool:
 
 
 def _size_is_public(adjacency: str) -> bool:
-    """Of the relation as the configuration or as privacy.json calls it."""
+    """Whether the number of images is public, by the relation's name in the configuration or privacy.json."""
     return adjacency.replace("_", " ").startswith(("zero out", "one image contributes nothing"))

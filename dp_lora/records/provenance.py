@@ -32,7 +32,7 @@ PACKAGES = (
     "wandb",
 )
 CODE = ("dp_lora", "conf", "hydra_plugins", "sweeps", "pyproject.toml", "constraints.txt")
-"""What of a checkout can change a result."""
+"""The parts of a checkout that can change a result."""
 
 SLURM_IDS = (
     "SLURM_JOB_ID",
@@ -100,7 +100,7 @@ def git_state(checkout: Path) -> dict[str, str | None]:
 
 
 def _git(checkout: Path, *words: str) -> bytes | None:
-    """What git prints, or null when there is no git or it refuses."""
+    """The output of git, or None if there is no git or it refuses."""
     try:
         done = subprocess.run(["git", "-C", str(checkout), *words], capture_output=True, timeout=20)
     except (FileNotFoundError, subprocess.TimeoutExpired):

@@ -19,7 +19,7 @@ from dp_lora.errors import UserError
 from dp_lora.storage.files import Damaged, private_directory, read_json, read_lines, write_json
 
 OUTPUTS = {"finetune": "adapter", "sample": "samples.npz", "evaluate": "result.json"}
-"""What a stage leaves in the run directory, whole or not at all; where it is, the stage is skipped."""
+"""The output of a stage in the run directory, whole or not at all; if it is there, the stage is skipped."""
 
 _OBJECTS = (
     "privacy.json",
@@ -126,7 +126,7 @@ def _check_adapter(folder: Path) -> None:
 
 
 def _broken(folder: Path) -> str | None:
-    """What is wrong with an adapter by itself and by the record of its run; None where nothing is.
+    """Says what is wrong with an adapter, by itself and by the record of its run; None if nothing is.
 
     Earlier versions kept no record: of their adapters, a description without its weights is found.
     """

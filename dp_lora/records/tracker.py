@@ -41,7 +41,7 @@ from dp_lora.storage.files import (
 )
 
 RELEASED = frozenset(manifest.ROWS)
-"""What a stage that sees private data may log; `manifest.ROWS` says why."""
+"""The values that a stage that sees private data may log; `manifest.ROWS` says why."""
 
 STATUS_FIELDS = RELEASED | {"stage", "steps", "restarts"}
 PUBLIC_STAGES = frozenset({"pretrain"})
@@ -289,7 +289,7 @@ def _number(name: str, value: Any) -> float:
 
 
 def _plain(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What W&B's summary can show: scalars, and mappings of them."""
+    """The part of a record that W&B's summary can show: scalars, and mappings of them."""
     plain: dict[str, Any] = {}
     for key, value in record.items():
         if isinstance(value, Mapping):

@@ -85,7 +85,7 @@ class Damaged(UserError, ValueError):
 
 
 def read_json(path: Path) -> Any:
-    """What `write_json` wrote; infinities and NaN stay the strings "inf", "-inf" and "nan".
+    """The value that `write_json` wrote; infinities and NaN stay the strings "inf", "-inf" and "nan".
 
     Raises Damaged when the file is empty, cut off or something else, such as a folder.
     """

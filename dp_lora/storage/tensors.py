@@ -20,7 +20,7 @@ from dp_lora.storage.keyed import keyed_name
 def cached(
     cache: Path | None, key: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """What `compute` returns, computed once for each `key` and then read from `cache`/evaluation.
+    """The result of `compute`, computed once for each `key` and then read from `cache`/evaluation.
 
     The folder has mode 0700 and its files 0600, for they are functions of private images; neither their names
     nor their headers tell anything about `key` without the cache's own key (`dp_lora.storage.keyed`). A file

@@ -35,7 +35,7 @@ class Cell:
     """One job of a sweep."""
 
     number: int
-    """Of Hydra, from 0."""
+    """The number of Hydra's job, from 0."""
     words: tuple[str, ...]
     """The command line's overrides for this job."""
     config: Config
@@ -95,7 +95,7 @@ class Composer:
         return getattr(self._loader, name)
 
     def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
-        """What Hydra's own loader gives, without its node `hydra`."""
+        """The configuration that Hydra's own loader gives, without its node `hydra`."""
         presets, values = self._split(sweep_overrides)
         config = copy.deepcopy(self._of_presets(master_config, tuple(presets)))
         try:

@@ -1,4 +1,4 @@
-"""What a job of a sweep does where it runs.
+"""The part of a sweep's job that runs on the node.
 
 A job ends in one of four ways: its run directory says done; it leaves one line in the sweep's folder and
 exits with a status above 0, so that the cluster calls it failed; it was preempted, has saved and is queued

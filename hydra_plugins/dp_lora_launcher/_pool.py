@@ -161,12 +161,12 @@ class Pool:
         return answer
 
     def log(self, job: str) -> Path:
-        """What the job's first process prints."""
+        """The file with the output of the job's first process."""
         submission = next(s for s in self.ledger.submissions.values() if s.jobs and job in s.jobs)
         return JobPaths(self._folder(submission), job).stdout
 
     def _folder(self, submission: Submission) -> Path:
-        """Of submitit's files, by which a process of this job is known."""
+        """The folder of submitit's files, by which a process of this job is known."""
         return self.ledger.logs / submission.name
 
     def drop(self) -> set[str]:

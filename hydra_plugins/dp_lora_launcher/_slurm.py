@@ -31,7 +31,7 @@ from hydra_plugins.dp_lora_launcher._ledger import Ledger, Submission
 from hydra_plugins.dp_lora_launcher._node import run_cell, write_report
 
 SIGNAL = "USR2"
-"""What announces preemption and the time limit; NCCL has its own use for USR1."""
+"""The signal that announces preemption and the time limit; NCCL has its own use for USR1."""
 
 IN_FLIGHT_S = 15.0
 """How long an `sbatch` may still be on its way when its driver is dead."""
@@ -269,7 +269,7 @@ class Slurm:
         return words.get("JobState", "gone from the queue")
 
     def log(self, job: str) -> Path:
-        """What the job's first process prints."""
+        """The file with the output of the job's first process."""
         return JobPaths(self.ledger.logs, job).stdout
 
     def drop(self) -> set[str]:
@@ -283,7 +283,7 @@ class Slurm:
         return set()
 
     def stop(self) -> str:
-        """What to tell a user who interrupts the driver."""
+        """The message for a user who interrupts the driver."""
         names = " ".join(f"--name={name}" for name in self.ledger.submissions)
         return f"the jobs go on without the driver; scancel {names} ends them"
 
@@ -352,7 +352,7 @@ def _options(resources: ResourcesConfig) -> dict[str, Any]:
 
 
 def describe(resources: ResourcesConfig) -> str:
-    """What is asked of SLURM, in the words of sbatch."""
+    """The resources that are asked of SLURM, in the words of sbatch."""
     return " ".join(f"{name}={value}" for name, value in _options(resources).items())
 
 

@@ -28,7 +28,7 @@ ALIKE = 2
 """After so many failures for the same reason, and no success, the cells that wait are not started."""
 
 LOG_LINES = 8
-"""Of a failed job, shown at the end."""
+"""The last lines of a failed job's log that are shown at the end."""
 
 
 class Cluster(Protocol):
@@ -283,7 +283,7 @@ class Drive:
         _say(f"all {len(self.cells)} cells are done; {where}")
 
     def _failure(self, cell: Cell, how: str) -> str:
-        """What is known of a failed cell: SLURM's word, its last lines, the command that tries again."""
+        """A report of a failed cell: SLURM's word, its last lines, the command that tries again."""
         from hydra_plugins.dp_lora_launcher._ledger import command_line
 
         job = self.ledger.jobs()[cell.identity]
@@ -301,7 +301,7 @@ class Drive:
 
 
 def plan(cells: Sequence[Cell], folder: Path) -> str:
-    """What submitting would do, take and spend."""
+    """A text that says what submitting would do, take and spend."""
     from hydra_plugins.dp_lora_launcher._slurm import describe
     from sweeps.plan import lines
 

@@ -16,7 +16,7 @@ from dp_lora.privacy import step as algorithm
 from dp_lora.storage.files import read_json, read_lines
 from dp_lora.training import finetune
 from sweeps.bill import bill
-from tests.builders.commands import FOLDER, dp_lora, state_of
+from tests.builders.commands import FOLDER, dp_lora, interrupted, state_of
 from tests.builders.image_sets import pixels, write_folder
 from tests.builders.tiny import composed, words
 
@@ -33,20 +33,6 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
 def charges(root: Path) -> dict[str, int]:
     """The steps that each run is charged, by the lines of the ledger."""
     return {line["run"]: line["steps"] for line in read_lines(root / "outputs.privacy_ledger.jsonl")}
-
-
-def interrupted(at: int) -> Callable[..., Any]:
-    """`noised_mean`, which is interrupted when it is called for the `at`-th time."""
-    noised, calls = algorithm.noised_mean, 0
-
-    def stop(*args: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == at:
-            raise KeyboardInterrupt
-        return noised(*args)
-
-    return stop
 
 
 def test_two_copies_of_a_run_are_not_charged_as_one(

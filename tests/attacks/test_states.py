@@ -13,8 +13,7 @@ import torch
 from dp_lora.privacy import step as algorithm
 from dp_lora.storage.files import read_json, read_lines
 from dp_lora.training import finetune
-from tests.attacks.test_ledger import interrupted
-from tests.builders.commands import FOLDER, dp_lora, state_of
+from tests.builders.commands import FOLDER, dp_lora, interrupted, state_of
 from tests.builders.image_sets import pixels, write_folder
 from tests.builders.tiny import words
 

@@ -22,8 +22,7 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from dp_lora.config.schema import AutoencoderConfig, ModelConfig, UNetConfig
-from dp_lora.models.folders import build, load
-from dp_lora.models.latent_diffusion import LatentDiffusion
+from dp_lora.models.folders import LatentDiffusion, build, load
 
 CLASSES = ("cat", "dog", "fox")
 
@@ -265,3 +264,11 @@ def model_of(kind: str, folder: Path) -> LatentDiffusion:
     if model.prompts is not None:
         model.new_classes(CLASSES, torch.Generator().manual_seed(0))
     return model
+
+
+def one_tensor_less(path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path)
+    del tensors[min(tensors)]
+    save_file(tensors, path)

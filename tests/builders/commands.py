@@ -1,4 +1,4 @@
-"""The public commands, in this process."""
+"""The public commands in this process, and an interruption of the training that they start."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import hashlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from dp_lora.__main__ import main
+from dp_lora.privacy import step as algorithm
 
 
 def dp_lora(*words: str, command: Callable[[], None] = main) -> int:
@@ -50,3 +52,17 @@ FOLDER = (
     "sampler.steps=2",
 )
 """After `tiny.words`: a job on a folder of two classes, without its `data.source`."""
+
+
+def interrupted(at: int) -> Callable[..., Any]:
+    """`noised_mean`, which is interrupted when it is called for the `at`-th time."""
+    noised, calls = algorithm.noised_mean, 0
+
+    def stop(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            raise KeyboardInterrupt
+        return noised(*args)
+
+    return stop

@@ -6,6 +6,7 @@ import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -72,3 +73,8 @@ def write_rows(path: Path, contents: list[bytes]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     labels = [i % 2 for i in range(len(contents))]
     parquet.write_table(pyarrow.table({"image": contents, "label": labels}), path)
+
+
+def idx(array: np.ndarray) -> bytes:
+    header = b"\0\0\x08" + bytes([array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
+    return header + array.tobytes()

@@ -3,91 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
 import shutil
-import sys
 import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from omegaconf import OmegaConf
-from PIL import Image
-from safetensors.numpy import save_file
 
-from dp_lora.__main__ import main
 from dp_lora.commands import export as export_command
 from dp_lora.config.identity import PRIVATE_SETTINGS, readable
 from dp_lora.config.load import from_omegaconf
 from dp_lora.config.schema import Config
 from dp_lora.records import manifest
-from dp_lora.storage.files import append_line, read_json, write_json, write_lines
+from dp_lora.storage.files import append_line, read_json, write_json
+from tests.builders.exported import NOTE, PLAN, RESULT, export, refused, save_samples
 
 Change = Callable[[Path], None]
-PLAN = {
-    "sample_rate": 0.04, "num_examples": 1500, "steps": 4, "noise_multiplier": 0.8, "delta": 1e-5,
-    "epsilon": 2.0, "adjacency": "one image contributes nothing instead, Poisson sampling", "complete": True,
-    "reproducible_noise": False, "label_counts": [700, 800],
-}  # fmt: skip
-NOTE = "computed on private data; releasing it is not covered by epsilon"
-RESULT: dict[str, Any] = {
-    "metrics": {"accuracy_cnn": 0.8, "inception_score": 2.0}, "intervals": {"accuracy_cnn": [0.7, 0.9]},
-    "private_metrics": ["accuracy_cnn", "audit.membership_inference"], "private_metrics_note": NOTE,
-    "reference": {"split": "test", "n": 311}, "tested_on": {"split": "test", "n": 311}, "n_samples": 40,
-    "seconds": {"finetune": 144.0, "sample": 3.1}, "peak_memory_bytes": 1_000_000_001, "batch_sizes": [3, 4],
-    "audit": {"epsilon": 2.0, "membership_inference": {"loss": {"auc": 0.75}}},
-}  # fmt: skip
-
-
-@pytest.fixture
-def run(tmp_path: Path, tiny: Callable[..., Config]) -> Path:
-    """The directory of a finished run, made up."""
-    directory = tmp_path / "outputs" / "default" / "lora.rank=8-0123abcd"
-    (directory / "adapter").mkdir(parents=True)
-    (directory / "checkpoint").mkdir()
-    (directory / "checkpoint" / "key").write_bytes(b"secret")
-    (directory / "wandb").mkdir()
-    save_file({"w": np.zeros(2, np.float32)}, directory / "adapter" / "adapter_model.safetensors")
-    (directory / "adapter" / "adapter_config.json").write_text('{"r": 8}')
-    (directory / "adapter" / "README.md").write_text("## Privacy\n")
-    config = tiny("privacy.adjacency=zero_out")
-    (directory / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-    write_json(directory / "status.json", {"state": "done"})
-    write_json(directory / "privacy.json", PLAN)
-    write_json(directory / "result.json", RESULT)
-    write_json(directory / "provenance.json", {"git": {}, "start": "2026-01-01", "hardware": {"cores": 64}})
-    rows = [{"stage": "finetune", "step": 1, "time": 1795000000, "update_norm": 0.5, "grad_norm": 0.25}]
-    write_lines(directory / "metrics.jsonl", rows)
-    Image.fromarray(np.zeros((8, 8), np.uint8)).save(directory / "samples.png")
-    save_samples(directory, images=np.zeros((2, 1, 8, 8), np.uint8), labels=[0, 1], classes=["a", "b"])
-    return directory
-
-
-def save_samples(directory: Path, **arrays: Any) -> None:
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    (directory / "samples.npz").write_bytes(buffer.getvalue())
-
-
-def export(run: Path, folder: Path, *flags: str) -> Path:
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(sys, "argv", ["dp-lora", "export", str(run), str(folder), *flags])
-        main()
-    return folder
-
-
-def refused(capsys: pytest.CaptureFixture[str], run: Path, folder: Path, *flags: str) -> str:
-    """The one line with which the export ends; nothing is left behind."""
-    before = sorted(folder.parent.rglob("*"))
-    with pytest.raises(SystemExit) as ended:
-        export(run, folder, *flags)
-    assert ended.value.code == 2 and sorted(folder.parent.rglob("*")) == before
-    said = capsys.readouterr()
-    assert said.out == "" and said.err.startswith("dp-lora export: ") and said.err.count("\n") == 1
-    return said.err
 
 
 def test_exactly_what_the_manifest_lists_is_copied(run: Path, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """`dp-lora export` of records that are damaged, say too little, or are of earlier versions; and of kills."""
 
-# ruff: noqa: F811  (the fixture of another file)
 from __future__ import annotations
 
 import os
@@ -21,7 +20,7 @@ from dp_lora.commands import export as export_command
 from dp_lora.privacy.marks import Mark
 from dp_lora.records import manifest
 from dp_lora.storage.files import read_json, read_lines, write_json, write_lines
-from tests.commands.test_export import NOTE, PLAN, RESULT, export, refused, run  # noqa: F401
+from tests.builders.exported import NOTE, PLAN, RESULT, export, refused
 
 ZERO_OUT = "zero out one image, the number of images is public, Poisson sampling"
 OLD_CARD = (

@@ -155,3 +155,25 @@ def test_the_longest_that_wandb_takes_is_taken() -> None:
     for wrong in ({"run_tags": ("t" * 65,)}, {"project": "p" * 129}, {"project": "a#b"}):
         with pytest.raises(Exception, match="characters"):
             Settings(**wrong)
+
+
+def test_auto_is_online_where_a_key_is_and_offline_elsewhere(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    netrc = home / "netrc"
+    monkeypatch.setenv("NETRC", str(netrc))
+    monkeypatch.delenv("WANDB_API_KEY")
+    assert wandb_mode("auto") == "offline"
+    assert wandb_mode("disabled") == "disabled"
+    with pytest.raises(UserError, match=r"tracking\.wandb='online': no API key"):
+        wandb_mode("online")
+    netrc.write_text("machine example.org login user password x\n")
+    assert wandb_mode("auto") == "offline"
+    netrc.write_text("machine api.wandb.ai login user password x\n")
+    assert wandb_mode("auto") == wandb_mode("online") == "online"
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert wandb_mode("auto") == "offline"
+    monkeypatch.delenv("WANDB_MODE")
+    netrc.unlink()
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    assert wandb_mode("auto") == "online"

@@ -22,9 +22,8 @@ from dp_lora.data.archives import COUNTS, unpickle
 from dp_lora.data.images import Preprocessing
 from dp_lora.data.sets import load
 from dp_lora.errors import UserError
-from tests.builders.image_files import encoded, refused
+from tests.builders.image_files import encoded, idx, refused
 from tests.builders.tiny import composed
-from tests.data.test_sets import idx
 
 RNG = np.random.default_rng(5)
 

@@ -17,7 +17,7 @@ from dp_lora.data.images import Preprocessing
 from dp_lora.data.pixels import Damaged, shown
 from dp_lora.data.sets import load
 from tests.builders.image_files import config, refused, write_parquet
-from tests.data.test_folders_odd import both, image, link, put, roles, two
+from tests.builders.image_folders import both, image, link, put, roles, two
 
 NFC, NFD = (unicodedata.normalize(form, "m\u00fcde") for form in ("NFC", "NFD"))
 NO_NAME = (

@@ -5,79 +5,30 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, TiffImagePlugin
+from PIL import Image
 
-from dp_lora.config.schema import DataConfig, PathsConfig
+from dp_lora.config.schema import PathsConfig
 from dp_lora.data.pixels import shown
 from dp_lora.data.sets import load
 from dp_lora.errors import PrivateRefusal
 from tests.builders.image_files import config, refused, write_parquet
-
-Make = Callable[[Path], object]
-
-
-def put(path: Path, content: bytes | str = "x") -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-
-
-def image(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) * 3).save(path)
-
-
-def pages(path: Path, *each: tuple[int, dict[int, int]]) -> None:
-    """A TIFF with a page of grey for each side and its tags; a page is as bright as it is wide."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with TiffImagePlugin.AppendingTiffWriter(str(path), True) as writer:
-        for side, tags in each:
-            Image.new("L", (side, side), side).save(writer, format="TIFF", tiffinfo=tags)
-            writer.newFrame()
-
-
-def two(folder: Path, classes: tuple[str, ...] = ("cat", "dog"), count: int = 3) -> Path:
-    """`count` images in each of two classes."""
-    for name in classes:
-        for i in range(count):
-            image(folder / name / f"{i}.png")
-    return folder
-
-
-def roles(folder: Path, *names: str) -> None:
-    for name in names:
-        two(folder / name)
-
-
-def link(folder: Path, target: str, name: str) -> None:
-    (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    os.symlink(target, folder / name)
-
-
-def latin1(folder: Path, below: str, name: bytes) -> None:
-    """A copy of an image under a name that is not UTF-8."""
-    os.makedirs(os.fsencode(folder / below), exist_ok=True)
-    shutil.copy(folder / "cat/0.png", os.fsencode(folder / below) + b"/" + name)
-
-
-def saved_to_disk(folder: Path) -> None:
-    put(folder / "data-00000-of-00001.arrow")
-    put(folder / "dataset_info.json", "{}")
-    put(folder / "state.json", "{}")
-
-
-def both(*makes: Make) -> Make:
-    def make(folder: Path) -> None:
-        for one in makes:
-            one(folder)
-
-    return make
-
+from tests.builders.image_folders import (
+    Make,
+    both,
+    image,
+    latin1,
+    link,
+    pages,
+    put,
+    roles,
+    saved_to_disk,
+    two,
+)
 
 READ: dict[str, tuple[Make, dict[str, Any], tuple[str, ...], tuple[int, int, int]]] = {
     # name: what is made, settings, the classes, how many images train, choose and test
@@ -514,24 +465,6 @@ def test_the_first_page_that_is_no_thumbnail_is_the_image(
     pages(tmp_path / "set/cat/0.tif", *small, (8, {254: 2}), (7, {}))
     (image,) = load(config(tmp_path / "set", channels=1, resample=resample), PathsConfig()).train.images
     assert (image == 8).all()
-
-
-def test_splits_of_the_hub_of_one_role_are_refused_and_unknown_ones_are_said(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from tests.data.test_tables import fake_hub, hub_rows
-
-    data = DataConfig("imagefolder", source="owner/set", image_size=8)
-    data.name = "emnist_letters"
-    fake_hub(monkeypatch, {name: hub_rows(10, 8) for name in ("train", "val", "valid")})
-    said = refused(data)
-    assert said == (
-        "data.source=owner/set: splits 'val' and 'valid' are both for validation; expected one of them"
-    )
-    fake_hub(monkeypatch, {"train": hub_rows(10, 8), "unlabelled": hub_rows(3, 8)})
-    assert [len(part) for part in load(data, PathsConfig())] == [10, 0, 0]
-    expected = "data.source=owner/set: split unlabelled is left out; its name says no role\n"
-    assert capsys.readouterr().err == expected
 
 
 def test_names_are_shown_as_they_can_be_printed() -> None:

@@ -16,7 +16,7 @@ from dp_lora.commands import fetch
 from dp_lora.config.schema import DataConfig, PathsConfig
 from dp_lora.data.sets import ImageSet, ImageSplits, fixed_order, load, stratified
 from dp_lora.data.sources import CHECKSUMS, IDX_NAMES
-from tests.builders.image_files import refused, rows
+from tests.builders.image_files import idx, refused, rows
 
 # --- the packaged sets
 
@@ -162,11 +162,6 @@ def fail_with(part: ImageSet) -> None:
 
 
 # --- IDX
-
-
-def idx(array: np.ndarray) -> bytes:
-    header = b"\0\0\x08" + bytes([array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
-    return header + array.tobytes()
 
 
 @pytest.fixture

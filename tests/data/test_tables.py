@@ -186,3 +186,19 @@ def test_damaged_parquet_is_named(tmp_path: Path) -> None:
     assert "x.parquet says no role, beside files that do (test)" in refused(config(tmp_path))
     (tmp_path / "x.parquet").unlink()
     assert "no training rows, only test" in refused(config(tmp_path))
+
+
+def test_splits_of_the_hub_of_one_role_are_refused_and_unknown_ones_are_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = DataConfig("imagefolder", source="owner/set", image_size=8)
+    data.name = "emnist_letters"
+    fake_hub(monkeypatch, {name: hub_rows(10, 8) for name in ("train", "val", "valid")})
+    said = refused(data)
+    assert said == (
+        "data.source=owner/set: splits 'val' and 'valid' are both for validation; expected one of them"
+    )
+    fake_hub(monkeypatch, {"train": hub_rows(10, 8), "unlabelled": hub_rows(3, 8)})
+    assert [len(part) for part in load(data, PathsConfig())] == [10, 0, 0]
+    expected = "data.source=owner/set: split unlabelled is left out; its name says no role\n"
+    assert capsys.readouterr().err == expected

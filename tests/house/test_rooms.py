@@ -1,4 +1,7 @@
-"""The rooms of the package: imports point one way and in no circle, and what starts fast stays light."""
+"""The rooms of the package: imports point one way and in no circle, and what starts fast stays light.
+
+The tests lie in the same rooms, and no test file needs another one.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "dp_lora"
+TESTS = ROOT / "tests"
 
 ROOMS = (
     "errors", "storage", "config", "records", "privacy", "data", "models", "evaluation", "training", "jobs",
@@ -29,6 +33,21 @@ LIGHT = (
 )
 """What a user waits for before the first word, or after a mistake."""
 HEAVY = ("torch", "torchmetrics", "diffusers", "peft", "opacus", "dp_accounting", "scipy", "wandb", "sklearn")
+
+APART = {
+    "attacks": None,
+    "builders": None,
+    "house": None,
+    "slurm": None,
+    "sweeps": ("sweeps", "hydra_plugins/dp_lora_launcher", "hydra_plugins/dp_lora_sweeper"),
+}
+"""The folders of tests beside those of the rooms, and where the modules lie that they test, if by name."""
+UNDIVIDED = (
+    "tests/auditing/test_audit.py",
+    "tests/training/test_finetune.py",
+    "tests/training/test_finetune_replay.py",
+)
+"""Longer than the other files of tests, or in need of one of them."""
 
 Imports = Mapping[str, Mapping[str, bool]]
 """Of each module, the modules that it imports, and whether that is at its top."""
@@ -179,3 +198,80 @@ def test_files_and_functions_stay_short() -> None:
                 if (node.end_lineno or 0) - node.lineno + 1 - documented > 60:
                     long.append(f"{path.relative_to(ROOT)}: {node.name}")
     assert long == []
+
+
+def that_need_tests(tests: Path) -> list[str]:
+    """The files of tests that import another one or a conftest.py."""
+    found = []
+    for path in sorted(tests.rglob("*.py")):
+        names = {name for name, _ in imported(ast.parse(path.read_text(encoding="utf-8")))}
+        if any(
+            part == "conftest" or (part.startswith("test_") and part != path.stem)
+            for name in names
+            for part in name.split(".")
+        ):
+            found.append(str(path.relative_to(tests.parent)))
+    return found
+
+
+def misplaced(tests: Path, root: Path) -> list[str]:
+    """The files of tests in no known folder, or named after no module of their room."""
+    found = []
+    for path in sorted(tests.rglob("test_*.py")):
+        folder = path.parent.relative_to(tests).as_posix()
+        places = (f"dp_lora/{folder}",) if folder in ROOMS else APART.get(folder, ("nowhere",))
+        if places is None:
+            continue
+        modules = [module.stem.strip("_") for place in places for module in (root / place).glob("*.py")]
+        if folder == "commands":
+            modules.append("main")
+        subject = path.stem.removeprefix("test_")
+        if not any(subject == module or subject.startswith(f"{module}_") for module in modules):
+            found.append(str(path.relative_to(tests.parent)))
+    return found
+
+
+def test_no_test_file_needs_another() -> None:
+    assert [path for path in that_need_tests(TESTS) if path not in UNDIVIDED] == []
+
+
+def test_tests_lie_where_their_modules_do() -> None:
+    assert misplaced(TESTS, ROOT) == []
+    folders = {path.name for path in TESTS.iterdir() if path.is_dir()} - {"__pycache__"}
+    assert folders <= {*ROOMS, *APART} and all((TESTS / name / "__init__.py").exists() for name in folders)
+
+
+def test_files_of_tests_stay_short() -> None:
+    long = {
+        str(path.relative_to(ROOT))
+        for path in TESTS.rglob("*.py")
+        if len(path.read_text(encoding="utf-8").splitlines()) > 500
+    }
+    assert long <= {*UNDIVIDED}
+
+
+def test_the_checks_of_the_tests_find_what_they_look_for(tmp_path: Path) -> None:
+    for path, text in {
+        "dp_lora/data/sets.py": "",
+        "sweeps/__main__.py": "",
+        "tests/test_top.py": "",
+        "tests/data/test_sets.py": "from tests.builders.images import one\n",
+        "tests/data/test_sets_odd.py": "from tests.data.test_sets import one\n",
+        "tests/data/test_setting.py": "from tests.data import test_sets\n",
+        "tests/elsewhere/test_sets.py": "from tests.conftest import words\n",
+        "tests/house/test_anything.py": "def late():\n    import test_top\n",
+        "tests/sweeps/test_main.py": "",
+    }.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    assert that_need_tests(tmp_path / "tests") == [
+        "tests/data/test_sets_odd.py",
+        "tests/data/test_setting.py",
+        "tests/elsewhere/test_sets.py",
+        "tests/house/test_anything.py",
+    ]
+    assert misplaced(tmp_path / "tests", tmp_path) == [
+        "tests/data/test_setting.py",
+        "tests/elsewhere/test_sets.py",
+        "tests/test_top.py",
+    ]

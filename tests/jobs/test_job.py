@@ -20,8 +20,8 @@ from dp_lora.models import sample
 from dp_lora.storage.files import read_json, read_lines
 from tests.builders.architectures import stable_diffusion
 from tests.builders.image_files import write_parquet
+from tests.builders.notebooks import executed
 from tests.builders.tiny import words
-from tests.house.test_notebooks import executed
 
 
 @pytest.fixture(scope="module")

@@ -218,3 +218,34 @@ def test_other_images_and_other_weights_have_other_latents(
     model.unet.requires_grad_(False)
     latents.cached(model, images, tmp_path)
     assert number() == 3
+
+
+@torch.inference_mode()
+def test_latents_and_images_keep_their_shapes_and_ranges(model: LatentDiffusion, digits: ImageSplits) -> None:
+    images = latents.to_unit_range(digits.train.images[:6])
+    assert images.shape == (6, 1, 8, 8) and images.min() == -1 and images.max() == 1
+    mean, std = model.encode(images)
+    assert mean.shape == std.shape == (6, *model.latent_shape) and (std > 0).all()
+    decoded = model.decode(50 * torch.randn(6, *model.latent_shape))
+    assert decoded.shape == images.shape and decoded.min() >= -1 and decoded.max() <= 1
+    assert (latents.to_bytes(images) == digits.train.images[:6]).all()
+
+
+def test_latents_of_the_public_set_have_unit_variance(model: LatentDiffusion, digits: ImageSplits) -> None:
+    encoded = latents.encode(model, digits.train)
+    noise = torch.randn(encoded.mean.shape, generator=torch.Generator().manual_seed(0))
+    assert abs(float(encoded.sample(torch.arange(len(encoded)), noise).var()) - 1) < 0.02
+
+
+def test_the_cache_of_latents_is_private_and_tells_images_apart(
+    model: LatentDiffusion, digits: ImageSplits, tmp_path: Path
+) -> None:
+    first = latents.cached(model, digits.test, tmp_path)
+    (file,) = (tmp_path / "latents").iterdir()
+    assert file.stat().st_mode & 0o777 == 0o600 and (tmp_path / "latents").stat().st_mode & 0o777 == 0o700
+    again = latents.cached(model, digits.test, tmp_path)
+    assert torch.equal(first.mean, again.mean) and torch.equal(first.std, again.std)
+    latents.cached(model, digits.test.subset(range(5)), tmp_path)  # type: ignore[arg-type]
+    model.autoencoder.register_to_config(scaling_factor=2.0)
+    latents.cached(model, digits.test, tmp_path)
+    assert len(list((tmp_path / "latents").iterdir())) == 3

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import getpass
-import json
 import logging
 import math
 import os
@@ -21,35 +20,15 @@ import psutil
 import pytest
 from PIL import Image
 
-from dp_lora.config.schema import Config, DataConfig, ModelConfig
-from dp_lora.config.wandb_mode import wandb_mode
-from dp_lora.errors import UserError
 from dp_lora.jobs.stages import privacy_record
 from dp_lora.records import manifest, tracker
-from dp_lora.records.provenance import finished, git_state, provenance
-from dp_lora.records.tracker import PrivateValueError, Tracker, baseline_table
+from dp_lora.records.tracker import PrivateValueError, baseline_table
 from dp_lora.storage.files import Damaged, read_json, read_lines
+from tests.builders.tracked import PUBLIC, RUN_ID, job, open_tracker, row
 from tests.builders.wandb_file import WandbRun, read_run
 
 PRIVATE = ["loss", "grad_norm", "clip_fraction", "batch_size", "label_counts", "indices", "Epsilon", "step "]
 PRIVATE += ["examples_per_second", "steps_per_second", "seconds"]
-PUBLIC = DataConfig(name="letters", public=True)
-RUN_ID = "0123abcd"
-
-
-def job(wandb: str = "disabled", **changes: Any) -> Config:
-    config = Config(
-        data=DataConfig(name="imagefolder", source="/home/dr_who/patients"),
-        public_data=DataConfig(name="letters", public=True),
-        model=ModelConfig(name="small", pretrained="/home/dr_who/weights"),
-    )
-    config.tracking.wandb = wandb
-    config.tracking.tags = ["rank8", "eps10"]
-    return dataclasses.replace(config, **changes)
-
-
-def open_tracker(directory: Path, config: Config, resume_step: int = 0) -> Tracker:
-    return Tracker(directory, config, run_id=RUN_ID, name="lora.rank=8", resume_step=resume_step)
 
 
 @pytest.fixture(autouse=True)
@@ -64,10 +43,6 @@ def run_directory(tmp_path: Path) -> Path:
     directory = tmp_path / "outputs" / "run"
     directory.mkdir(parents=True)
     return directory
-
-
-def row(step: int) -> dict[str, float]:
-    return {"epsilon": step / 10, "update_norm": 0.5 + step, "signal_to_noise": 0.25, "learning_rate": 1e-2}
 
 
 # What may leave
@@ -346,7 +321,7 @@ KILLED_SERVICE = """
 import sys, os, psutil
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from tests.records import test_tracker as t
+from tests.builders import tracked as t
 directory = Path(sys.argv[1])
 with t.open_tracker(directory, t.job("offline", data=t.PUBLIC)) as tracker:
     tracker.log(1, t.row(1), "finetune")
@@ -395,27 +370,6 @@ def test_a_wandb_that_cannot_start_does_not_stop_the_run(
     assert len(read_lines(run_directory / "metrics.jsonl")) == 1
 
 
-def test_auto_is_online_where_a_key_is_and_offline_elsewhere(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert wandb_mode("auto") == "offline"
-    assert wandb_mode("disabled") == "disabled"
-    with pytest.raises(UserError, match=r"tracking\.wandb='online': no API key"):
-        wandb_mode("online")
-    netrc = tmp_path / "netrc"
-    monkeypatch.setenv("NETRC", str(netrc))
-    netrc.write_text("machine example.org login user password x\n")
-    assert wandb_mode("auto") == "offline"
-    netrc.write_text("machine api.wandb.ai login user password x\n")
-    assert wandb_mode("auto") == wandb_mode("online") == "online"
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    assert wandb_mode("auto") == "offline"
-    monkeypatch.delenv("WANDB_MODE")
-    netrc.unlink()
-    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-    assert wandb_mode("auto") == "online"
-
-
 def test_a_disabled_wandb_is_not_imported(run_directory: Path) -> None:
     code = (
         "import sys; sys.path.insert(0, sys.argv[2]); from pathlib import Path\n"
@@ -442,58 +396,3 @@ def test_the_table_of_baselines_has_a_row_a_metric() -> None:
         ["n", 5, None, None],
         ["accuracy_cnn_real", 1.0, None, None],
     ]
-
-
-# Provenance
-
-
-def test_provenance_names_no_person_folder_or_private_seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLURM_JOB_ID", "4711")
-    monkeypatch.setenv("SLURM_JOB_USER", "dr_who")
-    config = job()
-    config.privacy.insecure_seed = 987654321
-    record = provenance(config)
-    text = json.dumps(record)
-    assert not any(secret in text for secret in ("dr_who", "987654321", str(Path.home()) + "/"))
-    assert record["slurm"] == {"SLURM_JOB_ID": "4711"}
-    assert record["seeds"] == {"public": 0}
-    assert record["reproducible_noise"] is True
-    assert record["versions"]["wandb"]
-    assert record["hardware"]["cores"] >= 1
-    assert record["restarts"] == 0
-    assert record["end"] is None
-
-
-def test_a_restart_keeps_the_start_and_is_counted() -> None:
-    first = {**provenance(job()), "start": "2026-01-01T00:00:00+00:00"}
-    second = finished(provenance(job(), previous=first))
-    assert (second["start"], second["restarts"]) == ("2026-01-01T00:00:00+00:00", 1)
-    assert second["end"] > second["start"]
-
-
-def git(folder: Path, *words: str) -> None:
-    identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
-    subprocess.run(["git", "-C", str(folder), *identity, *words], check=True, capture_output=True)
-
-
-def test_the_dirty_hash_follows_the_code_and_nothing_else(tmp_path: Path) -> None:
-    assert git_state(tmp_path) == {"sha": None, "dirty": None}
-    code = tmp_path / "dp_lora"
-    code.mkdir()
-    (code / "a.py").write_text("1\n")
-    git(tmp_path, "init")
-    git(tmp_path, "add", ".")
-    git(tmp_path, "commit", "-m", "a", "--no-verify")
-    clean = git_state(tmp_path)
-    assert clean["sha"] is not None
-    assert len(clean["sha"]) == 40
-    (tmp_path / "notes.txt").write_text("mine")
-    assert git_state(tmp_path) == clean
-    assert clean["dirty"] is None
-    seen = set()
-    for change in (code / "a.py", code / "b.py"):
-        for text in ("2\n", "3\n"):
-            change.write_text(text)
-            seen.add(git_state(tmp_path)["dirty"])
-    assert len(seen) == 4
-    assert None not in seen

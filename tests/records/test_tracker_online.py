@@ -22,10 +22,10 @@ from dp_lora.records import manifest
 from dp_lora.records.tracker import Tracker
 from dp_lora.storage.files import read_lines
 from sweeps.dashboard import dashboard
+from tests.builders.bill_runs import logged_run
+from tests.builders.tracked import RUN_ID, job, open_tracker, row
 from tests.builders.wandb_file import read_run
 from tests.builders.wandb_server import ENTITY, KEY, Backend, serving
-from tests.records.test_tracker import RUN_ID, job, open_tracker, row
-from tests.sweeps.test_dashboard import run as make_run
 
 METRICS = {
     "accuracy_cnn": 0.8,
@@ -193,7 +193,7 @@ AWAY = """
 import sys, wandb
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from tests.records import test_tracker as t
+from tests.builders import tracked as t
 import dp_lora.records.tracker as tracking
 patient = tracking._settings
 def impatient_once():
@@ -228,7 +228,7 @@ def test_a_backend_that_is_away_leaves_an_offline_run(tmp_path: Path) -> None:
 
 
 def test_the_dashboard_of_a_sweep_is_saved_in_its_project(backend: Backend, tmp_path: Path) -> None:
-    runs = [make_run(tmp_path / "default" / "a", metrics=METRICS, private_metrics=[])]
+    runs = [logged_run(tmp_path / "default" / "a", metrics=METRICS, private_metrics=[])]
     (tmp_path / "rank").mkdir()
     where = dashboard(tmp_path / "rank", runs)
     (view,) = backend.views

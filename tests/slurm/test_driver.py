@@ -13,9 +13,8 @@ import pytest
 
 from dp_lora.storage.files import read_json
 from sweeps.__main__ import main as sweeps
+from tests.builders.cluster import Start, Sweep, is_right, now, run, until
 from tests.builders.counting import starts
-from tests.slurm.conftest import Start, Sweep, run, until
-from tests.slurm.test_sweep import is_right, now
 
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("slurm")]
 

@@ -15,8 +15,8 @@ import pytest
 
 from dp_lora.jobs.begun import begun
 from dp_lora.storage.files import read_json, read_lines
+from tests.builders.cluster import Start, Sweep, run, until
 from tests.builders.quiet import REAL, STEPS, Quiet, released, twin
-from tests.slurm.conftest import Start, Sweep, run, until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("slurm")]
 

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from dp_lora.storage.files import read_json, read_lines
+from tests.builders.cluster import Start, run, until
 from tests.builders.quiet import REAL, Quiet, twin
 from tests.builders.wandb_file import read_run
-from tests.slurm.conftest import Start, run, until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("slurm")]
 

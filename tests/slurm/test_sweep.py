@@ -4,32 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
-from pathlib import Path
 
 import pytest
 
-from dp_lora.storage.files import read_json
-from tests.builders.counting import counted, starts
-from tests.slurm.conftest import LARGEST_ARRAY, Start, Sweep, how_it_ended, run, until
+from tests.builders.cluster import LARGEST_ARRAY, STEPS, Start, Sweep, how_it_ended, is_right, now, run, until
+from tests.builders.counting import starts
 
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("slurm")]
 
-STEPS = 100
 QUIET, RAISES, KILLS, MEMORY, USR2, REQUEUED, CANCELLED, KILLED_ONCE, TERMINATED = range(9)
-
-
-def now(directory: Path) -> int:
-    path = directory / "now"
-    return int(path.read_text()) if path.exists() else 0
-
-
-def is_right(directory: Path, steps: int = STEPS) -> bool:
-    """Whether the job is done, with the result of one that nothing happened to."""
-    path = directory / "result.json"
-    if not path.exists():
-        return False
-    result = read_json(path)
-    return bool(result["state"] == counted(result["seed"], steps))
 
 
 @pytest.fixture(scope="module")

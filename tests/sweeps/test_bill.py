@@ -19,36 +19,7 @@ from dp_lora.privacy.subsampled_gaussian import Mechanism
 from dp_lora.storage.files import append_line, read_json, write_json
 from dp_lora.training.receipts import Receipt
 from sweeps.bill import Bill, SetBill, bill, planned
-
-SIGMA, RATE, DELTA = 1.5, 0.1, 1e-5
-
-
-def make(
-    directory: Path,
-    steps: int | None = 80,
-    *,
-    name: str = "mnist5k",
-    begun: int | None = None,
-    sigma: float = SIGMA,
-    seeded: bool = False,
-    source: Path | None = None,
-    public: bool = False,
-) -> Path:
-    """A run directory: `steps` of 80 in privacy.json, `begun` in the write-ahead record; None: no file."""
-    (directory / "checkpoint").mkdir(parents=True)
-    data = {"name": name, "source": None if source is None else str(source), "public": public}
-    # JSON is YAML.
-    config = {"data": data, "privacy": {"insecure_seed": 3 if seeded else None}}
-    (directory / "config.yaml").write_text(json.dumps(config))
-    plan = {"noise_multiplier": sigma, "sample_rate": RATE, "delta": DELTA}
-    if begun is not None:
-        write_json(directory / "checkpoint" / "plan.json", plan)
-        for step in range(begun):
-            append_line(directory / "checkpoint" / "executions.jsonl", {"step": step, "execution": str(step)})
-    if steps is not None:
-        told = {"steps": steps, "planned_steps": 80, "complete": steps == 80, "reproducible_noise": seeded}
-        write_json(directory / "privacy.json", plan | told)
-    return directory
+from tests.builders.bill_runs import DELTA, RATE, SIGMA, make
 
 
 def spent(*steps: int, sigma: float = SIGMA) -> float:

@@ -13,29 +13,19 @@ import pytest
 from dp_lora.errors import UserError
 from dp_lora.records.manifest import settings
 from dp_lora.records.tracker import RELEASED
-from dp_lora.storage.files import read_json, write_json
+from dp_lora.storage.files import read_json
 from sweeps import dashboard as dashboards
 from sweeps.dashboard import SETTINGS, Shown, dashboard, look
-from tests.records.test_tracker import job
-from tests.sweeps.test_bill import make
+from tests.builders.bill_runs import logged_run
+from tests.builders.tracked import job
 
 METRICS = {"accuracy_cnn": 0.8, "accuracy_cnn_before": 0.1, "fd_lite0": 12.0, "fd_lite0_before": 80.0}
 
 
-def run(directory: Path, group: str | None = "rank", project: str = "dp-lora", **result: Any) -> Path:
-    make(directory)
-    config = json.loads((directory / "config.yaml").read_text())
-    config["tracking"] = {"project": project, "group": group, "private_loss": False}
-    (directory / "config.yaml").write_text(json.dumps(config))
-    if result:
-        write_json(directory / "result.json", result)
-    return directory
-
-
 @pytest.fixture
 def runs(tmp_path: Path) -> list[Path]:
-    done = run(tmp_path / "default" / "a", metrics=METRICS, private_metrics=["accuracy_cnn"])
-    return [done, run(tmp_path / "default" / "b"), tmp_path / "default" / "missing"]
+    done = logged_run(tmp_path / "default" / "a", metrics=METRICS, private_metrics=["accuracy_cnn"])
+    return [done, logged_run(tmp_path / "default" / "b"), tmp_path / "default" / "missing"]
 
 
 def every(node: Any, name: str) -> Iterator[Any]:
@@ -51,7 +41,7 @@ def every(node: Any, name: str) -> Iterator[Any]:
 
 def test_what_runs_have_to_show(runs: list[Path]) -> None:
     assert look(runs) == Shown("dp-lora", ("rank",), ("accuracy_cnn", "fd_lite0"), ("accuracy_cnn",))
-    alone = run(runs[0].parent / "c", group=None)
+    alone = logged_run(runs[0].parent / "c", group=None)
     assert look([alone]).groups == ("default",), "what the job itself tells W&B"
 
 
@@ -102,7 +92,7 @@ def test_what_cannot_be_shown_is_one_line(
     with pytest.raises(UserError, match="no run of this sweep has begun"):
         dashboard(tmp_path, [tmp_path / "missing"])
     with pytest.raises(UserError, match="the runs are in dp-lora, another; expected one project"):
-        dashboard(tmp_path, [*runs, run(tmp_path / "x", project="another")])
+        dashboard(tmp_path, [*runs, logged_run(tmp_path / "x", project="another")])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"wandb-workspaces is not installed.*pip install"):
         dashboard(tmp_path, runs)

@@ -13,7 +13,7 @@ from dp_lora.privacy.gradients import ClippedGradientSum
 from dp_lora.privacy.mechanism import microbatches, slice_of_batch
 from dp_lora.privacy.plan import Clip
 from dp_lora.training.processes import Team, joined
-from tests.slurm.conftest import free_ports
+from tests.builders.cluster import free_ports
 
 ROOT = str(Path(__file__).resolve().parents[2])
 C, EXAMPLES, K = 0.02, 9, 2
