@@ -107,6 +107,12 @@ def words(cache: Path, outputs: Path) -> list[str]:
     return [*TINY, *(f"paths.{name}={place}" for name, place in places.items())]
 
 
+def once(*given: str) -> list[str]:
+    """The words of a command line, where a later one takes the place of an earlier one of the same name."""
+    kept = {word.partition("=")[0]: word for word in given}
+    return [word for word in dict.fromkeys(given) if kept[word.partition("=")[0]] == word]
+
+
 @pytest.fixture
 def model(pretrained: Path) -> LatentDiffusion:
     """The pre-trained tiny model."""

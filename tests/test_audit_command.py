@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import words
+from conftest import once, words
 from hydra.core.global_hydra import GlobalHydra
 
 from dp_lora import __main__
@@ -42,7 +42,7 @@ def finished(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
         outputs = tmp_path_factory.mktemp("outputs")
         GlobalHydra.instance().clear()
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(sys, "argv", ["dp-lora", *words(cache, outputs), *given])
+            patched.setattr(sys, "argv", ["dp-lora", *once(*words(cache, outputs), *given)])
             __main__.main()
         GlobalHydra.instance().clear()
         (directory,) = (outputs / "default").iterdir()

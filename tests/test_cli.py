@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import words
+from conftest import once, words
 from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 
@@ -35,7 +35,7 @@ def dp_lora(cache: Path, outputs: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
     def call(*given: str, tiny: bool = True) -> tuple[int, str, str]:
         GlobalHydra.instance().clear()
-        monkeypatch.setattr(sys, "argv", ["dp-lora", *(words(cache, outputs) if tiny else []), *given])
+        monkeypatch.setattr(sys, "argv", ["dp-lora", *once(*(words(cache, outputs) if tiny else []), *given)])
         capfd.readouterr()
         try:
             main()

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from architectures import stable_diffusion
-from conftest import words
+from conftest import once, words
 from hydra.core.global_hydra import GlobalHydra
 from image_files import write_parquet
 from PIL import Image
@@ -32,7 +32,7 @@ def dp_lora(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[.
     def call(*given: str, name: str) -> Path:
         GlobalHydra.instance().clear()
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(sys, "argv", ["dp-lora", *words(cache, outputs / name), *given])
+            patched.setattr(sys, "argv", ["dp-lora", *once(*words(cache, outputs / name), *given)])
             main()
         GlobalHydra.instance().clear()
         (directory,) = (outputs / name / "default").iterdir()

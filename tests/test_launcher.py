@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY, composed, words
+from conftest import TINY, composed, once, words
 from hydra import initialize_config_dir
 from hydra._internal.config_repository import ConfigRepository
 from hydra.core.global_hydra import GlobalHydra
@@ -44,7 +44,7 @@ def dp_lora(
 
     def call(*given: str) -> tuple[int, str, str]:
         GlobalHydra.instance().clear()
-        monkeypatch.setattr(sys, "argv", ["dp-lora", *words(cache, tmp_path / "outputs"), *given])
+        monkeypatch.setattr(sys, "argv", ["dp-lora", *once(*words(cache, tmp_path / "outputs"), *given)])
         capfd.readouterr()
         try:
             main()

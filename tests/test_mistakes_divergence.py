@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import words
+from conftest import once, words
 from hydra.core.global_hydra import GlobalHydra
 
 from dp_lora.__main__ import main
@@ -28,7 +28,7 @@ def dp_lora(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd:
 
     def call(*given: str) -> tuple[int, list[str]]:
         GlobalHydra.instance().clear()
-        monkeypatch.setattr(sys, "argv", ["dp-lora", *words(cache, tmp_path / "outputs"), *given])
+        monkeypatch.setattr(sys, "argv", ["dp-lora", *once(*words(cache, tmp_path / "outputs"), *given)])
         capfd.readouterr()
         try:
             main()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import words
+from conftest import once, words
 from hydra.core.global_hydra import GlobalHydra
 
 from dp_lora.__main__ import main
@@ -33,7 +33,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> Refu
 
     def call(*given: str, command: Callable[[], Any] = main) -> str:
         GlobalHydra.instance().clear()
-        monkeypatch.setattr(sys, "argv", ["dp-lora", *given])
+        monkeypatch.setattr(sys, "argv", ["dp-lora", *once(*given)])
         capfd.readouterr()
         with pytest.raises(SystemExit) as stop:
             sys.exit(command())

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import TINY, words
+from conftest import TINY, once, words
 from hydra.core.global_hydra import GlobalHydra
 
 from dp_lora.__main__ import main
@@ -32,7 +32,7 @@ def dp_lora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> Run:
 
     def call(*given: str, command: Callable[..., Any] = main) -> tuple[int, list[str]]:
         GlobalHydra.instance().clear()
-        monkeypatch.setattr(sys, "argv", ["dp-lora", *given])
+        monkeypatch.setattr(sys, "argv", ["dp-lora", *once(*given)])
         capfd.readouterr()
         try:
             status = int(command() or 0)

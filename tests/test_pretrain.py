@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, composed
+from conftest import TINY, composed, once
 from diffusers import VQModel
 from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
@@ -283,7 +283,7 @@ def in_processes(count: int, cache: Path) -> list[subprocess.CompletedProcess[st
             **os.environ, "RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(count),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
         }  # fmt: skip
-        arguments = [sys.executable, "-m", "dp_lora", *COMMAND, f"paths.cache={cache}"]
+        arguments = [sys.executable, "-m", "dp_lora", *once(*COMMAND), f"paths.cache={cache}"]
         running.append(subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True))
     ended = [(process, process.communicate(timeout=1800)[1]) for process in running]
     return [subprocess.CompletedProcess([], process.returncode, "", said) for process, said in ended]
@@ -452,7 +452,7 @@ def test_a_set_of_ones_own_runs_through_all_stages(tmp_path: Path, monkeypatch: 
         f"paths.cache={tmp_path / 'cache'}", f"paths.outputs={tmp_path / 'outputs'}",
     ]  # fmt: skip
     GlobalHydra.instance().clear()
-    monkeypatch.setattr(sys, "argv", ["dp-lora", *words])
+    monkeypatch.setattr(sys, "argv", ["dp-lora", *once(*words)])
     main()
     GlobalHydra.instance().clear()
     (directory,) = (tmp_path / "outputs/default").iterdir()

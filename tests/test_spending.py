@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import words
+from conftest import once, words
 from hydra.core.global_hydra import GlobalHydra
 from image_sets import private_images
 
@@ -350,7 +350,7 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
 def call(*given: str) -> None:
     GlobalHydra.instance().clear()
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(sys, "argv", ["dp-lora", *given])
+        patched.setattr(sys, "argv", ["dp-lora", *once(*given)])
         main()
     GlobalHydra.instance().clear()
 

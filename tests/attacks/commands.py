@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import once
 from hydra.core.global_hydra import GlobalHydra
 
 from dp_lora.__main__ import main
@@ -18,7 +19,7 @@ def dp_lora(*words: str, command: Callable[[], None] = main) -> int:
     GlobalHydra.instance().clear()
     try:
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(sys, "argv", ["dp-lora", *words])
+            patched.setattr(sys, "argv", ["dp-lora", *once(*words)])
             command()
         return 0
     except SystemExit as stopped:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import words
+from conftest import once, words
 from dp_accounting.pld import privacy_loss_distribution
 from hydra.core.global_hydra import GlobalHydra
 
@@ -108,7 +108,7 @@ def test_no_accountant_lets_a_valid_plan_be_refused(delta: float) -> None:
 def command(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> Callable[..., Any]:
     def call(*given: str) -> tuple[int, str]:
         GlobalHydra.instance().clear()
-        monkeypatch.setattr(sys, "argv", ["dp-lora", *words(cache, tmp_path / "outputs"), *given])
+        monkeypatch.setattr(sys, "argv", ["dp-lora", *once(*words(cache, tmp_path / "outputs"), *given)])
         capfd.readouterr()
         try:
             main()

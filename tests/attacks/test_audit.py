@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import words
+from conftest import once, words
 from hydra.core.global_hydra import GlobalHydra
 from torch import Tensor
 
@@ -41,7 +41,7 @@ def run(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[floa
         outputs = tmp_path_factory.mktemp("outputs")
         GlobalHydra.instance().clear()
         with pytest.MonkeyPatch.context() as patched, _engine(factor):
-            patched.setattr(sys, "argv", ["dp-lora", *words(cache, outputs), *PLAN])
+            patched.setattr(sys, "argv", ["dp-lora", *once(*words(cache, outputs), *PLAN)])
             __main__.main()
         GlobalHydra.instance().clear()
         (directory,) = (outputs / "default").iterdir()

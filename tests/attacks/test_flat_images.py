@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import words
+from conftest import once, words
 from hydra.core.global_hydra import GlobalHydra
 from image_files import write_image
 from PIL import Image
@@ -116,7 +116,7 @@ def started(cache: Path, folder: Path, source: Path, *given: str) -> None:
     command += ["data.image_size=8", "train.expected_batch_size=10", "train.max_steps=1", *given]
     command += ["privacy.epsilon=null", "privacy.noise_multiplier=2", "stages=[finetune]"]
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(sys, "argv", ["dp-lora", *command])
+        patched.setattr(sys, "argv", ["dp-lora", *once(*command)])
         main()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import composed, words
+from conftest import composed, once, words
 from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 
@@ -43,7 +43,7 @@ def images(folder: Path, train: int, test: int) -> Path:
 def ran(command: list[str]) -> None:
     GlobalHydra.instance().clear()
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(sys, "argv", ["dp-lora", *command])
+        patched.setattr(sys, "argv", ["dp-lora", *once(*command)])
         main()
     GlobalHydra.instance().clear()
 

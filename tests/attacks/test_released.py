@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import words
+from conftest import once, words
 from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 from wandb_file import WandbRun, read_run
@@ -113,7 +113,7 @@ def play(home: Path, cache: Path, name: str, *given: str) -> Played:
         steps.wandb_had_begun |= any(outputs.glob("default/*/wandb"))
         return total(self)
 
-    line = [word for word in words(cache, outputs) if not word.startswith(("data=", "tracking.wandb"))]
+    line = [*words(cache, outputs), "tracking.wandb=offline"]
     private = ["data=imagefolder", f"data.source={home / 'needle_ward'}", "data.image_size=8"]
     small = ["evaluation.extractors=[]", "evaluation.classifier_epochs=1", "privacy.adjacency=zero_out"]
     with pytest.MonkeyPatch.context() as patched, redirect_stdout(said), redirect_stderr(said):
@@ -121,7 +121,7 @@ def play(home: Path, cache: Path, name: str, *given: str) -> Played:
             patched.setattr(f"dp_lora.{module}.time", steps)
         patched.setattr(ClippedGradientSum, "add", watched_add)
         patched.setattr(ClippedGradientSum, "total", watched_total)
-        patched.setattr(sys, "argv", ["dp-lora", *line, *private, *small, "tracking.wandb=offline", *given])
+        patched.setattr(sys, "argv", ["dp-lora", *once(*line, *private, *small, *given)])
         GlobalHydra.instance().clear()
         main()
     GlobalHydra.instance().clear()
