@@ -119,6 +119,43 @@ def test_a_multirun_begins_no_job_when_one_cannot_work(name: str, dp_lora: Run, 
     assert [path.name for path in tmp_path.rglob("*")] == ["here"]
 
 
+ONE_RUN = {
+    "a preset that a value overrules": (
+        ["lora_rank=r4,r8", "lora.rank=4"],
+        "lora_rank=r4,r8: both ask for the same run, since this cannot change its result; expected one value",
+    ),
+    "and a sweep of that value": (
+        ["lora_rank=r4,r8", "lora.rank=4,8"],
+        "lora_rank=r4,r8: both ask for the same run, since this cannot change its result; expected one value",
+    ),
+    "a value twice": (["seed=0,1,1"], "seed=0,1,1: 1 stands there twice; expected every value once"),
+    "a cell that a word makes another": (
+        ["sweep=baselines", "seed=0", "privacy.epsilon=inf"],
+        "epsilon='inf': asks for the same run as the words beside it do alone; expected one of the two",
+    ),
+    "differences that cancel": (
+        [
+            "hydra/launcher=local",
+            "hydra.sweeper.cells=['trainable=lora lora.target_modules=[to_q]','trainable=lora_qkv "
+            "trainable.components=[lora,embedder] lora.target_modules=[to_q]']",
+        ],
+        "trainable=lora and trainable=lora_qkv trainable.components=[lora,embedder]: both ask for the same "
+        "run, since together these cannot change its result; expected one of the two",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ONE_RUN)
+def test_two_jobs_of_a_sweep_that_ask_for_one_run_are_refused(
+    name: str, dp_lora: Run, tmp_path: Path
+) -> None:
+    given, expected = ONE_RUN[name]
+    for more in (["--dry-run"], []):
+        status, lines = dp_lora("-m", *TINY, *given, *more)
+        assert (status, lines) == (2, [f"dp-lora: {expected}"])
+    assert [path.name for path in tmp_path.rglob("*")] == ["here"]
+
+
 def test_possible_settings_pass(dp_lora: Run) -> None:
     status, lines = dp_lora("-m", *TINY, "lora_rank=r4,r64", "lora.cap_rank=true", "--dry-run")
     assert status == 0 and "2 cells, 2 to run" in lines[-1]
