@@ -394,7 +394,7 @@ def _watch(config: Config, step: PrivateStep) -> Watch:
     """What ends a training that diverges, and says what it has spent."""
     spends = step.plan.private and not config.data.public
     spent = f"epsilon {{}} at delta {step.plan.delta:g} is spent" if spends else ""
-    return Watch(step.parameters, config.train.learning_rate, spent)
+    return Watch(step.parameters, config, step.plan.noise_multiplier, spent)
 
 
 def _silent(number: int, values: Any) -> None:
