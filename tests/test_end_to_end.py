@@ -84,6 +84,7 @@ def test_the_records_have_their_fields(whole: Path) -> None:
         "metrics", "n_samples", "seed", "reference", "trainable_parameters", "seconds", "peak_memory_bytes",
         "device",
     }  # fmt: skip
+    assert result["images_compared"] is True
     assert result["seconds"].keys() >= {"finetune", "sample"} and result["n_samples"] == 40
     for name in ("accuracy_cnn", "fd_lite0", "kid_lite0"):
         assert {name, f"{name}_before", f"{name}_real"} <= result["metrics"].keys()
