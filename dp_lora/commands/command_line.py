@@ -21,6 +21,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, RangeSweep
 from hydra.errors import HydraException
 
+from dp_lora.commands.repeats import ONE, refuse_twice
 from dp_lora.commands.vocabulary import field_names, group_names, kind_of, names, presets, text_fields
 from dp_lora.config.spellings import COMMANDS, INSTEAD, NO_SPACES, meant
 from dp_lora.config.wandb_mode import MEANT
@@ -53,13 +54,6 @@ _PLAIN = frozenset(f"{string.ascii_letters}{string.digits}_/-\\+.$%*@?|: [],")
 """The characters of a value without quotes in Hydra's grammar, and those with which lists are written."""
 
 _WANTED = {"int": "a whole number", "float": "a number", "bool": "true or false"}
-
-_ONE = {
-    "sweep": "one sweep a command",
-    "cluster": "one cluster a command",
-    "hydra/launcher": "one launcher a command",
-}
-"""Why a group cannot be swept: it says what or where the jobs are, not what one of them does."""
 
 _PACKAGES = ("data@public_data",)
 """The places other than its own at which a group may be chosen."""
@@ -133,16 +127,7 @@ def check_words(words: Sequence[str]) -> None:
 
     for word in overrides:
         _check_override(word, groups, choices)
-    _refuse_twice(overrides)
-
-
-def _refuse_twice(overrides: Sequence[str]) -> None:
-    """Raises UserError for two sweeps, clusters or launchers, where Hydra takes the last in silence."""
-    given: dict[str, str] = {}
-    for word in overrides:
-        name, _, value = word.lstrip("+").partition("=")
-        if name in _ONE and given.setdefault(name, value) != value:
-            raise UserError(f"{name}={given[name]} and {name}={value}: {_ONE[name]}; expected one of the two")
+    refuse_twice(overrides)
 
 
 # Flags
@@ -203,11 +188,15 @@ def _without_flags(words: Sequence[str]) -> list[tuple[int, str]]:
     Raises UserError for a flag that does not exist.
     """
     actions = get_args_parser()._option_string_actions
-    found, takes_value = [], False
+    found, takes_value, seen = [], False, set[str]()
     for place, word in enumerate(words):
         if word.startswith("-") and word.strip("-"):
             _check_flag(word, words[place + 1 : place + 2], ["--dry-run", *actions])
-            flag = next((known for known in actions if known.startswith(word)), "")
+            flag = next((known for known in actions if known.startswith(word.split("=")[0])), "")
+            if flag and actions[flag].nargs != 0:
+                if (name := actions[flag].dest) in seen:
+                    raise UserError(f"{word}: --{name.replace('_', '-')} is given twice; expected it once")
+                seen.add(name)
             takes_value = word.startswith("--") or word == flag
             takes_value = (
                 takes_value and "=" not in word and flag != "" and actions[flag].nargs in (None, "?")
@@ -404,9 +393,9 @@ def _check_choice(override: Override, name: str, value: str, choices: Choices) -
         raise UserError(
             f"{name}={value}: a job takes one preset of a group; expected -m {name}={names} for a job each"
         )
-    if override.is_sweep_override() and group in _ONE:
+    if override.is_sweep_override() and group in ONE:
         raise UserError(
-            f"{name}={value}: {_ONE[group]}; expected {group}=<one of {', '.join(choices(group))}>"
+            f"{name}={value}: {ONE[group]}; expected {group}=<one of {', '.join(choices(group))}>"
         )
     if isinstance(chosen, Glob):
         return

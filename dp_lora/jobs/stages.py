@@ -342,6 +342,7 @@ def _before(job: Job) -> Samples:
 
 
 def _evaluate(job: Job, tracker: Tracker) -> None:
+    from dp_lora.jobs import content
     from dp_lora.models import adapters
 
     config = job.config
@@ -355,6 +356,8 @@ def _evaluate(job: Job, tracker: Tracker) -> None:
         {
             "metrics": evaluation.metrics,
             **metadata,
+            # Whether the run knows that these are the images that it was made from; see job.check_content.
+            "images_compared": content.unknown(job.directory) is None,
             "seed": config.seed,
             "trainable_parameters": adapters.count(model),
             "trainable_parameters_by_component": adapters.count_by_component(
@@ -441,6 +444,11 @@ def _summary(job: Job, result: Mapping[str, Any]) -> str:
         lines.append(
             f"what was spent is not known here: {path} is missing; put it back, or read it in "
             "adapter/README.md and in the ledger (python -m sweeps bill)"
+        )
+    if result.get("images_compared") is False:
+        lines.append(
+            "measured on images that could not be compared with those that the run was made from: it had no "
+            "record of them"
         )
     metrics = result.get("metrics", {})
     if metrics:

@@ -153,26 +153,22 @@ RESULT: Mapping[str, Why] = {
     "reference": Why.UNCOVERED,
     "tested_on": Why.UNCOVERED,
     "real_baseline": Why.UNCOVERED,
-    "private_metrics": Why.SETTING,
-    "private_metrics_note": Why.SETTING,
-    "intervals_note": Why.SETTING,
-    "n_samples": Why.SETTING,
-    "n_before": Why.SETTING,
-    "n_note": Why.SETTING,
-    "classifiers": Why.SETTING,
-    "extractors": Why.SETTING,
-    "neighbours": Why.SETTING,
-    "values": Why.SETTING,
-    "seed": Why.SETTING,
-    "trainable_parameters": Why.SETTING,
-    "trainable_parameters_by_component": Why.SETTING,
+    **dict.fromkeys(
+        (
+            "private_metrics", "private_metrics_note", "intervals_note", "n_samples", "n_before", "n_note",
+            "classifiers", "extractors", "neighbours", "values", "seed", "trainable_parameters",
+            "trainable_parameters_by_component",
+        ),
+        Why.SETTING,
+    ),
+    "images_compared": Why.MACHINE,
     "noise": Why.OWN_BUDGET,
     "release": Why.OWN_BUDGET,
     "audit": Why.NOISED,
     "seconds": Why.COARSE,
     "peak_memory_bytes": Why.COARSE,
     "device": Why.MACHINE,
-}
+}  # fmt: skip
 """Fields of result.json. `metrics` and `intervals` keep the metrics that are known to be covered by epsilon,
 or by a budget of their own; `audit` keeps what is known to be measured without private images."""
 
@@ -214,6 +210,7 @@ _RESULT: Mapping[str, Shape] = {
     "seconds": {ANY: field_kinds.finite},
     "peak_memory_bytes": field_kinds.finite,
     "device": field_kinds.device,
+    "images_compared": field_kinds.flag,
 }
 
 HARDWARE = ("system", "cpu", "gpu")

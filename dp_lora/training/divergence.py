@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dp_lora.config.schema import Config
 from dp_lora.errors import UserError
 from dp_lora.models.folders import LatentDiffusion
 from dp_lora.privacy.collectives import largest
@@ -34,12 +35,16 @@ class Watch:
 
     Args:
         parameters: that are trained, as they are before the training.
-        learning_rate: of the configuration, for the message.
+        config: of the job, whose settings the message names.
+        noise_multiplier: of the job's plan, for the message.
         spent: what an epsilon means for this run, with {} for its value; empty where nothing is spent.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], learning_rate: float, spent: str) -> None:
-        self._parameters, self._learning_rate, self._spent = parameters, learning_rate, spent
+    def __init__(
+        self, parameters: Sequence[Tensor], config: Config, noise_multiplier: float, spent: str
+    ) -> None:
+        self._parameters, self._spent = parameters, spent
+        self._settings, self._expected = _causes(config, noise_multiplier)
         self._bound = GROWTH * max(1.0, self._largest())
 
     def after(self, step: int, total: int, epsilon: float) -> None:
@@ -67,7 +72,24 @@ class Watch:
 
     def _error(self, what: str, epsilon: float) -> Diverged:
         spent = f"; {self._spent.format(f'{epsilon:.4g}')}" if self._spent else ""
-        return Diverged(
-            f"train.learning_rate={self._learning_rate:g}: the training diverged: {what}{spent}; expected a "
-            "smaller learning rate"
-        )
+        return Diverged(f"{self._settings}: the training diverged: {what}{spent}; expected {self._expected}")
+
+
+def _causes(config: Config, noise_multiplier: float) -> tuple[str, str]:
+    """The settings that can make a training diverge, with their values, and what to do about them."""
+    train, privacy = config.train, config.privacy
+    settings = f"train.learning_rate={train.learning_rate:g}"
+    factors = {
+        "train.embedder_learning_rate_factor": train.embedder_learning_rate_factor,
+        "trainable.learning_rate_factor": config.trainable.learning_rate_factor,
+    }
+    settings += "".join(f", {name}={factor:g}" for name, factor in factors.items() if factor != 1)
+    expected = "a smaller learning rate" + " or factor" * any(factor != 1 for factor in factors.values())
+    if not noise_multiplier:
+        return settings, expected
+    return (
+        f"{settings}, privacy.max_grad_norm={privacy.max_grad_norm:g} with noise multiplier "
+        f"{noise_multiplier:.4g}",
+        f"{expected}, or less noise against the gradients: a larger train.expected_batch_size or epsilon, or "
+        "a max_grad_norm that is not far above their norms",
+    )

@@ -301,7 +301,7 @@ def _watch(config: Config, model: LatentDiffusion, plan: PrivacyPlan) -> Watch:
     spends = plan.private and not config.data.public
     spent = f"epsilon {{}} at delta {plan.delta:g} is spent" if spends else ""
     trained = [p for p in model.parameters() if p.requires_grad]
-    return Watch(trained, config.train.learning_rate, spent)
+    return Watch(trained, config, plan.noise_multiplier, spent)
 
 
 def _silent(number: int, values: Any) -> None:

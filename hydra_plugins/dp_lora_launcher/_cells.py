@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import CachingConfigRepository
@@ -192,11 +192,11 @@ class Composer:
 def compose_cells(
     loader: Composer, master: DictConfig, job_words: Sequence[Sequence[str]], first: int
 ) -> list[Cell]:
-    """Every job of the sweep, checked; one that asks for the same run as an earlier one is left out.
+    """Every job of the sweep, checked.
 
-    Raises UserError, as for a single job, with the job's words.
+    Raises UserError, as for a single job, with the job's words; and for two jobs that ask for the same run.
     """
-    cells: dict[Path, Cell] = {}
+    cells: dict[tuple[Path, str], Cell] = {}
     for number, words in enumerate(job_words, start=first):
         config = loader.config(master, words)
         if config.stages == ["pretrain"]:
@@ -208,23 +208,32 @@ def compose_cells(
             if (place := getattr(config.paths, name)) is not None:
                 setattr(config.paths, name, str(Path(place).expanduser().absolute()))
         directory = run_directory(config, list(words))
-        cell = cells.setdefault(directory, Cell(number, tuple(words), config, directory))
-        refuse_no_difference(cell.words, words)
+        cell = Cell(number, tuple(words), config, directory)
+        # The readable part of a directory's name depends on the words, the run does not.
+        if (before := cells.setdefault((directory.parent, cell.identity), cell)) is not cell:
+            refuse_one_run_twice(before.words, words)
     _check_settings(list(cells.values()))
     return list(cells.values())
 
 
-def refuse_no_difference(one: Sequence[str], other: Sequence[str]) -> None:
-    """Raises UserError when the words of two jobs that ask for the same run differ in one value."""
-    apart = [(a, b) for a, b in zip(one, other, strict=False) if a != b]
-    if len(one) != len(other) or len(apart) != 1:
-        return
-    (first, _, left), (name, _, right) = (word.partition("=") for word in apart[0])
-    if first == name:
+def refuse_one_run_twice(one: Sequence[str], other: Sequence[str]) -> NoReturn:
+    """Raises UserError that names the words in which two jobs of a sweep differ that ask for the same run."""
+    left, right = [word for word in one if word not in other], [word for word in other if word not in one]
+    names = [[word.partition("=")[0] for word in words] for words in (left, right)]
+    if len(left) == len(right) == 1 and names[0] == names[1]:
         raise UserError(
-            f"{name}={left},{right}: both ask for the same run, since this cannot change its result; "
-            "expected one value"
+            f"{left[0]},{right[0].partition('=')[2]}: both ask for the same run, since this cannot change "
+            "its result; expected one value"
         )
+    if not left or not right:
+        raise UserError(
+            f"{' '.join(left or right)}: asks for the same run as the words beside it do alone; expected "
+            "one of the two"
+        )
+    raise UserError(
+        f"{' '.join(left)} and {' '.join(right)}: both ask for the same run, since together these cannot "
+        "change its result; expected one of the two"
+    )
 
 
 def _check_settings(cells: Sequence[Cell]) -> None:

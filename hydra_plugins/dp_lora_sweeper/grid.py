@@ -61,7 +61,7 @@ class GridSweeper(BasicSweeper):
         from dp_lora.config.identity import fingerprint
         from dp_lora.jobs.settings import check_settings
         from dp_lora.storage.files import check_writable
-        from hydra_plugins.dp_lora_launcher._cells import refuse_no_difference
+        from hydra_plugins.dp_lora_launcher._cells import refuse_one_run_twice
         from hydra_plugins.dp_lora_launcher.launcher import SweepLauncher
 
         if isinstance(self.launcher, SweepLauncher):
@@ -74,7 +74,8 @@ class GridSweeper(BasicSweeper):
                 del composed["hydra"]
             config = from_omegaconf(composed)
             key = (config.experiment, fingerprint(config))
-            refuse_no_difference(seen.setdefault(key, words), words)
+            if (before := seen.setdefault(key, words)) is not words:
+                refuse_one_run_twice(before, words)
             check_writable(Path(config.paths.outputs).expanduser(), f"paths.outputs={config.paths.outputs}")
             if config.stages != ["pretrain"]:
                 check_settings(config)
@@ -133,8 +134,11 @@ def _check_sweep(override: Override) -> None:
         return
     if not override.is_discrete_sweep():
         raise UserError(f"{override.input_line}: expected values between commas, or a range")
-    if not list(override.sweep_string_iterator()):
+    values = list(override.sweep_string_iterator())
+    if not values:
         raise UserError(f"{override.input_line}: stands for no value at all; expected at least one")
+    if twice := [value for value in values if values.count(value) > 1]:
+        raise UserError(f"{override.input_line}: {twice[0]} stands there twice; expected every value once")
 
 
 def _choices(overrides: Sequence[Override]) -> dict[str, list[str]]:

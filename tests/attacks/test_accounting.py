@@ -22,7 +22,7 @@ from dp_lora.privacy.plan import make_plan
 from dp_lora.privacy.subsampled_gaussian import Mechanism
 from dp_lora.storage.files import read_json
 from tests.builders.exact_loss import exact_epsilon
-from tests.builders.tiny import words
+from tests.builders.tiny import once, words
 
 Setting = tuple[float, float, int, float]
 
@@ -108,7 +108,7 @@ def test_no_accountant_lets_a_valid_plan_be_refused(delta: float) -> None:
 def command(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> Callable[..., Any]:
     def call(*given: str) -> tuple[int, str]:
         GlobalHydra.instance().clear()
-        monkeypatch.setattr(sys, "argv", ["dp-lora", *words(cache, tmp_path / "outputs"), *given])
+        monkeypatch.setattr(sys, "argv", ["dp-lora", *once(*words(cache, tmp_path / "outputs"), *given)])
         capfd.readouterr()
         try:
             main()

@@ -18,7 +18,7 @@ from benchmarks.linear_audit import DEFECTS, noise_of, noise_times
 from dp_lora import __main__
 from dp_lora.commands import audit as audit_command
 from dp_lora.privacy.randomness import Randomness
-from tests.builders.tiny import words
+from tests.builders.tiny import once, words
 
 PLAN = ("train.expected_batch_size=350", "train.max_steps=12", "lora.rank=1", "stages=[finetune]")
 """A sample rate of about a quarter, where the scores for the claimed noise do not see less of it."""
@@ -41,7 +41,7 @@ def run(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[floa
         outputs = tmp_path_factory.mktemp("outputs")
         GlobalHydra.instance().clear()
         with pytest.MonkeyPatch.context() as patched, _engine(factor):
-            patched.setattr(sys, "argv", ["dp-lora", *words(cache, outputs), *PLAN])
+            patched.setattr(sys, "argv", ["dp-lora", *once(*words(cache, outputs), *PLAN)])
             __main__.main()
         GlobalHydra.instance().clear()
         (directory,) = (outputs / "default").iterdir()

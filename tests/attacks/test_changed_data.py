@@ -14,7 +14,10 @@ from PIL import Image
 
 from dp_lora.auditing import neighbours
 from dp_lora.commands import audit as audit_command
+from dp_lora.evaluation.evaluate import Evaluation
+from dp_lora.jobs import job, stages
 from dp_lora.privacy import step as algorithm
+from dp_lora.records import manifest
 from dp_lora.storage.files import read_json
 from dp_lora.training import finetune
 from tests.builders.commands import FOLDER, dp_lora, state_of
@@ -104,9 +107,9 @@ def test_no_stage_goes_on_with_changed_images(change: str, run: Done, capsys: An
     act, said = CHANGES[change]
     act(run.images)
     before = run.state()
-    for stages in (STAGES, "stages=[evaluate]")[: 2 if change == "other pixels" else 1]:
+    for word in (STAGES, "stages=[evaluate]")[: 2 if change == "other pixels" else 1]:
         capsys.readouterr()
-        assert dp_lora(*run.words, stages) == 2
+        assert dp_lora(*run.words, word) == 2
         refused(capsys, said)
     assert run.state() == before, "nothing was written or charged"
 
@@ -208,6 +211,25 @@ def test_a_summary_says_what_was_trained(run: Done, capsys: Any) -> None:
     assert dp_lora(*run.words) == 0
     said = capsys.readouterr().out
     assert "3 steps, sample rate 0.25" in said and f"epsilon            {trained['epsilon']:.4g}" in said
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_result_says_whether_its_images_were_compared(
+    recorded: bool, run: Done, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    # The metrics themselves, for which this set is too small.
+    monkeypatch.setattr(job, "_check_evaluation", lambda *args: None)
+    monkeypatch.setattr(stages, "_compared", lambda job: Evaluation({"accuracy_cnn": 0.5}, {}))
+    if not recorded:
+        without_record(run)
+    capsys.readouterr()
+    assert dp_lora(*run.words, "stages=[evaluate]") == 0
+    result, said = read_json(run.directory / "result.json"), capsys.readouterr().out
+    assert result["images_compared"] is recorded
+    assert ("could not be compared with those that the run was made from" in said) is not recorded
+    assert manifest.result(result, public=False, released=False, with_uncovered=False)["images_compared"] is (
+        recorded
+    )
 
 
 def test_the_record_of_the_images_is_the_owners_alone(done: Done) -> None:

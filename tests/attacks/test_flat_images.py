@@ -20,7 +20,7 @@ from dp_lora.config.schema import DataConfig, PathsConfig
 from dp_lora.data.sets import ImageSet, load, refuse_flat
 from dp_lora.errors import PrivateRefusal, recorded
 from tests.builders.image_files import write_image
-from tests.builders.tiny import words
+from tests.builders.tiny import once, words
 
 BASE = np.full((8, 8), 40, np.uint16)
 BASE[:, 4:] = 200
@@ -116,7 +116,7 @@ def started(cache: Path, folder: Path, source: Path, *given: str) -> None:
     command += ["data.image_size=8", "train.expected_batch_size=10", "train.max_steps=1", *given]
     command += ["privacy.epsilon=null", "privacy.noise_multiplier=2", "stages=[finetune]"]
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(sys, "argv", ["dp-lora", *command])
+        patched.setattr(sys, "argv", ["dp-lora", *once(*command)])
         main()
 
 

@@ -18,7 +18,7 @@ from dp_lora.commands import export as export_command
 from dp_lora.errors import UserError
 from dp_lora.jobs.job import plan_of
 from dp_lora.storage.files import read_json
-from tests.builders.tiny import composed, words
+from tests.builders.tiny import composed, once, words
 
 HIDDEN = ("privacy.adjacency=add_or_remove", "train.sample_rate=0.3", "privacy.delta=1e-4")
 FEWER, MORE = 137, 138
@@ -43,7 +43,7 @@ def images(folder: Path, train: int, test: int) -> Path:
 def ran(command: list[str]) -> None:
     GlobalHydra.instance().clear()
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(sys, "argv", ["dp-lora", *command])
+        patched.setattr(sys, "argv", ["dp-lora", *once(*command)])
         main()
     GlobalHydra.instance().clear()
 

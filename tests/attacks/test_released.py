@@ -30,7 +30,7 @@ from dp_lora.privacy.gradients import ClippedGradientSum
 from dp_lora.records import manifest
 from dp_lora.records.tracker import Tracker
 from dp_lora.storage.files import read_json, read_lines
-from tests.builders.tiny import words
+from tests.builders.tiny import once, words
 from tests.builders.wandb_file import WandbRun, read_run
 
 STEPS, MANY_STEPS = 120, 500
@@ -113,7 +113,7 @@ def play(home: Path, cache: Path, name: str, *given: str) -> Played:
         steps.wandb_had_begun |= any(outputs.glob("default/*/wandb"))
         return total(self)
 
-    line = [word for word in words(cache, outputs) if not word.startswith(("data=", "tracking.wandb"))]
+    line = [*words(cache, outputs), "tracking.wandb=offline"]
     private = ["data=imagefolder", f"data.source={home / 'needle_ward'}", "data.image_size=8"]
     small = ["evaluation.extractors=[]", "evaluation.classifier_epochs=1", "privacy.adjacency=zero_out"]
     with pytest.MonkeyPatch.context() as patched, redirect_stdout(said), redirect_stderr(said):
@@ -121,7 +121,7 @@ def play(home: Path, cache: Path, name: str, *given: str) -> Played:
             patched.setattr(f"dp_lora.{module}.time", steps)
         patched.setattr(ClippedGradientSum, "add", watched_add)
         patched.setattr(ClippedGradientSum, "total", watched_total)
-        patched.setattr(sys, "argv", ["dp-lora", *line, *private, *small, "tracking.wandb=offline", *given])
+        patched.setattr(sys, "argv", ["dp-lora", *once(*line, *private, *small, *given)])
         GlobalHydra.instance().clear()
         main()
     GlobalHydra.instance().clear()

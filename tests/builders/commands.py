@@ -13,6 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from dp_lora.__main__ import main
 from dp_lora.privacy import step as algorithm
+from tests.builders.tiny import once
 
 
 def dp_lora(*words: str, command: Callable[[], None] = main) -> int:
@@ -20,7 +21,7 @@ def dp_lora(*words: str, command: Callable[[], None] = main) -> int:
     GlobalHydra.instance().clear()
     try:
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(sys, "argv", ["dp-lora", *words])
+            patched.setattr(sys, "argv", ["dp-lora", *once(*words)])
             command()
         return 0
     except SystemExit as stopped:

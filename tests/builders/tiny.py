@@ -43,3 +43,9 @@ def words(cache: Path, outputs: Path) -> list[str]:
         "index": outputs.with_name(f"{outputs.name}.image_index"),
     }
     return [*TINY, *(f"paths.{name}={place}" for name, place in places.items())]
+
+
+def once(*given: str) -> list[str]:
+    """The words of a command line, where a later one takes the place of an earlier one of the same name."""
+    kept = {word.partition("=")[0]: word for word in given}
+    return [word for word in dict.fromkeys(given) if kept[word.partition("=")[0]] == word]

@@ -20,7 +20,7 @@ from dp_lora.privacy.randomness import Randomness
 from dp_lora.records import card
 from dp_lora.storage.files import read_json, read_lines, write_json, write_lines
 from dp_lora.training.signals import Interrupted
-from tests.builders.tiny import words
+from tests.builders.tiny import once, words
 
 OPTIONS = ("--canaries", "600", "--images", "120", "--draws", "2", "--device", "cpu")
 
@@ -42,7 +42,7 @@ def finished(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
         outputs = tmp_path_factory.mktemp("outputs")
         GlobalHydra.instance().clear()
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(sys, "argv", ["dp-lora", *words(cache, outputs), *given])
+            patched.setattr(sys, "argv", ["dp-lora", *once(*words(cache, outputs), *given)])
             __main__.main()
         GlobalHydra.instance().clear()
         (directory,) = (outputs / "default").iterdir()

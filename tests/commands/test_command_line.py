@@ -327,6 +327,21 @@ TWICE = {
     ("sweep=rank", "sweep=epsilon"): (
         "sweep=rank and sweep=epsilon: one sweep a command; expected one of the two"
     ),
+    **{
+        (one, other): f"{one} and {other}: expected one of the two"
+        for one, other in (
+            ("seed=1", "seed=2"),
+            ("data=digits", "data=mnist"),
+            ("epsilon=eps1", "epsilon=eps3"),
+            ("seed=1", "++seed=2"),
+            ("data@public_data=digits", "data@public_data=letters"),
+            ("lora.rank=4", "lora={alpha: 1, rank: 8}"),
+            ("hydra.verbose=true", "hydra.verbose=false"),
+            ("+resources.sbatch.hold=1", "~resources.sbatch.hold"),
+        )
+    },
+    ("-m", "seed=0,1", "lora_rank=r4", "seed=2"): "seed=0,1 and seed=2: expected one of the two",
+    ("--config-dir=a", "-cd", "b"): "-cd: --config-dir is given twice; expected it once",
     ("-m", "sweep=rank,epsilon"): f"sweep=rank,epsilon: one sweep a command; expected sweep=<{SWEEPS}>",
     ("-m", "sweep=glob(*)"): f"sweep=glob(*): one sweep a command; expected sweep=<{SWEEPS}>",
     ("-m", "cluster=example,none", "--dry-run"): (
@@ -464,6 +479,7 @@ def test_any_text_can_be_quoted(text: str) -> None:
         ["lora_rank=glob(*)", "-m"], ["--cfg", "job", "lora.rank=5"], ["--info", "defaults"], ["-c", "job"],
         ["-sc", "install=bash"], ["sweep=rank", "--dry-run"], ["data.source=007"], ["--multi", "seed=0,1"],
         ["data@public_data=digits"], ["hydra/launcher=local", "hydra.launcher.max_parallel=2", "-m"],
+        ["seed=1", "seed=1"], ["lora={rank: 4}", "lora.alpha=1"], ["lora_rank=r4", "lora.rank=8"],
         ["lora_rank=r8.yaml"], ['data.source="a,b"'], ["tracking.tags=[a,b]"], ["seed=range(3)", "-m"],
     ],
     ids=" ".join,

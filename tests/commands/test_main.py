@@ -17,7 +17,7 @@ from PIL import Image
 from dp_lora.__main__ import main
 from dp_lora.commands.command_line import hydra_words
 from dp_lora.storage.files import read_json
-from tests.builders.tiny import words
+from tests.builders.tiny import once, words
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -35,7 +35,7 @@ def dp_lora(cache: Path, outputs: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
     def call(*given: str, tiny: bool = True) -> tuple[int, str, str]:
         GlobalHydra.instance().clear()
-        monkeypatch.setattr(sys, "argv", ["dp-lora", *(words(cache, outputs) if tiny else []), *given])
+        monkeypatch.setattr(sys, "argv", ["dp-lora", *once(*(words(cache, outputs) if tiny else []), *given)])
         capfd.readouterr()
         try:
             main()

@@ -16,7 +16,7 @@ from dp_lora.commands import audit, export, fetch, import_checkpoint
 from dp_lora.config.wandb_mode import wandb_mode
 from dp_lora.errors import UserError
 from dp_lora.jobs.image_index import default_folder
-from tests.builders.tiny import words
+from tests.builders.tiny import once, words
 
 Refused = Callable[..., str]
 
@@ -33,7 +33,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> Refu
 
     def call(*given: str, command: Callable[[], Any] = main) -> str:
         GlobalHydra.instance().clear()
-        monkeypatch.setattr(sys, "argv", ["dp-lora", *given])
+        monkeypatch.setattr(sys, "argv", ["dp-lora", *once(*given)])
         capfd.readouterr()
         with pytest.raises(SystemExit) as stop:
             sys.exit(command())

@@ -21,7 +21,7 @@ from dp_lora.storage.files import read_json, read_lines
 from tests.builders.architectures import stable_diffusion
 from tests.builders.image_files import write_parquet
 from tests.builders.notebooks import executed
-from tests.builders.tiny import words
+from tests.builders.tiny import once, words
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def dp_lora(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[.
     def call(*given: str, name: str) -> Path:
         GlobalHydra.instance().clear()
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(sys, "argv", ["dp-lora", *words(cache, outputs / name), *given])
+            patched.setattr(sys, "argv", ["dp-lora", *once(*words(cache, outputs / name), *given)])
             main()
         GlobalHydra.instance().clear()
         (directory,) = (outputs / name / "default").iterdir()
@@ -84,6 +84,7 @@ def test_the_records_have_their_fields(whole: Path) -> None:
         "metrics", "n_samples", "seed", "reference", "trainable_parameters", "seconds", "peak_memory_bytes",
         "device",
     }  # fmt: skip
+    assert result["images_compared"] is True
     assert result["seconds"].keys() >= {"finetune", "sample"} and result["n_samples"] == 40
     for name in ("accuracy_cnn", "fd_lite0", "kid_lite0"):
         assert {name, f"{name}_before", f"{name}_real"} <= result["metrics"].keys()

@@ -31,7 +31,7 @@ from dp_lora.training import finetune
 from dp_lora.training.receipts import read_receipt
 from dp_lora.training.signals import Interrupted, Preempted
 from tests.builders.image_sets import private_images
-from tests.builders.tiny import words
+from tests.builders.tiny import once, words
 
 FINETUNE = "stages=[finetune]"
 
@@ -351,7 +351,7 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
 def call(*given: str) -> None:
     GlobalHydra.instance().clear()
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(sys, "argv", ["dp-lora", *given])
+        patched.setattr(sys, "argv", ["dp-lora", *once(*given)])
         main()
     GlobalHydra.instance().clear()
 

@@ -30,7 +30,7 @@ from hydra_plugins.dp_lora_launcher import _node, _slurm
 from hydra_plugins.dp_lora_launcher._cells import Cell, Composer, code_version
 from hydra_plugins.dp_lora_launcher._ledger import Ledger
 from tests.builders.counting import counted, go, starts
-from tests.builders.tiny import TINY, composed, words
+from tests.builders.tiny import TINY, composed, once, words
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,7 +44,7 @@ def dp_lora(
 
     def call(*given: str) -> tuple[int, str, str]:
         GlobalHydra.instance().clear()
-        monkeypatch.setattr(sys, "argv", ["dp-lora", *words(cache, tmp_path / "outputs"), *given])
+        monkeypatch.setattr(sys, "argv", ["dp-lora", *once(*words(cache, tmp_path / "outputs"), *given)])
         capfd.readouterr()
         try:
             main()

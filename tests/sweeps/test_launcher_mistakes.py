@@ -17,7 +17,7 @@ from dp_lora.errors import SweepFailed
 from dp_lora.evaluation import features
 from hydra_plugins.dp_lora_launcher.launcher import Drive
 from sweeps.__main__ import main as sweeps
-from tests.builders.tiny import TINY, words
+from tests.builders.tiny import TINY, once, words
 
 Run = Callable[..., tuple[int, list[str]]]
 
@@ -32,7 +32,7 @@ def dp_lora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> Run:
 
     def call(*given: str, command: Callable[..., Any] = main) -> tuple[int, list[str]]:
         GlobalHydra.instance().clear()
-        monkeypatch.setattr(sys, "argv", ["dp-lora", *given])
+        monkeypatch.setattr(sys, "argv", ["dp-lora", *once(*given)])
         capfd.readouterr()
         try:
             status = int(command() or 0)
@@ -116,6 +116,43 @@ def test_a_multirun_begins_no_job_when_one_cannot_work(name: str, dp_lora: Run, 
     given, expected = IMPOSSIBLE[name]
     status, lines = dp_lora(*given)
     assert status == 2 and len(lines) == 1 and lines[0].startswith(expected), lines
+    assert [path.name for path in tmp_path.rglob("*")] == ["here"]
+
+
+ONE_RUN = {
+    "a preset that a value overrules": (
+        ["lora_rank=r4,r8", "lora.rank=4"],
+        "lora_rank=r4,r8: both ask for the same run, since this cannot change its result; expected one value",
+    ),
+    "and a sweep of that value": (
+        ["lora_rank=r4,r8", "lora.rank=4,8"],
+        "lora_rank=r4,r8: both ask for the same run, since this cannot change its result; expected one value",
+    ),
+    "a value twice": (["seed=0,1,1"], "seed=0,1,1: 1 stands there twice; expected every value once"),
+    "a cell that a word makes another": (
+        ["sweep=baselines", "seed=0", "privacy.epsilon=inf"],
+        "epsilon='inf': asks for the same run as the words beside it do alone; expected one of the two",
+    ),
+    "differences that cancel": (
+        [
+            "hydra/launcher=local",
+            "hydra.sweeper.cells=['trainable=lora lora.target_modules=[to_q]','trainable=lora_qkv "
+            "trainable.components=[lora,embedder] lora.target_modules=[to_q]']",
+        ],
+        "trainable=lora and trainable=lora_qkv trainable.components=[lora,embedder]: both ask for the same "
+        "run, since together these cannot change its result; expected one of the two",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ONE_RUN)
+def test_two_jobs_of_a_sweep_that_ask_for_one_run_are_refused(
+    name: str, dp_lora: Run, tmp_path: Path
+) -> None:
+    given, expected = ONE_RUN[name]
+    for more in (["--dry-run"], []):
+        status, lines = dp_lora("-m", *TINY, *given, *more)
+        assert (status, lines) == (2, [f"dp-lora: {expected}"])
     assert [path.name for path in tmp_path.rglob("*")] == ["here"]
 
 

@@ -35,7 +35,7 @@ from dp_lora.storage.files import read_lines
 from dp_lora.training import perceptual, pretrain
 from dp_lora.training.pretrain import AutoencoderStep, DecoderStep, DiffusionStep
 from dp_lora.training.signals import Interrupted
-from tests.builders.tiny import TINY, composed
+from tests.builders.tiny import TINY, composed, once
 
 SMALL = PretrainConfig(
     autoencoder_steps=8, autoencoder_batch_size=10, unet_steps=8, unet_batch_size=10, decoder_steps=8
@@ -283,7 +283,7 @@ def in_processes(count: int, cache: Path) -> list[subprocess.CompletedProcess[st
             **os.environ, "RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(count),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
         }  # fmt: skip
-        arguments = [sys.executable, "-m", "dp_lora", *COMMAND, f"paths.cache={cache}"]
+        arguments = [sys.executable, "-m", "dp_lora", *once(*COMMAND), f"paths.cache={cache}"]
         running.append(subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True))
     ended = [(process, process.communicate(timeout=1800)[1]) for process in running]
     return [subprocess.CompletedProcess([], process.returncode, "", said) for process, said in ended]
@@ -452,7 +452,7 @@ def test_a_set_of_ones_own_runs_through_all_stages(tmp_path: Path, monkeypatch: 
         f"paths.cache={tmp_path / 'cache'}", f"paths.outputs={tmp_path / 'outputs'}",
     ]  # fmt: skip
     GlobalHydra.instance().clear()
-    monkeypatch.setattr(sys, "argv", ["dp-lora", *words])
+    monkeypatch.setattr(sys, "argv", ["dp-lora", *once(*words)])
     main()
     GlobalHydra.instance().clear()
     (directory,) = (tmp_path / "outputs/default").iterdir()
