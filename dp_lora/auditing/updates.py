@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dp_lora.privacy.moving_average import average_decay
 from dp_lora.training.finetune import PrivateStep
-from dp_lora.training.loop import average_decay, learning_rate
+from dp_lora.training.loop import learning_rate
 
 
 class Followed:

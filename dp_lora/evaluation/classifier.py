@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from dp_lora.evaluation.features import reproducible_convolutions
 from dp_lora.evaluation.residual_classifiers import resnet, resnext, wide_resnet
+from dp_lora.privacy.moving_average import MovingAverage
 
 SMALLEST_SIDE = 28
 LARGEST_SIDE = 64
@@ -91,7 +92,9 @@ def train_classifier(
         optimizer = torch.optim.Adam(classifier.parameters(), lr=recipe.learning_rate)
         turns = [max(1, round(share * epochs / 5)) for share in (2, 4)]
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, turns, gamma=recipe.decay)
-        average = _Average(classifier, recipe.ema_decay)
+        tested = list(classifier.parameters()) if recipe.ema_decay else []
+        average = MovingAverage(tested, recipe.ema_decay)
+        steps = 0
         for _ in range(epochs):
             for chosen in torch.split(torch.randperm(len(images)), recipe.batch_size):
                 logits = classifier(images[chosen].to(device))
@@ -99,31 +102,11 @@ def train_classifier(
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                average.update()
+                steps += 1
+                average.update(steps)
             schedule.step()
-        average.apply()
+        average.copy_to(tested)
     return classifier.eval()
-
-
-class _Average:
-    """The moving average of a network's parameters, short at first so that the start is forgotten."""
-
-    def __init__(self, network: nn.Module, decay: float) -> None:
-        self.parameters = list(network.parameters()) if decay else []
-        self.values = [p.detach().clone() for p in self.parameters]
-        self.decay, self.steps = decay, 0
-
-    @torch.no_grad()
-    def update(self) -> None:
-        self.steps += 1
-        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        for averaged, parameter in zip(self.values, self.parameters, strict=True):
-            averaged.lerp_(parameter, 1 - decay)
-
-    @torch.no_grad()
-    def apply(self) -> None:
-        for averaged, parameter in zip(self.values, self.parameters, strict=True):
-            parameter.copy_(averaged)
 
 
 @torch.inference_mode()

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from dp_lora.errors import UserError
+from dp_lora.privacy.moving_average import average_decay as average_decay
 from dp_lora.records.progress import Progress
 from dp_lora.storage.files import private_directory, write_atomic
 from dp_lora.training.processes import largest
@@ -141,14 +142,6 @@ def resume(step: Step, checkpoint: Checkpoint) -> int:
     finished, state = found
     step.load_state_dict(state)
     return finished
-
-
-def average_decay(largest: float, step: int) -> float:
-    """The decay of the moving average of the weights after step `step` (from 0), at most `largest`.
-
-    A short average at first, so that the start is forgotten.
-    """
-    return min(largest, (1 + step) / (10 + step))
 
 
 def learning_rate(base: float, schedule: str, step: int, total: int, warmup_steps: int = 0) -> float:

@@ -30,6 +30,7 @@ from dp_lora.errors import UserError
 from dp_lora.models.diffusion import per_example_loss
 from dp_lora.models.folders import LatentDiffusion, build, save
 from dp_lora.models.latents import Latents, cached, encoded_batches, to_unit_range
+from dp_lora.privacy.moving_average import MovingAverage
 from dp_lora.records.progress import Progress
 from dp_lora.records.provenance import hardware, versions
 from dp_lora.storage.files import write_atomic
@@ -256,16 +257,13 @@ class DiffusionStep(_PublicStep):
         model.autoencoder.requires_grad_(False)
         super().__init__(model, config.unet_learning_rate, config.unet_steps, config, seed)
         self.model, self.latents, self.labels = model, latents, labels
-        self.average = [p.detach().clone() for p in self.parameters]
+        self.average = MovingAverage(self.parameters, config.ema_decay)
         if config.compile:
             model.unet.compile()
 
     def __call__(self, step: int) -> dict[str, float]:
         values = super().__call__(step)
-        # A short average at first, so that the random start is forgotten: Karras et al. 2024 call it a ramp.
-        decay = min(self.config.ema_decay, (1 + step) / (10 + step))
-        for averaged, parameter in zip(self.average, self.parameters, strict=True):
-            averaged.lerp_(parameter.detach(), 1 - decay)
+        self.average.update(step)
         return values
 
     def loss(self, generator: torch.Generator, step: int) -> dict[str, Tensor]:
@@ -287,18 +285,15 @@ class DiffusionStep(_PublicStep):
     def averaged(self) -> LatentDiffusion:
         """A copy of the model with the averaged weights."""
         model = copy.deepcopy(self.model)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        for parameter, averaged in zip(trained, self.average, strict=True):
-            parameter.data.copy_(averaged)
+        self.average.copy_to(p for p in model.parameters() if p.requires_grad)
         return model
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "average": self.average}
+        return {**super().state_dict(), "average": self.average.state}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        for averaged, saved in zip(self.average, state["average"], strict=True):
-            averaged.copy_(saved)
+        self.average.load(state["average"])
 
 
 class DecoderStep(_ImageStep):
