@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dp_lora.records.manifest import RELEASED_METRICS
 from sweeps.collect import SETTINGS, Row, metric_names
 
 NUMERIC = ("rank", "noise_multiplicity", "given_noise_multiplier", "target_epsilon", "max_grad_norm",
@@ -169,7 +170,7 @@ def importance(metric: str) -> int:
 
 def rises(metric: str) -> bool:
     """Whether more of this metric is better."""
-    return not metric.startswith(("fid", "fd", "kid"))
+    return not metric.removeprefix(RELEASED_METRICS).startswith(("fid", "fd", "kid"))
 
 
 def summarise(rows: Sequence[Row]) -> Summary:

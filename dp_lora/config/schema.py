@@ -317,8 +317,8 @@ class EvaluationConfig:
     fid_infinity: bool = False
     """Also the Frechet distances extrapolated to infinitely many images."""
     release: str = "none"
-    """none: metrics carry no noise and are not covered by epsilon; dp: only what is covered by a budget of
-    its own, `release_epsilon` at `release_delta`."""
+    """none: metrics carry no noise and are not covered by epsilon; dp: only the accuracies of the
+    classifiers, covered by a budget of their own, `release_epsilon` at `release_delta`."""
     release_epsilon: float = 1.0
     release_delta: float | None = None
     """null: privacy.delta."""

@@ -5,13 +5,11 @@ sigma is added to every coordinate of the sum, once; every metric is read from t
 
 Guarantees, for held-out images x and a fixed set of generated images (which epsilon of the adapter covers):
     * Sensitivity: a row has norm at most 1 whatever the image is, so that adding or removing one image, or
-      letting it contribute nothing instead, changes the sum by at most 1. (An image's features are computed
-      in a batch with others, which can change their last bits but not their bound.)
+      letting it contribute nothing instead, changes the sum by at most 1.
     * The release is (`release_epsilon`, `release_delta`)-differentially private for one held-out image:
       it is `Mechanism(noise_multiplier=sigma, sample_rate=1, steps=1)` to the accountant.
-    * Nothing else depends on a held-out image: the classifiers, the directions and the clipping radius come
-      from images of the model, fine-tuned and before, and the number of held-out images is itself read from
-      the noised sum.
+    * Nothing else depends on a held-out image: the classifiers learn from images of the model, and the number
+      of held-out images is itself read from the noised sum.
     * A release is written to `checkpoint/` before it is shown. The same question asked again gets the same
       answer; another one is one more mechanism, and all of them are counted.
 """
@@ -20,8 +18,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +31,7 @@ from dp_lora.data.sets import ImageSplits
 from dp_lora.errors import UserError
 from dp_lora.evaluation.evaluate import Evaluation, Instruments, Say, described
 from dp_lora.evaluation.images import Images, Labelled, Real, RealPart, checked_samples, real_images
-from dp_lora.evaluation.metrics import inception_score
-from dp_lora.evaluation.queries import (
-    CLIPPED_SHARE,
-    DIRECTIONS,
-    AccuracyQuery,
-    FrechetFrame,
-    FrechetQuery,
-    Query,
-    Questions,
-)
+from dp_lora.evaluation.metrics import INCEPTION, inception_score
 from dp_lora.jobs.begun import releases_of
 from dp_lora.jobs.spending import charge_release, next_release
 from dp_lora.privacy import accounting
@@ -51,10 +40,59 @@ from dp_lora.privacy.subsampled_gaussian import Mechanism
 from dp_lora.storage.files import private_directory, write_json
 from dp_lora.storage.tensors import digest
 
+_SIMULATIONS = 200
+
 COVERS = (
     "The metrics that begin with dp_ in result.json: (epsilon, delta)-differentially private with respect to "
     "one held-out image with its label, as the division into training and held-out images stands."
 )
+
+
+class Counts:
+    """How many held-out images each classifier gets right, and how many wrong, as one vector-valued sum.
+
+    Sensitivity: a row is (1, 0) or (0, 1) for each of C classifiers, over the root of C, so its norm is 1.
+    There are two counts, not one and the number of images, because that number is private too.
+
+    Args:
+        classifiers: their names, at least one.
+    """
+
+    def __init__(self, classifiers: Sequence[str]) -> None:
+        self.names = [f"dp_accuracy_{name}" for name in classifiers]
+        self.scale: float = len(self.names) ** -0.5
+
+    def rows(self, right: Sequence[Tensor]) -> Tensor:
+        """float64 [N, 2 C] of bool [N] for each classifier: which images it gets right. Private."""
+        return self.scale * torch.cat([torch.stack([one, ~one], dim=1) for one in right], dim=1).double()
+
+    def values(self, sums: Tensor) -> dict[str, float]:
+        """The accuracies in [0, 1] by their names, from noised sums [2 C] of `rows`."""
+        return dict(zip(self.names, self._accuracies(sums).tolist(), strict=True))
+
+    def number(self, sums: Tensor) -> float:
+        """The number of images that the noised sums tell: the mean over the classifiers."""
+        return float(sums.sum()) * self.scale
+
+    def noise_effects(self, sums: Tensor, noise_multiplier: float, seed: int) -> dict[str, dict[str, float]]:
+        """What the noise does to each metric, simulated from the released sums alone.
+
+        `deviation` is its standard deviation, `bias` what noise once more adds to the released value.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(_SIMULATIONS, len(sums), generator=generator, dtype=torch.float64)
+        drawn = self._accuracies(sums + noise_multiplier * noise)
+        deviations, biases = drawn.std(dim=0), drawn.mean(dim=0) - self._accuracies(sums)
+        return {
+            name: {"deviation": deviation, "bias": bias}
+            for name, deviation, bias in zip(self.names, deviations.tolist(), biases.tolist(), strict=True)
+        }
+
+    def _accuracies(self, sums: Tensor) -> Tensor:
+        """[..., C] of sums [..., 2 C]."""
+        counts = (sums / self.scale).unflatten(-1, (-1, 2)).clamp(min=0)
+        accuracies: Tensor = counts[..., 0] / counts.sum(dim=-1).clamp(min=1)
+        return accuracies
 
 
 def noised_sum(rows: Tensor, noise_multiplier: float, randomness: Randomness) -> Tensor:
@@ -104,8 +142,13 @@ def confirm(folder: Path, place: int) -> None:
 
 
 def check(config: Config, references: ImageSplits) -> None:
-    """Raises UserError unless there are private held-out images that the budget can be stated for."""
+    """Raises UserError unless there are classifiers, and private held-out images to state a budget for."""
     evaluation = config.evaluation
+    if not evaluation.classifiers:
+        raise UserError(
+            "evaluation.release=dp with evaluation.classifiers=[]: expected at least one, since their "
+            "accuracies are what is released"
+        )
     held_out = getattr(references, evaluation.reference)
     if held_out.public:
         raise UserError(
@@ -126,22 +169,19 @@ def evaluate_privately(
     references: ImageSplits,
     config: Config,
     *,
-    before: Labelled,
     folder: Path,
     device: torch.device | str,
     progress: Say = lambda message: None,
 ) -> Evaluation:
-    """`dp_accuracy_<classifier>` and `dp_fd_<extractor>` on the held-out images, and what has to be said.
+    """`dp_accuracy_<classifier>` on the held-out images, and what has to be said.
 
-    `dp_fd_*` is the Frechet distance of clipped features in the directions of `FrechetFrame`: compare it with
-    `dp_fd_*_before` of the same run, which the same noised sum tells. Over Inception the Inception score is
-    there too, which sees no real image.
+    With Inception among the extractors the Inception score is there too, which sees no real image. No other
+    extractor is used: distances to real images are not released.
 
     Args:
         samples: generated images with their labels.
         references: the real images; only the split `evaluation.reference` is looked at.
         config: the job.
-        before: images of the model before fine-tuning.
         folder: the run's private `checkpoint/`.
         device: of the networks.
         progress: told what is being computed.
@@ -152,11 +192,10 @@ def evaluate_privately(
     evaluation = config.evaluation
     real = real_images(references, evaluation)
     generated = checked_samples("sampler.num_samples", samples, real, evaluation)
-    earlier = checked_samples("images before fine-tuning", before, real, evaluation)
     sigma = accounting.noise_multiplier_for(
         evaluation.release_epsilon, _delta(config), 1.0, 1, Path(config.paths.cache).expanduser()
     )
-    inputs = _inputs(generated, earlier, real.reference, config, sigma)
+    inputs = _inputs(generated, real.reference, config, sigma)
     made = releases_of(folder)
     asked = [one["inputs"] for one in made]
     place = asked.index(inputs) if inputs in asked else len(asked)
@@ -165,8 +204,10 @@ def evaluate_privately(
     number = made[place].get("number", place) if inputs in asked else next_release(config, folder, references)
     with charge_release(config, Mechanism(sigma, 1.0, 1), _delta(config), folder, number, references):
         if inputs not in asked:
-            instruments = Instruments(evaluation, config.seed, torch.device(device), progress)
-            released = _release(generated, earlier, real, instruments, config, inputs, sigma)
+            used = [name for name in evaluation.extractors if name == INCEPTION]
+            networks = replace(evaluation, extractors=used)
+            instruments = Instruments(networks, config.seed, torch.device(device), progress)
+            released = _release(generated, real, instruments, config, inputs, sigma)
             keep(folder, inputs, sigma, released, number)
     confirm(folder, place)
     return _kept(folder, place)
@@ -178,75 +219,47 @@ def _kept(folder: Path, place: int) -> Evaluation:
 
 
 def _release(
-    generated: Images,
-    earlier: Images,
-    real: Real,
-    instruments: Instruments,
-    config: Config,
-    inputs: str,
-    sigma: float,
+    generated: Images, real: Real, instruments: Instruments, config: Config, inputs: str, sigma: float
 ) -> Evaluation:
     """All metrics, read from one noised sum."""
-    evaluation = config.evaluation
-    questions, scores = _questions(generated, earlier, real, instruments)
-    sums = noised_sum(questions.rows(), sigma, _randomness(config, inputs))
+    evaluation, counts = config.evaluation, Counts(config.evaluation.classifiers)
+    what = f"{len(generated.images)} generated images"
+    right = []
+    for name in evaluation.classifiers:
+        classifier = instruments.classifier(name, what, generated, real.num_classes)
+        right.append(instruments.correct(classifier, real.reference))
+    sums = noised_sum(counts.rows(right), sigma, _randomness(config, inputs))
     metadata = {
         "n_samples": len(generated.images),
-        "reference": {"split": evaluation.reference, "n": max(0, round(questions.number(sums)))},
+        "reference": {"split": evaluation.reference, "n": max(0, round(counts.number(sums)))},
         "n_note": "the number of reference images is read from the noised sum",
         **described(instruments),
-        "noise": questions.noise_effects(sums, sigma, config.seed),
-        "release": {"directions": DIRECTIONS, "clipped_share": CLIPPED_SHARE, "noise_multiplier": sigma},
+        "noise": counts.noise_effects(sums, sigma, config.seed),
+        "release": {"noise_multiplier": sigma},
         "private_metrics": [],
         "private_metrics_note": "",
     }
-    return Evaluation({**questions.values(sums), **scores}, metadata)
+    return Evaluation({**counts.values(sums), **_scores(generated, instruments)}, metadata)
 
 
-def _questions(
-    generated: Images, earlier: Images, real: Real, instruments: Instruments
-) -> tuple[Questions, dict[str, float]]:
-    """All queries with their rows, and the Inception score where its network is among the extractors."""
-    config, scores = instruments.config, dict[str, float]()
-    asked: list[Query] = [_ask_accuracy(name, generated, real, instruments) for name in config.classifiers]
-    for name in config.extractors:
-        query, found = _ask_distance(name, generated, earlier, real.reference, instruments)
-        asked.append(query)
-        scores |= found
-    return Questions(asked), scores
+def _scores(generated: Images, instruments: Instruments) -> dict[str, float]:
+    """The Inception score, where its network is there."""
+    scores = {}
+    for name, loaded in instruments.extractors.items():
+        features = instruments.features(name, f"{len(generated.images)} generated images", generated.images)
+        logits = loaded.logits(features.to(instruments.device))
+        if logits is not None:
+            scores["inception_score"] = inception_score(logits, seed=instruments.seed)
+    return scores
 
 
-def _ask_accuracy(name: str, generated: Images, real: Real, instruments: Instruments) -> AccuracyQuery:
-    what = f"{len(generated.images)} generated images"
-    classifier = instruments.classifier(name, what, generated, real.num_classes)
-    return AccuracyQuery.of(f"dp_accuracy_{name}", instruments.correct(classifier, real.reference))
-
-
-def _ask_distance(
-    name: str, generated: Images, earlier: Images, held_out: RealPart, instruments: Instruments
-) -> tuple[FrechetQuery, dict[str, float]]:
-    """The query with its rows, and the Inception score over the network that has one."""
-    what = f"{len(generated.images)} generated images"
-    features = instruments.features(name, what, generated.images)
-    before = instruments.features(name, f"{len(earlier.images)} earlier images", earlier.images)
-    frame = FrechetFrame(torch.cat([features, before]))
-    metric = f"dp_fd_{name}"
-    sets = {metric: features, f"{metric}_before": before}
-    compared = {key: frame.moments(frame.rows(values).sum(dim=0)) for key, values in sets.items()}
-    rows = frame.rows(instruments.features(name, "held-out images", held_out.images))
-    logits = instruments.extractors[name].logits(features.to(instruments.device))
-    scores = {} if logits is None else {"inception_score": inception_score(logits, seed=instruments.seed)}
-    return FrechetQuery(frame, rows, compared), scores
-
-
-def _inputs(generated: Images, earlier: Images, held_out: RealPart, config: Config, sigma: float) -> str:
+def _inputs(generated: Images, held_out: RealPart, config: Config, sigma: float) -> str:
     """A hash of all that the sum depends on. Private: it tells whether a guess of the images is right."""
     evaluation = asdict(config.evaluation)
     for name in ("batch_size", "inception_weights"):
         del evaluation[name]
     what = {
         "generated": digest(*generated),
-        "before": digest(*earlier),
         "held_out": digest(held_out.images, held_out.labels),
         "evaluation": evaluation,
         "seed": config.seed,

@@ -415,7 +415,6 @@ def _released(job: Job, tracker: Tracker) -> Evaluation:
         samples,
         job.images,
         job.config,
-        before=_before(job),
         folder=folder,
         device=job.device,
         progress=say,

@@ -205,7 +205,7 @@ _RESULT: Mapping[str, Shape] = {
     "extractors": {ANY: {ANY: field_kinds.plain}},
     "neighbours": {"precision, recall": number, "density, coverage": number},
     "noise": {ANY: {ANY: number}},
-    "release": {"directions": number, "clipped_share": number, "noise_multiplier": number},
+    "release": {"noise_multiplier": number},
     "audit": _AUDIT,
     "seconds": {ANY: field_kinds.finite},
     "peak_memory_bytes": field_kinds.finite,

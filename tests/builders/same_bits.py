@@ -1,6 +1,6 @@
 """Twelve tiny trainings at a fixed seed, for comparing two versions of the code on one machine.
 
-    python -m tests.builders.same_bits > after.json
+    python -m tests.builders.same_bits after.json
 
 Run it in two checkouts and compare the files: what changes no result leaves every digest as it was.
 """
@@ -153,10 +153,10 @@ def _audit(folder: Path, cache: Path) -> dict[str, Any]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
-    found = {}
+    results = {}
     with tempfile.TemporaryDirectory() as place:
-        for name in NAMES:
-            (own := Path(place) / name.replace(" ", "_").replace(",", "").replace("'", "")).mkdir()
-            found[name] = result_of(name, own, Path(place) / "cache")
-            print(f"{name}: {found[name]}", file=sys.stderr, flush=True)
-    print(json.dumps(found, indent=2))
+        for number, name in enumerate(NAMES):
+            (own := Path(place) / str(number)).mkdir()
+            results[name] = result_of(name, own, Path(place) / "cache")
+            print(f"{name}: {results[name]}", file=sys.stderr, flush=True)
+    Path(sys.argv[1]).write_text(json.dumps(results, indent=2) + "\n")

@@ -66,6 +66,7 @@ def test_released_metrics_need_the_budget_that_privacy_json_states(
     tmp_path: Path,
 ) -> None:
     write_json(run / "privacy.json", PLAN if release is None else {**PLAN, "release": release})
+    # What an earlier version released counts as released.
     metrics = {"accuracy_cnn": 0.8, "dp_fd_lite0": 3.0}
     write_json(run / "result.json", {**RESULT, "metrics": metrics, "intervals": {}})
     assert read_json(export(run, tmp_path / "out") / "result.json")["left_out"] == left_out

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from dp_lora.errors import UserError
-from dp_lora.storage.files import read_json
+from dp_lora.records import manifest
+from dp_lora.storage.files import read_json, write_json
 from sweeps import figures, published, tables
 from sweeps.collect import collect
 from sweeps.curves import MOST_POINTS, curves
@@ -48,6 +49,22 @@ def test_a_setting_is_mean_and_deviation_over_its_seeds(sweep: Path) -> None:
     assert stat == Stat(statistics.fmean(values), statistics.stdev(values), 3)
     single = found.groups[1].stat("accuracy_cnn")
     assert single is not None and single.std is None and "±" not in str(single)
+
+
+def test_runs_that_released_distances_in_an_earlier_version_are_reported(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "outputs", "rank", [{"lora.rank": 4, "evaluation.release": "dp"}])
+    (directory,) = (Path(cell["directory"]) for cell in read_json(folder / "sweep.json")["cells"])
+    result = read_json(directory / "result.json")
+    metrics = {"dp_accuracy_cnn": 0.9, "dp_fd_lite0": 34.0, "dp_fd_lite0_before": 50.0}
+    release = {"directions": 8, "clipped_share": 0.05, "noise_multiplier": 4.0, "epsilon": 1.0}
+    result |= {"metrics": metrics, "private_metrics": [], "release": release}
+    write_json(directory / "result.json", result)
+    found = tables.other_metrics(summary(folder))
+    assert found is not None
+    head, values = (cells_of(line) for line in found.markdown().splitlines()[::2])
+    assert head[-2:] == ["dp_accuracy_cnn ↑", "dp_fd_lite0 ↓"] and values[-2:] == ["0.900", "34.00"]
+    shown = manifest.result(result, public=False, released=True, with_uncovered=False)
+    assert shown["metrics"] == metrics and shown["release"] == {"noise_multiplier": 4.0}
 
 
 def test_the_table_has_a_line_a_setting_and_the_baselines(sweep: Path) -> None:
