@@ -1,4 +1,4 @@
-"""What was spent: epsilon of a history of noisy steps, and the noise or the steps that meet a target.
+"""Accounting: epsilon of a history of noisy steps, and the noise or the steps that meet a target.
 
 Every function speaks of the Poisson-subsampled Gaussian mechanism under the relation "add or remove one
 image", for which zeroing one image out gives the same pair of distributions and the same epsilon.

@@ -30,7 +30,7 @@ def barrier() -> None:
 
 
 def agreed(value: T) -> T:
-    """What the first process has for `value`; every process of the job has to ask."""
+    """The first process's `value`; every process of the job has to call it."""
     import torch.distributed as dist
 
     shared = [value]
@@ -40,7 +40,7 @@ def agreed(value: T) -> T:
 
 
 def everyone(value: T) -> list[T]:
-    """The `value` of every process of the job, in their order; every one has to ask."""
+    """The `value` of every process of the job, in their order; every one has to call it."""
     import torch.distributed as dist
 
     if not dist.is_initialized():
@@ -51,7 +51,7 @@ def everyone(value: T) -> list[T]:
 
 
 def largest(value: int) -> int:
-    """The largest `value` of all processes of the job; every one has to ask."""
+    """The largest `value` of all processes of the job; every one has to call it."""
     import torch
     import torch.distributed as dist
 

@@ -137,7 +137,7 @@ class ClippedGradientSum:
 
     @property
     def nonfinite(self) -> int:
-        """How many examples since the last `reset` had a gradient that is not finite. Private."""
+        """The number of examples since the last `reset` whose gradient was not finite. Private."""
         return int(self._nonfinite)
 
     @property
@@ -279,7 +279,7 @@ class ClippedGradientSum:
             self._total[-1] += self.clip.loss_unit * counted.sum()
 
     def _factors(self, norms: Tensor) -> Tensor:
-        """What each parameter's gradients [parameters, M] are multiplied with, from their norms."""
+        """The factors [parameters, M] by which gradients are clipped, from their norms [parameters, M]."""
         bound: float = self.clip.max_grad_norm * math.sqrt(1 - self.clip.loss_share**2)
         norms = norms * _ROUNDING
         if self.clip.clipping == "per_layer":

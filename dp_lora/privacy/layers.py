@@ -1,4 +1,4 @@
-"""How each layer hands over its per-example gradient, and which layers cannot.
+"""The layers: how each hands over its per-example gradient, and which layers cannot.
 
 A layer's forward is replaced by one that computes the same, and whose backward gives a `Receiver` the
 gradient of each example, already summed over its k draws and its tokens. A LoRA layer is one autograd
@@ -32,7 +32,7 @@ Sampler = Callable[[Any, Tensor, Tensor, int], Samples]
 
 
 class Receiver(Protocol):
-    """Where per-example gradients go while a backward runs; `ClippedGradientSum` is one."""
+    """Receives per-example gradients while a backward runs; `ClippedGradientSum` is one."""
 
     noise_multiplicity: int
 

@@ -1,4 +1,4 @@
-"""What was spent on a private set over time: a file beside it that is only ever added to.
+"""The ledger of a private set: a file beside it that says what was spent, and is only ever added to.
 
 Each line is a JSON object and holds what a run costs the set: its mechanism with the steps that it began, or
 may still begin. A run is entered before its first step with all the steps of its plan, and again at its end
@@ -50,7 +50,7 @@ PATIENCE_S = 300.0
 
 @dataclass(frozen=True)
 class Charge:
-    """What one run costs a private set."""
+    """The cost of one run to a private set."""
 
     run: str
     """A random number of the run's own; it outlives restarts, not the removal of the run directory."""
@@ -78,7 +78,7 @@ class Turn(NamedTuple):
 
 
 class Settled(NamedTuple):
-    """What the ends of a run's trainings left, the largest of all of them."""
+    """The largest counts that the ends of a run's trainings left."""
 
     steps: int = 0
     """With which the run was charged."""
@@ -128,7 +128,7 @@ def fits(charge: Charge, others: Sequence[Charge], budget: float) -> bool:
 
 
 def smallest_delta(charge: Charge, others: Sequence[Charge]) -> float:
-    """Of `charge` and of those of `others` that spent something: the delta that a budget is judged at."""
+    """The smallest delta of `charge` and of those `others` that spent something: a budget is judged at it."""
     return min([charge.delta, *(c.delta for c in others if c.mechanism.steps)])
 
 
@@ -158,7 +158,7 @@ class Ledger:
         return _in_force(self._entries())
 
     def digests(self) -> set[str]:
-        """Of all lines."""
+        """The digests of all lines."""
         return {entry["digest"] for entry in self._entries()}
 
     def self_charged(self) -> set[str]:
@@ -170,7 +170,7 @@ class Ledger:
         return self._check(turn, self._entries())
 
     def settled(self, owner: str) -> Settled:
-        """What the ends of the trainings of the run `owner` left; nothing of a run that has not ended."""
+        """The counts that the ends of the run `owner` left; zero for a run that has not ended."""
         ends = [
             (entry["steps"], entry.get("begun", min(1, entry["steps"])))
             for entry in self._entries()
@@ -182,7 +182,7 @@ class Ledger:
         )
 
     def mark(self, owner: str) -> Mark:
-        """How far the run `owner` has come, while it has not ended."""
+        """The mark of the run `owner`, which says how far it has come while it has not ended."""
         return Mark(self.path.with_name(f"{self.path.name}.{owner}"))
 
     def enter(

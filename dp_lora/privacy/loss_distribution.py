@@ -332,7 +332,7 @@ def _tilt_rounding(step: Step, theta: float, interval: float) -> float:
 
 
 def _norm_of_weights(theta: float, interval: float, size: int) -> float:
-    """Of exp(-theta x) (1 - exp(-x)) at x = d, 2 d, ..., at most."""
+    """An upper bound on the norm of exp(-theta x) (1 - exp(-x)) at x = d, 2 d, ..."""
     ratio = math.exp(-2 * theta * interval)
     rest = -math.expm1(-2 * theta * interval)
     square = min(size, ratio / rest, interval**2 * ratio * (1 + ratio) / rest**3)

@@ -1,4 +1,4 @@
-"""How far an unfinished run has come, noted outside of its directory: a small file beside the ledger.
+"""Marks: how far an unfinished run has come, noted in a small file beside the ledger.
 
 A run directory can be copied, and an older state of it can be brought back. Its own files then say nothing
 of the steps that were taken elsewhere, or since. The mark does: it names who may go on, and how much of the

@@ -25,7 +25,7 @@ LEAST_GRAD_NORM = 1e-10
 
 @dataclass(frozen=True)
 class Clip:
-    """How much one example may add to the sum, and in which form: what the plan gives the engine.
+    """The bound on what one example adds to the sum, and its form: what the plan gives the engine.
 
     Args:
         noise_multiplicity: k, the number of consecutive rows of a forward that belong to one example.

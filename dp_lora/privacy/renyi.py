@@ -69,7 +69,7 @@ def delta_of_divergences(divergences: Array, epsilon: float) -> float:
 
 
 def _conversion(alpha: Array, log_delta: float | Array) -> Array:
-    """What a divergence at order alpha falls short of the epsilon that it gives."""
+    """The difference between the epsilon that a divergence at order alpha gives and the divergence."""
     return np.asarray(-(log_delta + np.log(alpha)) / (alpha - 1) + np.log((alpha - 1) / alpha))
 
 

@@ -1,4 +1,4 @@
-"""What it costs to release only the best of many private runs (Papernot and Steinke 2022, arXiv 2110.03620).
+"""The cost of releasing only the best of many private runs (Papernot and Steinke 2022, arXiv 2110.03620).
 
 The theorems speak of one algorithm: draw a number of runs K, make K independent runs of one mechanism, each
 of which also yields a score, and release the one of the best score and nothing of the others. Their bounds

@@ -130,7 +130,7 @@ class _Loss:
 
 @dataclass(frozen=True, eq=False)
 class _Masses:
-    """Of each cell, under both directions: its mass, and the part of it that goes to the upper end."""
+    """The mass of each cell, under both directions, and the part of it that goes to the upper end."""
 
     removed: Array
     removed_up: Array
@@ -177,7 +177,10 @@ def _density(t: Array) -> Array:
 
 
 def _quadrature_error(t: Array, half: Array) -> Array:
-    """Of a piece of the standard normal's density, |He_8(t)| <= (t^2 + 105^(1/4))^4 times the density."""
+    """An upper bound on the quadrature error of a piece of the standard normal's density.
+
+    Its eighth derivative is He_8(t) times the density, and |He_8(t)| <= (t^2 + 105^(1/4))^4.
+    """
     nearest = np.maximum(np.abs(t) - half, 0.0)
     derivative = ((np.abs(t) + half) ** 2 + 3.21) ** 4 * _density(nearest)
     return np.asarray(_QUADRATURE * (2 * half) ** 9 * derivative)

@@ -297,7 +297,7 @@ def _microbatch(config: Config, model: LatentDiffusion, plan: PrivacyPlan, folde
 
 
 def _watch(config: Config, model: LatentDiffusion, plan: PrivacyPlan) -> Watch:
-    """What ends a training that diverges, and says what it has spent."""
+    """The watch that ends a training that diverges, and says what it has spent."""
     spends = plan.private and not config.data.public
     spent = f"epsilon {{}} at delta {plan.delta:g} is spent" if spends else ""
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -305,7 +305,7 @@ def _watch(config: Config, model: LatentDiffusion, plan: PrivacyPlan) -> Watch:
 
 
 def _silent(number: int, values: Any) -> None:
-    """What the other processes log."""
+    """Does nothing: only the first process logs."""
 
 
 def check_engine(config: Config, model: LatentDiffusion, plan: PrivacyPlan) -> None:

@@ -39,7 +39,7 @@ def digest(
 
 
 def _settings(model: LatentDiffusion) -> dict[str, Any]:
-    """What the files beside the weights say."""
+    """The settings in the files beside the weights."""
     encoder = getattr(getattr(model.prompts, "encoder", None), "config", None)
     return {
         "unet": _plain(model.unet.config),

@@ -1,4 +1,4 @@
-"""What an autoencoder may be trained by beside the error of its pixels: distances of features, an opponent.
+"""Losses of an autoencoder beside the error of its pixels: distances of features, and a discriminator.
 
 Public pre-training only. Shapes, ranges and dtypes at the boundaries:
     images   float32 [B, C, H, W] in [-1, 1], C = 1 or 3

@@ -1,4 +1,4 @@
-"""How a public pre-training gets on: its reconstruction error, and pictures of public images."""
+"""Previews of a public pre-training: its reconstruction error, and pictures of public images."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ _PATIENCE = timedelta(days=30)
 
 
 class Team:
-    """What the processes of a job tell each other apart from tensors.
+    """The channel between the processes of a job for all that is no tensor.
 
     Args:
         rank: of this process, from 0.
@@ -44,7 +44,7 @@ class Team:
             self._store.set(name, json.dumps(value))
 
     def told(self, name: str) -> Any:
-        """What the first process told as `name`, once it has.
+        """Waits for and returns what the first process told as `name`.
 
         Raises RuntimeError when that process is gone.
         """

@@ -1,4 +1,4 @@
-"""What a run keeps in its `checkpoint/` of its charge and its plan, and whether it goes on as it began."""
+"""Receipts: a run's charge and plan in its `checkpoint/`, and whether it goes on as it began."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RECEIPT, PLAN = "charge.json", "plan.json"
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a run keeps of its charge: its number, the set, the ledger, and the digest of its line there.
+    """A run's copy of its charge: its number, the set, the ledger, and the digest of its line there.
 
     `nonce` is that of its last start or end, `previous` and `index_previous` those that ledger and index had
     before: each has one of them last. Receipts of earlier versions have none of the three, or not the last.

@@ -1,4 +1,4 @@
-"""What a signal asks of a job: to stop, to make room for another, or only to save.
+"""Signals to a job: to stop, to make room for another, or only to save.
 
 A terminal stops a job with SIGINT or SIGTERM. A cluster has more to say: that it takes the machine back and
 will start the job again (SIGUSR2 of submitit), or that the job may be killed soon, for a reason that it does
@@ -37,7 +37,7 @@ class Leave(enum.IntEnum):
 
 
 class Requests:
-    """What the signals that came so far ask for."""
+    """The requests of the signals that came so far."""
 
     def __init__(self) -> None:
         self.leave = Leave.NO

@@ -82,7 +82,7 @@ class Statement:
 
     @property
     def epsilon(self) -> float:
-        """What was spent, at `delta`; inf where there is no guarantee."""
+        """The epsilon spent, at `delta`; inf where there is no guarantee."""
         return math.inf if isinstance(self.record["covers"], str) else float(self.record["epsilon"])
 
     @property

@@ -1,4 +1,4 @@
-"""How a step runs on the device at hand: microbatch, memory layout, compilation.
+"""Tuning to the device at hand: microbatch, memory layout, compilation.
 
 None of it changes a result but by rounding, and all of it is found out with synthetic tensors: neither the
 size of a microbatch nor the time or memory that finding it takes depends on a private image.
