@@ -129,28 +129,54 @@ class PrivateStep:
         # 1. Sample the batch: every example joins by itself with probability q.
         self._batch = poisson_batch(self._randomness, self.number, sgd.num_examples, sgd.plan.sample_rate)
         sgd.gradients.reset()
+        # The microbatch whose losses are still to come: each is added once, or an example would count twice.
+        self._open: Microbatch | None = None
+        self._divided = False
 
     def microbatches(self, size: int) -> Iterator[Microbatch]:
         """The batch in microbatches of `size` examples; nothing for an empty batch, which is applied too.
 
         On several processes, this process's part of it.
+
+        Raises RuntimeError when the batch was divided before: its examples would count twice.
         """
+        if self._divided:
+            raise RuntimeError(f"step {self.number}: microbatches() twice for one batch; expected it once")
+        self._divided = True
+        return self._parts(size)
+
+    def _parts(self, size: int) -> Iterator[Microbatch]:
         for positions, weights in microbatches(self.sgd.positions(len(self._batch)), size):
             draws = Draws(self._randomness, self.number, int(positions[0]), len(positions))
-            yield Microbatch(self._batch[positions], weights, draws)
+            self._open = Microbatch(self._batch[positions], weights, draws)
+            yield self._open
+        self._open = None
 
     def add(self, losses: Tensor, weights: Tensor | None = None) -> None:
-        """Adds the clipped gradients of one microbatch to the sum of the batch.
+        """Adds the clipped gradients of the microbatch in hand to the sum of the batch, once.
 
         Args:
             losses: [M], one value for each example: the mean over its k draws.
-            weights: [M], of the `Microbatch`; None for all 1.
+            weights: [M], those of the `Microbatch`, or zeros for examples to leave out; None: those of the
+                microbatch.
 
-        Raises UserError for losses of another shape, and as `ClippedGradientSum.add` says.
+        Raises:
+            UserError: losses of another shape, weights above the microbatch's, and as
+                `ClippedGradientSum.add` says.
+            RuntimeError: no microbatch is in hand, or its losses were added already.
         """
         self._refuse_ended("add()")
+        if self._open is None:
+            raise RuntimeError(
+                f"step {self.number}: add() without a microbatch, or twice for one; expected it once in the "
+                "loop over microbatches()"
+            )
+        own, self._open = self._open.weights, None
+        weights = own if weights is None else weights
+        if weights.shape != own.shape or not bool(((weights.cpu() == own) | (weights.cpu() == 0)).all()):
+            raise UserError(f"weights of shape {list(weights.shape)}: expected those of the microbatch")
         # 2. Per-example gradients of the mean over k draws. 3. Clip each to C, and sum.
-        self.sgd.gradients.add(losses, None if weights is None else weights.to(losses.device))
+        self.sgd.gradients.add(losses, weights.to(losses.device))
 
     def give_up(self, **numerics: Any) -> None:
         """Throws the sum away and begins the step again with a fresh batch, because `numerics` changed.

@@ -165,7 +165,8 @@ def test_a_training_whose_steps_were_all_begun_ends_with_what_it_has(
     again = training(tmp_path / "run", checkpoint_minutes=0)
     given: list[int] = []
     for step in again.steps():
-        step.add(losses(again.sgd.module, torch.arange(3)))  # another sum
+        for rows, weights, _ in step.microbatches(4):
+            step.add(losses(again.sgd.module, (rows + 1) % N), weights)  # another sum
         assert not step.apply() and step.spent
         given.append(step.number)
     assert given == [STEPS - 1] and again.complete and again.statement().record["steps"] == STEPS
@@ -360,6 +361,51 @@ def test_a_step_is_applied_once(tmp_path: Path) -> None:
     steps.close()
     with pytest.raises(RuntimeError, match="after the loop over the steps has ended"):
         step.apply()
+
+
+def test_no_example_counts_twice(tmp_path: Path) -> None:
+    """Padding without its weights, a microbatch that is added twice, a batch that is divided twice."""
+    private = training(tmp_path / "run")
+    step = next(_steps := private.steps())
+    model = private.sgd.module
+    with pytest.raises(RuntimeError, match="without a microbatch, or twice for one"):
+        step.add(losses(model, torch.arange(4)))
+    parts = step.microbatches(50)
+    rows, weights, _ = next(parts)
+    assert 0 < weights.sum() < 50, "the last rows are padding"
+    step.add(losses(model, rows))
+    total = private.sgd.gradients.total()
+    with pytest.raises(RuntimeError, match="without a microbatch, or twice for one"):
+        step.add(losses(model, rows), weights)
+    assert next(parts, None) is None
+    with pytest.raises(RuntimeError, match="without a microbatch, or twice for one"):
+        step.add(losses(model, rows), weights)
+    with pytest.raises(RuntimeError, match=r"microbatches\(\) twice for one batch"):
+        step.microbatches(50)
+    assert torch.equal(private.sgd.gradients.total(), total)
+    private.sgd.gradients.reset()
+    private.sgd.gradients.add(losses(model, rows[weights > 0]))
+    assert torch.allclose(private.sgd.gradients.total(), total, atol=1e-6)
+
+
+@pytest.mark.parametrize("wrong", [torch.ones_like, lambda w: 2 * w, lambda w: w[:3], lambda w: -w])
+def test_weights_above_the_microbatch_s_are_refused(
+    wrong: Callable[[Tensor], Tensor], tmp_path: Path
+) -> None:
+    private = training(tmp_path / "run")
+    step = next(_steps := private.steps())
+    rows, weights, _ = next(step.microbatches(50))
+    with pytest.raises(UserError, match=r"^weights of shape"):
+        step.add(losses(private.sgd.module, rows), wrong(weights))
+    assert not private.sgd.gradients.total().any()
+
+
+def test_an_example_can_be_left_out(tmp_path: Path) -> None:
+    private = training(tmp_path / "run")
+    step = next(_steps := private.steps())
+    rows, weights, _ = next(step.microbatches(50))
+    step.add(losses(private.sgd.module, rows), torch.zeros_like(weights))
+    assert not private.sgd.gradients.total().any()
 
 
 def test_a_stream_of_the_step_is_not_given_away(tmp_path: Path) -> None:
