@@ -1,8 +1,9 @@
-"""Twelve tiny trainings at a fixed seed, for comparing two versions of the code on one machine.
+"""Twelve tiny trainings at a fixed seed, by which two versions of the code are compared.
 
     python -m tests.builders.same_bits after.json
 
-Run it in two checkouts and compare the files: what changes no result leaves every digest as it was.
+Run it in two checkouts on one machine and compare the files: what changes no result leaves every digest as it
+was. `tests/training/test_same_bits.py` compares what does not depend on the machine with `same_bits.json`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dp_lora.auditing.canaries import train_with_canaries
 from dp_lora.jobs import job as jobs
@@ -29,7 +31,7 @@ from dp_lora.models.folders import load
 from dp_lora.privacy.randomness import Randomness
 from dp_lora.records.tracker import Tracker
 from tests.builders.architectures import stable_diffusion
-from tests.builders.tiny import TINY, composed
+from tests.builders.tiny import TINY, composed, once
 
 SHORT = (
     *TINY, "train.expected_batch_size=20", "train.max_steps=5", "noise_multiplicity=k2", "lora.rank=2",
@@ -65,7 +67,7 @@ def result_of(name: str, folder: Path, cache: Path) -> dict[str, Any]:
     """
     if name == AUDIT:
         return _audit(folder, cache)
-    given = [*SHORT, *JOBS[name], *_places(folder, cache)]
+    given = once(*SHORT, *JOBS[name], *_places(folder, cache))
     if name == "a pipeline":
         given += [f"model.pretrained={stable_diffusion(folder / 'pipeline')}"]
     if name == "two processes":
@@ -92,8 +94,10 @@ def _released(directory: Path) -> dict[str, Any]:
     samples = np.load(directory / "samples.npz")["images"]
     adapter = sorted((directory / "adapter").glob("*.safetensors"))
     hashed = hashlib.sha256(b"".join(path.read_bytes() for path in adapter) + samples.tobytes())
+    weights = [value.double().flatten() for path in adapter for value in load_file(path).values()]
     return {
         "digest": hashed.hexdigest(),
+        "adapter": float(torch.cat(weights).norm()),
         "epsilon": privacy["epsilon"],
         "noise_multiplier": privacy["noise_multiplier"],
         "samples": float(samples.mean()),
@@ -133,7 +137,7 @@ def _on_two_processes(given: list[str]) -> None:
 
 
 def _audit(folder: Path, cache: Path) -> dict[str, Any]:
-    config = composed(*SHORT, *_places(folder, cache))
+    config = composed(*once(*SHORT), *_places(folder, cache))
     plan = jobs.plan_of(config, 400)
     model = load(jobs.pretrained_model(config))
     adapters.attach(model, config.trainable.components, config.lora, seed=0)
