@@ -25,7 +25,7 @@ from dp_lora.models.folders import load
 from dp_lora.models.latents import Latents
 from dp_lora.privacy.executions import Executions
 from dp_lora.privacy.randomness import Randomness
-from dp_lora.training.finetune import PrivateStep
+from dp_lora.training.finetune import FinetuneStep
 from dp_lora.training.loop import Checkpoint
 
 
@@ -37,12 +37,14 @@ def main() -> None:
     latents, labels = torch.zeros(10, *model.latent_shape), torch.zeros(10, dtype=torch.int64)
     plan = job.plan_of(config, 10 * config.train.expected_batch_size)
     with tempfile.TemporaryDirectory() as folder:
-        step = PrivateStep(
+        step = FinetuneStep.on(
             model, Latents(latents, latents), labels, plan, Randomness.from_seed(0), config.train, 8,
             Executions(Path(folder) / "executions.jsonl", {}),
         )  # fmt: skip
-        size = sum(p.numel() for p in step.parameters)
-        step._descend(torch.ones(size), 0)
+        size = sum(p.numel() for p in step.sgd.parameters)
+        step.sgd.gradients.write_gradients(torch.ones(size))
+        with step.sgd.descending():
+            step.sgd.optimizer.step()
         checkpoint = Checkpoint(Path(folder) / "checkpoint", config.train.checkpoint_minutes)
         seconds = []
         for number in range(20):

@@ -43,6 +43,7 @@ from torch.func import functional_call, grad, vmap
 from dp_lora.models.adapters import target_names
 from dp_lora.models.folders import shorten_cross_attention
 from dp_lora.privacy.gradients import ClippedGradientSum
+from dp_lora.privacy.plan import Clip
 from dp_lora.training.tuning import frozen_parts
 
 ENGINES = (
@@ -164,7 +165,7 @@ def _nonprivate(model: Model, k: int) -> Step:
 
 
 def _dp_lora(model: Model, k: int) -> Step:
-    engine = ClippedGradientSum(model, k, MAX_GRAD_NORM)
+    engine = ClippedGradientSum(model, Clip(k, MAX_GRAD_NORM))
     return lambda batch: engine.add(losses(model, batch, k))
 
 

@@ -32,7 +32,7 @@ from dp_lora.models.latents import Latents
 from dp_lora.privacy.executions import Executions
 from dp_lora.privacy.plan import make_plan
 from dp_lora.privacy.randomness import Randomness
-from dp_lora.training.finetune import PrivateStep
+from dp_lora.training.finetune import FinetuneStep
 
 WAYS = ("memory", "cached", "on the fly")
 
@@ -123,7 +123,7 @@ def make_step(
     )
     executions = Executions(folder / "executions.jsonl", {})
     randomness, microbatch = Randomness.from_seed(1), setting.rows // k
-    return PrivateStep(model, encoded, labels, plan, randomness, TrainConfig(), microbatch, executions)
+    return FinetuneStep.on(model, encoded, labels, plan, randomness, TrainConfig(), microbatch, executions)
 
 
 def measure(name: str, k: int, rounds: int, folder: Path) -> list[Row]:

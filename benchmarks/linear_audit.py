@@ -34,7 +34,7 @@ from dp_lora.models.latents import Latents
 from dp_lora.privacy import step as algorithm
 from dp_lora.privacy.executions import Executions
 from dp_lora.privacy.gradients import ClippedGradientSum
-from dp_lora.privacy.plan import PrivacyPlan, make_plan
+from dp_lora.privacy.plan import Clip, PrivacyPlan, make_plan
 from dp_lora.privacy.randomness import Randomness
 from dp_lora.training import finetune
 
@@ -95,11 +95,8 @@ class LinearModel(nn.Module):
 class LinearStep(finetune.FinetuneStep):
     """The engine's step, with the losses of a linear model, and without the epsilon that it would log."""
 
-    def epsilon(self) -> float:
-        return math.nan
-
-    def losses(self, indices: Tensor, positions: Tensor, randomness: Randomness, step: int) -> Tensor:
-        return self.model.losses(indices, self.plan.noise_multiplicity).mean(1)
+    def losses(self, rows: Tensor, draws: algorithm.Draws) -> Tensor:
+        return self.sgd.module.losses(rows, self.sgd.plan.noise_multiplicity).mean(1)
 
 
 def train(
@@ -124,8 +121,8 @@ def train(
         microbatch = 256 if plan.noise_multiplicity > 1 else most
     watches = [Watch(plan, part, empty) for part in included.reshape(audits, canaries)]
     with tempfile.TemporaryDirectory() as folder:
-        step = LinearStep(
-            model,  # type: ignore[arg-type]
+        step = LinearStep.on(
+            model,
             Latents(torch.zeros(examples, 1), torch.zeros(examples, 1)),
             torch.zeros(examples, dtype=torch.int64),
             replace(plan, num_examples=examples),
@@ -142,8 +139,9 @@ def train(
             for watch, part in zip(watches, values.reshape(audits, width), strict=True):
                 watch.add(part)
 
+        step.sgd.epsilon = lambda: math.nan
         followed = Followed(step)
-        step.optimizer.register_step_pre_hook(see)
+        step.sgd.optimizer.register_step_pre_hook(see)
         for index in range(plan.steps):
             followed(index)
         followed.release()
@@ -155,8 +153,8 @@ def train(
 def silent(plan: PrivacyPlan, canaries: int, key: Randomness, empty: int = EMPTY) -> dict[str, float]:
     """The p-values of the steps on no example of one audit."""
     with tempfile.TemporaryDirectory() as folder:
-        step = LinearStep(
-            LinearModel(torch.zeros(0, dtype=torch.int64), canaries + empty),  # type: ignore[arg-type]
+        step = LinearStep.on(
+            LinearModel(torch.zeros(0, dtype=torch.int64), canaries + empty),
             Latents(torch.zeros(0, 1), torch.zeros(0, 1)),
             torch.zeros(0, dtype=torch.int64),
             plan,
@@ -165,6 +163,7 @@ def silent(plan: PrivacyPlan, canaries: int, key: Randomness, empty: int = EMPTY
             1,
             Executions(Path(folder) / "executions.jsonl", {}),
         )
+        step.sgd.epsilon = lambda: math.nan
         return released_noise(step).p_values()
 
 
@@ -230,8 +229,8 @@ def noise_times(factor: float) -> Callable[[], AbstractContextManager[object]]:
 def no_clipping() -> AbstractContextManager[object]:
     """C is infinite for the clip, and what it was for the noise."""
 
-    def engine(module: nn.Module, k: int, bound: float, *rest: Any) -> ClippedGradientSum:
-        return ClippedGradientSum(module, k, math.inf, *rest)
+    def engine(module: nn.Module, clip: Clip) -> ClippedGradientSum:
+        return ClippedGradientSum(module, replace(clip, max_grad_norm=math.inf))
 
     return mock.patch.object(algorithm, "ClippedGradientSum", engine)
 
@@ -239,9 +238,9 @@ def no_clipping() -> AbstractContextManager[object]:
 class _Apart(ClippedGradientSum):
     """Takes each draw of an example for an example."""
 
-    def __init__(self, module: nn.Module, k: int, *rest: Any) -> None:
-        super().__init__(module, 1, *rest)
-        self.k = k
+    def __init__(self, module: nn.Module, clip: Clip) -> None:
+        super().__init__(module, replace(clip, noise_multiplicity=1))
+        self.k = clip.noise_multiplicity
 
     def add(self, losses: Tensor, weights: Tensor | None = None) -> None:
         super().add(losses, None if weights is None else weights.repeat_interleave(self.k))
@@ -251,8 +250,8 @@ class _Apart(ClippedGradientSum):
 def draws_apart() -> Iterator[None]:
     """The k draws of an image are clipped one by one, as in the code released with the paper."""
 
-    def losses(self: LinearStep, indices: Tensor, *_: Any) -> Tensor:
-        draws: Tensor = self.model.losses(indices, self.plan.noise_multiplicity).flatten()
+    def losses(self: LinearStep, rows: Tensor, *_: Any) -> Tensor:
+        draws: Tensor = self.sgd.module.losses(rows, self.sgd.plan.noise_multiplicity).flatten()
         return draws
 
     with (
@@ -335,11 +334,13 @@ def clean_descent() -> Iterator[None]:
         sums[:] = [total]
         return noised_mean(total, *rest, **named)
 
-    def twice(self: finetune.FinetuneStep, update: Tensor, step: int) -> None:
-        descend(self, update, step)
-        clean = sums[0][: len(update)] / (self.plan.max_grad_norm * self.plan.expected_batch_size)
-        for p, part in zip(self.parameters, clean.split([p.numel() for p in self.parameters]), strict=True):
-            p.data -= self._rate(step) * part.view_as(p).to(p)
+    def twice(self: algorithm.PrivateStep, update: Tensor) -> None:
+        descend(self, update)
+        plan, parameters = self.sgd.plan, self.sgd.parameters
+        clean = sums[0][: len(update)] / (plan.max_grad_norm * plan.expected_batch_size)
+        rate = self.sgd.optimizer.param_groups[0]["lr"]
+        for p, part in zip(parameters, clean.split([p.numel() for p in parameters]), strict=True):
+            p.data -= rate * part.view_as(p).to(p)
 
     with (
         mock.patch.object(algorithm, "noised_mean", remembers),
@@ -381,9 +382,9 @@ def skipped() -> Iterator[None]:
     descend = algorithm.PrivateStep._descend
     with _sizes() as sizes:
 
-        def unless_empty(self: finetune.FinetuneStep, update: Tensor, step: int) -> None:
+        def unless_empty(self: algorithm.PrivateStep, update: Tensor) -> None:
             if sizes[-1]:
-                descend(self, update, step)
+                descend(self, update)
 
         with mock.patch.object(algorithm.PrivateStep, "_descend", unless_empty):
             yield

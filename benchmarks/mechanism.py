@@ -35,7 +35,7 @@ from dp_lora.privacy.plan import PrivacyPlan, make_plan
 from dp_lora.privacy.randomness import Randomness
 from dp_lora.privacy.subsampled_gaussian import Mechanism
 from dp_lora.training import tuning
-from dp_lora.training.finetune import PrivateStep
+from dp_lora.training.finetune import FinetuneStep
 
 EXAMPLES, BATCH, STEPS = 60_000, 2_000, 1_800
 # (data, N, batch, steps, delta, epsilons); the settings of the paper.
@@ -65,11 +65,11 @@ def parts_of_a_step(microbatch: int = tuning.ROWS_ON_CPU) -> dict[str, float]:
     """Seconds of each part of a step at the logical batch `BATCH`, by name; `step` is all of it."""
     model = load(find("ldm32"))
     adapters.attach(model, ["lora", "embedder"], LoraConfig(), seed=0)
-    engine, key = ClippedGradientSum(model, 1, 1e-3), Randomness.from_system()
-    plan = make_plan(
+    key, plan = Randomness.from_system(), make_plan(
         num_examples=EXAMPLES, expected_batch_size=BATCH, steps=STEPS, noise_multiplier=1.0,
         target_epsilon=None, delta=1e-5, noise_multiplicity=1, max_grad_norm=1e-3,
     )  # fmt: skip
+    engine = ClippedGradientSum(model, plan.clip)
     losses = tuning.synthetic_losses(model, microbatch, 1, seed=0)
     microbatches = -(-BATCH // microbatch)
     clipping: list[float] = []
@@ -108,8 +108,10 @@ def step_record(model: LatentDiffusion, plan: PrivacyPlan, folder: Path) -> dict
     latents = torch.zeros(1, *model.latent_shape)
     record = Executions(folder / "executions.jsonl", {})
     key = Randomness.from_system()
-    step = PrivateStep(model, Latents(latents, latents), torch.zeros(1), plan, key, TrainConfig(), 8, record)
-    total = torch.zeros(step.gradients.num_parameters, dtype=torch.float64)
+    step = FinetuneStep.on(
+        model, Latents(latents, latents), torch.zeros(1), plan, key, TrainConfig(), 8, record
+    )
+    total = torch.zeros(step.sgd.gradients.num_parameters, dtype=torch.float64)
     numbers = itertools.count()
 
     def write() -> None:
@@ -117,12 +119,12 @@ def step_record(model: LatentDiffusion, plan: PrivacyPlan, folder: Path) -> dict
         record.keep_sum(execution, "0" * 64)
 
     found = {
-        "digest of the state": seconds(step._state),
+        "digest of the state": seconds(step.sgd.state_digest),
         # For the record; the noise has its own, which is in its time.
         "digest of the sum": seconds(lambda: sum_digest(total, plan)),
         "write-ahead record": seconds(write, rounds=50, clock=time.perf_counter),
     }
-    step.gradients.detach()
+    step.sgd.gradients.detach()
     return found
 
 

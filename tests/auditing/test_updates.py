@@ -18,6 +18,7 @@ from dp_lora.config.schema import TrainConfig
 from dp_lora.models.latents import Latents
 from dp_lora.privacy.executions import Executions
 from dp_lora.privacy.randomness import Randomness
+from dp_lora.privacy.step import DPSGD, PrivateStep
 
 RIGHT = {"missing_release": 1.0, "unreleased_update": 1.0}
 STRAYED = {"missing_release": 1.0, "unreleased_update": 0.0}
@@ -31,8 +32,8 @@ def _step(folder: Path, train: TrainConfig | None = None) -> LinearStep:
     model.frozen = torch.nn.Linear(2, 2).requires_grad_(False)
     model.register_buffer("table_of_noise", torch.ones((), dtype=torch.bfloat16))
     examples = 8 + len(model.features)
-    return LinearStep(
-        model,  # type: ignore[arg-type]
+    return LinearStep.on(
+        model,
         Latents(torch.zeros(examples, 1), torch.zeros(examples, 1)),
         torch.zeros(examples, dtype=torch.int64),
         plan_of(0.25, STEPS, 1.0),
@@ -91,41 +92,41 @@ def _nudge(tensor: Tensor) -> None:
     flat[0] = torch.nextafter(flat[0], torch.tensor(1.0))
 
 
-def _before(step: LinearStep, number: int, descend: Callable[..., None], update: Tensor) -> None:
-    _nudge(step.parameters[0])
-    descend(step, update, number)
+def _before(sgd: DPSGD, number: int, descend: Callable[[Tensor], None], update: Tensor) -> None:
+    _nudge(sgd.parameters[0])
+    descend(update)
 
 
-def _after(step: LinearStep, number: int, descend: Callable[..., None], update: Tensor) -> None:
-    descend(step, update, number)
+def _after(sgd: DPSGD, number: int, descend: Callable[[Tensor], None], update: Tensor) -> None:
+    descend(update)
     if number == STEPS - 1:
-        _nudge(step.parameters[1])
+        _nudge(sgd.parameters[1])
 
 
-def _twice(step: LinearStep, number: int, descend: Callable[..., None], update: Tensor) -> None:
-    descend(step, update, number)
-    descend(step, 2 * update, number)
+def _twice(sgd: DPSGD, number: int, descend: Callable[[Tensor], None], update: Tensor) -> None:
+    descend(update)
+    descend(2 * update)
 
 
-def _average(step: LinearStep, number: int, descend: Callable[..., None], update: Tensor) -> None:
-    descend(step, update, number)
-    step.average[0] += 1e-6
+def _average(sgd: DPSGD, number: int, descend: Callable[[Tensor], None], update: Tensor) -> None:
+    descend(update)
+    sgd.average.values[0] += 1e-6
 
 
-def _rate(step: LinearStep, number: int, descend: Callable[..., None], update: Tensor) -> None:
-    step.optimizer.register_step_pre_hook(lambda *_: step.optimizer.param_groups[0].update(lr=1e-5))
-    descend(step, update, number)
+def _rate(sgd: DPSGD, number: int, descend: Callable[[Tensor], None], update: Tensor) -> None:
+    sgd.optimizer.register_step_pre_hook(lambda *_: sgd.optimizer.param_groups[0].update(lr=1e-5))
+    descend(update)
 
 
-def _weight(step: LinearStep, number: int, descend: Callable[..., None], update: Tensor) -> None:
-    descend(step, update, number)
-    _nudge(step.model.frozen.weight)
+def _weight(sgd: DPSGD, number: int, descend: Callable[[Tensor], None], update: Tensor) -> None:
+    descend(update)
+    _nudge(sgd.module.frozen.weight)
 
 
-def _buffer(step: LinearStep, number: int, descend: Callable[..., None], update: Tensor) -> None:
-    descend(step, update, number)
+def _buffer(sgd: DPSGD, number: int, descend: Callable[[Tensor], None], update: Tensor) -> None:
+    descend(update)
     if number == STEPS - 1:  # the engine itself refuses a batch after it
-        step.model.table_of_noise += 1
+        sgd.module.table_of_noise += 1
 
 
 @pytest.mark.parametrize(
@@ -134,12 +135,12 @@ def _buffer(step: LinearStep, number: int, descend: Callable[..., None], update:
 def test_what_moves_a_parameter_besides_the_release_is_found(
     planted: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    descend = LinearStep._descend
+    descend = PrivateStep._descend
 
-    def other(step: LinearStep, update: Tensor, number: int) -> None:
-        planted(step, number, descend, update)
+    def other(step: PrivateStep, update: Tensor) -> None:
+        planted(step.sgd, step.number, lambda given: descend(step, given), update)
 
-    monkeypatch.setattr(LinearStep, "_descend", other)
+    monkeypatch.setattr(PrivateStep, "_descend", other)
     assert _followed(_step(tmp_path)) == STRAYED
 
 
@@ -150,7 +151,7 @@ def test_other_parameters_at_the_end_than_the_average_are_found(
 
     def other(step: LinearStep) -> None:
         release(step)
-        _nudge(step.parameters[0])
+        _nudge(step.sgd.parameters[0])
 
     monkeypatch.setattr(LinearStep, "release", other)
     assert _followed(_step(tmp_path)) == STRAYED
@@ -166,7 +167,7 @@ def test_a_step_that_is_skipped_is_missed_and_nothing_else(
         if number != 1:
             return call(step, number)
         if averages:
-            step._average(number)
+            step.sgd.average.update(number)
         return {}
 
     monkeypatch.setattr(LinearStep, "__call__", other)
@@ -176,5 +177,5 @@ def test_a_step_that_is_skipped_is_missed_and_nothing_else(
 def test_a_skipped_step_that_moves_a_parameter_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(LinearStep, "__call__", lambda step, number: _nudge(step.parameters[0]) or {})
+    monkeypatch.setattr(LinearStep, "__call__", lambda step, number: _nudge(step.sgd.parameters[0]) or {})
     assert _followed(_step(tmp_path)) == {"missing_release": 0.0, "unreleased_update": 0.0}
