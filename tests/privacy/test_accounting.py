@@ -261,7 +261,7 @@ def test_steps_for_refuses_what_no_number_of_steps_meets() -> None:
     for sigma in (0.0, 0.2):
         with pytest.raises(UserError, match="one step passes"):
             steps_for(1.0, 1e-5, 0.5, sigma)
-    with pytest.raises(UserError, match="expected train"):
+    with pytest.raises(UserError, match="expected steps"):
         steps_for(10.0, 1e-5, 1e-4, 1000.0)
 
 
