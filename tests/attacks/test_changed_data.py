@@ -15,8 +15,8 @@ from image_sets import pixels, write_folder
 from PIL import Image
 
 from attacks.commands import FOLDER, dp_lora, state_of
-from dp_lora.auditing import neighbours
 from dp_lora.commands import audit as audit_command
+from dp_lora.commands import neighbours
 from dp_lora.storage.files import read_json
 from dp_lora.training import finetune
 
