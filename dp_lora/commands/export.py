@@ -27,9 +27,8 @@ from typing import Any
 
 from dp_lora.commands.parser import Parser, ending
 from dp_lora.config.load import read_config
-from dp_lora.config.schema import Config
+from dp_lora.config.schema import ADJACENCIES, Config
 from dp_lora.errors import UserError
-from dp_lora.privacy.accounting import ADJACENCIES
 from dp_lora.records import manifest
 from dp_lora.records.run_directory import is_whole
 from dp_lora.storage.files import (

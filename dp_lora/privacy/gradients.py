@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from dp_lora.config.schema import CLIPPINGS
 from dp_lora.errors import UserError
 from dp_lora.privacy.layers import (
     Buffers,
@@ -27,7 +28,7 @@ from dp_lora.privacy.layers import (
     refuse_unsupported_adapter,
     tapped_forward,
 )
-from dp_lora.privacy.plan import CLIPPINGS, LEAST_GRAD_NORM
+from dp_lora.privacy.plan import LEAST_GRAD_NORM
 
 AUTOMATIC_GAMMA = 0.01
 """The stability constant of automatic clipping (Bu et al. 2022)."""
