@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dp_lora.config.schema import ADJACENCIES
 from dp_lora.errors import UserError
 from dp_lora.jobs.begun import begun, begun_by_all, releases_of
 from dp_lora.jobs.image_index import ImageIndex
@@ -25,7 +26,7 @@ from dp_lora.jobs.spending import (
     may_be_one_set,
     private_set,
 )
-from dp_lora.privacy.accounting import ADJACENCIES, MANY, composed
+from dp_lora.privacy.accounting import MANY, composed
 from dp_lora.privacy.ledger import Charge, Ledger, spent, spent_adaptively
 from dp_lora.privacy.renyi import epsilon_of_divergences, least_budget, renyi_divergences
 from dp_lora.privacy.selection import best_of

@@ -38,8 +38,6 @@ from dp_lora.training import tuning
 from dp_lora.training.finetune import FinetuneStep
 from dp_lora.training.loop import Checkpoint, Step, resume, run_steps
 
-KINDS = ("gradient", "image")
-
 BYSTANDERS = 128
 """Examples of noise beside the canaries, so that batches and microbatches are mixed."""
 
@@ -181,8 +179,8 @@ def train_with_canaries(
         randomness: a key of the audit's own.
         folder: private.
     """
-    train = _train_on_images if kind == "image" else _train_on_gradients
-    return train(config, model, plan, coins(randomness, count), randomness, folder)
+    training = _Training(config, model, plan, coins(randomness, count), randomness, folder)
+    return training.on_images() if kind == "image" else training.on_gradients()
 
 
 # Steps on no example
@@ -349,28 +347,6 @@ class _Watched:
         self.watch.load_state_dict(state["watch"])
 
 
-def _train_on_gradients(
-    config: Config,
-    model: LatentDiffusion,
-    plan: PrivacyPlan,
-    included: Bools,
-    randomness: Randomness,
-    folder: Path,
-) -> Trained:
-    canaries = GradientCanaries(model, len(included), plan.max_grad_norm)
-    chosen = torch.from_numpy(np.flatnonzero(included))
-    latents, labels = _bystanders(model, randomness)
-    latents = torch.cat([torch.zeros(len(chosen), *latents.shape[1:]), latents])
-    labels = torch.cat([canaries.first_label + chosen, labels])
-    # Mixed, so that a canary comes first and last in batches and microbatches as often as any example.
-    order = torch.from_numpy(np.argsort(randomness.bits64("order", 0, range(len(labels)))[:, 0]))
-    latents, labels = latents[order], labels[order]
-    step = _step(config, canaries, latents, labels, plan, randomness, folder)
-    watched = _Watched(step, canaries, plan, included)
-    _run(config, watched, plan, folder)
-    return watched.trained()
-
-
 # Image canaries
 
 
@@ -384,67 +360,86 @@ def odd_images(shape: tuple[int, int, int], count: int, randomness: Randomness) 
     return np.repeat(np.repeat(blocks, block, axis=2), block, axis=3)[:, :, :height, :width]
 
 
-def _train_on_images(
-    config: Config,
-    model: LatentDiffusion,
-    plan: PrivacyPlan,
-    included: Bools,
-    randomness: Randomness,
-    folder: Path,
-) -> Trained:
-    device = next(model.unet.parameters()).device
-    images = to_unit_range(odd_images(model.image_shape, len(included), randomness))
-    with torch.inference_mode():
-        parts = [model.encode(images[b.start : b.stop].to(device))[0] for b in in_batches(len(images), 250)]
-    odd = torch.cat(parts).cpu().clone()
-    odd_labels = torch.arange(len(included)) % len(model.classes)
-    before = losses(model, odd, odd_labels, draws=16, seed=config.seed)
-    chosen = torch.from_numpy(included)
-    latents, labels = _bystanders(model, randomness)
-    latents, labels = torch.cat([odd[chosen], latents]), torch.cat([odd_labels[chosen], labels])
-    followed = Followed(_step(config, model, latents, labels, plan, randomness, folder))
-    _run(config, followed, plan, folder)
-    followed.release()
-    learnt = before - losses(model, odd, odd_labels, draws=16, seed=config.seed)
-    # What all images gained says nothing of a single one.
-    return Trained(learnt - np.median(learnt), included, checks=followed.p_values())
-
-
 # The training
 
 
-def _bystanders(model: LatentDiffusion, randomness: Randomness) -> tuple[Tensor, Tensor]:
-    latents = randomness.normal("bystanders", 0, (BYSTANDERS, *model.latent_shape))
-    return latents, torch.arange(BYSTANDERS) % len(model.classes)
+@dataclass(frozen=True)
+class _Training:
+    """A training on canaries and noise, as the run was trained: see `train_with_canaries`."""
 
+    config: Config
+    model: LatentDiffusion
+    plan: PrivacyPlan
+    included: Bools
+    """The coins."""
+    randomness: Randomness
+    folder: Path
 
-def _step(
-    config: Config,
-    model: LatentDiffusion,
-    latents: Tensor,
-    labels: Tensor,
-    plan: PrivacyPlan,
-    randomness: Randomness,
-    folder: Path,
-) -> FinetuneStep:
-    """The step of the run's own fine-tuning, on other examples."""
-    plan = replace(plan, num_examples=len(latents))
-    stored = Latents(latents, torch.zeros_like(latents))
-    # Nothing private takes part, so that a step that is taken again may be the same one.
-    executions = Executions(folder / "executions.jsonl", {"audit": True})
-    # The divisor of the sum stays the run's; the batches are smaller.
-    sizes = replace(plan, expected_batch_size=plan.sample_rate * len(latents))
-    cache = Path(config.paths.cache).expanduser()
-    microbatch = tuning.choose_microbatch(model, sizes, config.train, 1, folder, cache)
-    factor = config.trainable.learning_rate_factor
-    return FinetuneStep.on(
-        model, stored, labels, plan, randomness, config.train, microbatch, executions, factor
-    )
+    def on_gradients(self) -> Trained:
+        """Scores from the canaries' coordinates in each noised sum."""
+        canaries = GradientCanaries(self.model, len(self.included), self.plan.max_grad_norm)
+        chosen = torch.from_numpy(np.flatnonzero(self.included))
+        latents, labels = self._bystanders()
+        latents = torch.cat([torch.zeros(len(chosen), *latents.shape[1:]), latents])
+        labels = torch.cat([canaries.first_label + chosen, labels])
+        # Mixed, so that a canary comes first and last in batches and microbatches as often as any example.
+        order = torch.from_numpy(np.argsort(self.randomness.bits64("order", 0, range(len(labels)))[:, 0]))
+        step = self._step(canaries, latents[order], labels[order])
+        watched = _Watched(step, canaries, self.plan, self.included)
+        self._run(watched)
+        return watched.trained()
 
+    def on_images(self) -> Trained:
+        """Scores from how much the losses of the canaries fell."""
+        model, seed = self.model, self.config.seed
+        device = next(model.unet.parameters()).device
+        images = to_unit_range(odd_images(model.image_shape, len(self.included), self.randomness))
+        with torch.inference_mode():
+            parts = [
+                model.encode(images[b.start : b.stop].to(device))[0] for b in in_batches(len(images), 250)
+            ]
+        odd = torch.cat(parts).cpu().clone()
+        odd_labels = torch.arange(len(self.included)) % len(model.classes)
+        before = losses(model, odd, odd_labels, draws=16, seed=seed)
+        chosen = torch.from_numpy(self.included)
+        latents, labels = self._bystanders()
+        latents, labels = torch.cat([odd[chosen], latents]), torch.cat([odd_labels[chosen], labels])
+        followed = Followed(self._step(model, latents, labels))
+        self._run(followed)
+        followed.release()
+        learnt = before - losses(model, odd, odd_labels, draws=16, seed=seed)
+        # What all images gained says nothing of a single one.
+        return Trained(learnt - np.median(learnt), self.included, checks=followed.p_values())
 
-def _run(config: Config, step: Step, plan: PrivacyPlan, folder: Path) -> None:
-    checkpoint = Checkpoint(folder, config.train.checkpoint_minutes)
-    finished = resume(step, checkpoint)
-    mode = config.tracking.progress
-    with Progress(plan.steps, "canaries", initial=finished, mode=mode, public=True) as progress:
-        run_steps(step, plan.steps, checkpoint, progress, lambda step, values: None)
+    def _bystanders(self) -> tuple[Tensor, Tensor]:
+        latents = self.randomness.normal("bystanders", 0, (BYSTANDERS, *self.model.latent_shape))
+        return latents, torch.arange(BYSTANDERS) % len(self.model.classes)
+
+    def _step(self, model: LatentDiffusion, latents: Tensor, labels: Tensor) -> FinetuneStep:
+        """The step of the run's own fine-tuning, on other examples."""
+        train, plan = self.config.train, replace(self.plan, num_examples=len(latents))
+        # Nothing private takes part, so that a step that is taken again may be the same one.
+        executions = Executions(self.folder / "executions.jsonl", {"audit": True})
+        # The divisor of the sum stays the run's; the batches are smaller.
+        sizes = replace(plan, expected_batch_size=plan.sample_rate * len(latents))
+        cache = Path(self.config.paths.cache).expanduser()
+        microbatch = tuning.choose_microbatch(model, sizes, train, 1, self.folder, cache)
+        return FinetuneStep.on(
+            model,
+            Latents(latents, torch.zeros_like(latents)),
+            labels,
+            plan,
+            self.randomness,
+            train,
+            microbatch,
+            executions,
+            learning_rate_factor=self.config.trainable.learning_rate_factor,
+        )
+
+    def _run(self, step: Step) -> None:
+        """Takes the steps of the plan that are not finished yet."""
+        checkpoint = Checkpoint(self.folder, self.config.train.checkpoint_minutes)
+        finished, steps = resume(step, checkpoint), self.plan.steps
+        mode = self.config.tracking.progress
+        with Progress(steps, "canaries", initial=finished, mode=mode, public=True) as progress:
+            run_steps(step, steps, checkpoint, progress, lambda step, values: None)

@@ -1,4 +1,4 @@
-"""The command `dp-lora-neighbours`: for an auditor, the training images nearest to generated ones.
+"""What `dp-lora-neighbours` shows: for an auditor, the training images nearest to generated ones.
 
 What it writes shows private images. It goes into the run's `checkpoint/`, which is never shared, or where the
 auditor says, outside the run directory; nothing of it is logged or printed, and no epsilon covers it.
@@ -6,17 +6,14 @@ auditor says, outside the run directory; nothing of it is logged or printed, and
 
 from __future__ import annotations
 
-import argparse
 import io
-import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dp_lora.config.load import read_config
 from dp_lora.config.schema import Config
 from dp_lora.errors import UserError
-from dp_lora.storage.files import expanded, private_directory, write_atomic, write_json
+from dp_lora.storage.files import private_directory, write_atomic, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -174,44 +171,3 @@ def _png(sheet: np.ndarray, scale: int = 2) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return buffer.getvalue()
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists what there is")
-
-
-def _at_least_one(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number, at least 1")
-    return int(text)
-
-
-def main(words: Sequence[str] | None = None) -> None:
-    """Inspects one run. A user's mistake is one line and exit status 2."""
-    parser = _Parser(prog="dp-lora-neighbours", description=f"Nearest training images; {WARNING}.")
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="a new folder; default: RUN/checkpoint")
-    parser.add_argument("--extractor", default="lite0", metavar="NAME", help="lite0, inception or dinov2")
-    parser.add_argument(
-        "--images", type=_at_least_one, default=20, metavar="N", help="generated images shown"
-    )
-    parser.add_argument("--neighbours", type=_at_least_one, default=5, metavar="K", help="shown beside each")
-    try:
-        given = parser.parse_args(words)
-        directory = expanded(given.run, str(given.run))
-        folder = expanded(given.out, f"--out={given.out}") if given.out else directory / "checkpoint"
-        path = inspect(
-            directory, folder, extractor=given.extractor, images=given.images, count=given.neighbours
-        )
-    except UserError as error:
-        print(f"dp-lora-neighbours: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("dp-lora-neighbours: interrupted; nothing was written", file=sys.stderr)
-        sys.exit(130)
-    print(f"{path}\n{WARNING}")
-
-
-if __name__ == "__main__":
-    main()

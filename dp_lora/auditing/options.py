@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from dp_lora.errors import UserError
 
 KINDS = ("gradient", "image")
-DEVICES = ("auto", "cpu", "cuda")
+"""Of canaries."""
 
 
 @dataclass(frozen=True)

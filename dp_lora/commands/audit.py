@@ -11,40 +11,28 @@ images stay in checkpoint/. An audit that is interrupted changes neither, and th
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from dp_lora.auditing.options import DEVICES, KINDS, Options, check
-from dp_lora.errors import UserError
+from dp_lora.auditing.options import KINDS, Options, check
+from dp_lora.commands.parser import Parser, ending
+from dp_lora.config.schema import DEVICES
 from dp_lora.storage.files import expanded
 
 CONTRADICTED = 1
 """The exit status when more was measured than is claimed, or the noise failed a test."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists what there is")
-
-
 def main() -> None:
     """Audits one run. A user's mistake is one line and exit status 2; a contradiction is exit status 1."""
-    try:
+    with ending("dp-lora-audit", interrupted="the same command continues"):
         directory, options = _parse(sys.argv[1:])
         check(options)
         from dp_lora.auditing.audit import audit
 
         record = audit(directory, options)
-    except UserError as error:
-        print(f"dp-lora-audit: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt as error:
-        said = str(error) or "interrupted"
-        print(f"dp-lora-audit: {said}; the same command continues", file=sys.stderr)
-        sys.exit(130)
     print(summary(record, directory))
     if record["contradicted"] or record["noise_test"]["accused"]:
         sys.exit(CONTRADICTED)
@@ -52,7 +40,7 @@ def main() -> None:
 
 def _parse(words: Sequence[str]) -> tuple[Path, Options]:
     default = Options()
-    parser = _Parser(
+    parser = Parser(
         prog="dp-lora-audit",
         description="Measures a lower bound on epsilon of a finished run, and how well its adapter tells "
         "members from others; tests the noise. Exit status 1: more was measured than is claimed, or the "

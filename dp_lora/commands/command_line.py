@@ -21,6 +21,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, RangeSweep
 from hydra.errors import HydraException
 
+from dp_lora.commands.parser import Parser
 from dp_lora.commands.repeats import ONE, refuse_twice
 from dp_lora.commands.vocabulary import field_names, group_names, kind_of, names, presets, text_fields
 from dp_lora.config.spellings import COMMANDS, INSTEAD, NO_SPACES, meant
@@ -138,16 +139,15 @@ def _hyphens(word: str) -> str:
     return f"-{rest}" if len(rest) == 1 else f"--{rest}"
 
 
-class _OneLine(argparse.ArgumentParser):
-    """Hydra's flags, whose errors are one line."""
+class _Flags(Parser):
+    """Hydra's flags."""
 
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists the flags")
+    listed = "the flags"
 
 
 def _arguments(words: Sequence[str]) -> argparse.Namespace:
     """Hydra's flags by name. Raises UserError for flags that do not go together or are not for these jobs."""
-    parser = _OneLine(add_help=False, parents=[get_args_parser()], prog="dp-lora")
+    parser = _Flags(add_help=False, parents=[get_args_parser()], prog="dp-lora")
     given = [word for word in words if word not in ("--dry-run", "--version")]
     arguments, _ = parser.parse_known_args(given)
     for name in ("experimental_rerun", "config_name", "config_path"):

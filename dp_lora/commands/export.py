@@ -23,12 +23,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from dp_lora.commands.parser import Parser, ending
 from dp_lora.config.load import read_config
-from dp_lora.config.schema import Config
+from dp_lora.config.schema import ADJACENCIES, Config
 from dp_lora.errors import UserError
-from dp_lora.privacy.accounting import ADJACENCIES
 from dp_lora.records import manifest
 from dp_lora.records.run_directory import is_whole
 from dp_lora.storage.files import (
@@ -50,11 +50,6 @@ _PIXELS = frozenset({"IHDR", "PLTE", "tRNS", "IDAT", "IEND"})
 
 _SHORTEST = 5
 """Characters of a path below which finding it in a file says nothing."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists what there is")
 
 
 class _Stopped(BaseException):
@@ -80,7 +75,7 @@ class _Run:
 
 def main(words: Sequence[str] | None = None) -> None:
     """Exports one run. A user's mistake is one line and exit status 2."""
-    parser = _Parser(
+    parser = Parser(
         prog="dp-lora export",
         description="Copies what may leave a finished run into a new folder, and nothing else.",
     )
@@ -91,22 +86,16 @@ def main(words: Sequence[str] | None = None) -> None:
         action="store_true",
         help="also what no epsilon covers, marked: metrics on private images, and runs without a guarantee",
     )
-    try:
-        given = parser.parse_args(words)
-        with _signals():
-            folder = export(given.run, given.folder, with_uncovered=given.with_uncovered)
-    except UserError as error:
-        print(f"dp-lora export: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        print(f"dp-lora export: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("dp-lora export: interrupted; nothing was written", file=sys.stderr)
-        sys.exit(130)
-    except _Stopped as stopped:
-        print("dp-lora export: was told to stop; nothing was written", file=sys.stderr)
-        sys.exit(128 + stopped.number)
+    with ending("dp-lora export", interrupted="nothing was written"):
+        try:
+            given = parser.parse_args(words)
+            with _signals():
+                folder = export(given.run, given.folder, with_uncovered=given.with_uncovered)
+        except OSError as error:
+            raise UserError(f"{error.filename or 'writing'}: {error.strerror}") from error
+        except _Stopped as stopped:
+            print("dp-lora export: was told to stop; nothing was written", file=sys.stderr)
+            sys.exit(128 + stopped.number)
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             print(path)

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
-from typing import NoReturn
 
+from dp_lora.commands.parser import Parser, ending
 from dp_lora.errors import UserError
 from dp_lora.models.layouts import LAYOUTS
 from dp_lora.storage.files import expanded
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists what there is")
-
-
 def main() -> None:
     """Imports one checkpoint. A user's mistake is one line and exit status 2."""
-    parser = _Parser(
+    parser = Parser(
         prog="dp-lora-import",
         description="A CompVis latent-diffusion checkpoint as a folder that model.pretrained takes.",
     )
@@ -29,7 +22,7 @@ def main() -> None:
     parser.add_argument(
         "--scale-factor", type=float, metavar="X", help="of the latents, if the file has none"
     )
-    try:
+    with ending("dp-lora-import", interrupted="nothing was written"):
         given = parser.parse_args()
         path, out = (
             expanded(given.checkpoint, str(given.checkpoint)),
@@ -42,9 +35,6 @@ def main() -> None:
         from dp_lora.models.compvis import import_checkpoint
 
         import_checkpoint(path, given.layout, out, given.scale_factor)
-    except UserError as error:
-        print(f"dp-lora-import: {error}", file=sys.stderr)
-        sys.exit(2)
     print(f"model  {out}\nuse    dp-lora model.pretrained={out} ...")
 
 

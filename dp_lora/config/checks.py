@@ -153,7 +153,7 @@ def _check_choices(config: Config) -> None:
         ("stages", config.stages, STAGES),
         ("trainable.components", config.trainable.components, COMPONENTS),
         ("privacy.clipping", [config.privacy.clipping], CLIPPINGS),
-        ("privacy.adjacency", [config.privacy.adjacency], ADJACENCIES),
+        ("privacy.adjacency", [config.privacy.adjacency], tuple(ADJACENCIES)),
         ("train.precision", [config.train.precision], PRECISIONS),
         ("train.schedule", [config.train.schedule], SCHEDULES),
         ("model.conditioning", [config.model.conditioning], CONDITIONINGS),

@@ -13,7 +13,11 @@ PROMPT = "a photo of a {}"
 STAGES = ("pretrain", "finetune", "sample", "evaluate")
 COMPONENTS = ("lora", "attention", "embedder", "bias", "norm", "full")
 CLIPPINGS = ("flat", "automatic", "per_layer")
-ADJACENCIES = ("zero_out", "add_or_remove")
+ADJACENCIES = {
+    "zero_out": "zero out one image, the number of images is public, Poisson sampling",
+    "add_or_remove": "add or remove one image, Poisson sampling",
+}
+"""The relations of neighbours, in words; both have the same epsilon."""
 PRECISIONS = ("float32", "bfloat16")
 SAMPLERS = ("ddim", "dpmsolver++")
 SCHEDULES = ("constant", "linear", "cosine")

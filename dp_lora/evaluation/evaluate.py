@@ -43,7 +43,7 @@ from dp_lora.storage.tensors import cached, digest
 
 PRIVATE_METRICS_NOTE = manifest.UNCOVERED_NOTE
 
-_REVISION = 2
+_REVISION = 3
 """Part of every cache key: to be raised when the code behind a cached value changes."""
 
 Say = Callable[[str], None]

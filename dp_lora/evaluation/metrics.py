@@ -17,7 +17,9 @@ bias of the Frechet distance for few images, nor that another seed would have tr
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -25,8 +27,9 @@ from torch import Tensor
 
 from dp_lora.evaluation.distances import (
     Gaussian,
+    Given,
     WeightedFrechet,
-    frechet,
+    frechet_distance,
     frechet_distance_at_infinity,
     gaussian,
     resamples,
@@ -66,33 +69,34 @@ class Options:
     """The seed of resamples and subsets."""
 
 
-class Reference(NamedTuple):
+@dataclass(frozen=True)
+class Reference:
     """Everything about the real images that their comparison with others takes."""
 
     features: Tensor
     """float32 [M, F]"""
-    gaussian: Gaussian
     within: Within
 
     @classmethod
     def of(cls, features: Tensor) -> Reference:
         """The reference made of features [M, F], M at least 6."""
-        return cls(features, gaussian(features), within(features))
+        return cls(features, within(features))
+
+    @cached_property
+    def gaussian(self) -> Gaussian:
+        """The Gaussian of the features, for intervals and for the extrapolation."""
+        return gaussian(self.features)
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it by name, for a cache."""
-        named = self.gaussian._asdict() | self.within._asdict()
-        return {"features": self.features.cpu(), **{name: value.cpu() for name, value in named.items()}}
+        named = {"features": self.features, **self.within._asdict()}
+        return {name: value.cpu() for name, value in named.items()}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], device: torch.device) -> Reference:
         """The reference whose `tensors` these are, moved to `device`."""
         moved = {name: value.to(device) for name, value in tensors.items()}
-        return cls(
-            moved["features"],
-            Gaussian(moved["mean"], moved["factor"]),
-            Within(moved["kernel"], moved["radii"]),
-        )
+        return cls(moved["features"], Within(moved["kernel"], moved["radii"]))
 
 
 def frechet_name(extractor: str, *, infinity: bool = False) -> str:
@@ -127,7 +131,7 @@ def measure(
     other = reference.within
     found = across(features, reference.features, own.radii, other.radii)
     values = {
-        frechet_name(extractor): frechet(gaussian(features), reference.gaussian),
+        frechet_name(extractor): frechet_distance(features, reference.features),
         f"kid_{extractor}": float(own.kernel[0] + other.kernel[0] - 2 * found.kernel.mean()),
         f"precision_{extractor}": _mean(found.realistic),
         f"recall_{extractor}": _mean(found.reached),
@@ -188,23 +192,26 @@ def _means_of_each(
 
 
 def inception_score(logits: Tensor, *, splits: int = 10, seed: int = 0) -> float:
-    """The mean over `splits` parts of exp of the mean KL(p(y|x) || p(y)), from logits [N, classes].
+    """torchmetrics' InceptionScore of logits [N, classes], a function of the generated images alone.
 
-    Between 1 and the number of classes. A function of the generated images alone. The images are put into
-    a random order first, since they come sorted by class; fewer images than 10 parts are parts of one, whose
-    score is 1.
+    The mean over `splits` parts, in a random order, of exp of the mean KL(p(y|x) || p(y)). Between 1 and the
+    number of classes. Parts have N / `splits` images, rounded up, and the last one fewer; a part of one image
+    has a score of 1. Computed in float64, for a rare class has a probability of 0 in float32.
 
     Salimans et al. 2016, arXiv 1606.03498, with the parts and the logits without bias of their code.
     """
-    order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(seed))
-    logits = logits.double()[order.to(logits.device)]
-    scores = []
-    for part in torch.tensor_split(logits, min(splits, len(logits))):
-        probabilities = part.softmax(dim=1)
-        mean = probabilities.mean(dim=0)
-        divergence = (probabilities * (part.log_softmax(dim=1) - mean.log())).sum(dim=1)
-        scores.append(float(divergence.mean().exp()))
-    return sum(scores) / len(scores)
+    # Slow to load, and nothing before the evaluation needs it.
+    from torchmetrics.image.inception import InceptionScore
+
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        # That it keeps all logits, and that one part has no deviation.
+        warnings.filterwarnings("ignore", ".* will save all extracted features in buffer|std", UserWarning)
+        # The order is drawn by torch's generator on the CPU.
+        torch.default_generator.manual_seed(seed)
+        metric = InceptionScore(feature=Given(logits.shape[1]), splits=splits, sync_on_compute=False)
+        metric.update(logits.double())
+        mean, _ = metric.compute()
+    return float(mean)
 
 
 def _score_of_each(logits: Tensor, weights: Tensor) -> Tensor:

@@ -38,12 +38,6 @@ from dp_lora.privacy.renyi import (
 )
 from dp_lora.privacy.subsampled_gaussian import Mechanism
 
-ADJACENCIES = {
-    "add_or_remove": "add or remove one image, Poisson sampling",
-    "zero_out": "zero out one image, the number of images is public, Poisson sampling",
-}
-"""The relations of neighbours, in words; both have the same epsilon."""
-
 MAX_STEPS = 10**7
 MANY = 24
 """Different mechanisms that are composed by their privacy loss distributions, a fraction of a second each."""

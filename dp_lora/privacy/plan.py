@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from dp_lora.config.bounds import LARGEST_GRAD_NORM
+from dp_lora.config.schema import ADJACENCIES, CLIPPINGS
 from dp_lora.errors import PlanError
 from dp_lora.privacy import accounting
-from dp_lora.privacy.accounting import ADJACENCIES
 from dp_lora.privacy.subsampled_gaussian import Mechanism
-
-CLIPPINGS = ("flat", "automatic", "per_layer")
 
 LEAST_NOISE, MOST_NOISE = 1e-3, 1e9
 """Where a noise multiplier can be: one step's epsilon is 500,000 at the one, and 0 at the other."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from dp_lora.errors import UserError
 
-_NON_FINITE = ("inf", "-inf", "nan")
+NON_FINITE = ("inf", "-inf", "nan")
 """How the files hold what JSON has no number for."""
 
 Kind = Callable[[str, Any], Any]
@@ -26,7 +26,7 @@ _WORDS = re.compile(r"[\w ,()+.-]{1,120}")
 
 def number(field: str, value: Any) -> float | str:
     """A number, or a word for one that JSON cannot hold. Raises UserError otherwise."""
-    if isinstance(value, bool) or not (isinstance(value, int | float) or value in _NON_FINITE):
+    if isinstance(value, bool) or not (isinstance(value, int | float) or value in NON_FINITE):
         raise _wrong(field, "a number", value)
     return value  # type: ignore[no-any-return]
 

@@ -29,6 +29,7 @@ from typing import Any
 from dp_lora.config.schema import Config
 from dp_lora.config.wandb_mode import Mode, wandb_mode
 from dp_lora.records import manifest
+from dp_lora.records.field_kinds import NON_FINITE
 from dp_lora.records.manifest import ADAPTER_SUFFIXES
 from dp_lora.storage.files import (
     append_line,
@@ -47,9 +48,6 @@ STATUS_FIELDS = RELEASED | {"stage", "steps", "restarts"}
 PUBLIC_STAGES = frozenset({"pretrain"})
 STATES = ("running", "done", "failed")
 GENERATED_IMAGES = "samples"
-
-_INFINITE = ("inf", "-inf", "nan")
-"""How the files hold what JSON has no number for."""
 
 _log = logging.getLogger(__name__)
 
@@ -176,7 +174,7 @@ class Tracker:
         for line, row in enumerate(read_lines(self._metrics)):
             if row["stage"] == stage:
                 numbers = {
-                    name: float(v) if v in _INFINITE else v
+                    name: float(v) if v in NON_FINITE else v
                     for name, v in manifest.row(row, private_loss=loss).items()
                 }
                 mirror.log(numbers, line, now)

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dp_lora.auditing import neighbours
 from dp_lora.commands import audit as audit_command
+from dp_lora.commands import neighbours
 from dp_lora.evaluation.evaluate import Evaluation
 from dp_lora.jobs import job, stages
 from dp_lora.privacy import step as algorithm

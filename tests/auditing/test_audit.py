@@ -471,12 +471,12 @@ def test_image_canaries_that_were_learnt_are_told_from_those_that_were_not(
     assert found.auc > 0.8 and found.auc_low > 0.5
 
     # A twin whose training does not see the canaries that are said to be in it.
-    step = canaries._step
+    step = canaries._Training._step
 
-    def blind(config: Config, model: LatentDiffusion, latents: Tensor, labels: Tensor, *rest: Any) -> Any:
-        return step(config, model, latents[-8:], labels[-8:], *rest)
+    def blind(training: Any, model: LatentDiffusion, latents: Tensor, labels: Tensor) -> Any:
+        return step(training, model, latents[-8:], labels[-8:])
 
-    monkeypatch.setattr(canaries, "_step", blind)
+    monkeypatch.setattr(canaries._Training, "_step", blind)
     found = image_canaries(start, config, tmp_path / "blind")
     assert found.auc < 0.8 and found.auc_low < 0.5
 

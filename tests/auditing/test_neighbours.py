@@ -12,7 +12,8 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from dp_lora.auditing.neighbours import main, nearest, share_nearer
+from dp_lora.auditing.neighbours import nearest, share_nearer
+from dp_lora.commands.neighbours import main
 from dp_lora.config.schema import Config
 from dp_lora.data import sets
 from dp_lora.models import sample

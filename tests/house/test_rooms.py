@@ -30,6 +30,7 @@ LIGHT = (
     "dp_lora.commands.export",
     "dp_lora.commands.fetch",
     "dp_lora.commands.import_checkpoint",
+    "dp_lora.commands.neighbours",
 )
 """What a user waits for before the first word, or after a mistake."""
 HEAVY = ("torch", "torchmetrics", "diffusers", "peft", "opacus", "dp_accounting", "scipy", "wandb", "sklearn")
@@ -182,6 +183,29 @@ def test_the_checks_find_what_they_look_for(tmp_path: Path) -> None:
     assert upward(graph) == ["dp_lora.data.sets -> dp_lora.jobs.job"]
     assert circles(graph) == ["dp_lora.jobs.job", "dp_lora.jobs.other"]
     assert heavy(graph, "dp_lora.__main__") == ["torch"] and heavy(graph, "dp_lora.data.sets") == []
+
+
+def choices_of(tree: ast.Module) -> Iterator[frozenset[object]]:
+    """The words of each constant that is a tuple, a set, or a mapping to words, of at least two."""
+    for node in tree.body:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            if isinstance(node.value, ast.Dict):
+                # What is chosen by a word may stand in a table of its own.
+                spelt = all(isinstance(value, ast.Constant) for value in node.value.values)
+                values = node.value.keys if spelt else []
+            else:
+                values = getattr(node.value, "elts", [])
+            words = frozenset(value.value for value in values if isinstance(value, ast.Constant))
+            if len(words) >= 2 and len(words) == len(values) and all(isinstance(w, str) for w in words):
+                yield words
+
+
+def test_what_can_be_chosen_is_stated_once() -> None:
+    owners: dict[frozenset[object], list[str]] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for words in choices_of(ast.parse(path.read_text(encoding="utf-8"))):
+            owners.setdefault(words, []).append(name_of(path, PACKAGE))
+    assert {", ".join(map(str, words)): names for words, names in owners.items() if len(names) > 1} == {}
 
 
 def test_files_and_functions_stay_short() -> None:
