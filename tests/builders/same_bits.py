@@ -3,7 +3,7 @@
     python -m tests.builders.same_bits after.json
 
 Run it in two checkouts on one machine and compare the files: what changes no result leaves every digest as it
-was. `tests/training/test_same_bits.py` compares what does not depend on the machine with `same_bits.json`.
+was. `tests/house/test_same_bits.py` compares what does not depend on the machine with `same_bits.json`.
 """
 
 from __future__ import annotations
