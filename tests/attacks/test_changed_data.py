@@ -18,7 +18,8 @@ from attacks.commands import FOLDER, dp_lora, state_of
 from dp_lora.auditing import neighbours
 from dp_lora.commands import audit as audit_command
 from dp_lora.evaluation.evaluate import Evaluation
-from dp_lora.jobs import job, stages
+from dp_lora.jobs import job
+from dp_lora.jobs import stages as job_stages
 from dp_lora.records import manifest
 from dp_lora.storage.files import read_json
 from dp_lora.training import finetune
@@ -218,7 +219,7 @@ def test_a_result_says_whether_its_images_were_compared(
 ) -> None:
     # The metrics themselves, for which this set is too small.
     monkeypatch.setattr(job, "_check_evaluation", lambda *args: None)
-    monkeypatch.setattr(stages, "_compared", lambda job: Evaluation({"accuracy_cnn": 0.5}, {}))
+    monkeypatch.setattr(job_stages, "_compared", lambda job: Evaluation({"accuracy_cnn": 0.5}, {}))
     if not recorded:
         without_record(run)
     capsys.readouterr()
