@@ -248,6 +248,9 @@ def _check_launcher(overrides: Sequence[str], *, multirun: bool) -> None:
     is_sweep = multirun or any(word.startswith(("sweep=", "hydra.mode=")) for word in overrides)
     if launcher not in (None, "hydra/launcher=basic") and not is_sweep:
         raise UserError(f"{launcher}: launches the jobs of a sweep; expected -m with it")
+    sweeper = next((word for word in overrides if word.lstrip("+").startswith("hydra/sweeper=")), None)
+    if sweeper not in (None, "hydra/sweeper=grid"):
+        raise UserError(f"{sweeper}: not for these jobs; expected hydra/sweeper=grid, or nothing")
     chooses = ("hydra/launcher=", "cluster=", "sweep=", "experiment=")
     setting = next((word for word in overrides if word.startswith("hydra.launcher.")), None)
     if setting is not None and not any(word.startswith(chooses) for word in overrides):

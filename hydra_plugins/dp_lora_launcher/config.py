@@ -1,9 +1,15 @@
 """Settings of the launchers, `hydra.launcher.*`; types and defaults are here, conf/hydra/launcher chooses."""
 
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
 from hydra.core.config_store import ConfigStore
+
+from dp_lora.errors import UserError, did_you_mean
 
 
 @dataclass
@@ -33,6 +39,47 @@ class LauncherConfig:
     """Shell words that start Python on a node; null takes this one's path."""
     job: str = "dp_lora.jobs.stages:run"
     """module:function that runs a checked configuration; tests put others here."""
+
+
+PLACES = ("slurm", "local")
+
+
+def check_launcher(settings: Mapping[str, Any], time_limit_min: int) -> None:
+    """Raises UserError for the first setting that cannot be right.
+
+    Args:
+        settings: the fields of `LauncherConfig` by name, without `_target_`.
+        time_limit_min: the shortest one of the jobs.
+    """
+    known = [field.name for field in dataclasses.fields(LauncherConfig)]
+    for name in settings:
+        if name not in known:
+            raise UserError(f"hydra.launcher.{name}: no such option{did_you_mean(name, known)}")
+    limit_s = 60 * time_limit_min
+    notice = settings["preemption_notice_s"]
+    expected = {
+        "where": (settings["where"] in PLACES, f"one of {', '.join(PLACES)}"),
+        "name": (_is(r"(?!\.\.?$)[^/\0]+", settings["name"]), "the name of one folder, or null"),
+        "max_parallel": (settings["max_parallel"] is None or settings["max_parallel"] >= 1,
+                         "at least 1, or null"),
+        "poll_s": (0 < settings["poll_s"] < math.inf, "a number above 0"),
+        "preemption_notice_s": (
+            notice >= 0 and (settings["where"] != "slurm" or notice < limit_s),
+            f"at least 0 and less than the {limit_s} s of resources.time_limit_min={time_limit_min}, or "
+            "every job would be told to save when it starts",
+        ),
+        "max_kills": (settings["max_kills"] >= 0, "at least 0"),
+        "python": (_is(r"(?s).*\S.*", settings["python"]), "shell words that start Python, or null"),
+        "job": (_is(r"[\w.]+:\w+", settings["job"]), "<module>:<function>"),
+    }  # fmt: skip
+    for name, (is_right, what) in expected.items():
+        if not is_right:
+            raise UserError(f"hydra.launcher.{name}={settings[name]}: expected {what}")
+
+
+def _is(pattern: str, text: str | None) -> bool:
+    """Whether the pattern matches the whole text; true where there is none."""
+    return text is None or re.fullmatch(pattern, text) is not None
 
 
 ConfigStore.instance().store(group="hydra/launcher", name="dp_lora_schema", node=LauncherConfig)

@@ -15,7 +15,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from dp_lora.errors import SweepFailed, UserError
-from hydra_plugins.dp_lora_launcher import config as _settings  # noqa: F401  (registers them)
+from hydra_plugins.dp_lora_launcher.config import check_launcher
 
 if TYPE_CHECKING:
     from hydra_plugins.dp_lora_launcher._cells import Cell
@@ -78,6 +78,8 @@ class SweepLauncher(Launcher):
         setup_globals()
         settings, asked = self.settings, self.config.hydra.overrides
         cells = compose_cells(self.loader, self.config, job_overrides, initial_job_idx)
+        check_launcher(settings, min(cell.config.resources.time_limit_min for cell in cells))
+        self._refuse_batches()
         ledger = Ledger(sweep_folder(cells, settings["name"], list(asked.task)))
         if settings["dry_run"]:
             _say(plan(cells, ledger.folder))
@@ -90,6 +92,15 @@ class SweepLauncher(Launcher):
             drive = Drive(cells, ledger, self._cluster(ledger), settings, hydra_words)
             drive.run()
         return [_completed(words) for words in job_overrides]
+
+    def _refuse_batches(self) -> None:
+        """Raises UserError where Hydra's sweeper would hand over the jobs in parts: a sweep is one folder."""
+        size = self.config.hydra.sweeper.get("max_batch_size")
+        if size is not None:
+            raise UserError(
+                f"hydra.sweeper.max_batch_size={size}: a sweep is launched as a whole; expected null, and "
+                "hydra.launcher.max_parallel for how many jobs run at the same time"
+            )
 
     def _check(self, cells: Sequence[Cell]) -> None:
         if self.settings["where"] == "slurm":

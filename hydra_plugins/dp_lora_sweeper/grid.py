@@ -44,6 +44,10 @@ class GridSweeper(BasicSweeper):
     def sweep(self, arguments: list[str]) -> Any:
         """Hydra's, without the multirun.yaml that it leaves beside the runs: a sweep has its own folder."""
         assert self.config is not None
+        if self.max_batch_size is not None and self.max_batch_size < 1:
+            raise UserError(
+                f"hydra.sweeper.max_batch_size={self.max_batch_size}: expected at least 1, or null"
+            )
         given = self.config
         with tempfile.TemporaryDirectory() as folder:
             self.config = copy.deepcopy(given)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -121,7 +121,7 @@ def test_a_multirun_begins_no_job_when_one_cannot_work(name: str, dp_lora: Run, 
 
 ONE_RUN = {
     "a preset that a value overrules": (
-        ["lora_rank=r4,r8", "lora.rank=4"],
+        ["lora_rank=r4,r8", "lora.rank=4", "--dry-run"],
         "lora_rank=r4,r8: both ask for the same run, since this cannot change its result; expected one value",
     ),
     "and a sweep of that value": (
@@ -150,9 +150,52 @@ def test_two_jobs_of_a_sweep_that_ask_for_one_run_are_refused(
     name: str, dp_lora: Run, tmp_path: Path
 ) -> None:
     given, expected = ONE_RUN[name]
-    for more in (["--dry-run"], []):
-        status, lines = dp_lora("-m", *TINY, *given, *more)
-        assert (status, lines) == (2, [f"dp-lora: {expected}"])
+    status, lines = dp_lora("-m", *TINY, *given)
+    assert (status, lines) == (2, [f"dp-lora: {expected}"])
+    assert [path.name for path in tmp_path.rglob("*")] == ["here"]
+
+
+LOCAL = ("hydra/launcher=local",)
+SLURM = ("hydra/launcher=slurm",)
+LAUNCHERS = {
+    (*LOCAL, "hydra.launcher.max_parallel=0"): "hydra.launcher.max_parallel=0: expected at least 1, or null",
+    (
+        *SLURM,
+        "hydra.launcher.max_parallel=-1",
+    ): "hydra.launcher.max_parallel=-1: expected at least 1, or null",
+    (*LOCAL, "hydra.launcher.poll_s=-1"): "hydra.launcher.poll_s=-1.0: expected a number above 0",
+    (*LOCAL, "hydra.launcher.max_kills=-1"): "hydra.launcher.max_kills=-1: expected at least 0",
+    (*LOCAL, "hydra.launcher.name=../mine"): (
+        "hydra.launcher.name=../mine: expected the name of one folder, or null"
+    ),
+    (*LOCAL, "hydra.launcher.name="): "hydra.launcher.name=: expected the name of one folder, or null",
+    (*LOCAL, "hydra.launcher.where=cloud"): "hydra.launcher.where=cloud: expected one of slurm, local",
+    (*LOCAL, "hydra.launcher.job=jobs"): "hydra.launcher.job=jobs: expected <module>:<function>",
+    (*LOCAL, "hydra.launcher.python=' '"): (
+        "hydra.launcher.python= : expected shell words that start Python, or null"
+    ),
+    (*LOCAL, "+hydra.launcher.max_paralel=2"): (
+        "hydra.launcher.max_paralel: no such option; did you mean 'max_parallel'?"
+    ),
+    (*SLURM, "resources.time_limit_min=1"): (
+        "hydra.launcher.preemption_notice_s=90: expected at least 0 and less than the 60 s of "
+        "resources.time_limit_min=1, or every job would be told to save when it starts"
+    ),
+    ("hydra.sweeper.max_batch_size=0",): "hydra.sweeper.max_batch_size=0: expected at least 1, or null",
+    (*LOCAL, "hydra.sweeper.max_batch_size=1"): (
+        "hydra.sweeper.max_batch_size=1: a sweep is launched as a whole; expected null, and "
+        "hydra.launcher.max_parallel for how many jobs run at the same time"
+    ),
+    ("hydra/sweeper=basic",): (
+        "hydra/sweeper=basic: not for these jobs; expected hydra/sweeper=grid, or nothing"
+    ),
+}
+
+
+@pytest.mark.parametrize("given", LAUNCHERS, ids=lambda given: given[-1])
+def test_a_launcher_is_not_told_what_it_cannot_do(given: Sequence[str], dp_lora: Run, tmp_path: Path) -> None:
+    status, lines = dp_lora("-m", *TINY, "seed=0,1", *given, "--dry-run")
+    assert (status, lines) == (2, [f"dp-lora: {LAUNCHERS[tuple(given)]}"])
     assert [path.name for path in tmp_path.rglob("*")] == ["here"]
 
 
