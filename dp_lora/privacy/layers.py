@@ -157,6 +157,8 @@ def refuse_unsupported_adapter(name: str, layer: Any) -> None:
             f"{name}: LoRA on {type(layer.get_base_layer()).__name__} is not supported: "
             "expected Linear, Conv1d or Conv2d"
         )
+    if any(getattr(dropout, "p", 0) for dropout in layer.lora_dropout.values()):
+        raise UserError(f"{name}: lora_dropout above 0 is not supported: expected lora_dropout=0")
     if len(layer.active_adapters) != 1 or layer.merged:
         raise UserError(f"{name}: expected one active, unmerged adapter, found {layer.active_adapters}")
 

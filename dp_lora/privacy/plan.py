@@ -118,6 +118,26 @@ class PrivacyPlan:
         """An upper bound on epsilon after any number of the steps, at `delta`."""
         return accounting.EpsilonCurve(self.mechanism, self.delta)
 
+    def check(self) -> None:
+        """Raises PlanError unless the numbers belong together, as `make_plan` leaves them.
+
+        A plan that was edited, say by `dataclasses.replace`, states an epsilon that is another plan's.
+        """
+        if self.private and not (self.noise_multiplier > 0 and math.isfinite(self.max_grad_norm)):
+            raise PlanError("<noise_multiplier> and <max_grad_norm>: expected numbers above 0 and finite")
+        spent = self.curve()(self.steps)
+        if not spent <= self.epsilon * (1 + 1e-6):
+            raise PlanError(
+                f"<epsilon>={self.epsilon:.4g}: the plan's noise, sample rate and steps spend {spent:.4g}; "
+                "expected a plan as make_plan() returned it"
+            )
+        if self.num_examples is not None and not math.isclose(
+            self.sample_rate * self.num_examples, self.expected_batch_size, rel_tol=1e-9
+        ):
+            raise PlanError(
+                f"<sample_rate>={self.sample_rate:.6g}: expected <expected_batch_size> over <num_examples>"
+            )
+
     def to_dict(self) -> dict[str, Any]:
         """The fields for privacy.json: plain values, an infinite number as the string 'inf'."""
         values = asdict(self) | {"private": self.private}
@@ -185,6 +205,7 @@ def make_plan(
         delta=delta,
         cache=cache,
     )
+    num_examples = None if num_examples is None else int(num_examples)
     bounds = accounting.epsilon_by_accountant([mechanism], delta)
     spent = accounting.smallest(bounds)
     if target_epsilon is not None and private:
@@ -275,6 +296,10 @@ def _check(
         raise PlanError(f"<expected_batch_size>={expected_batch_size}: expected a finite number above 0")
     if sample_rate is not None and not 0 < sample_rate <= 1:
         raise PlanError(f"<sample_rate>={sample_rate}: expected a number in (0, 1]")
+    if steps is not None and int(steps) != steps:
+        raise PlanError(f"<steps>={steps}: expected a whole number")
+    if num_examples is not None and int(num_examples) != num_examples:
+        raise PlanError(f"<num_examples>={num_examples}: expected a whole number")
     if steps is not None and not 1 <= steps <= accounting.MAX_STEPS:
         raise PlanError(f"<steps>={steps}: expected 1 to {accounting.MAX_STEPS}")
     if noise_multiplier is not None and not LEAST_NOISE <= noise_multiplier <= MOST_NOISE:

@@ -34,7 +34,7 @@ def preflight(
         * PLD <= PRV <= PLD + 2 % (at least 0.03), for the plan's noise, sample rate and steps.
 
     The trainable parameters are moved a little meanwhile, since a fresh adapter has zero gradients that
-    would hide errors, and dropout is off; both are as before afterwards.
+    would hide errors, and dropout is off; both are as before afterwards. Every other layer keeps its mode.
 
     Args:
         module: the model with its trainable parameters, no engine attached.
@@ -46,6 +46,9 @@ def preflight(
     """
     with _disturbed(module):
         expected = _gradients_one_by_one(module, losses, examples)
+        # Without a clip, which would hide how long a gradient is.
+        with _engine(module, replace(plan.clip, loss_share=0.0, max_grad_norm=math.inf)) as engine:
+            _check_gradients(engine, losses, expected, tolerance)
         if plan.clipping != "per_layer":
             with _engine(module, replace(plan.clip, loss_share=0.0)) as engine:
                 _check_gradients(engine, losses, expected, tolerance)
@@ -76,7 +79,9 @@ def _disturbed(module: nn.Module) -> Iterator[None]:
     trained = [p for p in module.parameters() if p.requires_grad]
     before, modes = [p.detach().clone() for p in trained], [m.training for m in module.modules()]
     generator = torch.Generator().manual_seed(0)
-    module.eval()
+    for part in module.modules():
+        if isinstance(part, nn.modules.dropout._DropoutNd):
+            part.training = False
     try:
         with torch.no_grad():
             for p in trained:

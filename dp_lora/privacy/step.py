@@ -105,7 +105,7 @@ class PrivateStep:
     Attributes:
         sgd: the state that it shares with the other steps.
         number: of the step, from 0.
-        attempt: how often it was begun: more than once after `give_up`, or when `apply` returned False.
+        attempt: how often it was begun: more than once when `apply` returned False.
         applied: whether the optimiser has taken the step.
         spent: whether it cannot be taken any more, because the plan accounts for no further step.
         values: what may be logged of it, once applied: an upper bound on the epsilon of all steps begun, the
@@ -171,6 +171,7 @@ class PrivateStep:
                 f"step {self.number}: add() without a microbatch, or twice for one; expected it once in the "
                 "loop over microbatches()"
             )
+        self.sgd.refuse_others(losses)
         own, self._open = self._open.weights, None
         weights = own if weights is None else weights
         if weights.shape != own.shape or not bool(((weights.cpu() == own) | (weights.cpu() == 0)).all()):
@@ -178,11 +179,12 @@ class PrivateStep:
         # 2. Per-example gradients of the mean over k draws. 3. Clip each to C, and sum.
         self.sgd.gradients.add(losses, weights.to(losses.device))
 
-    def give_up(self, **numerics: Any) -> None:
+    def _give_up(self, **numerics: Any) -> None:
         """Throws the sum away and begins the step again with a fresh batch, because `numerics` changed.
 
-        For a step that ran out of memory and is taken in smaller microbatches. Nothing was released, so it
-        is not counted. On several processes, every one has to call it.
+        Nothing was released, so the step is not counted. Whoever gave up for a reason that depends on the
+        examples would choose among batches: this is for a job that ran out of memory, whose microbatches
+        have one size whatever the batch is. On several processes, every one has to call it.
         """
         self.sgd.gradients.reset()
         self._begin(self.sgd.executions.begin_again(self._execution, **numerics))
@@ -196,6 +198,7 @@ class PrivateStep:
         """
         self._refuse_ended("apply()")
         sgd, plan, number = self.sgd, self.sgd.plan, self.number
+        sgd.refuse_changed()
         total = all_reduced(sgd.gradients.total(), sgd.group)
         sgd.gradients.reset()
         # The sum is on record before any noise is drawn for it.
@@ -247,7 +250,7 @@ class DPSGD:
 
     Args:
         module: its trainable parameters are trained, all others stay as they are.
-        optimizer: any torch optimiser over exactly the trainable parameters.
+        optimizer: any torch optimiser over the trainable parameters; frozen ones of the module may be in it.
         plan: the numbers of the run.
         randomness: the run's key.
         executions: the write-ahead record.
@@ -272,7 +275,7 @@ class DPSGD:
         begun: Callable[[int, float], None] = lambda executions, epsilon: None,
     ) -> None:
         self.module, self.optimizer, self.plan, self.num_examples = module, optimizer, plan, num_examples
-        self.executions, self.lineage, self.begun = executions, ORIGIN, begun
+        self.executions, self.lineage, self.begun, self._looked = executions, ORIGIN, begun, False
         self._randomness, self._told, self._descending = randomness, 0, False
         check_optimizer(optimizer, module)
         self.gradients = ClippedGradientSum(module, plan.clip)
@@ -293,6 +296,37 @@ class DPSGD:
     def epsilon(self) -> float:
         """An upper bound on the epsilon of all steps begun so far."""
         return self.curve(self.executions.count)
+
+    def refuse_changed(self) -> None:
+        """Raises UserError when the trainable parameters, or the optimiser's, are not those of the start."""
+        trained = {id(p) for p in self.module.parameters() if p.requires_grad}
+        if trained != {id(p) for p in self.parameters}:
+            raise UserError(
+                "module: other parameters are trainable than when the training began; what was added would "
+                "move without noise. Expected the same ones"
+            )
+        check_optimizer(self.optimizer, self.module)
+
+    def refuse_others(self, losses: Tensor) -> None:
+        """Raises UserError when the first `losses` also depend on trainable parameters outside the module."""
+        if self._looked:
+            return
+        self._looked = True
+        own, seen = {id(p) for p in self.parameters}, set[Any]()
+        left = [losses.grad_fn] if losses.grad_fn is not None else []
+        while left:
+            node = left.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            leaf = getattr(node, "variable", None)
+            if isinstance(leaf, nn.Parameter) and id(leaf) not in own:
+                raise UserError(
+                    f"losses: they depend on a trainable parameter of shape {list(leaf.shape)} outside the "
+                    "module, which would get a gradient without noise; expected one module that holds all, "
+                    "such as nn.ModuleList([unet, text_encoder]), or requires_grad_(False)"
+                )
+            left += [following for following, _ in node.next_functions if following is not None]
 
     def state_digest(self) -> str:
         """A hash of the parameters of all processes: all of the state that a sum depends on."""
@@ -372,7 +406,7 @@ class DPSGD:
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
-    """Raises UserError unless `optimizer` is torch's own kind, over exactly the trainable parameters."""
+    """Raises UserError unless `optimizer` is torch's own kind, over the trainable parameters of `module`."""
     if not isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "accelerator_state"):
         raise UserError(
             f"optimizer={type(optimizer).__name__}: expected a torch.optim.Optimizer as it was made, before "
@@ -381,16 +415,18 @@ def check_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module) -> None
     if isinstance(optimizer, torch.optim.LBFGS):
         raise UserError("optimizer=LBFGS: evaluates the loss by itself; expected one that takes a gradient")
     trained = {id(p): name for name, p in module.named_parameters() if p.requires_grad}
-    given = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    given = {id(p): p for group in optimizer.param_groups for p in group["params"]}
     if missing := [name for key, name in trained.items() if key not in given]:
         raise UserError(
             f"optimizer: lacks {missing[0]} and {len(missing) - 1} more trainable parameters of the module; "
             "expected all of them, or requires_grad_(False) for those that are not trained"
         )
-    if others := len(given - trained.keys()):
+    # A frozen parameter without a gradient is one that no optimiser moves.
+    frozen = {id(p) for p in module.parameters() if not p.requires_grad and p.grad is None}
+    if others := len(given.keys() - trained.keys() - frozen):
         raise UserError(
-            f"optimizer: holds {others} parameters that are not trainable parameters of the module; expected "
-            "none, since they would get no private gradient"
+            f"optimizer: holds {others} parameters that are not of the module, or frozen ones with a "
+            "gradient; expected none, since they would get no private gradient"
         )
 
 

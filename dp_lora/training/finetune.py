@@ -115,7 +115,7 @@ class FinetuneStep:
         tuning.free_memory()
         self.microbatch //= 2
         self.halved(self.microbatch)
-        step.give_up(microbatch=self.microbatch)
+        step._give_up(microbatch=self.microbatch)
 
     def losses(self, rows: Tensor, draws: Draws) -> Tensor:
         """Losses [M] of the images `rows`, each the mean over its k draws of timestep and noise."""
@@ -213,25 +213,30 @@ def finetune(
     private, microbatch = _opened(
         config, model, latents, labels, plan, folder, captions, begun if first else _silent
     )
-    conditions = labels if captions is None else torch.arange(len(captions))
-    step = FinetuneStep(private.sgd, latents, conditions, config.train, microbatch, _keep(model, folder))
-    if first:
-        started(private.finished)
+    try:
+        conditions = labels if captions is None else torch.arange(len(captions))
+        step = FinetuneStep(private.sgd, latents, conditions, config.train, microbatch, _keep(model, folder))
+        if first:
+            started(private.finished)
 
-    def watched(number: int, values: dict[str, float]) -> None:
-        (log if first else _silent)(number, values)
-        watch.after(number, private.total, values["epsilon"])
+        def watched(number: int, values: dict[str, float]) -> None:
+            (log if first else _silent)(number, values)
+            watch.after(number, private.total, values["epsilon"])
 
-    mode, public = config.tracking.progress, config.data.public
-    with Progress(private.total, "finetune", initial=private.finished, mode=mode, public=public) as progress:
-        try:
-            run_steps(step, private.total, private.checkpoint, progress, watched)
-        except Spent:
-            # A step that was to be replayed has another sum, and there is no execution left for it.
-            private.end_early(progress.done)
-    private.finish()
-    if captions is not None and model.prompts is not None:
-        model.prompts.use_classes(model.classes)
+        mode, public = config.tracking.progress, config.data.public
+        with Progress(
+            private.total, "finetune", initial=private.finished, mode=mode, public=public
+        ) as progress:
+            try:
+                run_steps(step, private.total, private.checkpoint, progress, watched)
+            except Spent:
+                # A step that was to be replayed has another sum, and there is no execution left for it.
+                private.end_early(progress.done)
+        private.finish()
+        if captions is not None and model.prompts is not None:
+            model.prompts.use_classes(model.classes)
+    finally:
+        private.close()
     watch.at_the_end(model, private.epsilon())
     return private.sgd.executions.count
 

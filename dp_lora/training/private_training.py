@@ -6,22 +6,26 @@ It is private: whoever reads the key can take the noise away.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dp_lora.errors import UserError
-from dp_lora.privacy.collectives import agreed, barrier, everyone, rank
+from dp_lora.privacy.collectives import agreed, barrier, everyone, rank, size
 from dp_lora.privacy.executions import Executions, Spent
 from dp_lora.privacy.plan import PrivacyPlan
 from dp_lora.privacy.preflight import preflight
 from dp_lora.privacy.randomness import KEY_BYTES, Randomness
 from dp_lora.privacy.step import DPSGD, PrivateStep, check_optimizer
-from dp_lora.storage.files import private_directory, write_atomic, write_json
+from dp_lora.storage.files import private_directory, read_json, write_atomic, write_json
 from dp_lora.training.loop import Checkpoint
 from dp_lora.training.numerics import process, start
 from dp_lora.training.receipts import PLAN, check_begun, check_lineage, check_same_plan
@@ -52,8 +56,10 @@ class PrivateTraining:
 
     Guarantees:
         * What the parameters become is (epsilon, delta)-differentially private as the plan says, with respect
-          to one of the N examples, whatever the caller's `losses` computes from the rows that it was given.
-          It must not use other private data, and nothing else may train or release from private data.
+          to one of the N examples, if the caller's loss of an example is a function of that example, the
+          module and numbers drawn apart from the data. A loss that uses other rows of the batch, as mixup or
+          a mean over the batch do, has no guarantee; the preflight finds it where `synthetic_losses` is the
+          same function. Nothing else may train or release from private data.
         * Every step is on disk before its batch is drawn. A training that is interrupted at any moment and
           constructed again with the same folder continues from its last checkpoint; steps that it cannot
           repeat to the bit count anew, and as many fewer follow, so epsilon never passes the plan's.
@@ -65,7 +71,7 @@ class PrivateTraining:
     Args:
         module: with `requires_grad` set on what is trained. Its layers have to be those that
             `ClippedGradientSum` knows. Two trainings of one module at a time are refused.
-        optimizer: any torch optimiser over exactly the trainable parameters. It is stepped by `apply` alone.
+        optimizer: any torch optimiser over the trainable parameters. It is stepped by `apply` alone.
         plan: from `make_plan`.
         folder: of this training, on a local or shared disk; made with mode 0700.
         synthetic_losses: the losses [n] of a slice of four or more synthetic examples, which the preflight
@@ -85,9 +91,10 @@ class PrivateTraining:
             starts from. None: this process's hardware, libraries and code, and the module's state.
 
     Raises:
-        UserError: a wrapped module, an optimiser over other parameters, a layer without per-example
-            gradients or with batch statistics, a folder of another plan or without its key or record, or a
-            plan whose steps were all begun without a checkpoint to go on from.
+        PlanError: `plan` is not as `make_plan` made it.
+        UserError: the folder is open elsewhere, a wrapped module, an optimiser over other parameters, a layer
+            without per-example gradients or with batch statistics, a folder of another plan or without its
+            plan, key or record, or a plan whose steps were all begun without a checkpoint to go on from.
         PreflightError: the gradients of the synthetic examples are not what they should be.
     """
 
@@ -110,25 +117,30 @@ class PrivateTraining:
     ) -> None:
         _refuse_wrapped(module)
         check_optimizer(optimizer, module)
+        if numerics is None:
+            plan.check()
         examples = _number_of_examples(plan, num_examples)
         self.plan, self.folder, self._also = plan, Path(folder), dict(also or {})
         self._first, self._checked = rank() == 0, synthetic_losses is not None or numerics is not None
-        randomness = open_folder(plan, self.folder, insecure_seed)
-        self._seeded = not randomness.secure
-        if synthetic_losses is not None:
-            preflight(module, synthetic_losses, plan, tolerance=tolerance)
-        known = numerics(randomness) if numerics is not None else _known(module, optimizer, randomness)
-        executions = Executions(self.folder / "executions.jsonl", known, plan.steps, writes=self._first)
-        barrier()  # before the first process writes to it
-        self.sgd = DPSGD(
-            module, optimizer, plan, randomness, executions, examples, ema_decay=ema_decay, begun=begun
-        )
-        self.checkpoint = Checkpoint(self.folder, checkpoint_minutes, writes=self._first)
+        self._step: PrivateStep | None = None
+        self._unlock = _locked(self, self.folder) if self._first else None
         try:
+            randomness = open_folder(plan, self.folder, insecure_seed)
+            self._seeded = not randomness.secure
+            if synthetic_losses is not None:
+                preflight(module, synthetic_losses, plan, tolerance=tolerance)
+            self._frozen = frozen_digests(module) if numerics is None else {}
+            known = numerics(randomness) if numerics is not None else _known(module, optimizer, randomness)
+            executions = Executions(self.folder / "executions.jsonl", known, plan.steps, writes=self._first)
+            barrier()  # before the first process writes to it
+            self.sgd = DPSGD(
+                module, optimizer, plan, randomness, executions, examples, ema_decay=ema_decay, begun=begun
+            )
+            self.checkpoint = Checkpoint(self.folder, checkpoint_minutes, writes=self._first)
             self.finished = self._resumed()
             self.total = steps_to_finish(plan, executions, self.finished, self.sgd.lineage)
-        except UserError:
-            self.sgd.detach()
+        except BaseException:
+            self.close()
             raise
 
     def _resumed(self) -> int:
@@ -147,16 +159,18 @@ class PrivateTraining:
     def steps(self) -> Iterator[PrivateStep]:
         """The steps that are left, each to be filled with `add` and taken with `apply`.
 
-        A step comes a second time when `apply` returned False or after `give_up`, with another batch. The
+        A step comes a second time when `apply` returned False, with another batch. The
         state is saved every `checkpoint_minutes` and after the last step. Then the training ends: the moving
         average takes the place of the parameters, and the key is deleted.
 
-        Raises RuntimeError when a step was neither applied nor given up.
+        Raises RuntimeError when a step was not applied, or the training was closed.
         """
+        if not self.sgd.attached:
+            raise RuntimeError("this training was closed: construct it again to resume")
         try:
             while self.finished < self.total:
                 try:
-                    step = self.sgd.begin(self.finished)
+                    step = self._step = self.sgd.begin(self.finished)
                 except Spent:
                     self.end_early(self.finished)
                     break
@@ -170,21 +184,40 @@ class PrivateTraining:
                 if step.spent:
                     self.end_early(self.finished)
                     break
-                self.finished += 1
+                self.finished, self._step = self.finished + 1, None
                 if self.checkpoint.due() or self.finished == self.total:
                     self.save()
+            self._refuse_changed()
             self.finish()
         finally:
-            self.sgd.detach()
+            self.close()
+
+    def _refuse_changed(self) -> None:
+        """Raises UserError when a tensor that is not trained is not what it was at the start."""
+        now = frozen_digests(self.sgd.module) if self._frozen else {}
+        if changed := sorted(name for name, digest in self._frozen.items() if now.get(name) != digest):
+            raise UserError(
+                f"module: {changed[0]} changed during the training, though it is not trained: what changed "
+                "it may have read private examples, and no noise was added. The result has no guarantee"
+            )
 
     def save(self) -> None:
         """Saves the state after the last step that was applied."""
-        self.checkpoint.save(self.finished, self.state_dict())
+        applied = self._step is not None and self._step.applied
+        self.checkpoint.save(self.finished + applied, self.state_dict())
+
+    def close(self) -> None:
+        """Takes the engine off the module and lets others open the folder. The training can be resumed."""
+        if hasattr(self, "sgd"):
+            self.sgd.detach()
+        if self._unlock is not None:
+            self._unlock()
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next step depends on but the key."""
         also = {"also": {name: part.state_dict() for name, part in self._also.items()}} if self._also else {}
-        return {**self.sgd.state_dict(), **also}
+        found: dict[str, Any] = plain({**self.sgd.state_dict(), **also})
+        return found
 
     def end_early(self, finished: int) -> None:
         """Ends a training of whose plan every step was begun, after its `finished` steps.
@@ -200,6 +233,7 @@ class PrivateTraining:
         self.sgd.release()
         if self._first:
             forget_key(self.folder)
+        self.close()
 
     @property
     def complete(self) -> bool:
@@ -223,13 +257,63 @@ class PrivateTraining:
         )
 
 
+def _locked(owner: object, folder: Path) -> Callable[[], None]:
+    """Locks the folder until the function that it returns is called, or `owner` or the process is gone.
+
+    Raises UserError when a training is open there.
+    """
+    descriptor = os.open(private_directory(folder) / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(
+            f"folder={folder}: a training is open there, in this process or another one; expected one at a "
+            "time: call close() on it, or wait until it has ended"
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+    return weakref.finalize(owner, os.close, descriptor)
+
+
+def frozen_digests(module: nn.Module) -> dict[str, str]:
+    """SHA-256 of each parameter and buffer of `module` that is not trained, by name."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    return {name: _sha256(tensor) for name, tensor in tensors if not tensor.requires_grad}
+
+
+def _sha256(tensor: Tensor) -> str:
+    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+    return hashlib.sha256(content).hexdigest()
+
+
+def plain(value: Any) -> Any:
+    """`value` with NumPy's numbers as Python's, which a checkpoint can be read with."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        return {key: plain(part) for key, part in value.items()}
+    return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
+
+
 def _refuse_wrapped(module: nn.Module) -> None:
+    if os.environ.get("WORLD_SIZE", "1") != "1" and size() == 1:
+        raise UserError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']}: expected torch.distributed.init_process_group() before "
+            "PrivateTraining, or each process would train, and spend, by itself"
+        )
     wrapper = next((kind.__name__ for kind in type(module).__mro__ if kind.__name__ in _WRAPPERS), None)
     if wrapper is not None:
         raise UserError(
             f"module={wrapper}: expected the module inside it; the processes of a job add up their parts by "
             "themselves, and layers with trainable parameters cannot be compiled"
         )
+    for name, layer in module.named_modules():
+        if "forward" in vars(layer) and any(p.requires_grad for p in layer.parameters()):
+            raise UserError(
+                f"module: the forward of {name or 'it'} is replaced, by another training or by hooks; "
+                "expected the module as it was made: close() takes a training off"
+            )
 
 
 def _number_of_examples(plan: PrivacyPlan, given: int | None) -> int:
@@ -274,20 +358,36 @@ def open_folder(plan: PrivacyPlan, folder: Path, insecure_seed: int | None = Non
     """
     if rank() == 0:
         private_directory(folder)
-        _same_plan(plan, folder)
+        _same_plan(plan, folder, seeded=insecure_seed is not None)
         check_begun(folder)
         run_key(insecure_seed, folder)
     barrier()
     return run_key(insecure_seed, folder)
 
 
-def _same_plan(plan: PrivacyPlan, folder: Path) -> None:
-    """Keeps the plan of the run's first start. Raises UserError when the run goes on under another one."""
+def _same_plan(plan: PrivacyPlan, folder: Path, *, seeded: bool) -> None:
+    """Keeps the plan of the run's first start, and whether its noise came from a seed.
+
+    Raises UserError when the run goes on under another plan, with another kind of noise, or without the plan.
+    """
     check_same_plan(plan, folder)
+    record = folder / "executions.jsonl"
     if not (folder / PLAN).exists():
+        if record.exists() and record.stat().st_size:
+            raise UserError(
+                f"{folder / PLAN}: is missing, and steps were begun under it; expected the folder as it was. "
+                "Bring it back, or begin in another folder and count what was spent here"
+            )
         # Whether the images have a record beside it, so that its removal is found (`outputs.check_records`).
         recorded = (folder / "content.json").exists()
-        write_json(folder / PLAN, plan.to_dict() | {"content": recorded}, mode=0o600)
+        kept = plan.to_dict() | {"content": recorded, "seeded": seeded}
+        write_json(folder / PLAN, kept, mode=0o600)
+    before = read_json(folder / PLAN).get("seeded", seeded)
+    if before != seeded:
+        raise UserError(
+            f"insecure_seed: the training in {folder} began {'with' if before else 'without'} a seed; "
+            "expected it to go on that way, or another folder"
+        )
 
 
 def run_key(insecure_seed: int | None, folder: Path) -> Randomness:

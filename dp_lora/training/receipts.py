@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 RECEIPT, PLAN = "charge.json", "plan.json"
 """Names of the two files."""
 
+_COMPARED = (
+    "num_examples", "steps", "noise_multiplier", "sample_rate", "expected_batch_size", "max_grad_norm",
+    "delta", "noise_multiplicity", "clipping", "adjacency", "loss_share",
+)  # fmt: skip
+"""Fields of a plan with which a run goes on as it began."""
+
 
 @dataclass(frozen=True)
 class Receipt:
@@ -66,13 +72,18 @@ def check_same_plan(plan: PrivacyPlan, folder: Path) -> None:
         return
     before, now = read_json(path), plan.to_dict()
     try:
-        for name in ("num_examples", "steps", "noise_multiplier", "sample_rate"):
-            if now[name] is None and before[name] is None:
-                continue  # the number of images, where it is private
+        for name in _COMPARED:
+            if now[name] == before.get(name, now[name]):
+                continue  # also the number of images, where it is private
+            if isinstance(now[name], str) and now[name] != "inf":
+                raise UserError(
+                    f"{path}: this run began with {name}={before[name]!r} and now has {now[name]!r}"
+                )
             if not math.isclose(float(now[name]), float(before[name]), rel_tol=1e-6):
                 raise UserError(
-                    f"data: this run began with {name}={before[name]} and now has {now[name]}: the private "
-                    "images have changed since; expected the same ones, or another paths.outputs"
+                    f"{path}: this run began with {name}={before[name]} and now has {now[name]}: the private "
+                    "images or the plan have changed since; expected the same ones, or another folder "
+                    "(paths.outputs)"
                 )
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, UserError):

@@ -28,6 +28,7 @@ DOES_NOT_COVER = (
     "epsilon grows n times and delta by more than that.",
     'The number of examples, where the adjacency is "zero out one image".',
     "How long steps take and how much memory they use, and what the caller's own code prints, saves or logs.",
+    "Steps that a copy of the training's folder took, and losses that use other examples of a batch.",
     "The training's folder, which holds the noise key and must stay private.",
 )
 
