@@ -54,8 +54,8 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
     """torchmetrics' FrechetInceptionDistance of two sets of features [N, F], at least 2 each.
 
     ||m1 - m2||^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), in float64. Falls as n grows: compare equal n only. With n
-    below F the product is singular, and the roots of its rounded eigenvalues move the result by less than
-    1e-6 of its terms.
+    below F the product is singular, and the roots of its rounded eigenvalues lower the result: by 5e-9 of it
+    for 2,000 images of 1,280 features against 1,000, by 2e-6 for 20 against 88.
 
     Heusel et al. 2017, arXiv 1706.08500, equation 6.
     """

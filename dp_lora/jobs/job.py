@@ -10,6 +10,7 @@ import os
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from dp_lora.data.sets import ImageSplits
+    from dp_lora.models.latent_diffusion import LatentDiffusion
     from dp_lora.privacy.plan import PrivacyPlan
 
 LOSS_SHARE = 0.1
@@ -60,6 +62,16 @@ class Job:
     pretrained: Path
     device: torch.device
     seconds: dict[str, float]
+
+    @cached_property
+    def model(self) -> LatentDiffusion:
+        """The pre-trained model on the CPU, read once. Stages change copies of it, by `sharing_weights`.
+
+        Raises UserError, see `folders.load`.
+        """
+        from dp_lora.models.folders import load
+
+        return load(self.pretrained, self.config.model.prompt)
 
     @property
     def base_model(self) -> str:

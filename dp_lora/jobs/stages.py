@@ -175,9 +175,7 @@ def model_before(job: Job) -> LatentDiffusion:
     """The pre-trained model on the job's device, conditioned on the classes of the private data."""
     import torch
 
-    from dp_lora.models.folders import load
-
-    model = load(job.pretrained, job.config.model.prompt)
+    model = job.model.sharing_weights()
     if model.classes != job.images.train.classes:
         model.new_classes(job.images.train.classes, torch.Generator().manual_seed(job.config.seed))
     return model.to(job.device)
@@ -305,9 +303,8 @@ def _sample(job: Job, tracker: Tracker) -> None:
 def finetuned_model(job: Job) -> LatentDiffusion:
     """The model with the run's adapter, as somebody who was given only the adapter would load it."""
     from dp_lora.models import adapters
-    from dp_lora.models.folders import load
 
-    model, adapter = load(job.pretrained, job.config.model.prompt), job.directory / "adapter"
+    model, adapter = job.model.sharing_weights(), job.directory / "adapter"
     adapters.restore(model, adapter, adapters.class_names(adapter) or job.images.train.classes)
     return model.to(job.device)
 

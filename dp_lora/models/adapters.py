@@ -65,6 +65,8 @@ def attach(model: LatentDiffusion, components: Sequence[str], lora: LoraConfig, 
         _add_lora(model, lora, seed)
     for name, parameter in _chosen(model, set(components)):
         assert "lora_" not in name
+        # In memory of its own: see `LatentDiffusion.sharing_weights`.
+        parameter.data = parameter.data.clone()
         parameter.requires_grad_(True)
 
 
@@ -359,7 +361,8 @@ def restore(model: LatentDiffusion, folder: Path, classes: Sequence[str]) -> Non
     for name, value in trained.items():
         if name not in own or own[name].shape != value.shape:
             raise UserError(f"{folder / TRAINED}: {name} {tuple(value.shape)} does not fit the model")
-        own[name].data.copy_(value)
+        # In memory of its own: see `LatentDiffusion.sharing_weights`.
+        own[name].data = own[name].data.clone().copy_(value)
 
 
 def _restore_lora(model: LatentDiffusion, folder: Path) -> None:

@@ -10,7 +10,9 @@ Shapes, ranges and dtypes at the boundaries:
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import (
@@ -77,6 +79,18 @@ class LatentDiffusion(nn.Module):
         self.register_buffer("null_embedding", null)
         if prompts is None:
             shorten_cross_attention(unet)
+
+    def sharing_weights(self) -> LatentDiffusion:
+        """A copy whose parameters are in the same memory until one of the two gets others.
+
+        The copy may be moved, trained and given adapters, and this model stays as it is: `adapters` gives
+        whatever is trained or restored memory of its own. Nothing else may write into a parameter in place.
+        """
+        memo: dict[int, Any] = {
+            id(parameter): nn.Parameter(parameter.data, requires_grad=parameter.requires_grad)
+            for parameter in self.parameters()
+        }
+        return copy.deepcopy(self, memo)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

@@ -16,7 +16,10 @@ from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 
 from dp_lora.__main__ import main
-from dp_lora.models import sample
+from dp_lora.config.schema import Config
+from dp_lora.jobs.stages import run
+from dp_lora.models import folders, sample
+from dp_lora.models.folders import LatentDiffusion
 from dp_lora.storage.files import read_json, read_lines
 from tests.builders.architectures import stable_diffusion
 from tests.builders.image_files import write_parquet
@@ -47,6 +50,19 @@ WHOLE = ("sampler.num_samples=40", "evaluation.classifier_epochs=1")
 @pytest.fixture(scope="module")
 def whole(dp_lora: Callable[..., Path]) -> Path:
     return dp_lora(*WHOLE, name="whole")
+
+
+def test_the_model_is_read_once_a_job(tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+
+    def load(folder: Path, prompt: str) -> LatentDiffusion:
+        read.append(folder)
+        return folders_load(folder, prompt)
+
+    folders_load = folders.load
+    monkeypatch.setattr(folders, "load", load)
+    run(tiny("evaluation.extractors=[]", "evaluation.classifier_epochs=1", "train.max_steps=1"))
+    assert len(read) == 1
 
 
 def test_every_file_of_a_run_is_there(whole: Path) -> None:

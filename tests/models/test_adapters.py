@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from pathlib import Path
@@ -14,7 +15,7 @@ from peft import PeftModel
 from dp_lora.config.schema import COMPONENTS, LoraConfig
 from dp_lora.errors import UserError
 from dp_lora.models import adapters
-from dp_lora.models.folders import LatentDiffusion, load
+from dp_lora.models.folders import LatentDiffusion, digest, load
 from dp_lora.privacy.plan import PrivacyPlan, make_plan
 from dp_lora.training.finetune import check_engine
 from tests.builders.architectures import ARCHITECTURES, model_of
@@ -50,6 +51,25 @@ def trained(model: LatentDiffusion, components: list[str]) -> LatentDiffusion:
     for parameter in adapters.trainable_parameters(model).values():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
     return model
+
+
+@pytest.mark.parametrize("components", COMBINATIONS, ids="+".join)
+def test_a_copy_that_shares_weights_is_trained_and_restored_alone(
+    components: list[str], model: LatentDiffusion, tmp_path: Path
+) -> None:
+    """And it becomes what a model that was read from its files becomes, bit for bit."""
+    start, alone = digest(model), copy.deepcopy(model)
+    copied = model.sharing_weights()
+    assert copied.unet.conv_in.weight.data_ptr() == model.unet.conv_in.weight.data_ptr()
+    trained(copied, components)
+    assert digest(model) == start != digest(copied) == digest(trained(alone, components))
+    adapters.export(copied, tmp_path, base_model="tiny8", card="")
+    again, own = model.sharing_weights(), copy.deepcopy(model)
+    for restored in (again, own):
+        adapters.restore(restored, tmp_path, model.classes)
+    assert digest(model) == start != digest(again) == digest(own)
+    assert not any(parameter.requires_grad for parameter in copied.autoencoder.parameters())
+    assert all(parameter.requires_grad for parameter in model.unet.parameters())
 
 
 def test_a_fresh_adapter_changes_no_output(model: LatentDiffusion) -> None:
