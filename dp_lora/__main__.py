@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dp_lora import __version__
 from dp_lora.commands.command_line import prepared
 from dp_lora.commands.explain import explain
+from dp_lora.commands.help import help_text
 from dp_lora.config.load import config_directory, from_omegaconf
 from dp_lora.config.schema import Config
 from dp_lora.errors import SweepFailed, UserError
@@ -85,6 +86,9 @@ def main() -> None:
         return
     if "--version" in sys.argv[1:]:
         print(f"dp-lora {__version__}")
+        return
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(help_text())
         return
     # Without it Hydra prints errors its own way and exits with status 1.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
