@@ -262,7 +262,7 @@ def _locked(owner: object, folder: Path) -> Callable[[], None]:
 
     Raises UserError when a training is open there.
     """
-    descriptor = os.open(private_directory(folder) / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    descriptor = os.open(private_directory(folder) / "training.lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

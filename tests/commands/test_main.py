@@ -189,7 +189,7 @@ def test_help_and_the_composed_configuration(dp_lora: Run, outputs: Path) -> Non
     for group in ("epsilon", "lora_rank", "noise_multiplicity", "trainable", "data"):
         assert group in said
     assert "\nlora_rank: r1, r16, r2, r32, r4, r64, r8\n" in said and "\nhydra" not in said
-    assert dp_lora("-h", "seed=1", tiny=False)[1] == said and "$" not in said
+    assert dp_lora("-h", "seed=1", tiny=False)[1] == said and "APP_CONFIG" not in said
     assert not outputs.exists()
 
 
