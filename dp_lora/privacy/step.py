@@ -146,7 +146,12 @@ class PrivateStep:
         return self._parts(size)
 
     def _parts(self, size: int) -> Iterator[Microbatch]:
+        attempt = self.attempt
         for positions, weights in microbatches(self.sgd.positions(len(self._batch)), size):
+            if self.attempt != attempt:
+                raise RuntimeError(
+                    f"step {self.number}: microbatches() of an earlier batch; expected them anew"
+                )
             draws = Draws(self._randomness, self.number, int(positions[0]), len(positions))
             self._open = Microbatch(self._batch[positions], weights, draws)
             yield self._open

@@ -191,6 +191,16 @@ def test_weights_above_the_microbatch_s_are_refused(
     assert not private.sgd.gradients.total().any()
 
 
+def test_microbatches_of_a_batch_that_was_thrown_away_are_refused(tmp_path: Path) -> None:
+    private = training(tmp_path / "run")
+    step = next(_steps := private.steps())
+    parts = step.microbatches(2)
+    next(parts)
+    step._give_up(microbatch=1)
+    with pytest.raises(RuntimeError, match="of an earlier batch"):
+        next(parts)
+
+
 def test_an_example_can_be_left_out(tmp_path: Path) -> None:
     private = training(tmp_path / "run")
     step = next(_steps := private.steps())
