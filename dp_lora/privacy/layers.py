@@ -115,8 +115,10 @@ def is_adapter(layer: nn.Module) -> bool:
 
 
 def fusable(layer: Any) -> bool:
-    """Whether `layer` is a plain LoRA on a frozen nn.Linear of the same precision."""
+    """Whether `layer` is a plain LoRA, without dropout, on a frozen nn.Linear of the same precision."""
     base = layer.get_base_layer()
+    if not isinstance(layer.lora_dropout[layer.active_adapters[0]], nn.Identity):
+        return False
     if type(layer) is not lora.Linear or type(base) is not nn.Linear or base.weight.requires_grad:
         return False
     if base.bias is not None and base.bias.requires_grad:
@@ -130,11 +132,10 @@ def fused_forward(receiver: Receiver, name: str, layer: Any) -> Callable[..., Te
     adapter = layer.active_adapters[0]
     base = layer.get_base_layer()
     down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-    dropout, original = layer.lora_dropout[adapter], layer.forward
+    original = layer.forward
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        plain = isinstance(dropout, nn.Identity) or not dropout.training
-        if layer.disable_adapters or layer.merged or args or kwargs or not plain:
+        if layer.disable_adapters or layer.merged or args or kwargs:
             out: Tensor = original(x, *args, **kwargs)
             return out
         scale = layer.scaling[adapter]
@@ -157,8 +158,6 @@ def refuse_unsupported_adapter(name: str, layer: Any) -> None:
             f"{name}: LoRA on {type(layer.get_base_layer()).__name__} is not supported: "
             "expected Linear, Conv1d or Conv2d"
         )
-    if any(getattr(dropout, "p", 0) for dropout in layer.lora_dropout.values()):
-        raise UserError(f"{name}: lora_dropout above 0 is not supported: expected lora_dropout=0")
     if len(layer.active_adapters) != 1 or layer.merged:
         raise UserError(f"{name}: expected one active, unmerged adapter, found {layer.active_adapters}")
 

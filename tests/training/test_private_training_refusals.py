@@ -411,7 +411,13 @@ def test_a_state_that_is_saved_in_the_loop_is_one_to_go_on_from(tmp_path: Path) 
     assert training(tmp_path / "run").finished == 3
 
 
-def test_an_adapter_with_dropout_is_refused(tmp_path: Path) -> None:
-    model = get_peft_model(network(), LoraConfig(r=2, target_modules=["0"], lora_dropout=0.1))
-    with pytest.raises(UserError, match="lora_dropout above 0 is not supported"):
-        training(tmp_path / "run", model, synthetic_losses=None)
+def test_an_adapter_with_dropout_trains(tmp_path: Path) -> None:
+    """In training mode too, where its dropout is at work."""
+    model = get_peft_model(network(), LoraConfig(r=2, target_modules=["0"], lora_dropout=0.5)).train()
+    private = training(tmp_path / "run", model)
+    step = next(_steps := private.steps())
+    for rows, weights, _ in step.microbatches(1):
+        before = private.sgd.gradients.total()
+        step.add(1e4 * losses(model, rows), weights)
+        assert float((private.sgd.gradients.total() - before).norm()) <= 0.5
+    assert private.sgd.gradients.total().any() and step.apply()
