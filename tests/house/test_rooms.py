@@ -43,12 +43,8 @@ APART = {
     "sweeps": ("sweeps", "hydra_plugins/dp_lora_launcher", "hydra_plugins/dp_lora_sweeper"),
 }
 """The folders of tests beside those of the rooms, and where the modules lie that they test, if by name."""
-UNDIVIDED = (
-    "tests/auditing/test_audit.py",
-    "tests/training/test_finetune.py",
-    "tests/training/test_finetune_replay.py",
-)
-"""Longer than the other files of tests, or in need of one of them."""
+UNDIVIDED = ("tests/auditing/test_audit.py",)
+"""Longer than the other files of tests."""
 
 Imports = Mapping[str, Mapping[str, bool]]
 """Of each module, the modules that it imports, and whether that is at its top."""
