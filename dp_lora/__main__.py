@@ -10,6 +10,7 @@ import errno
 import os
 import sys
 import traceback
+from contextlib import suppress
 from typing import NoReturn
 
 import hydra
@@ -88,7 +89,10 @@ def main() -> None:
         print(f"dp-lora {__version__}")
         return
     if {"--help", "-h"} & set(sys.argv[1:]):
-        print(help_text())
+        with suppress(BrokenPipeError):  # `| head`
+            print(help_text(), flush=True)
+            return
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
     # Without it Hydra prints errors its own way and exits with status 1.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")

@@ -193,6 +193,16 @@ def test_help_and_the_composed_configuration(dp_lora: Run, outputs: Path) -> Non
     assert not outputs.exists()
 
 
+def test_nobody_has_to_read_the_help_to_its_end() -> None:
+    """`dp-lora --help | head`."""
+    command = [sys.executable, "-m", "dp_lora", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
 def test_in_a_sweep_the_other_jobs_finish_and_the_failure_is_named(dp_lora: Run, outputs: Path) -> None:
     status, _, errors = dp_lora("data.classes=[0,ten],[0,1]", "stages=[finetune]", "-m", "train.max_steps=2")
     assert status == 2
