@@ -73,7 +73,7 @@ def check_same_plan(plan: PrivacyPlan, folder: Path) -> None:
     before, now = read_json(path), plan.to_dict()
     try:
         for name in _COMPARED:
-            if now[name] == before.get(name, now[name]):
+            if now[name] == before[name]:
                 continue  # also the number of images, where it is private
             if isinstance(now[name], str) and now[name] != "inf":
                 raise UserError(
