@@ -5,7 +5,8 @@ sigma is added to every coordinate of the sum, once; every metric is read from t
 
 Guarantees, for held-out images x and a fixed set of generated images (which epsilon of the adapter covers):
     * Sensitivity: a row has norm at most 1 whatever the image is, so that adding or removing one image, or
-      letting it contribute nothing instead, changes the sum by at most 1.
+      letting it contribute nothing instead, changes the sum by at most 1. (A classifier sees an image in a
+      batch with others, whose number can change the last bits of its answer, and so at a tie the answer.)
     * The release is (`release_epsilon`, `release_delta`)-differentially private for one held-out image:
       it is `Mechanism(noise_multiplier=sigma, sample_rate=1, steps=1)` to the accountant.
     * Nothing else depends on a held-out image: the classifiers learn from images of the model, and the number
