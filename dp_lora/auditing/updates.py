@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dp_lora.privacy.moving_average import average_decay
 from dp_lora.privacy.step import DPSGD
+from dp_lora.storage.tensors import as_bytes
 from dp_lora.training.finetune import FinetuneStep
 from dp_lora.training.loop import learning_rate
 
@@ -117,5 +118,5 @@ def _frozen(sgd: DPSGD) -> str:
     for name, tensor in [*sgd.module.named_parameters(), *sgd.module.named_buffers()]:
         if id(tensor) not in trained:
             hashed.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            hashed.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            hashed.update(as_bytes(tensor))
     return hashed.hexdigest()

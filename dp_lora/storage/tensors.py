@@ -11,6 +11,7 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from dp_lora.storage.files import private_directory, write_atomic
@@ -65,5 +66,11 @@ def digest(*tensors: Tensor) -> str:
     found = hashlib.sha256()
     for tensor in tensors:
         found.update(f"{tensor.dtype} {list(tensor.shape)} ".encode())
-        found.update(tensor.cpu().contiguous().numpy().tobytes())
+        found.update(as_bytes(tensor))
     return found.hexdigest()
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor's values, of any dtype and on any device."""
+    content: memoryview = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+    return content

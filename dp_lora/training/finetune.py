@@ -210,12 +210,10 @@ def finetune(
     """
     first = rank() == 0
     watch = _watch(config, model, plan)
-    private, microbatch = _opened(
-        config, model, latents, labels, plan, folder, captions, begun if first else _silent
-    )
+    private = _Finetuning(config, model, latents, labels, plan, folder, captions, begun if first else _silent)
     try:
         conditions = labels if captions is None else torch.arange(len(captions))
-        step = FinetuneStep(private.sgd, latents, conditions, config.train, microbatch, _keep(model, folder))
+        step = FinetuneStep(private.sgd, latents, conditions, config.train, private.microbatch, private.keep)
         if first:
             started(private.finished)
 
@@ -241,59 +239,65 @@ def finetune(
     return private.sgd.executions.count
 
 
-def _opened(
-    config: Config,
-    model: LatentDiffusion,
-    latents: Latents,
-    labels: Tensor,
-    plan: PrivacyPlan,
-    folder: Path,
-    captions: Sequence[str] | None,
-    begun: Callable[[int, float], None],
-) -> tuple[PrivateTraining, int]:
-    """The training, new or as an earlier start left it, and its microbatch; the engine is on the model.
+class _Finetuning(PrivateTraining):
+    """The private training of a job, new or as an earlier start left it; the engine is on the model.
 
-    Nothing private has been computed on when it returns, and the engine has passed its preflight.
+    Nothing private has been computed on when it is constructed, and the engine has passed its preflight.
+
+    Args: as of `finetune`.
+
+    Attributes:
+        microbatch: examples per forward and backward.
     """
-    microbatch, device = 1, next(model.unet.parameters()).device
 
-    def prepared(randomness: Randomness) -> dict[str, Any]:
-        nonlocal microbatch
+    def __init__(
+        self,
+        config: Config,
+        model: LatentDiffusion,
+        latents: Latents,
+        labels: Tensor,
+        plan: PrivacyPlan,
+        folder: Path,
+        captions: Sequence[str] | None,
+        begun: Callable[[int, float], None],
+    ) -> None:
+        self._config, self._model, self._images = config, model, (latents, labels, captions)
+        self.microbatch = 1
+        super().__init__(
+            model,
+            optimizer_of(model, config.train, config.trainable.learning_rate_factor),
+            plan,
+            folder,
+            synthetic_losses=None,
+            num_examples=len(labels),
+            ema_decay=config.train.ema_decay,
+            insecure_seed=config.privacy.insecure_seed,
+            checkpoint_minutes=config.train.checkpoint_minutes,
+            begun=begun,
+        )
+
+    def _prepared(self, randomness: Randomness) -> Mapping[str, Any]:
+        config, model, plan = self._config, self._model, self.plan
+        latents, labels, captions = self._images
         inputs = digest(model, latents, labels, plan, randomness, captions)
         check_engine(config, model, plan)
-        microbatch = agreed(_microbatch(config, model, plan, folder))
-        tuning.arrange(model, plan, config.train, microbatch)
+        self.microbatch = agreed(_microbatch(config, model, plan, self.folder))
+        tuning.arrange(model, plan, config.train, self.microbatch)
         if captions is not None and model.prompts is not None:
             # After everything that tries the engine on synthetic examples, which never meet a caption.
             model.prompts.use(captions)
-        _keep(model, folder)(microbatch)
-        return agreed(numerics(config, device, microbatch, inputs))
+        self.keep(self.microbatch)
+        return agreed(numerics(config, self._device, self.microbatch, inputs))
 
-    private = PrivateTraining(
-        model,
-        optimizer_of(model, config.train, config.trainable.learning_rate_factor),
-        plan,
-        folder,
-        synthetic_losses=None,
-        num_examples=len(labels),
-        ema_decay=config.train.ema_decay,
-        insecure_seed=config.privacy.insecure_seed,
-        checkpoint_minutes=config.train.checkpoint_minutes,
-        begun=begun,
-        numerics=prepared,
-    )
-    return private, microbatch
-
-
-def _keep(model: LatentDiffusion, folder: Path) -> Callable[[int], None]:
-    """Called with a microbatch, notes it in the private `folder`."""
-    device = next(model.unet.parameters()).device
-
-    def keep(microbatch: int) -> None:
+    def keep(self, microbatch: int) -> None:
+        """Notes the microbatch in the private folder, so that a resumed run rounds alike."""
         if rank() == 0:
-            tuning.keep_microbatch(microbatch, device, folder)
+            tuning.keep_microbatch(microbatch, self._device, self.folder)
 
-    return keep
+    @property
+    def _device(self) -> torch.device:
+        device: torch.device = next(self._model.unet.parameters()).device
+        return device
 
 
 def _microbatch(config: Config, model: LatentDiffusion, plan: PrivacyPlan, folder: Path) -> int:

@@ -7,7 +7,7 @@ It is private: whoever reads the key can take the noise away.
 from __future__ import annotations
 
 import fcntl
-import hashlib
+import json
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +26,7 @@ from dp_lora.privacy.preflight import preflight
 from dp_lora.privacy.randomness import KEY_BYTES, Randomness
 from dp_lora.privacy.step import DPSGD, PrivateStep, check_optimizer
 from dp_lora.storage.files import private_directory, read_json, write_atomic, write_json
+from dp_lora.storage.tensors import digest
 from dp_lora.training.loop import Checkpoint
 from dp_lora.training.numerics import process, start
 from dp_lora.training.receipts import PLAN, check_begun, check_lineage, check_same_plan
@@ -87,8 +88,6 @@ class PrivateTraining:
         begun: called with the number of steps begun and an upper bound on their epsilon, before the batch
             of a new one is drawn.
         tolerance: relative error of a gradient that the preflight accepts; wider for bfloat16.
-        numerics: called with the key; returns all that is known to change how a step rounds or what it
-            starts from. None: this process's hardware, libraries and code, and the module's state.
 
     Raises:
         PlanError: `plan` is not as `make_plan` made it.
@@ -113,24 +112,22 @@ class PrivateTraining:
         also: Mapping[str, HasState] | None = None,
         begun: Callable[[int, float], None] = lambda executions, epsilon: None,
         tolerance: float = 1e-4,
-        numerics: Callable[[Randomness], Mapping[str, Any]] | None = None,
     ) -> None:
         _refuse_wrapped(module)
         check_optimizer(optimizer, module)
-        if numerics is None:
-            plan.check()
+        plan.check()
         examples = _number_of_examples(plan, num_examples)
-        self.plan, self.folder, self._also = plan, Path(folder), dict(also or {})
-        self._first, self._checked = rank() == 0, synthetic_losses is not None or numerics is not None
+        self.module, self.optimizer, self.plan = module, optimizer, plan
+        self.folder, self._also, self._first = Path(folder), dict(also or {}), rank() == 0
+        self._synthetic_losses, self._tolerance = synthetic_losses, tolerance
         self._step: PrivateStep | None = None
+        self._ended = False
+        self._frozen: dict[str, str] = {}
         self._unlock = _locked(self, self.folder) if self._first else None
         try:
             randomness = open_folder(plan, self.folder, insecure_seed)
             self._seeded = not randomness.secure
-            if synthetic_losses is not None:
-                preflight(module, synthetic_losses, plan, tolerance=tolerance)
-            self._frozen = frozen_digests(module) if numerics is None else {}
-            known = numerics(randomness) if numerics is not None else _known(module, optimizer, randomness)
+            known = self._prepared(randomness)
             executions = Executions(self.folder / "executions.jsonl", known, plan.steps, writes=self._first)
             barrier()  # before the first process writes to it
             self.sgd = DPSGD(
@@ -138,10 +135,21 @@ class PrivateTraining:
             )
             self.checkpoint = Checkpoint(self.folder, checkpoint_minutes, writes=self._first)
             self.finished = self._resumed()
-            self.total = steps_to_finish(plan, executions, self.finished, self.sgd.lineage)
+            left = steps_to_finish(plan, executions, self.finished, self.sgd.lineage)
+            self.total = self.finished if self.complete else left
         except BaseException:
             self.close()
             raise
+
+    def _prepared(self, randomness: Randomness) -> Mapping[str, Any]:
+        """Tries the engine; returns all that is known to change how a step rounds or what it starts from.
+
+        Nothing is begun yet. A job, which knows more of its model, has its own.
+        """
+        if self._synthetic_losses is not None:
+            preflight(self.module, self._synthetic_losses, self.plan, tolerance=self._tolerance)
+        self._frozen = _frozen_digests(self.module)
+        return _known(self.module, self.optimizer, self._frozen, randomness)
 
     def _resumed(self) -> int:
         found = self.checkpoint.load()
@@ -170,7 +178,7 @@ class PrivateTraining:
         try:
             while self.finished < self.total:
                 try:
-                    step = self._step = self.sgd.begin(self.finished)
+                    step = self._step = self._begin()
                 except Spent:
                     self.end_early(self.finished)
                     break
@@ -187,14 +195,20 @@ class PrivateTraining:
                 self.finished, self._step = self.finished + 1, None
                 if self.checkpoint.due() or self.finished == self.total:
                     self.save()
-            self._refuse_changed()
             self.finish()
         finally:
             self.close()
 
+    def _begin(self) -> PrivateStep:
+        step = self.sgd.begin(self.finished)
+        if not self.checkpoint.path.exists():
+            # From here on a folder without its record of steps is refused.
+            self.save()
+        return step
+
     def _refuse_changed(self) -> None:
         """Raises UserError when a tensor that is not trained is not what it was at the start."""
-        now = frozen_digests(self.sgd.module) if self._frozen else {}
+        now = _frozen_digests(self.module) if self._frozen else {}
         if changed := sorted(name for name, digest in self._frozen.items() if now.get(name) != digest):
             raise UserError(
                 f"module: {changed[0]} changed during the training, though it is not trained: what changed "
@@ -202,7 +216,11 @@ class PrivateTraining:
             )
 
     def save(self) -> None:
-        """Saves the state after the last step that was applied."""
+        """Saves the state after the last step that was applied.
+
+        Raises UserError when a tensor that is not trained has changed: such a state is never saved.
+        """
+        self._refuse_changed()
         applied = self._step is not None and self._step.applied
         self.checkpoint.save(self.finished + applied, self.state_dict())
 
@@ -216,7 +234,7 @@ class PrivateTraining:
     def state_dict(self) -> dict[str, Any]:
         """All that the next step depends on but the key."""
         also = {"also": {name: part.state_dict() for name, part in self._also.items()}} if self._also else {}
-        found: dict[str, Any] = plain({**self.sgd.state_dict(), **also})
+        found: dict[str, Any] = _plain({**self.sgd.state_dict(), **also})
         return found
 
     def end_early(self, finished: int) -> None:
@@ -226,13 +244,21 @@ class PrivateTraining:
         """
         if not finished:
             raise _spent(self.sgd.executions, 0, self.plan)
+        self._refuse_changed()
         self.checkpoint.save(finished, self.state_dict())
 
     def finish(self) -> None:
-        """Ends the training: the moving average takes the place of the parameters, the key is deleted."""
+        """Ends the training: the moving average takes the place of the parameters, the key is deleted.
+
+        After the loop was left early, the state is saved first. Raises UserError as `save` does.
+        """
+        if self._step is not None:
+            self.save()
+        self._refuse_changed()
         self.sgd.release()
         if self._first:
             forget_key(self.folder)
+        self._ended = True
         self.close()
 
     @property
@@ -245,7 +271,12 @@ class PrivateTraining:
         return self.sgd.epsilon()
 
     def statement(self) -> Statement:
-        """The guarantee of what was trained so far: what was spent, and what that covers."""
+        """The guarantee of what was trained so far: what was spent, and what that covers.
+
+        Raises UserError when there is none, because a tensor that is not trained changed in the training.
+        """
+        if not self._ended:
+            self._refuse_changed()
         steps = self.sgd.executions.count
         return Statement.of(
             self.plan,
@@ -253,7 +284,7 @@ class PrivateTraining:
             steps=steps,
             complete=self.complete,
             seeded=self._seeded,
-            checked=self._checked,
+            checked=self._synthetic_losses is not None,
         )
 
 
@@ -276,24 +307,19 @@ def _locked(owner: object, folder: Path) -> Callable[[], None]:
     return weakref.finalize(owner, os.close, descriptor)
 
 
-def frozen_digests(module: nn.Module) -> dict[str, str]:
+def _frozen_digests(module: nn.Module) -> dict[str, str]:
     """SHA-256 of each parameter and buffer of `module` that is not trained, by name."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
-    return {name: _sha256(tensor) for name, tensor in tensors if not tensor.requires_grad}
+    return {name: digest(tensor) for name, tensor in tensors if not tensor.requires_grad}
 
 
-def _sha256(tensor: Tensor) -> str:
-    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-    return hashlib.sha256(content).hexdigest()
-
-
-def plain(value: Any) -> Any:
+def _plain(value: Any) -> Any:
     """`value` with NumPy's numbers as Python's, which a checkpoint can be read with."""
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, dict):
-        return {key: plain(part) for key, part in value.items()}
-    return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
+        return {key: _plain(part) for key, part in value.items()}
+    return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
 
 
 def _refuse_wrapped(module: nn.Module) -> None:
@@ -326,15 +352,17 @@ def _number_of_examples(plan: PrivacyPlan, given: int | None) -> int:
     return number
 
 
-def _known(module: nn.Module, optimizer: torch.optim.Optimizer, randomness: Randomness) -> dict[str, Any]:
-    """All that is known of this training to change its bits, the same on every process."""
-    hashed = hashlib.sha256(randomness.key)
-    for name, tensor in module.state_dict().items():
-        hashed.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        hashed.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    inputs = hashed.hexdigest()
-    if len(set(everyone(inputs))) > 1:
+def _known(
+    module: nn.Module, optimizer: torch.optim.Optimizer, frozen: Mapping[str, str], randomness: Randomness
+) -> dict[str, Any]:
+    """All that is known of this training to change its bits, the same on every process.
+
+    What is trained is not in it: a step's batch depends on the parameters themselves.
+    """
+    if len(set(everyone(digest(*module.state_dict().values())))) > 1:
         raise UserError("module: the processes of this job hold different parameters; expected the same ones")
+    # Private: without the key it would tell whether a guess of the weights is right.
+    inputs = randomness.keyed_digest("inputs", json.dumps(frozen, sort_keys=True).encode())
     device = next(p for p in module.parameters() if p.requires_grad).device
     settings = [
         {name: value for name, value in group.items() if name not in ("params", "lr")}
@@ -358,8 +386,8 @@ def open_folder(plan: PrivacyPlan, folder: Path, insecure_seed: int | None = Non
     """
     if rank() == 0:
         private_directory(folder)
-        _same_plan(plan, folder, seeded=insecure_seed is not None)
         check_begun(folder)
+        _same_plan(plan, folder, seeded=insecure_seed is not None)
         run_key(insecure_seed, folder)
     barrier()
     return run_key(insecure_seed, folder)
@@ -368,12 +396,15 @@ def open_folder(plan: PrivacyPlan, folder: Path, insecure_seed: int | None = Non
 def _same_plan(plan: PrivacyPlan, folder: Path, *, seeded: bool) -> None:
     """Keeps the plan of the run's first start, and whether its noise came from a seed.
 
-    Raises UserError when the run goes on under another plan, with another kind of noise, or without the plan.
+    A training of which no step was begun may begin with another plan. Raises UserError when one goes on under
+    another plan, with another kind of noise, or without the plan.
     """
-    check_same_plan(plan, folder)
     record = folder / "executions.jsonl"
-    if not (folder / PLAN).exists():
-        if record.exists() and record.stat().st_size:
+    is_begun = record.exists() and record.stat().st_size > 0
+    if is_begun:
+        check_same_plan(plan, folder)
+    if not is_begun or not (folder / PLAN).exists():
+        if is_begun:
             raise UserError(
                 f"{folder / PLAN}: is missing, and steps were begun under it; expected the folder as it was. "
                 "Bring it back, or begin in another folder and count what was spent here"

@@ -76,6 +76,31 @@ def test_a_training_that_dies_goes_on_to_the_bit(tmp_path: Path, minutes: float,
     assert not (folders[1] / "key").exists()
 
 
+def test_weights_that_are_drawn_anew_are_replaced_by_those_of_the_start(tmp_path: Path) -> None:
+    run(whole := training(tmp_path / "whole"))
+    with pytest.raises(Crash):
+        run(training(tmp_path / "broken", checkpoint_minutes=60), stop_in=2)
+    other = network()
+    other[0].weight.data += 1
+    run(broken := training(tmp_path / "broken", other))
+    assert torch.equal(parameters(whole), parameters(broken)) and begun(tmp_path / "broken") == STEPS
+
+
+def test_a_training_that_is_ended_early_stays_as_it_ended(tmp_path: Path) -> None:
+    private = training(tmp_path / "run", ema_decay=0.9, checkpoint_minutes=60)
+    for step in private.steps():
+        step.apply()
+        if step.number == 2:
+            break
+    private.finish()
+    record = private.statement().record
+    assert record["complete"] and record["steps"] == 3 < record["planned_steps"]
+    again = training(tmp_path / "run", ema_decay=0.9)
+    assert again.finished == again.total == 3 and not list(again.steps())
+    assert torch.equal(parameters(private), parameters(again))
+    assert again.statement().record == record
+
+
 def test_a_loop_that_draws_elsewhere_counts_its_repetitions(tmp_path: Path) -> None:
     """Its sums differ when they are repeated: they are thrown away, and fewer steps follow."""
     generator, released = torch.Generator().manual_seed(1), list[bytes]()

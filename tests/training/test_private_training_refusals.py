@@ -375,9 +375,19 @@ class Remembers(nn.Module):
 def test_a_frozen_tensor_that_changes_is_found_at_the_end(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(5, 8), Remembers(), nn.Linear(8, 3))
     private = training(tmp_path / "run", model)
-    with pytest.raises(UserError, match=r"^module: 1\.mean changed during the training"):
+    changed = pytest.raises(UserError, match=r"^module: 1\.mean changed during the training")
+    with changed:
         run(private)
-    assert not private.complete and not private.statement().record["complete"]
+    with changed:
+        private.statement()
+    with changed:
+        private.finish()
+    # Nor does a second try, on a module that is as it was, take over what the first one trained.
+    model[1].mean.data.zero_()
+    again = training(tmp_path / "run", model)
+    assert again.finished == 0 and not again.complete
+    with changed:
+        run(again)
 
 
 def test_a_folder_without_its_plan_is_refused(tmp_path: Path) -> None:
@@ -386,6 +396,21 @@ def test_a_folder_without_its_plan_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run" / "plan.json").unlink()
     with pytest.raises(UserError, match=r"plan\.json: is missing, and steps were begun"):
         training(tmp_path / "run", plan=plan_of(noise_multiplier=5.0))
+
+
+def test_a_record_that_is_removed_before_the_first_checkpoint_is_missed(tmp_path: Path) -> None:
+    with pytest.raises(Crash):
+        run(training(tmp_path / "run", checkpoint_minutes=60, insecure_seed=None), stop_in=2)
+    (tmp_path / "run" / "executions.jsonl").unlink()
+    with pytest.raises(UserError, match=r"executions\.jsonl: is not there or empty"):
+        training(tmp_path / "run", insecure_seed=None)
+
+
+def test_a_plan_under_which_nothing_was_begun_can_be_replaced(tmp_path: Path) -> None:
+    training(tmp_path / "run").close()
+    private = training(tmp_path / "run", plan=plan_of(max_grad_norm=0.4), insecure_seed=None)
+    run(private)
+    assert private.statement().record["max_grad_norm"] == 0.4 and private.statement().epsilon < 100
 
 
 @pytest.mark.parametrize(
