@@ -15,7 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["DP_LORA_LEDGER"] = tempfile.mkdtemp(prefix="dp_lora_ledger") + "/privacy_ledger.jsonl"
 os.environ["XDG_DATA_HOME"] = str(Path(os.environ["DP_LORA_LEDGER"]).parent / "share")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import absl.logging
 import hypothesis
@@ -28,6 +28,7 @@ from dp_lora.data import sets
 from dp_lora.data.sets import ImageSplits
 from dp_lora.jobs import job
 from dp_lora.models.folders import LatentDiffusion, load
+from tests.builders.forked import Nursery
 from tests.builders.tiny import TINY, composed, words
 from tests.builders.tiny_diffusion import PRESETS, TinyDiffusion, batch_of
 
@@ -84,6 +85,14 @@ def digits(cache: Path) -> ImageSplits:
     """The private images of the tiny job."""
     config = composed(*TINY, f"paths.cache={cache}")
     return sets.load(config.data, config.paths)
+
+
+@pytest.fixture(scope="session")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    """Starts commands that have imported torch and diffusers already."""
+    started = Nursery(tmp_path_factory.mktemp("nursery"))
+    yield started
+    started.end()
 
 
 @pytest.fixture

@@ -14,9 +14,10 @@ from typing import Any
 from dp_lora.storage.files import read_json
 from hydra_plugins.dp_lora_launcher._ledger import Ledger
 from tests.builders.counting import counted, go
+from tests.builders.forked import Forked
 
 LARGEST_ARRAY = 8
-STEPS = 100
+STEPS = 20
 
 
 def free_ports() -> int:
@@ -36,7 +37,7 @@ def free_ports() -> int:
 class Sweep:
     """A driver that runs, and its sweep's folder."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[str] | Forked
     output: Path
     outputs: Path
 

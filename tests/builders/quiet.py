@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dp_lora.storage.files import read_json
-from tests.builders.tiny import words
+from tests.builders.forked import Nursery
+from tests.builders.tiny import once, words
 
 STEPS = 6
 REAL = ("stages=[finetune]", f"train.max_steps={STEPS}", "train.expected_batch_size=60",
@@ -19,18 +20,17 @@ REAL = ("stages=[finetune]", f"train.max_steps={STEPS}", "train.expected_batch_s
 class Quiet:
     """The same jobs, one after another in one process that nothing happens to."""
 
-    def __init__(self, cache: Path, folder: Path, more: Sequence[str]) -> None:
+    def __init__(self, nursery: Nursery, cache: Path, folder: Path, more: Sequence[str]) -> None:
         self._folder = folder
-        given = {word.partition("=")[0]: word for word in [*words(cache, folder), *REAL, *more]}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "dp_lora", "-m", *given.values()],
-            cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+        descriptor, said = tempfile.mkstemp(dir=folder, suffix=".txt")
+        os.close(descriptor)
+        self._said = Path(said)
+        given = once(*words(cache, folder), *REAL, *more)
+        self._process = nursery.start(["-m", *given], self._said, folder, os.environ)
 
     def __call__(self) -> Path:
         """Their folder of outputs, once they have ended."""
-        _, errors = self._process.communicate(timeout=600)
-        assert self._process.returncode == 0, errors
+        assert self._process.wait(600) == 0, self._said.read_text()
         return self._folder
 
 

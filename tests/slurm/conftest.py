@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.builders.cluster import LARGEST_ARRAY, Start, Sweep, free_ports
+from tests.builders.forked import Forked, Nursery
 from tests.builders.packages import unavailable
 from tests.builders.tiny import TINY
 
@@ -20,8 +21,8 @@ BOX = ROOT / "tools" / "slurm_box.sh"
 
 
 @pytest.fixture(scope="session")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A SLURM of this session's own; SLURM_CONF names it."""
+def slurm(tmp_path_factory: pytest.TempPathFactory, nursery: Nursery) -> Iterator[None]:
+    """A SLURM of this session's own; SLURM_CONF names it. The nursery imports while it starts."""
     folder = tmp_path_factory.mktemp("slurm")
     prolog = folder / "prolog"
     prolog.write_text(f"#!/bin/sh\ntest ! -e {folder}/broken\n")
@@ -52,9 +53,12 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    """Starts a driver: the words of its command, `outputs` to use those of an earlier one again."""
-    running: list[subprocess.Popen[str]] = []
+def start(tmp_path_factory: pytest.TempPathFactory, nursery: Nursery) -> Iterator[Start]:
+    """Starts a driver: the words of its command, `outputs` to use those of an earlier one again.
+
+    It is a fork of the nursery, or with `forked=False` the command as a user gives it.
+    """
+    running: list[subprocess.Popen[str] | Forked] = []
 
     def begin(
         *words: str,
@@ -62,6 +66,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
         launcher: str = "slurm",
         counting: bool = True,
         without: Sequence[str] = (),
+        forked: bool = True,
         **env: str,
     ) -> Sweep:
         outputs = outputs or tmp_path_factory.mktemp("sweep") / "outputs"
@@ -77,12 +82,16 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
         chosen = {word.partition("=")[0]: word for word in [*given, *words]}
         for name in without:
             del chosen[name]
-        with output.open("w") as file:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "dp_lora", "-m", *chosen.values()],
-                cwd=outputs.parent, stdout=file, stderr=subprocess.STDOUT, text=True,
-                env={**os.environ, **env}, start_new_session=True,
-            )  # fmt: skip
+        process: subprocess.Popen[str] | Forked
+        if forked:
+            process = nursery.start(["-m", *chosen.values()], output, outputs.parent, {**os.environ, **env})
+        else:
+            with output.open("w") as file:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "dp_lora", "-m", *chosen.values()],
+                    cwd=outputs.parent, stdout=file, stderr=subprocess.STDOUT, text=True,
+                    env={**os.environ, **env}, start_new_session=True,
+                )  # fmt: skip
         running.append(process)
         return Sweep(process, output, outputs)
 

@@ -28,14 +28,15 @@ def submitted_jobs(sweep: Sweep) -> list[str]:
 
 @pytest.fixture(scope="module", autouse=True)
 def limited(start: Start) -> Sweep:
-    """A job whose time limit comes before its end, while the other tests run."""
+    """A job whose time limit comes before its end, while the other tests run. Its driver is no fork."""
     return start(
-        "train.max_steps=300", "resources.time_limit_min=1", "hydra.launcher.preemption_notice_s=45", "seed=0"
-    )
+        "train.max_steps=10", "resources.time_limit_min=1", "hydra.launcher.preemption_notice_s=45", "seed=0",
+        "tracking.tags=[0-hold]", forked=False,
+    )  # fmt: skip
 
 
 def test_a_killed_driver_is_replaced_by_the_next_and_no_job_comes_twice(start: Start) -> None:
-    words = ("seed=0,1,2", "train.max_steps=60", "tracking.tags=[0-hold,1-hold,2-hold]")
+    words = ("seed=0,1,2", "train.max_steps=10", "tracking.tags=[0-hold,1-hold,2-hold]")
     first = start(*words)
     cells = first.begun()
     until(lambda: min(map(now, cells.values())) >= 1, first)
@@ -50,7 +51,7 @@ def test_a_killed_driver_is_replaced_by_the_next_and_no_job_comes_twice(start: S
     assert f"process {second.process.pid}" in line and "driving this sweep already" in line
     second.let_go()
     assert second.wait() == 0, second.said()
-    assert all(is_right(directory, 60) for directory in cells.values())
+    assert all(is_right(directory, 10) for directory in cells.values())
     assert len(submitted_jobs(second)) == 3
     assert [len(starts(directory)) for directory in cells.values()] == [1, 1, 1]
     last = start(*words, outputs=first.outputs)
@@ -86,7 +87,7 @@ def test_a_driver_killed_around_its_submission_submits_nothing_twice(
 
 
 def test_cancel_takes_a_sweep_and_its_report_off_the_cluster(start: Start) -> None:
-    words = ("seed=0,1", "train.max_steps=40", "tracking.tags=[0-hold,1-hold]")
+    words = ("seed=0,1", "train.max_steps=10", "tracking.tags=[0-hold,1-hold]")
     first = start(*words)
     cells = first.begun()
     until(lambda: min(map(now, cells.values())) >= 1, first)
@@ -94,11 +95,11 @@ def test_cancel_takes_a_sweep_and_its_report_off_the_cluster(start: Start) -> No
     assert first.wait() == 130, first.said()
     names = {*first.ledger.submissions, first.ledger.report_name}
     until(lambda: not names & set(run("squeue", "-h", "-o", "%j").split()), first)
-    assert max(map(now, cells.values())) < 40
+    assert max(map(now, cells.values())) < 10
     first.let_go()
     again = start(*words, outputs=first.outputs)
     assert again.wait() == 0, again.said()
-    assert all(is_right(directory, 40) for directory in cells.values())
+    assert all(is_right(directory, 10) for directory in cells.values())
     assert [len(starts(directory)) for directory in cells.values()] == [2, 2]
 
 
@@ -173,21 +174,26 @@ def test_another_version_of_the_code_is_refused_and_can_be_accepted(start: Start
 
 def test_a_job_gets_gpus_of_its_own(start: Start) -> None:
     # The same run with other resources is the same run.
-    sweep = start("seed=0,1", "train.max_steps=8", "resources.cpus=1,2")
+    sweep = start("seed=0,1", "train.max_steps=4", "resources.cpus=1,2")
     assert sweep.wait() == 2
     (line,) = sweep.said().splitlines()
     assert "resources.cpus=1,2: both ask for the same run" in line
-    gpus = start("seed=0,1", "train.max_steps=8", "resources.gpus=2")
+    gpus = start("seed=0,1", "train.max_steps=4", "resources.gpus=2", "tracking.tags=[0-hold,1-hold]")
+    cells = gpus.begun()
+    until(lambda: min(map(now, cells.values())) >= 1, gpus)
+    gpus.let_go()
     assert gpus.wait() == 0, gpus.said()
     rows = [starts(directory)[0] for directory in gpus.cells().values()]
     assert sorted(row["gpus"] for row in rows) == ["0,1", "2,3"]
 
 
 def test_a_time_limit_is_no_end(limited: Sweep) -> None:
-    assert limited.wait() == 0, limited.said()
     (directory,) = limited.cells().values()
+    until(lambda: len(starts(directory)) >= 2, limited)
+    limited.let_go()
+    assert limited.wait() == 0, limited.said()
     rows = starts(directory)
-    assert len(rows) >= 2 and is_right(directory, 300)
+    assert is_right(directory, 10)
     assert [row["from"] for row in rows[1:]] != [0] * (len(rows) - 1)
     assert len({row["job"] for row in rows}) == 1
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from dp_lora.storage.files import read_json, read_lines
 from tests.builders.cluster import Start, run, until
+from tests.builders.forked import Nursery
 from tests.builders.quiet import REAL, Quiet, twin
 from tests.builders.wandb_file import read_run
 
@@ -18,8 +19,10 @@ pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("slurm")]
 PAIR = ("train.max_steps=4", "train.microbatch=7", "privacy.insecure_seed=8")
 
 
-def test_two_processes_of_one_job_end_where_one_does(start: Start, cache: Path, tmp_path: Path) -> None:
-    quiet = Quiet(cache, tmp_path, PAIR)
+def test_two_processes_of_one_job_end_where_one_does(
+    start: Start, nursery: Nursery, cache: Path, tmp_path: Path
+) -> None:
+    quiet = Quiet(nursery, cache, tmp_path, PAIR)
     sweep = start(*REAL, *PAIR, f"paths.cache={cache}", "resources.processes=2", "resources.memory_gb=4",
                   counting=False)  # fmt: skip
     assert sweep.wait() == 0, sweep.said()
