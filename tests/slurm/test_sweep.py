@@ -36,6 +36,9 @@ def treated(start: Start) -> Sweep:
     for number, act in acts.items():
         until(lambda number=number: now(cells[number]) >= 3, sweep)
         act()
+    # SLURM kills seconds after it was asked to; until then these two hold.
+    until(lambda: len(starts(cells[REQUEUED])) == 2, sweep)
+    until(lambda: sweep.job(CANCELLED) not in run("squeue", "-h", "-r", "-o", "%F_%K").split(), sweep)
     sweep.let_go()
     sweep.wait()
     return sweep
