@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ from hydra_plugins.dp_lora_launcher import _node, _slurm
 from hydra_plugins.dp_lora_launcher._cells import Cell, Composer, code_version
 from hydra_plugins.dp_lora_launcher._ledger import Ledger
 from tests.builders.counting import counted, go, starts
+from tests.builders.forked import Forked, Nursery
 from tests.builders.tiny import TINY, composed, once, words
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -340,24 +340,27 @@ STEPS = 15
 class Driver:
     """`hydra/launcher=local` with jobs that count to `STEPS`."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.outputs = folder, folder / "outputs"
+    def __init__(self, nursery: Nursery, folder: Path) -> None:
+        self.nursery, self.folder, self.outputs = nursery, folder, folder / "outputs"
+        self._said: dict[int, Path] = {}
         folder.mkdir()
 
-    def start(self, *given: str, **environment: str) -> subprocess.Popen[str]:
-        chosen = {
-            word.partition("=")[0]: word
-            for word in (
-                *TINY, f"paths.outputs={self.outputs}", "stages=[finetune]", f"train.max_steps={STEPS}",
-                "hydra/launcher=local", "hydra.launcher.poll_s=0.1", "hydra.launcher.name=mine",
-                "hydra.launcher.job=tests.builders.counting:counting", *given,
-            )
-        }  # fmt: skip
-        return subprocess.Popen(
-            [sys.executable, "-m", "dp_lora", "-m", *chosen.values()],
-            cwd=self.folder, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+    def start(self, *given: str, **environment: str) -> Forked:
+        chosen = once(
+            *TINY, f"paths.outputs={self.outputs}", "stages=[finetune]", f"train.max_steps={STEPS}",
+            "hydra/launcher=local", "hydra.launcher.poll_s=0.1", "hydra.launcher.name=mine",
+            "hydra.launcher.job=tests.builders.counting:counting", *given,
         )  # fmt: skip
+        said = self.folder / f"driver{len(self._said)}.txt"
+        surroundings = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+        process = self.nursery.start(["-m", *chosen], said, self.folder, surroundings)
+        self._said[process.pid] = said
+        return process
+
+    def ended(self, process: Forked) -> str:
+        """What the driver has said, once it has ended."""
+        process.wait(900)
+        return self._said[process.pid].read_text()
 
     def cells(self) -> list[Path]:
         path = self.outputs / "sweeps" / "mine" / "sweep.json"
@@ -376,8 +379,8 @@ class Driver:
 
 
 @pytest.fixture
-def pool(tmp_path: Path) -> Driver:
-    return Driver(tmp_path / "pool")
+def pool(nursery: Nursery, tmp_path: Path) -> Driver:
+    return Driver(nursery, tmp_path / "pool")
 
 
 def until(condition: Callable[[], Any], timeout: float = 600) -> None:
@@ -392,7 +395,7 @@ def test_the_pool_keeps_to_its_size_and_hands_out_gpus(pool: Driver) -> None:
         "seed=0,1,2,3", "resources.gpus=1", "tracking.tags=[3-raise]", "hydra.launcher.max_parallel=3",
         CUDA_VISIBLE_DEVICES="4,7",
     )  # fmt: skip
-    _, said = process.communicate(timeout=900)
+    said = pool.ended(process)
     assert process.returncode == 1, said
     assert pool.right() == [True, True, True, False]
     assert "failed: cell 3" in said and "no such luck" in said and "1 of 4 cells failed" in said
@@ -407,18 +410,15 @@ def test_a_killed_driver_of_the_pool_is_replaced_and_a_killed_job_is_started_aga
     words = ("seed=0,1,2", "hydra.launcher.max_parallel=2", "tracking.tags=[0-hold,1-hold,2-hold]")
     first = pool.start(*words)
     until(lambda: sum(map(len, pool.starts())) == 2)
-    first.kill()
-    # Not until the end of what it says: its jobs hold, and have its stderr.
+    first.send_signal(signal.SIGKILL)
     first.wait()
-    assert first.stderr is not None
-    first.stderr.close()
     second = pool.start(*words)
     go(pool.cells()[0])
     until(lambda: sum(map(len, pool.starts())) == 3)
     os.kill(pool.starts()[2][0]["pid"], signal.SIGKILL)
     for directory in pool.cells():
         go(directory)
-    _, said = second.communicate(timeout=900)
+    said = pool.ended(second)
     assert second.returncode == 0, said
     assert pool.right() == [True, True, True]
     assert [len(rows) for rows in pool.starts()] == [1, 1, 2]
@@ -428,11 +428,11 @@ def test_ctrl_c_lets_the_jobs_of_the_pool_save(pool: Driver) -> None:
     first = pool.start("seed=0", "tracking.tags=[0-hold]")
     until(lambda: any((directory / "now").exists() for directory in pool.cells()))
     first.send_signal(signal.SIGINT)
-    _, said = first.communicate(timeout=900)
+    said = pool.ended(first)
     assert first.returncode == 130, said
     assert said.splitlines()[-1].endswith("its jobs have saved and stopped; the same command continues")
     go(pool.cells()[0])
     again = pool.start("seed=0", "tracking.tags=[0-hold]")
-    _, said = again.communicate(timeout=900)
+    said = pool.ended(again)
     assert again.returncode == 0, said
     assert pool.right() == [True] and pool.starts()[0][1]["from"] > 0
