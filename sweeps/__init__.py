@@ -1,4 +1,4 @@
-"""Ablations: from the words of a sweep to its tables, plots and page. Reads what jobs leave, runs none.
+"""Ablations: from the words of a sweep to its jobs, tables, plots and page.
 
 | module | what |
 |---|---|
@@ -10,6 +10,8 @@
 | `bill` | what all runs on a private set spend together |
 | `report`, `dashboard` | all of these as files; a W&B workspace |
 | `plan`, `status`, `cancel` | what a sweep will take and spend; what it does; its end |
+| `grid` | the jobs of a sweep that is no product |
+| `cluster` | its jobs, on SLURM or on this machine |
 
 `python -m sweeps` is the command; imports point from the bottom of this list to its top.
 """

@@ -14,7 +14,7 @@ from dp_lora.errors import UserError
 from sweeps.folders import Sweep
 
 if TYPE_CHECKING:
-    from hydra_plugins.dp_lora_launcher._ledger import Ledger
+    from sweeps.cluster.ledger import Ledger
 
 
 def cancel(sweep: Sweep) -> list[str]:
@@ -27,7 +27,7 @@ def cancel(sweep: Sweep) -> list[str]:
     """
     if not sweep.launched:
         raise UserError(f"{sweep.folder}: runs that were started one by one; expected the folder of a sweep")
-    from hydra_plugins.dp_lora_launcher._ledger import Ledger
+    from sweeps.cluster.ledger import Ledger
 
     done = _interrupt(sweep.folder)
     ledger = Ledger(sweep.folder)
@@ -71,7 +71,7 @@ def _held(folder: Path) -> bool:
 
 def _stop_local(ledger: Ledger) -> list[str]:
     """Stops the jobs on this machine that a dead driver left behind."""
-    from hydra_plugins.dp_lora_launcher._pool import Pool
+    from sweeps.cluster.pool import Pool
 
     pool = Pool(ledger, None, 0, None)
     left = list(pool.live())
@@ -80,7 +80,7 @@ def _stop_local(ledger: Ledger) -> list[str]:
 
 def _scancel(ledger: Ledger) -> list[str]:
     """Takes the sweep's submissions, and the job that would write its report, off the cluster."""
-    from hydra_plugins.dp_lora_launcher._slurm import use_box
+    from sweeps.cluster.slurm import use_box
 
     use_box()
     names = {*ledger.submissions, ledger.report_name}

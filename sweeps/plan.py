@@ -19,7 +19,7 @@ from sweeps.folders import read_record, runs
 
 if TYPE_CHECKING:
     from dp_lora.privacy.subsampled_gaussian import Mechanism
-    from hydra_plugins.dp_lora_launcher._cells import Cell
+    from sweeps.cluster.cells import Cell
 
 RATED = 100
 """Finished runs of an experiment by which hours are estimated, the newest."""

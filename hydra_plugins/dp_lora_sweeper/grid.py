@@ -1,10 +1,9 @@
 """The sweeper: Hydra's own, which makes products, with cells for what is no product."""
 
 import copy
-import itertools
 import shlex
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -17,6 +16,7 @@ from omegaconf import open_dict
 
 from dp_lora.config.load import from_omegaconf
 from dp_lora.errors import UserError
+from sweeps.grid import check_sweep, choices_of, jobs
 
 
 @dataclass
@@ -33,7 +33,7 @@ class GridConfig:
 
 
 class GridSweeper(BasicSweeper):
-    """Hydra's sweeper for products, and for cells that are no product; see `GridConfig` and `jobs`."""
+    """Hydra's sweeper for products, and for cells; see `GridConfig` and `sweeps.grid.jobs`."""
 
     def __init__(
         self, max_batch_size: int | None, params: dict[str, str] | None = None, cells: Sequence[str] = ()
@@ -65,8 +65,8 @@ class GridSweeper(BasicSweeper):
         from dp_lora.config.identity import fingerprint
         from dp_lora.jobs.settings import check_settings
         from dp_lora.storage.files import check_writable
-        from hydra_plugins.dp_lora_launcher._cells import refuse_one_run_twice
         from hydra_plugins.dp_lora_launcher.launcher import SweepLauncher
+        from sweeps.cluster.cells import refuse_one_run_twice
 
         if isinstance(self.launcher, SweepLauncher):
             return
@@ -88,74 +88,17 @@ class GridSweeper(BasicSweeper):
         self, overrides: list[Override], max_batch_size: int | None
     ) -> list[list[list[str]]]:
         for override in overrides:
-            _check_sweep(override)
+            check_sweep(override)
         if not self.cells:
             return BasicSweeper.split_arguments(overrides, max_batch_size)
         assert self.hydra_context is not None
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        cells = [_choices(parser.parse_overrides(shlex.split(cell, posix=False))) for cell in self.cells]
+        cells = [choices_of(parser.parse_overrides(shlex.split(cell, posix=False))) for cell in self.cells]
         found = jobs(
-            [{name: values[0] for name, values in cell.items()} for cell in cells], _choices(overrides)
+            [{name: values[0] for name, values in cell.items()} for cell in cells], choices_of(overrides)
         )
         size = max_batch_size or len(found)
         return [found[start : start + size] for start in range(0, len(found), size)]
-
-
-def jobs(cells: Sequence[Mapping[str, str]], choices: Mapping[str, Sequence[str]]) -> list[list[str]]:
-    """The words of every job: each cell with each combination of the values of `choices`.
-
-    A choice with a value that some cells have keeps those, and the cells that leave it open; any other
-    choice is for the cells that leave it open.
-
-    >>> baselines = [{"trainable": "lora"}, {"trainable": "full"}, {"trainable": "lora", "epsilon": "'inf'"}]
-    >>> jobs(baselines, {"trainable": ["lora"], "epsilon": ["eps1"]})
-    [['trainable=lora', 'epsilon=eps1'], ['trainable=lora', "epsilon='inf'"]]
-
-    Raises UserError for a choice that no cell has and none leaves open.
-    """
-    kept = list(cells)
-    for name, values in choices.items():
-        said = list(dict.fromkeys(cell[name] for cell in kept if name in cell))
-        if set(said) & set(values):
-            kept = [cell for cell in kept if cell.get(name, values[0]) in values]
-        elif kept and all(name in cell for cell in kept):
-            raise UserError(
-                f"{name}={','.join(values)}: no cell of this sweep has it; expected some of {', '.join(said)}"
-            )
-    found: dict[frozenset[str], list[str]] = {}
-    for cell in kept:
-        open_names = [name for name in choices if name not in cell]
-        for values in itertools.product(*(choices[name] for name in open_names)):
-            chosen = {**cell, **dict(zip(open_names, values, strict=True))}
-            words = [f"{name}={value}" for name, value in chosen.items()]
-            found.setdefault(frozenset(words), words)
-    return list(found.values())
-
-
-def _check_sweep(override: Override) -> None:
-    """Raises UserError for what gives no values, one by one."""
-    if not override.is_sweep_override():
-        return
-    if not override.is_discrete_sweep():
-        raise UserError(f"{override.input_line}: expected values between commas, or a range")
-    values = list(override.sweep_string_iterator())
-    if not values:
-        raise UserError(f"{override.input_line}: stands for no value at all; expected at least one")
-    if twice := [value for value in values if values.count(value) > 1]:
-        raise UserError(f"{override.input_line}: {twice[0]} stands there twice; expected every value once")
-
-
-def _choices(overrides: Sequence[Override]) -> dict[str, list[str]]:
-    """The values of each name, the last word of a name being the one that counts."""
-    found: dict[str, list[str]] = {}
-    for override in overrides:
-        name = override.get_key_element()
-        if override.is_sweep_override():
-            _check_sweep(override)
-            found[name] = list(override.sweep_string_iterator())
-        else:
-            found[name] = [override.get_value_element_as_str()]
-    return found
 
 
 ConfigStore.instance().store(group="hydra/sweeper", name="grid", node=GridConfig)

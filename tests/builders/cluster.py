@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dp_lora.storage.files import read_json
-from hydra_plugins.dp_lora_launcher._ledger import Ledger
+from sweeps.cluster.ledger import Ledger
 from tests.builders.counting import counted, go
 from tests.builders.forked import Forked
 

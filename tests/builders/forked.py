@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 ROOT = Path(__file__).resolve().parents[2]
 IMPORTED = (
     "scipy.signal", "dp_lora.__main__", "dp_lora.jobs.settings", "dp_lora.training.finetune", "sweeps.report",
-    "hydra_plugins.dp_lora_launcher._pool", "hydra_plugins.dp_lora_launcher._slurm",
+    "sweeps.cluster.pool", "sweeps.cluster.slurm",
 )  # fmt: skip
 
 

@@ -40,7 +40,7 @@ APART = {
     "builders": None,
     "house": None,
     "slurm": None,
-    "sweeps": ("sweeps", "hydra_plugins/dp_lora_launcher", "hydra_plugins/dp_lora_sweeper"),
+    "sweeps": ("sweeps", "sweeps/cluster", "hydra_plugins/dp_lora_launcher", "hydra_plugins/dp_lora_sweeper"),
 }
 """The folders of tests beside those of the rooms, and where the modules lie that they test, if by name."""
 UNDIVIDED = ("tests/auditing/test_audit.py",)
@@ -156,6 +156,13 @@ def test_the_package_knows_nothing_of_what_is_built_on_it(graph: Imports) -> Non
     assert [name for name, others in graph.items() for o in others if o.split(".")[0] in above] == []
 
 
+def test_sweeps_know_nothing_of_the_classes_that_hydra_looks_up() -> None:
+    graph = imports_of(ROOT / "sweeps")
+    above = ("hydra_plugins", "benchmarks", "tests")
+    assert [name for name, others in graph.items() for o in others if o.split(".")[0] in above] == []
+    assert circles(graph) == []
+
+
 def test_privacy_knows_tensors_alone(graph: Imports) -> None:
     strangers = ("diffusers", "omegaconf", "yaml", "hydra", "wandb")
     inside = {name: others for name, others in graph.items() if room(name) == "privacy"}
@@ -206,7 +213,7 @@ def test_what_can_be_chosen_is_stated_once() -> None:
 
 def test_files_and_functions_stay_short() -> None:
     long = []
-    for path in PACKAGE.rglob("*.py"):
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "sweeps").rglob("*.py")]:
         text = path.read_text(encoding="utf-8")
         if len(text.splitlines()) > 500:
             long.append(str(path.relative_to(ROOT)))

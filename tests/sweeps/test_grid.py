@@ -21,7 +21,7 @@ from dp_lora.commands.command_line import hydra_words
 from dp_lora.config.identity import fingerprint, run_directory
 from dp_lora.config.load import config_directory
 from dp_lora.errors import UserError
-from hydra_plugins.dp_lora_sweeper.grid import jobs
+from sweeps.grid import jobs
 from tests.builders.tiny import composed
 
 SWEEPS = sorted(path.stem for path in (config_directory() / "sweep").glob("*.yaml") if path.stem != "none")

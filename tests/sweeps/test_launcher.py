@@ -25,9 +25,9 @@ from dp_lora.config.load import config_directory, from_omegaconf
 from dp_lora.config.schema import ResourcesConfig
 from dp_lora.errors import Busy, UserError
 from dp_lora.storage.files import read_json, write_json
-from hydra_plugins.dp_lora_launcher import _node, _slurm
-from hydra_plugins.dp_lora_launcher._cells import Cell, Composer, code_version
-from hydra_plugins.dp_lora_launcher._ledger import Ledger
+from sweeps.cluster import node, slurm
+from sweeps.cluster.cells import Cell, Composer, code_version
+from sweeps.cluster.ledger import Ledger
 from tests.builders.counting import counted, go, starts
 from tests.builders.forked import Forked, Nursery
 from tests.builders.tiny import TINY, composed, once, words
@@ -178,7 +178,7 @@ def test_one_array_for_each_kind_of_resources_within_the_limit() -> None:
         cell(4),
         cell(5, partition="b"),
     ]
-    arrays = _slurm._arrays(cells, largest=2)
+    arrays = slurm._arrays(cells, largest=2)
     assert [[c.number for c in array] for array in arrays] == [[0, 2], [4], [1, 3], [5]]
 
 
@@ -187,12 +187,12 @@ def test_a_request_in_the_words_of_sbatch() -> None:
         nodes=2, gpus=8, cpus=4, memory_gb=1.5, time_limit_min=30, partition="p", account="a", qos="q",
         constraint="c", sbatch={"exclusive": "", "reservation": "night"},
     )  # fmt: skip
-    assert _slurm._options(resources) == {
+    assert slurm._options(resources) == {
         "time": 30, "nodes": 2, "ntasks-per-node": 8, "cpus-per-task": 4, "mem": "1536M", "partition": "p",
         "account": "a", "qos": "q", "constraint": "c", "gpus-per-node": 8, "exclusive": True,
         "reservation": "night",
     }  # fmt: skip
-    assert _slurm._options(ResourcesConfig(gpus=4, processes=2))["ntasks-per-node"] == 2
+    assert slurm._options(ResourcesConfig(gpus=4, processes=2))["ntasks-per-node"] == 2
 
 
 @pytest.mark.parametrize(
@@ -321,15 +321,15 @@ def test_a_job_waits_for_another_sweeps_job_of_the_same_cell(
             raise Busy("run: another process is running this job")
 
     monkeypatch.setattr("tests.builders.counting.counting", busy_at_first)
-    monkeypatch.setattr(_node, "BUSY_S", 0.0)
+    monkeypatch.setattr(node, "BUSY_S", 0.0)
     with ledger.held():
         ledger.begin([one], "dp-lora", code_version(), "tests.builders.counting:counting", any_code=False)
         ledger.freeze(one)
-    _node._run(ledger.folder, one.identity, alone=True)
+    node._run(ledger.folder, one.identity, alone=True)
     assert len(tried) == 3 and capsys.readouterr().err.count("waiting for it") == 1
     tried.clear()
     with pytest.raises(Busy):  # its other processes could not wait with it
-        _node._run(ledger.folder, one.identity, alone=False)
+        node._run(ledger.folder, one.identity, alone=False)
 
 
 # The pool of this machine

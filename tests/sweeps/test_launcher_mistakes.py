@@ -15,8 +15,8 @@ from dp_lora.__main__ import main
 from dp_lora.config.schema import EXTRACTORS
 from dp_lora.errors import SweepFailed
 from dp_lora.evaluation import features
-from hydra_plugins.dp_lora_launcher.launcher import Drive
 from sweeps.__main__ import main as sweeps
+from sweeps.cluster.drive import Drive
 from tests.builders.tiny import TINY, once, words
 
 Run = Callable[..., tuple[int, list[str]]]

@@ -44,7 +44,7 @@ from dp_lora.storage.files import (
     write_atomic,
     write_json,
 )
-from hydra_plugins.dp_lora_launcher._cells import Cell
+from sweeps.cluster.cells import Cell
 
 
 @dataclass

@@ -71,8 +71,8 @@ def _stop(number: int, frame: object) -> NoReturn:
 
 def _run(folder: Path, identity: str, *, alone: bool) -> None:
     """Runs the cell; where a job of another sweep runs the same one, a job of one process waits for it."""
-    from hydra_plugins.dp_lora_launcher._cells import code_version
-    from hydra_plugins.dp_lora_launcher._ledger import thaw
+    from sweeps.cluster.cells import code_version
+    from sweeps.cluster.ledger import thaw
 
     sweep = read_json(folder / "sweep.json")
     if sweep["code"] != (code := code_version()):

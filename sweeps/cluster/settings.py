@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Optional
 
-from hydra.core.config_store import ConfigStore
-
 from dp_lora.errors import UserError, did_you_mean
 
 
@@ -80,6 +78,3 @@ def check_launcher(settings: Mapping[str, Any], time_limit_min: int) -> None:
 def _is(pattern: str, text: str | None) -> bool:
     """Whether the pattern matches the whole text; true where there is none."""
     return text is None or re.fullmatch(pattern, text) is not None
-
-
-ConfigStore.instance().store(group="hydra/launcher", name="dp_lora_schema", node=LauncherConfig)

@@ -26,9 +26,9 @@ from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmiss
 
 from dp_lora.config.schema import ResourcesConfig
 from dp_lora.errors import UserError
-from hydra_plugins.dp_lora_launcher._cells import Cell
-from hydra_plugins.dp_lora_launcher._ledger import Ledger, Submission
-from hydra_plugins.dp_lora_launcher._node import run_cell, write_report
+from sweeps.cluster.cells import Cell
+from sweeps.cluster.ledger import Ledger, Submission
+from sweeps.cluster.node import run_cell, write_report
 
 SIGNAL = "USR2"
 """The signal that announces preemption and the time limit; NCCL has its own use for USR1."""

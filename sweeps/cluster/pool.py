@@ -15,9 +15,9 @@ import submitit
 from submitit.core.utils import JobPaths
 
 from dp_lora.errors import UserError
-from hydra_plugins.dp_lora_launcher._cells import Cell
-from hydra_plugins.dp_lora_launcher._ledger import Ledger, Submission
-from hydra_plugins.dp_lora_launcher._node import run_cell
+from sweeps.cluster.cells import Cell
+from sweeps.cluster.ledger import Ledger, Submission
+from sweeps.cluster.node import run_cell
 
 STOP_S = 300.0
 """How long the driver waits for its jobs to save when it is interrupted."""
