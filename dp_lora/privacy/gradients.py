@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +45,20 @@ _ROUNDING = 1 + 1e-5
 _LARGEST = 1e27
 
 _PART = 1 << 16
+
+
+class _Replaced:
+    """A forward that stands in place of a layer's own. A deep copy of the layer has its own forward again."""
+
+    def __init__(self, layer: nn.Module, forward: Callable[..., Tensor]) -> None:
+        self._layer, self._forward = layer, forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self._forward(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        # A function is not copied: that of the copy would compute with the weights of the layer itself.
+        return MethodType(type(self._layer).forward, memo[id(self._layer)])
 
 
 class ClippedGradientSum:
@@ -175,9 +191,10 @@ class ClippedGradientSum:
                 self._set_layer(own, number)
 
     def _patch(self, layer: nn.Module, name: str, forward: Callable[..., Tensor]) -> None:
-        if "forward" in vars(layer):
+        found = vars(layer).get("forward")
+        if found is not None and getattr(found, "__func__", None) is not type(layer).forward:
             raise RuntimeError(f"{name}: its forward is already replaced; detach the other engine first")
-        layer.forward = forward
+        layer.forward = _Replaced(layer, forward)
         self._patched.append(layer)
 
     def _set_layer(self, parameters: list[nn.Parameter], number: int) -> None:

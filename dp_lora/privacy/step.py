@@ -419,6 +419,8 @@ def check_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module) -> None
         )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise UserError("optimizer=LBFGS: evaluates the loss by itself; expected one that takes a gradient")
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        raise UserError("optimizer=SparseAdam: takes sparse gradients; expected Adam, since noise is dense")
     trained = {id(p): name for name, p in module.named_parameters() if p.requires_grad}
     given = {id(p): p for group in optimizer.param_groups for p in group["params"]}
     if missing := [name for key, name in trained.items() if key not in given]:

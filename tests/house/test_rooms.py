@@ -43,8 +43,6 @@ APART = {
     "sweeps": ("sweeps", "sweeps/cluster", "hydra_plugins/dp_lora_launcher", "hydra_plugins/dp_lora_sweeper"),
 }
 """The folders of tests beside those of the rooms, and where the modules lie that they test, if by name."""
-UNDIVIDED = ("tests/auditing/test_audit.py",)
-"""Longer than the other files of tests."""
 
 Imports = Mapping[str, Mapping[str, bool]]
 """Of each module, the modules that it imports, and whether that is at its top."""
@@ -259,7 +257,7 @@ def misplaced(tests: Path, root: Path) -> list[str]:
 
 
 def test_no_test_file_needs_another() -> None:
-    assert [path for path in that_need_tests(TESTS) if path not in UNDIVIDED] == []
+    assert that_need_tests(TESTS) == []
 
 
 def test_tests_lie_where_their_modules_do() -> None:
@@ -274,7 +272,7 @@ def test_files_of_tests_stay_short() -> None:
         for path in TESTS.rglob("*.py")
         if len(path.read_text(encoding="utf-8").splitlines()) > 500
     }
-    assert long <= {*UNDIVIDED}
+    assert long == set()
 
 
 def test_the_checks_of_the_tests_find_what_they_look_for(tmp_path: Path) -> None:

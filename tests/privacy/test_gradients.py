@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -452,6 +453,25 @@ def test_losses_and_rows_that_do_not_fit_are_refused() -> None:
         ClippedGradientSum(model, Clip(2, 1.0))
     engine.add(model(x).sum(1).view(3, 2).mean(1))
     assert engine.total().any()
+
+
+def test_a_copy_of_an_attached_module_computes_with_its_own_weights() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)), torch.randn(5, 4)
+    engine = ClippedGradientSum(model, Clip(1, 1.0))
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied(x), model(x))
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+    assert not copied(x).any() and model(x).all()
+    copied(x).sum().backward()
+    assert copied[2].bias.grad is not None and copied[2].bias.grad.tolist() == [5.0, 5.0]
+    # The copy can have an engine of its own.
+    other = ClippedGradientSum(copied, Clip(1, 1.0))
+    other.add(copied(x).sum(1))
+    other.detach()
+    engine.add(model(x).sum(1))
+    assert other.total().any() and engine.total().any()
 
 
 def test_nothing_to_add_for_no_examples() -> None:

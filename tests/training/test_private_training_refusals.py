@@ -81,6 +81,7 @@ def test_an_optimiser_of_other_parameters_is_refused(tmp_path: Path) -> None:
     model[0].weight.grad = None
     check_optimizer(torch.optim.SGD(model.parameters(), lr=1.0), model)
     refused(torch.optim.LBFGS(model.parameters()), "LBFGS")
+    refused(torch.optim.SparseAdam(model.parameters()), "SparseAdam")
     refused(object(), "expected a torch.optim.Optimizer")
 
 
