@@ -16,6 +16,7 @@ import pytest
 from dp_lora.jobs.begun import begun
 from dp_lora.storage.files import read_json, read_lines
 from tests.builders.cluster import Start, Sweep, run, until
+from tests.builders.forked import Nursery
 from tests.builders.quiet import REAL, STEPS, Quiet, released, twin
 
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("slurm")]
@@ -141,7 +142,9 @@ def wreak(sweep: Sweep, again: Callable[[], Sweep]) -> Havoc:
     return havoc
 
 
-def test_a_sweep_through_havoc_ends_like_a_quiet_one(start: Start, cache: Path, tmp_path: Path) -> None:
+def test_a_sweep_through_havoc_ends_like_a_quiet_one(
+    start: Start, nursery: Nursery, cache: Path, tmp_path: Path
+) -> None:
     given = (*REAL, *GRID, f"paths.cache={cache}", "hydra.launcher.max_parallel=3",
              "hydra.launcher.max_kills=100", "resources.memory_gb=1.5")  # fmt: skip
     sweep = start(*given, counting=False)
@@ -149,7 +152,7 @@ def test_a_sweep_through_havoc_ends_like_a_quiet_one(start: Start, cache: Path, 
     ended = wreak(sweep, lambda: start(*given, outputs=sweep.outputs, counting=False))
     assert ended.sweep.process.returncode == 0, ended.sweep.said()
     assert len(ended.done) >= KILLS, ended.done
-    halves = [Quiet(cache, tmp_path, [f"noise_multiplicity={k}", *GRID[1:]]) for k in ("k1", "k2")]
+    halves = [Quiet(nursery, cache, tmp_path, [f"noise_multiplicity={k}", *GRID[1:]]) for k in ("k1", "k2")]
     (outputs,) = {half() for half in halves}
     cells = ended.sweep.cells()
     assert len(cells) == 24
