@@ -20,6 +20,7 @@ from dp_lora.config.schema import ADJACENCIES
 from dp_lora.errors import UserError
 from dp_lora.jobs.begun import begun, begun_by_all, releases_of
 from dp_lora.jobs.image_index import ImageIndex
+from dp_lora.jobs.reuse import taken
 from dp_lora.jobs.spending import (
     is_beside,
     ledger_beside,
@@ -379,6 +380,12 @@ def _read_files(directory: Path) -> _Run | None:
             )
         return None
     receipt = read_receipt(checkpoint) if visible else None
+    trained = taken(directory) if visible else None
+    if trained is not None:
+        # The same run to ledger and bill: its training counts once, and its releases are kept with it.
+        receipt = trained.receipt
+        if trained.directory.is_dir():
+            checkpoint = trained.directory / "checkpoint"
     config = _settings(directory)
     if receipt is None and config["data"]["public"]:
         return None

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dp_lora.config.identity import pretrained_fingerprint
+from dp_lora.config.identity import pretrained_fingerprint, training_fingerprint
 from dp_lora.config.schema import Config, ResourcesConfig
 from dp_lora.data.sets import expected_train_size
 from dp_lora.errors import UserError
@@ -37,10 +37,13 @@ def lines(cells: Sequence[Cell], describe: Callable[[ResourcesConfig], str]) -> 
     measured = [rate for name in experiments for rate in rates(outputs / name)]
     common = set.intersection(*(set(cell.words) for cell in cells)) if len(cells) > 1 else set()
     said, total, unknown = [], 0.0, 0
+    trained = set[str]()
     for cell in cells:
         resources = cell.config.resources
         processors = max(1, resources.gpus * resources.nodes)
-        expected = hours(cell.config, measured)
+        training = training_fingerprint(cell.config)
+        expected = hours(cell.config, measured, trains=training not in trained)
+        trained.add(training)
         if cell.is_done():
             state = "done"
         elif expected is None:
@@ -54,9 +57,11 @@ def lines(cells: Sequence[Cell], describe: Callable[[ResourcesConfig], str]) -> 
     left = f"; {unknown} cells without an estimate" if measured and unknown else ""
     waiting = sum(not cell.is_done() for cell in cells)
     configs = [cell.config for cell in cells]
+    taken = len(cells) - len(trained)
+    shared = f"; {taken} of them take the training of another cell" if taken else ""
     return [
         *said, *pretrainings(configs), *spending(configs),
-        f"{len(cells)} cells, {waiting} to run; {known}{left}; nothing was submitted",
+        f"{len(cells)} cells, {waiting} to run; {known}{left}{shared}; nothing was submitted",
     ]  # fmt: skip
 
 
@@ -81,19 +86,20 @@ def pretrainings(configs: Sequence[Config]) -> list[str]:
 def spending(configs: Sequence[Config]) -> list[str]:
     """Lines on what the runs spend, each and all together, one for each private set.
 
+    Runs that differ in sampling or evaluation only are one training.
     Where the settings tell the number of images, the noise is calibrated as the runs will do it and their
     mechanisms are composed. Else, and where a mechanism cannot be, together is by basic composition: epsilons
     and deltas add up at most.
 
     >>> from dp_lora.config.schema import Config, DataConfig
-    >>> spending([Config(data=DataConfig(name="imagefolder"))] * 3)
+    >>> spending([Config(data=DataConfig(name="imagefolder"), seed=seed) for seed in (0, 1, 2)])
     ['privacy on imagefolder: 3 runs at epsilon 10; if all are released, at most epsilon 30 at delta 3e-05']
     """
     from dp_lora.jobs.spending import ledger_beside, private_set
 
     sets: dict[str, list[Config]] = {}
     names: dict[Path, str] = {}
-    for config in configs:
+    for config in _trainings(configs):
         if not config.data.public:
             name, source = private_set(config.data.name), config.data.source
             if source is not None:
@@ -101,6 +107,14 @@ def spending(configs: Sequence[Config]) -> list[str]:
                 name = names.setdefault(ledger_beside(source), name)
             sets.setdefault(name, []).append(config)
     return [f"privacy on {name}: {_spent(mine)}" for name, mine in sets.items()]
+
+
+def _trainings(configs: Sequence[Config]) -> list[Config]:
+    """The first configuration of each training, in their order."""
+    found: dict[str, Config] = {}
+    for config in configs:
+        found.setdefault(training_fingerprint(config), config)
+    return list(found.values())
 
 
 def _spent(configs: Sequence[Config]) -> str:
@@ -168,12 +182,13 @@ def _target(epsilon: float | None) -> str:
     return "without any privacy" if math.isinf(epsilon) else f"at epsilon {epsilon:g}"
 
 
-def hours(config: Config, measured: Sequence[dict[str, Any]]) -> float | None:
+def hours(config: Config, measured: Sequence[dict[str, Any]], *, trains: bool = True) -> float | None:
     """Hours that a run of `config` is expected to take; None when nothing comparable was measured.
 
     Args:
         config: of the run.
         measured: what `rates` returned.
+        trains: False if the run takes the training of another one.
     """
     size = draws(config)
     alike = [rate for rate in measured if rate["kind"] == _kind(config)]
@@ -181,7 +196,7 @@ def hours(config: Config, measured: Sequence[dict[str, Any]]) -> float | None:
         return None
     a_draw = float(statistics.median(rate["seconds_per_draw"] for rate in alike))
     rest = float(statistics.median(rate["rest_s"] for rate in alike))
-    return (a_draw * size + rest) / 3600
+    return (a_draw * size * trains + rest) / 3600
 
 
 def draws(config: Config) -> float | None:

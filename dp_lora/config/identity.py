@@ -39,6 +39,21 @@ def fingerprint(config: Config) -> str:
     has the same directory wherever it runs. Whoever knows the other settings can confirm a guess of one by
     it, so what leaves carries that of `manifest.shown_fingerprint` alone.
     """
+    return _digest(_values(config))
+
+
+def training_fingerprint(config: Config) -> str:
+    """Eight hexadecimal digits of what can change the adapter of a run, and the same for all such runs.
+
+    What follows the training, `sampler` and `evaluation`, is not part of it.
+    """
+    values = _values(config)
+    del values["sampler"], values["evaluation"]
+    return _digest(values)
+
+
+def _values(config: Config) -> dict[str, Any]:
+    """The settings that can change the result of a run, each in one spelling."""
     values = dataclasses.asdict(config)
     for name in _CANNOT_CHANGE_THE_RESULT:
         del values[name]
@@ -59,7 +74,7 @@ def fingerprint(config: Config) -> str:
         values[group][name] = _one_spelling(values[group][name])
     pretrain = values["model"]["pretrain"]
     pretrain["perceptual_network"] = _one_spelling(pretrain["perceptual_network"])
-    return _digest(values)
+    return values
 
 
 def _one_spelling(place: str | None) -> str | None:

@@ -75,19 +75,23 @@ class Job:
 
     @property
     def base_model(self) -> str:
-        """The name of the pre-trained model on the adapter's card: never the path of a folder.
+        """The name of the pre-trained model on the adapter's card, by `name_of_base`."""
+        return name_of_base(self.config, self.pretrained)
 
-        The name of shipped weights or of a pipeline on the hub; of a folder, the model's name and eight
-        digits of the SHA-256 of its weights, by which whoever has it can tell that it is the one.
-        """
-        from dp_lora.models.folders import sha256_of_weights
 
-        given, name = self.config.model.pretrained, self.config.model.name
-        if given is None:
-            return self.pretrained.name
-        if manifest.is_shipped(self.config) or not Path(given).expanduser().exists():
-            return given
-        return f"{name}-{sha256_of_weights(self.pretrained)[:8]}"
+def name_of_base(config: Config, pretrained: Path) -> str:
+    """The name of the pre-trained model in the folder `pretrained`, as an adapter's card has it.
+
+    That is the name of shipped weights or of a pipeline on the hub. Of a folder, whose path stays private, it
+    is the model's name and eight digits of the SHA-256 of its weights, by which whoever has it can tell that
+    it is the one.
+    """
+    from dp_lora.models.folders import sha256_of_weights
+
+    given = config.model.pretrained
+    if given is not None and (manifest.is_shipped(config) or not Path(given).expanduser().exists()):
+        return given
+    return f"{config.model.name}-{sha256_of_weights(pretrained)[:8]}"
 
 
 def prepare(config: Config, directory: Path) -> Job:

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING
 
 from dp_lora.config.schema import Config
 from dp_lora.errors import UserError
+from dp_lora.jobs import reuse
 from dp_lora.jobs.begun import begun, progress_of, releases_of
 from dp_lora.records.run_directory import OUTPUTS
 from dp_lora.storage.files import (
@@ -127,11 +128,13 @@ def refusal(config: Config, plan: PrivacyPlan, directory: Path, images: ImageSpl
     Writes nothing. `charged` and `charge_release` ask again when nobody else can write.
     """
     trains = "finetune" in config.stages and not (directory / OUTPUTS["finetune"]).exists()
+    # A training that another run has made costs nothing; if it turns out that there is none, `charged` asks.
+    trains = trains and not reuse.may_take(config, directory)
     evaluates = "evaluate" in config.stages and not (directory / OUTPUTS["evaluate"]).exists()
     releases = evaluates and config.evaluation.release == "dp"
     if config.data.public or not (trains or releases):
         return None
-    folder = directory / "checkpoint"
+    folder = directory / "checkpoint" if trains else reuse.account_folder(directory)
     account = Account(config, folder, images)
     try:
         ledger, index = account.books.ledger.path, account.books.index.folder

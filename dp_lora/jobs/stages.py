@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from dp_lora.config.identity import run_directory
 from dp_lora.config.schema import Config
 from dp_lora.errors import Busy, recorded
+from dp_lora.jobs import reuse
 from dp_lora.jobs.job import Job, device_of, prepare, pretrained_model, say
 from dp_lora.jobs.spending import charged, line_of_all_runs
 from dp_lora.records import manifest
@@ -76,15 +77,22 @@ def _pretrain_alone(config: Config, team: Team) -> dict[str, Any]:
 def _lead(config: Config, directory: Path, team: Team, shown_name: str) -> dict[str, Any]:
     """The job, as its first or only process runs it; W&B calls it by `shown_name`."""
     job = prepare(config, directory)
-    stages: dict[str, Callable[[Job, Tracker], None]] = {
-        "finetune": lambda job, tracker: _finetune(job, tracker, team),
-        "sample": _sample,
-        "evaluate": _evaluate,
-    }
-    with _own(job):
-        asked = [name for name in stages if name in config.stages]
+    with _own(job), ExitStack() as alone:
+        asked = [name for name in OUTPUTS if name in config.stages]
         left = [name for name in asked if not is_whole(job.directory, name)]
-        team.tell("stages", left)
+        source = reuse.find(job.config, job.directory, job.images, alone, say) if "finetune" in left else None
+        team.tell("stages", [name for name in left if source is None or name != "finetune"])
+
+        def finetune(job: Job, tracker: Tracker) -> None:
+            if source is not None:
+                say(f"finetune: taken from {source}, which differs in sampler or evaluation only: no epsilon")
+                reuse.take(source, job.directory, tracker)
+                return
+            _finetune(job, tracker, team)
+            reuse.offer(job.config, job.directory)
+            alone.close()
+
+        stages = {"finetune": finetune, "sample": _sample, "evaluate": _evaluate}
         for name in asked:
             output = job.directory / OUTPUTS[name]
             if name not in left:
@@ -406,18 +414,24 @@ def _released(job: Job, tracker: Tracker) -> Evaluation:
     from dp_lora.jobs.release import evaluate_privately, release_record
     from dp_lora.models import sample
 
-    folder = private_directory(job.directory / "checkpoint")
     samples = sample.load(job.directory)
-    evaluation = evaluate_privately(
-        samples,
-        job.images,
-        job.config,
-        folder=folder,
-        device=job.device,
-        progress=say,
-    )
     training = read_json(job.directory / "privacy.json")
-    record = release_record(training, job.config, folder)
+
+    def waiting() -> None:
+        say(
+            "evaluate: another job is at work on the run that trained, to which a release is charged; waiting"
+        )
+
+    with reuse.account(job.directory, waiting) as folder:
+        evaluation = evaluate_privately(
+            samples,
+            job.images,
+            job.config,
+            folder=folder,
+            device=job.device,
+            progress=say,
+        )
+        record = release_record(training, job.config, folder)
     tracker.privacy({**training, "release": record})
     spent = {name: record[name] for name in ("epsilon", "delta", "accountant")}
     release = {**evaluation.metadata["release"], **spent}

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from dp_lora.config.schema import Config
+from dp_lora.config.schema import Config, SamplerConfig
 from dp_lora.errors import UserError
 from dp_lora.models.diffusion import class_balanced, in_batches, sample_latents
 from dp_lora.models.folders import LatentDiffusion
@@ -35,24 +36,33 @@ class Samples:
     classes: tuple[str, ...]
 
 
-@torch.inference_mode()
 def generate(model: LatentDiffusion, config: Config, description: str = "sample") -> Samples:
-    """`config.sampler.num_samples` images, every class as often as the others.
+    """`config.sampler.num_samples` images, every class as often as the others."""
+    labels = class_balanced(config.sampler.num_samples, len(model.classes))
+    return draw(model, labels, config.sampler, config.seed, config.tracking.progress, description)
 
-    Image i depends on the model, `config.seed`, the sampler and i alone, not on the batches.
+
+@torch.inference_mode()
+def draw(
+    model: LatentDiffusion,
+    labels: Tensor,
+    sampler: SamplerConfig,
+    seed: int,
+    progress_mode: str = "auto",
+    description: str = "sample",
+) -> Samples:
+    """One image for each of `labels` int64 [N].
+
+    Image i depends on the model, its label, `seed`, the sampler and i alone, not on the batches.
     """
     model.eval()
     device = next(model.unet.parameters()).device
-    sampler = config.sampler
-    labels = class_balanced(sampler.num_samples, len(model.classes))
     images = []
     # Generated images only, so what the bar shows is public.
-    with Progress(
-        len(labels), description, mode=config.tracking.progress, unit="image", public=True
-    ) as progress:
+    with Progress(len(labels), description, mode=progress_mode, unit="image", public=True) as progress:
         for batch in in_batches(len(labels), sampler.batch_size):
             chosen = labels[batch.start : batch.stop].to(device)
-            latents = sample_latents(model, chosen, sampler, seed=config.seed, first=batch.start)
+            latents = sample_latents(model, chosen, sampler, seed=seed, first=batch.start)
             images.append(to_bytes(model.decode(latents)))
             progress.update(len(batch))
     return Samples(np.concatenate(images), labels.numpy(), model.classes)

@@ -62,6 +62,7 @@ FILES: Mapping[str, Why] = {
 
 KEPT_FILES: Mapping[str, str] = {
     "checkpoint": "the noise key, the write-ahead record, scores and pictures of private images",
+    "samples": "folders of images that were drawn afterwards; each may be given away as it is",
     "status.json": "times, and errors that may name private files",
     "wandb": "W&B's own logs name folders and machine; what it sends is below",
 }

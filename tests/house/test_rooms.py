@@ -31,6 +31,7 @@ LIGHT = (
     "dp_lora.commands.fetch",
     "dp_lora.commands.import_checkpoint",
     "dp_lora.commands.neighbours",
+    "dp_lora.commands.sample",
 )
 """What a user waits for before the first word, or after a mistake."""
 HEAVY = ("torch", "torchmetrics", "diffusers", "peft", "opacus", "dp_accounting", "scipy", "wandb", "sklearn")

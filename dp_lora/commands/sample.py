@@ -1,0 +1,171 @@
+"""The command `dp-lora-sample`: draws images from a finished run or an adapter, at no cost in privacy."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dp_lora.commands.parser import Parser, ending
+from dp_lora.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from dp_lora.config.schema import SamplerConfig
+    from dp_lora.jobs.drawing import Asked
+
+TEXTS = {
+    "prompt": "of a text-to-image model: with {} for the name of a class, or one for all images",
+    "pretrained": "the pre-trained model, if neither run nor adapter names it: a name or a folder",
+    "name": "of the new folder in RUN/samples/; derived from the settings",
+    "out": "another folder for the images; an adapter without its run needs one",
+    "format": "npz, or png: also a folder a class with metadata.jsonl",
+    "device": "auto, cpu or cuda",
+}
+"""The words that take a text, and what it is."""
+
+
+def main() -> None:
+    """Draws images. A user's mistake is one line and exit status 2."""
+    with ending("dp-lora-sample", interrupted="the same command draws them"):
+        place, words = _parse(sys.argv[1:])
+        asked = asked_for(place, words)
+        from dp_lora.jobs.drawing import draw
+
+        folder, number = draw(asked)
+    print(
+        f"{number} images       {folder}\nno epsilon       they are functions of the released adapter alone"
+    )
+
+
+def _parse(words: Sequence[str]) -> tuple[Path, list[str]]:
+    from dp_lora.config.schema import SamplerConfig
+
+    fields = [
+        f"{field.name}={field.default}" for field in dataclasses.fields(SamplerConfig) if field.name != "name"
+    ]
+    listed = {
+        "sampler=PRESET": "ddim or dpmsolver; as in the run if it is not given",
+        **dict.fromkeys(fields, "of the sampler; as in the run if it is not given"),
+        "classes={cat:500,dog:20}": "images of each class, instead of num_samples",
+        "seed=0": "of the images; as in the run if it is not given",
+        **{f"{name}=...": what for name, what in TEXTS.items()},
+    }
+    parser = Parser(
+        prog="dp-lora-sample",
+        description="Draws images from a finished run, or from the folder of an adapter. It costs no\n"
+        "privacy and reads neither private images nor the ledger.",
+        epilog="\n".join(["words:", *(f"  {word:<26}{what}" for word, what in listed.items())]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "place", type=Path, metavar="RUN_OR_ADAPTER", help="a run directory, or an adapter's folder"
+    )
+    parser.add_argument("words", nargs="*", metavar="field=value", help="what to draw; see below")
+    given = parser.parse_args(words)
+    return given.place.expanduser(), given.words
+
+
+def asked_for(place: Path, words: Sequence[str]) -> Asked:
+    """The images that the command line asks for.
+
+    Raises UserError for a word that it does not know, or whose value is of another kind.
+    """
+    from dp_lora.jobs.drawing import FORMATS, Asked, source_of
+
+    given = _values(words)
+    config = source_of(place).config
+    sampler = _sampler(config.sampler, given)
+    if {"num_samples", "classes"} <= given.keys():
+        raise UserError("num_samples and classes: both say how many images; expected one of the two")
+    counts = _mapping(given["classes"]) if "classes" in given else None
+    seed = _number("seed", given.pop("seed", str(config.seed)), int)
+    if seed < 0:
+        raise UserError(f"seed={seed}: expected 0 or more")
+    texts = {name: given[name] for name in TEXTS if name in given}
+    if (shape := texts.get("format", "npz")) not in FORMATS:
+        raise UserError(f"format={shape}: expected one of {', '.join(FORMATS)}")
+    out = texts.pop("out", None)
+    return Asked(place, sampler, seed, counts, out=None if out is None else Path(out).expanduser(), **texts)
+
+
+def _values(words: Sequence[str]) -> dict[str, str]:
+    """The text behind each name. Raises UserError for an unknown name, and for one that comes twice."""
+    from dp_lora.config.schema import SamplerConfig
+
+    fields = [field.name for field in dataclasses.fields(SamplerConfig) if field.name != "name"]
+    known = ["sampler", *fields, "classes", "seed", *TEXTS]
+    found: dict[str, str] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        name = name.removeprefix("sampler.")
+        if not equals or not value:
+            raise UserError(f"{word}: expected field=value")
+        if name not in known:
+            raise UserError(
+                f"{name}: no such field{did_you_mean(name, known)}; expected one of {', '.join(known)}"
+            )
+        if name in found:
+            raise UserError(f"{name}: is given twice; expected once")
+        quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+        found[name] = value[1:-1] if quoted else value
+    return found
+
+
+def _sampler(of_run: SamplerConfig, given: dict[str, str]) -> SamplerConfig:
+    """The run's sampler, or a preset, with the fields that are given."""
+    from dp_lora.commands.vocabulary import presets
+    from dp_lora.config.load import config_directory
+    from dp_lora.config.schema import SAMPLERS, SamplerConfig
+
+    chosen: dict[str, Any] = dataclasses.asdict(of_run)
+    if (preset := given.get("sampler")) is not None:
+        if preset in presets("sampler"):
+            import yaml
+
+            text = (config_directory() / "sampler" / f"{preset}.yaml").read_text(encoding="utf-8")
+            chosen = {**dataclasses.asdict(SamplerConfig()), **(yaml.safe_load(text) or {})}
+        elif preset in SAMPLERS:
+            chosen["name"] = preset
+        else:
+            raise UserError(f"sampler={preset}: expected one of {', '.join(presets('sampler'))}")
+    for name, default in chosen.items():
+        if name in given and name != "name":
+            chosen[name] = _number(name, given[name], type(default))
+    return SamplerConfig(**chosen)
+
+
+def _number(name: str, text: str, kind: type) -> Any:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if value != value or value in (math.inf, -math.inf):
+        raise UserError(f"{name}={text}: expected a {'whole number' if kind is int else 'number'}")
+    return value
+
+
+def _mapping(text: str) -> dict[str, int]:
+    """The numbers by class of `{cat:500,dog:20}`.
+
+    >>> _mapping("{tabby cat: 500, dog:20}")
+    {'tabby cat': 500, 'dog': 20}
+    """
+    found: dict[str, int] = {}
+    inside = text.strip()
+    if not (inside.startswith("{") and inside.endswith("}")):
+        raise UserError(f"classes={text}: expected classes={{name:number,...}}")
+    for part in inside[1:-1].split(","):
+        name, _, number = part.rpartition(":")
+        name = name.strip().strip("'\"")
+        if not name or name in found or not number.strip().isdecimal():
+            raise UserError(f"classes={text}: expected classes={{name:number,...}}, each class once")
+        found[name] = int(number)
+    return found
+
+
+if __name__ == "__main__":
+    main()

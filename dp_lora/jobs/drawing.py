@@ -1,0 +1,313 @@
+"""Images from a released adapter, for free: what is computed from it alone costs no privacy.
+
+Guarantee: neither the private images, nor the ledger, nor the index, nor the record of a run's steps is read,
+and nothing is charged. What is written is a function of the adapter, the pre-trained model and the settings
+in `sampling.json`; labels are as many of each class as is asked for, never as many as the private set has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dp_lora.config.checks import check
+from dp_lora.config.load import read_config
+from dp_lora.config.schema import Config, DataConfig, SamplerConfig
+from dp_lora.errors import UserError, did_you_mean
+from dp_lora.storage.files import check_writable, file_lock, read_json, write_atomic, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dp_lora.models.latent_diffusion import LatentDiffusion
+    from dp_lora.models.sample import Samples
+
+RECORD = "sampling.json"
+"""What was drawn, beside it: written last, so that a folder without it is not complete."""
+
+FOLDER = "samples"
+"""In a run directory: a folder for each set of images that was drawn afterwards."""
+
+FORMATS = ("npz", "png")
+
+NOTE = (
+    "Computed from the adapter, the pre-trained model and these settings alone: covered by the adapter's own "
+    "epsilon, at no further cost."
+)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Which images are drawn, from what."""
+
+    place: Path
+    """A run directory, or the folder of an adapter."""
+    sampler: SamplerConfig
+    seed: int
+    classes: Mapping[str, int] | None = None
+    """The number of images of each class; None: `sampler.num_samples`, as many of each."""
+    prompt: str | None = None
+    """Of a text-to-image model: with {} for the name of a class, or of all images alike."""
+    pretrained: str | None = None
+    """The pre-trained model, where the run or the adapter does not tell."""
+    name: str | None = None
+    out: Path | None = None
+    format: str = "npz"
+    device: str = "auto"
+    progress: str = "auto"
+
+
+@dataclass(frozen=True)
+class Source:
+    """An adapter with what it belongs to."""
+
+    adapter: Path
+    run: Path | None
+    config: Config
+    """Of the run, or the defaults."""
+
+
+def source_of(place: Path) -> Source:
+    """The adapter of a run, or in a folder that somebody was given without its run.
+
+    Raises UserError when there is none.
+    """
+    if (place / "config.yaml").exists() and not _is_adapter(place):
+        adapter = place / "adapter"
+        if not _is_adapter(adapter):
+            raise UserError(
+                f"{place}: has no adapter yet; expected a run whose stage finetune has ended: give its "
+                "command again"
+            )
+        return Source(adapter, place.resolve(), read_config(place / "config.yaml"))
+    if not _is_adapter(place):
+        raise UserError(
+            f"{place}: expected a run directory, or the folder of an adapter (adapter_model.safetensors or "
+            "trained.safetensors)"
+        )
+    # Nothing but the sampler is asked of these settings; the names are those of no set.
+    some = DataConfig("none", public=True)
+    return Source(place, None, Config(data=some, public_data=some))
+
+
+def _is_adapter(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("adapter_model.safetensors", "trained.safetensors"))
+
+
+def draw(asked: Asked) -> tuple[Path, int]:
+    """Draws the images, and gives the folder and their number; a folder that is complete is left as it is.
+
+    Raises UserError for what does not fit the adapter or the model, before anything is written.
+    """
+    from dp_lora.jobs.job import device_of
+    from dp_lora.models import sample
+
+    source = source_of(asked.place)
+    config = replace(source.config, sampler=asked.sampler, seed=asked.seed)
+    config.resources.device = asked.device
+    check(config)
+    device = device_of(config)
+    model = _model(source, asked)
+    labels = _labels(model, asked)
+    record = _record(source, model, asked, labels)
+    folder = _folder(source, asked, record)
+    check_writable(folder, f"out={folder}")
+    if (folder / RECORD).exists():
+        if read_json(folder / RECORD)["settings"] != record["settings"]:
+            raise UserError(f"{folder}: holds images that were drawn otherwise; expected another name")
+        return folder, len(labels)
+    folder.mkdir(parents=True, exist_ok=True)
+    with file_lock(folder / ".lock"):
+        samples = sample.draw(model.to(device), labels, asked.sampler, asked.seed, asked.progress)
+        sample.save(samples, folder)
+        if asked.format == "png":
+            write_images(samples, folder)
+        write_json(folder / RECORD, record)
+    return folder, len(labels)
+
+
+def _model(source: Source, asked: Asked) -> LatentDiffusion:
+    """The pre-trained model with the adapter, whose classes or prompts are those that are asked for."""
+    from dp_lora.models import adapters
+    from dp_lora.models.folders import find, load
+
+    if source.run is not None:
+        _check_whole(source.run)
+    folder = find(asked.pretrained) if asked.pretrained is not None else _pretrained(source)
+    _check_base(source, folder)
+    prompt = source.config.model.prompt if asked.prompt is None else asked.prompt
+    model = load(folder, prompt)
+    if asked.prompt is not None and model.prompts is None:
+        raise UserError(f"prompt={asked.prompt}: the model takes no prompts; expected none")
+    names = adapters.class_names(source.adapter) or _class_names(source) or model.classes
+    if model.prompts is not None and "{}" not in prompt:
+        # One prompt for all images.
+        names = (prompt,)
+    adapters.restore(model, source.adapter, names)
+    return model
+
+
+def _check_whole(run: Path) -> None:
+    from dp_lora.records.run_directory import is_whole
+
+    is_whole(run, "finetune")
+
+
+def _pretrained(source: Source) -> Path:
+    """The folder of the pre-trained model that the run was made from, or that the adapter names."""
+    from dp_lora.config.identity import pretrained_fingerprint
+    from dp_lora.models.folders import find
+
+    if source.run is None:
+        base = _named_base(source)
+        if base is None:
+            raise UserError(
+                f"{source.adapter}: does not say which model it belongs to; expected pretrained=MODEL: "
+                "shipped weights, a folder, or a pipeline on the hub"
+            )
+        try:
+            return find(base)
+        except UserError as error:
+            raise UserError(
+                f"{source.adapter}: belongs to {base}, which is not here; expected pretrained=FOLDER"
+            ) from error
+    config = source.config
+    if config.model.pretrained is not None:
+        return find(config.model.pretrained)
+    name = f"{config.model.name}-{pretrained_fingerprint(config)}"
+    folder = Path(config.paths.cache).expanduser() / "models" / name
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder}: the pre-trained model of this run is missing; expected pretrained=FOLDER, or the "
+            "run's own command, which makes it again"
+        )
+    return folder
+
+
+def _named_base(source: Source) -> str | None:
+    """The name of the pre-trained model in adapter_config.json; None where nothing says it."""
+    path = source.adapter / "adapter_config.json"
+    found = read_json(path).get("base_model_name_or_path") if path.exists() else None
+    return found if isinstance(found, str) else None
+
+
+def _check_base(source: Source, folder: Path) -> None:
+    """Raises UserError when the adapter was trained on other weights than those in `folder`.
+
+    It says so by eight digits of their SHA-256, where the model has no name of its own.
+    """
+    from dp_lora.models.folders import sha256_of_weights
+
+    base = _named_base(source) or ""
+    digits = re.search(r"-([0-9a-f]{8})$", base)
+    if digits is None or folder.name == base:
+        return
+    found = sha256_of_weights(folder)[:8]
+    if found != digits[1]:
+        raise UserError(
+            f"{source.adapter}: was trained on the model {base}, and the weights in {folder} are others "
+            f"({found}); expected pretrained=MODEL with those of the training"
+        )
+
+
+def _class_names(source: Source) -> tuple[str, ...] | None:
+    """The names of the classes that a run had, as its samples or its own record say them."""
+    from dp_lora.models import sample
+
+    if source.run is None:
+        return None
+    if (source.run / "samples.npz").exists():
+        return sample.load(source.run).classes
+    record = source.run / "checkpoint" / "content.json"
+    return tuple(read_json(record)["classes"]) if record.exists() else None
+
+
+def _labels(model: LatentDiffusion, asked: Asked) -> Tensor:
+    """int64 [N]: the class of each image, by the numbers asked for or as many of each."""
+    import torch
+
+    from dp_lora.models.diffusion import class_balanced
+
+    if asked.classes is None:
+        return class_balanced(asked.sampler.num_samples, len(model.classes))
+    for name, number in asked.classes.items():
+        if name not in model.classes:
+            raise UserError(
+                f"classes: {name!r} is none of the adapter's; expected some of "
+                f"{', '.join(model.classes[:12])}{did_you_mean(name, model.classes)}"
+            )
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise UserError(f"classes: {name}: {number}: expected a whole number of images, at least 1")
+    counts = [asked.classes.get(name, 0) for name in model.classes]
+    return torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+
+
+def _record(source: Source, model: LatentDiffusion, asked: Asked, labels: Tensor) -> dict[str, Any]:
+    """What `sampling.json` says: the settings that the images follow from."""
+    import torch
+
+    from dp_lora.records.provenance import versions
+
+    digest = hashlib.sha256()
+    for path in sorted(source.adapter.glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    counts = torch.bincount(labels, minlength=len(model.classes)).tolist()
+    sampler = {k: v for k, v in asdict(asked.sampler).items() if k not in ("num_samples", "batch_size")}
+    settings = {
+        "adapter_sha256": digest.hexdigest(),
+        "sampler": sampler,
+        "seed": asked.seed,
+        "classes": dict(zip(model.classes, counts, strict=True)),
+        "prompt": model.prompts.template if model.prompts is not None else None,
+        "format": asked.format,
+    }
+    return {"note": NOTE, "settings": settings, "versions": versions()}
+
+
+def _folder(source: Source, asked: Asked, record: Mapping[str, Any]) -> Path:
+    """The folder for the images: as asked for, or by a name of their own in the run directory."""
+    if asked.out is not None:
+        return asked.out
+    if source.run is None:
+        raise UserError(f"{source.adapter}: an adapter without its run; expected out=FOLDER for the images")
+    identity = hashlib.sha256(json.dumps(record["settings"], sort_keys=True).encode()).hexdigest()[:8]
+    name = asked.name or f"{asked.sampler.name}-{identity}"
+    if not re.fullmatch(r"(?!\.)[^/\0]+", name):
+        raise UserError(f"name={name}: expected the name of one folder")
+    return source.run / FOLDER / name
+
+
+def write_images(samples: Samples, folder: Path) -> None:
+    """Writes `images/<class>/<number>.png`, and `images/metadata.jsonl` with each file's label.
+
+    datasets' imagefolder, pytorch-fid and clean-fid read them.
+    """
+    from PIL import Image
+
+    lines = []
+    for number, (image, label) in enumerate(zip(samples.images, samples.labels, strict=True)):
+        name = samples.classes[label]
+        file = f"{_as_folder(name, int(label))}/{number:06}.png"
+        buffer = io.BytesIO()
+        pixels = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
+        Image.fromarray(pixels).save(buffer, "PNG")
+        path = folder / "images" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(buffer.getvalue())
+        lines.append(json.dumps({"file_name": file, "label": name}, ensure_ascii=False))
+    write_atomic(folder / "images" / "metadata.jsonl", "\n".join(lines) + "\n")
+
+
+def _as_folder(name: str, label: int) -> str:
+    """The name of a class as that of a folder; its number where it cannot be one.
+
+    >>> _as_folder("tabby cat", 3), _as_folder("../x", 4)
+    ('tabby cat', 'class 4')
+    """
+    return name if re.fullmatch(r"(?!\.)[^/\\\0]{1,100}", name) else f"class {label}"

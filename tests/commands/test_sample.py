@@ -1,0 +1,201 @@
+"""`dp-lora-sample`: images from a finished run or a given adapter, with nothing private at hand."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from dp_lora.commands.sample import main
+from dp_lora.storage.files import read_json
+from tests.builders.architectures import stable_diffusion
+from tests.builders.commands import FOLDER, dp_lora, state_of
+from tests.builders.image_sets import pixels, write_folder
+from tests.builders.tiny import words
+
+Sample = Callable[..., int]
+
+
+@pytest.fixture(scope="module")
+def place(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished run in outputs/, without the images that it was made from."""
+    folder = tmp_path_factory.mktemp("place")
+    source = write_folder(folder / "set", pixels(5, 24))
+    given = (*words(cache, folder / "outputs"), *FOLDER, f"data.source={source}", "stages=[finetune,sample]")
+    assert dp_lora(*given) == 0
+    shutil.rmtree(source)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(place: Path) -> Path:
+    (directory,) = (place / "outputs" / "default").iterdir()
+    return directory
+
+
+def sample(*given: object) -> int:
+    """The exit status of the command."""
+    try:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(sys, "argv", ["dp-lora-sample", *map(str, given)])
+            main()
+        return 0
+    except SystemExit as stopped:
+        return int(stopped.code or 0)
+
+
+def drawn(run: Path, name: str) -> dict[str, np.ndarray]:
+    with np.load(run / "samples" / name / "samples.npz") as saved:
+        return dict(saved)
+
+
+def test_the_run_s_own_settings_give_its_own_images(run: Path) -> None:
+    assert sample(run, "name=same") == 0
+    with np.load(run / "samples.npz") as saved:
+        own = dict(saved)
+    assert all(np.array_equal(own[name], value) for name, value in drawn(run, "same").items())
+
+
+def test_more_images_other_guidance_and_seed_cost_nothing(place: Path, run: Path) -> None:
+    records = [path for path in place.rglob("*") if path.is_file()]
+    before = {path: path.read_bytes() for path in records}
+    for path in place.glob("*ledger*"):
+        path.chmod(0o400)
+    assert sample(run, "guidance=3", "num_samples=6", "seed=4", "name=more") == 0
+    assert {path: path.read_bytes() for path in records} == before
+    found = drawn(run, "more")
+    assert found["images"].shape == (6, 1, 8, 8) and found["labels"].tolist() == [0, 1, 0, 1, 0, 1]
+    settings = read_json(run / "samples" / "more" / "sampling.json")["settings"]
+    assert (settings["seed"], settings["sampler"]["guidance"]) == (4, 3.0)
+    assert settings["classes"] == {"c0": 3, "c1": 3}
+
+
+def test_images_of_each_class_as_asked_for_and_as_files(run: Path) -> None:
+    assert sample(run, "classes={c1:3,c0:1}", "format=png", "name=files") == 0
+    found, folder = drawn(run, "files"), run / "samples" / "files" / "images"
+    assert found["labels"].tolist() == [0, 1, 1, 1]
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    assert [row["file_name"] for row in rows] == [
+        "c0/000000.png", "c1/000001.png", "c1/000002.png", "c1/000003.png",
+    ]  # fmt: skip
+    assert [row["label"] for row in rows] == ["c0", "c1", "c1", "c1"]
+    for row, image in zip(rows, found["images"], strict=True):
+        assert np.array_equal(np.asarray(Image.open(folder / row["file_name"])), image[0])
+
+
+def test_the_files_are_a_data_set_to_datasets(run: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    assert sample(run, "classes={c1:2,c0:2}", "format=png", "name=set") == 0
+    folder = run / "samples" / "set" / "images"
+    found = datasets.load_dataset("imagefolder", data_dir=str(folder), cache_dir=str(run / "hf"))["train"]
+    assert found["label"] == ["c0", "c0", "c1", "c1"]
+    assert np.array_equal(np.asarray(found[3]["image"]), drawn(run, "set")["images"][3, 0])
+
+
+def test_the_same_images_are_not_drawn_twice(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sample(run, "steps=3") == 0 and sample(run, "steps=3") == 0
+    first, second = (line for line in capsys.readouterr().out.splitlines() if "images" in line)
+    assert first == second
+    folder = Path(first.split()[-1])
+    before = state_of(folder)
+    assert sample(run, "steps=3") == 0 and state_of(folder) == before
+    # A draw that was cut off is made again.
+    (folder / "sampling.json").unlink()
+    (folder / "samples.npz").write_bytes(b"half")
+    assert sample(run, "steps=3") == 0 and state_of(folder).keys() == before.keys()
+    assert drawn(run, folder.name)["images"].shape == (4, 1, 8, 8)
+
+
+def test_an_adapter_without_its_run(run: Path, pretrained: Path, tmp_path: Path) -> None:
+    given = tmp_path / "given"
+    shutil.copytree(run / "adapter", given)
+    assert (
+        sample(given, f"pretrained={pretrained}", f"out={tmp_path / 'images'}", "steps=2", "num_samples=4")
+        == 0
+    )
+    with np.load(tmp_path / "images" / "samples.npz") as saved:
+        assert saved["classes"].tolist() == ["c0", "c1"] and len(saved["images"]) == 4
+    assert {path.name for path in tmp_path.iterdir()} == {"given", "images"}
+
+
+def test_prompts_of_a_text_to_image_adapter(tmp_path: Path, cache: Path) -> None:
+    source = write_folder(tmp_path / "set", pixels(5, 24))
+    base = stable_diffusion(tmp_path / "sd")
+    given = (*words(cache, tmp_path / "outputs"), *FOLDER, f"data.source={source}",
+             f"model.pretrained={base}", "data.channels=3", "trainable=lora_alone", "lora.rank=2", "stages=[finetune]")  # fmt: skip
+    assert dp_lora(*given) == 0
+    (run,) = (tmp_path / "outputs" / "default").iterdir()
+    shutil.rmtree(source)
+    assert sample(run, "num_samples=2", "name=own") == 0
+    assert drawn(run, "own")["classes"].tolist() == ["c0", "c1"]
+    assert sample(run, "num_samples=2", "prompt=a drawing of a {}", "name=other") == 0
+    assert not np.array_equal(drawn(run, "own")["images"], drawn(run, "other")["images"])
+    assert sample(run, "num_samples=2", "prompt=a red house", "name=one") == 0
+    found = drawn(run, "one")
+    assert found["classes"].tolist() == ["a red house"] and found["labels"].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["guidance=x"], "guidance=x: expected a number"),
+        (["guidance=-1"], "sampler.guidance=-1.0: expected a number from 0"),
+        (["num_samples=0"], "sampler.num_samples=0: expected at least 1"),
+        (["num_samples=4.5"], "num_samples=4.5: expected a whole number"),
+        (["steps=2", "steps=3"], "steps: is given twice"),
+        (["gidance=2"], "gidance: no such field; did you mean 'guidance'?"),
+        (["guidance"], "guidance: expected field=value"),
+        (["sampler=ddpm"], "sampler=ddpm: expected one of ddim, dpmsolver"),
+        (["classes={c7:3}"], "classes: 'c7' is none of the adapter's; expected some of c0, c1"),
+        (["classes={c0:0}"], "classes: c0: 0: expected a whole number of images"),
+        (["classes=c0:3"], "expected classes={name:number,...}"),
+        (["classes={c0:1}", "num_samples=2"], "expected one of the two"),
+        (["prompt=a {}"], "prompt=a {}: the model takes no prompts"),
+        (["format=gif"], "format=gif: expected one of npz, png"),
+        (["seed=-1"], "seed=-1: expected 0 or more"),
+        (["name=../x"], "name=../x: expected the name of one folder"),
+        (["pretrained=/nowhere"], "model.pretrained='/nowhere': expected a folder"),
+    ],
+)
+def test_a_mistake_is_one_line_and_writes_nothing(
+    run: Path, capsys: pytest.CaptureFixture[str], given: list[str], said: str
+) -> None:
+    before = state_of(run)
+    assert sample(run, *given) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("dp-lora-sample: ") and said in line
+    assert state_of(run) == before
+
+
+def test_places_without_an_adapter_that_fits(
+    run: Path, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*given: object) -> str:
+        assert sample(*given) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    assert "expected a run directory, or the folder of an adapter" in refused(tmp_path)
+    adapter = shutil.copytree(run / "adapter", tmp_path / "adapter")
+    assert "which is not here; expected pretrained=FOLDER" in refused(adapter, f"out={tmp_path / 'images'}")
+    assert "expected out=FOLDER" in refused(adapter, f"pretrained={pretrained}")
+    bare = tmp_path / "run"
+    bare.mkdir()
+    shutil.copy(run / "config.yaml", bare)
+    assert "has no adapter yet" in refused(bare)
+    shutil.copytree(run / "adapter", bare / "adapter")
+    weights = bare / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-3])
+    assert "adapter_model.safetensors is damaged" in refused(bare)
+    other = shutil.copytree(pretrained, tmp_path / "other")
+    part = other / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(part)
+    save_file({name: value + 1 for name, value in tensors.items()}, part)
+    assert "was trained on the model tiny8-" in refused(run, f"pretrained={other}")

@@ -1,0 +1,208 @@
+"""Runs that differ only in what follows the training train once, and spend once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dp_lora.config.identity import fingerprint, training_fingerprint
+from dp_lora.config.schema import Config
+from dp_lora.errors import UserError
+from dp_lora.jobs import reuse
+from dp_lora.jobs.stages import run
+from dp_lora.privacy.ledger import Charge, Ledger
+from dp_lora.storage.files import read_json, read_lines
+from sweeps import plan
+from sweeps.bill import bill
+from tests.builders.commands import FOLDER, interrupted
+from tests.builders.forked import Nursery
+from tests.builders.image_sets import pixels, write_folder
+from tests.builders.tiny import composed, once, words
+
+DRAWS = ("stages=[finetune,sample]",)
+Run = Callable[..., Path]
+
+
+@pytest.fixture
+def job(tiny: Callable[..., Config]) -> Run:
+    """Runs a tiny job, and gives its run directory."""
+    return lambda *given: Path(run(tiny(*given), given)["directory"])
+
+
+def charges(directory: Path) -> list[Charge]:
+    """The lines of the ledger of a job of `tiny`."""
+    outputs = directory.parents[1]
+    return Ledger(outputs.with_name(f"{outputs.name}.privacy_ledger.jsonl")).charges()
+
+
+def adapter(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((directory / "adapter").iterdir())}
+
+
+def test_only_sampler_and_evaluation_may_differ(tiny: Callable[..., Config]) -> None:
+    same = [tiny(), tiny("sampler.guidance=2"), tiny("evaluation.classifier_epochs=3"), tiny("sampler=ddim")]
+    assert len({training_fingerprint(config) for config in same}) == 1
+    assert len({fingerprint(config) for config in same}) == len(same)
+    others = ["seed=1", "lora.rank=3", "train.max_steps=5", "privacy.delta=1e-4", "data.classes=[1,2]",
+              "privacy.insecure_seed=3", "model.pretrain.steps=9", "tracking.private_loss=true"]  # fmt: skip
+    found = {training_fingerprint(tiny(word)) for word in others}
+    assert len(found | {training_fingerprint(tiny())}) == len(others) + 1
+
+
+def test_another_guidance_takes_the_training_and_spends_nothing(
+    job: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = job(*DRAWS)
+    spent = charges(first)
+    capsys.readouterr()
+    second = job(*DRAWS, "sampler.guidance=3")
+    said = capsys.readouterr().err
+    assert f"finetune: taken from {first}, which differs in sampler or evaluation only" in said
+    assert second != first and len(spent) == 1 and charges(second) == spent
+    assert adapter(second) == adapter(first)
+    assert read_json(second / "privacy.json") == read_json(first / "privacy.json")
+    assert [row["step"] for row in read_lines(second / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert not np.array_equal(*(np.load(one / "samples.npz")["images"] for one in (first, second)))
+    # No key, and nothing that could go on with the training.
+    assert {path.name for path in (second / "checkpoint").iterdir()} == {
+        "adapter.json", "content.json", "lock", "training.json", "wandb_id",
+    }  # fmt: skip
+    # The third takes it from the first too, and finds it by the second's directory if it is asked again.
+    third = job(*DRAWS, "sampler.steps=2")
+    assert reuse.taken(third) == reuse.taken(second) and charges(third) == spent
+    together, alone = bill([first, second, third]).sets[0], bill([first]).sets[0]
+    assert replace(together, ledger=alone.ledger) == alone and together.runs == 1
+    assert bill([third]).sets[0] == alone
+
+
+def test_a_run_that_took_its_training_is_done_when_it_is_asked_again(
+    job: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job(*DRAWS)
+    second = job(*DRAWS, "sampler.guidance=3")
+    (second / "samples.npz").unlink()
+    capsys.readouterr()
+    assert job(*DRAWS, "sampler.guidance=3") == second
+    assert f"finetune: done already, {second / 'adapter'}" in capsys.readouterr().err
+    assert (second / "samples.npz").exists() and len(charges(second)) == 1
+
+
+def test_a_training_that_is_not_complete_is_not_taken(job: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr("dp_lora.privacy.step.noised_mean", interrupted(3))
+        with pytest.raises(KeyboardInterrupt):
+            job(*DRAWS)
+    second = job(*DRAWS, "sampler.guidance=3")
+    assert reuse.taken(second) is None and len(charges(second)) == 2
+
+
+def test_a_kill_while_the_training_is_taken_leaves_no_half(job: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = job(*DRAWS)
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("dp_lora.jobs.reuse.keep_adapter", killed)
+        with pytest.raises(KeyboardInterrupt):
+            job(*DRAWS, "sampler.guidance=3")
+    second = job(*DRAWS, "sampler.guidance=3")
+    assert adapter(second) == adapter(first) and len(charges(first)) == 1
+    assert [row["step"] for row in read_lines(second / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_a_damaged_training_is_refused_and_a_removed_one_is_made_again(job: Run) -> None:
+    first = job(*DRAWS)
+    weights = next((first / "adapter").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(UserError, match=f"{weights.name} is damaged"):
+        job(*DRAWS, "sampler.guidance=3")
+    assert len(charges(first)) == 1
+    shutil.rmtree(first)
+    second = job(*DRAWS, "sampler.guidance=3")
+    assert reuse.taken(second) is None and len(charges(second)) == 2
+
+
+def test_a_run_that_trains_after_all_is_not_the_one_that_it_had_taken(job: Run) -> None:
+    first = job(*DRAWS)
+    second = job(*DRAWS, "sampler.guidance=3")
+    for lost in (first, second / "adapter"):
+        shutil.rmtree(lost)
+    assert job(*DRAWS, "sampler.guidance=3") == second
+    assert reuse.taken(second) is None and len({charge.run for charge in charges(second)}) == 2
+    assert bill([second]).sets[0].steps == 4
+
+
+def test_a_training_on_other_images_is_not_taken(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = pixels(3, 24)
+    source = write_folder(tmp_path / "set", images)
+
+    def go(*given: str) -> Path:
+        config = composed(
+            *words(cache, tmp_path / "outputs"), *FOLDER, f"data.source={source}", *DRAWS, *given
+        )
+        return Path(run(config, given)["directory"])
+
+    first = go()
+    images[5, 0, 0, 0] ^= 1
+    write_folder(source, images)
+    second = go("sampler.guidance=3")
+    assert f"the training of {first} was of other images" in capsys.readouterr().err
+    assert reuse.taken(second) is None and len(charges(second)) == 2
+
+
+def test_a_full_budget_has_room_for_what_costs_nothing(job: Run) -> None:
+    budget = "privacy.budget_epsilon=15"
+    first = job(*DRAWS, budget)
+    with pytest.raises(UserError, match=r"privacy\.budget_epsilon=15"):
+        job(*DRAWS, budget, "lora.rank=3")
+    assert charges(job(*DRAWS, budget, "sampler.guidance=3")) == charges(first)
+
+
+def test_a_release_is_charged_to_the_run_that_trained(job: Run) -> None:
+    given = ("evaluation=release", "evaluation.classifier_epochs=1")
+    first = job(*given)
+    second = job(*given, "sampler.guidance=3")
+    (training, *releases) = charges(second)
+    assert [c.run for c in releases] == [f"{training.run}-release-0", f"{training.run}-release-1"]
+    statements = [read_json(one / "privacy.json")["release"] for one in (first, second)]
+    assert [one["releases"] for one in statements] == [1, 2]
+    assert statements[1]["epsilon"] > statements[0]["epsilon"]
+    (found,) = bill([first, second]).sets
+    assert (found.runs, found.steps) == (1, 4)
+    assert bill([second]).sets == bill([first, second]).sets
+    # The first goes on where it is, and without it no more can be released.
+    (first / "result.json").unlink()
+    assert job(*given) == first and len(charges(first)) == 3
+    first.rename(first.with_name("away"))
+    (second / "result.json").unlink()
+    with pytest.raises(UserError, match="whose training this one has taken"):
+        job(*given, "sampler.guidance=3")
+
+
+def test_two_jobs_at_once_train_once(nursery: Nursery, cache: Path, tmp_path: Path) -> None:
+    outputs = tmp_path / "outputs"
+    started = [
+        nursery.start(once(*words(cache, outputs), *DRAWS, f"sampler.guidance={guidance}"),
+                      tmp_path / f"said{guidance}", tmp_path, os.environ)
+        for guidance in (2, 3)
+    ]  # fmt: skip
+    assert [process.wait(300) for process in started] == [0, 0]
+    runs = list((outputs / "default").iterdir())
+    assert len(runs) == 2 and len({reuse.taken(one) is None for one in runs}) == 2
+    assert len(charges(runs[0])) == 1 and adapter(runs[0]) == adapter(runs[1])
+
+
+def test_a_plan_counts_a_training_once(tiny: Callable[..., Config]) -> None:
+    configs = [tiny(f"sampler.guidance={guidance}") for guidance in (1, 2, 3)]
+    (line,) = plan.spending(configs)
+    assert line.startswith("privacy on digits: 1 runs at epsilon 10")
