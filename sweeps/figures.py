@@ -1,4 +1,4 @@
-"""The plots of a sweep, as Vega-Lite specifications: the page shows them live, the figure prints them."""
+"""The plots of a sweep, made with Altair: the page shows them live, the figure prints them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import altair as alt
+
 from sweeps import published
 from sweeps.curves import Curve
 from sweeps.summary import TITLES, Group, Stat, Summary, importance, number, rises, shown
 
 Spec = dict[str, Any]
+"""A Vega-Lite specification."""
+Point = dict[str, Any]
+"""What a mark stands for: its place, its values and what its tooltip says."""
 
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8a6d3b"]
 """Told apart by colour-blind readers too (Okabe and Ito 2008)."""
@@ -41,8 +46,8 @@ class Chart:
     """The name of the element on the page."""
     title: str
     description: str
-    spec: Spec
-    """Vega-Lite without width, height and config."""
+    plot: alt.Chart | alt.LayerChart
+    """Without its size."""
 
 
 def charts(summary: Summary, curves: Sequence[Curve]) -> list[Chart]:
@@ -62,9 +67,9 @@ def _epsilons(summary: Summary) -> set[float]:
 
 def metric_chart(summary: Summary, metric: str) -> Chart:
     """A metric by setting: every run, mean and standard deviation over seeds, published figures beside."""
-    means: list[Spec] = []
-    runs: list[Spec] = []
-    figures: list[Spec] = []
+    means: list[Point] = []
+    runs: list[Point] = []
+    figures: list[Point] = []
     matching = published.beside(summary.groups)
     for place, group in enumerate(summary.groups):
         at = {
@@ -85,20 +90,20 @@ def metric_chart(summary: Summary, metric: str) -> Chart:
             for f in matching.get(place, ())
             if f.metric == metric.partition("_")[0]
         ]
-    x: Spec = {
-        "field": "x", "type": "ordinal", "sort": places(summary), "title": _axis_title(summary),
-        "axis": {"labelAngle": 0 if summary.axis else -35},
-    }  # fmt: skip
+    axis = alt.Axis(labelAngle=0 if summary.axis else -35)
+    x = alt.X("x:O", sort=places(summary), title=_axis_title(summary), axis=axis)
     several = len({point["series"] for point in means}) > 1
-    layers = [_runs_layer(runs, several), *_means_layers(means, several, joined=summary.axis is not None)]
-    layers += [_published_layer(figures)] if figures else []
+    *lines, squares = _means_layers(means, several, joined=summary.axis is not None)
+    # A name of its own: the plots of a figure must not share what is picked.
+    squares = _pickable(squares, "series", f"picked {metric}") if several else squares
+    layers = [_runs_layer(runs, several), *lines, squares, *([_published_layer(figures)] if figures else [])]
     description = f"{metric} by {_axis_title(summary)}: " + "; ".join(
         f"{point['x']}{', ' + point['series'] if several else ''}: {point['shown']}" for point in means
     )
     better = "higher is better" if rises(metric) else "lower is better"
-    title: Spec = {"text": f"{metric} ({better})", "subtitle": _subtitle(summary, metric)}
-    spec: Spec = {"title": title, "encoding": {"x": x}, "layer": layers}
-    return Chart(f"metric-{metric}", metric, description, spec)
+    title = alt.Title(f"{metric} ({better})", subtitle=_subtitle(summary, metric))
+    plot = alt.LayerChart(layer=layers, title=title).encode(x)
+    return Chart(f"metric-{metric}", metric, description, plot)
 
 
 def place_of(summary: Summary, group: Group) -> str:
@@ -123,7 +128,7 @@ def _axis_title(summary: Summary) -> str:
     return TITLES[summary.axis] if summary.axis is not None else "setting"
 
 
-def _spread(stat: Stat) -> Spec:
+def _spread(stat: Stat) -> Point:
     std = stat.std or 0.0
     return {
         "mean": stat.mean,
@@ -143,99 +148,69 @@ def _subtitle(summary: Summary, metric: str) -> str:
     return "; ".join(parts)
 
 
-def _y(field: str, title: str | None = None) -> Spec:
-    return {"field": field, "type": "quantitative", "scale": {"zero": False, "nice": True}, "title": title}
+def _y(field: str) -> alt.Y:
+    return alt.Y(f"{field}:Q", title=None).scale(zero=False, nice=True)
 
 
-def _colour(several: bool, field: str = "series") -> Spec:
-    if not several:
-        return {"value": COLOURS[0]}
-    return {"field": field, "type": "nominal", "title": None, "sort": None}
+def _colour(several: bool, field: str) -> alt.Color | alt.ColorValue:
+    return alt.Color(f"{field}:N", title=None, sort=None) if several else alt.ColorValue(COLOURS[0])
 
 
-def _runs_layer(runs: list[Spec], several: bool) -> Spec:
-    tips = [{"field": name} for name in ("setting", "seed", "value")]
-    return {
-        "data": {"values": runs},
-        "mark": {"type": "circle", "size": 34, "opacity": 0.4},
-        "encoding": {"y": _y("value"), "color": _colour(several), "tooltip": tips},
-    }
+def _pickable(plot: alt.Chart, field: str, name: str) -> alt.Chart:
+    """The plot with a legend that picks one of its colours."""
+    picked = alt.selection_point(name=name, fields=[field], bind="legend")
+    return plot.add_params(picked).encode(
+        opacity=alt.when(picked).then(alt.value(1)).otherwise(alt.value(0.12))
+    )
 
 
-def _means_layers(means: list[Spec], several: bool, *, joined: bool) -> list[Spec]:
-    tips: list[Spec] = [
-        {"field": "setting"},
-        {"field": "shown", "title": "mean ± std"},
-        {"field": "n", "title": "seeds"},
-        {"field": "epsilon"},
+def _runs_layer(runs: list[Point], several: bool) -> alt.Chart:
+    marks: alt.Chart = alt.Chart({"values": runs}).mark_circle(size=34, opacity=0.4)
+    return marks.encode(_y("value"), _colour(several, "series"), tooltip=["setting:N", "seed:N", "value:N"])
+
+
+def _means_layers(means: list[Point], several: bool, *, joined: bool) -> list[alt.Chart]:
+    base = alt.Chart({"values": means}).encode(color=_colour(several, "series"))
+    tips = [
+        alt.Tooltip("setting:N"),
+        alt.Tooltip("shown:N", title="mean ± std"),
+        alt.Tooltip("n:N", title="seeds"),
+        alt.Tooltip("epsilon:N"),
     ]
-    base: Spec = {"y": _y("mean"), "color": _colour(several), "tooltip": tips}
-    rule: Spec = {
-        "data": {"values": means},
-        "mark": {"type": "rule", "strokeWidth": 2},
-        "encoding": {"y": _y("low"), "y2": {"field": "high"}, "color": _colour(several)},
-    }
-    point: Spec = {
-        "data": {"values": means},
-        "mark": {"type": "point", "filled": True, "opacity": 1, "size": 80, "shape": "square"},
-        "encoding": base,
-    }
-    if several:
-        point["params"] = [
-            {"name": "picked", "select": {"type": "point", "fields": ["series"]}, "bind": "legend"}
-        ]
-        base["opacity"] = {"condition": {"param": "picked", "value": 1}, "value": 0.12}
-    line: Spec = {
-        "data": {"values": means},
-        "mark": {"type": "line", "strokeWidth": 2},
-        "encoding": {"y": _y("mean"), "color": _colour(several)},
-    }
+    line = base.mark_line(strokeWidth=2).encode(_y("mean"))
+    rule = base.mark_rule(strokeWidth=2).encode(_y("low"), y2="high:Q")
+    point = base.mark_point(filled=True, opacity=1, size=80, shape="square").encode(_y("mean"), tooltip=tips)
     return [*([line] if joined else []), rule, point]
 
 
-def _published_layer(figures: list[Spec]) -> Spec:
-    tips = [{"field": name} for name in ("method", "value", "source")]
-    return {
-        "data": {"values": figures},
-        "mark": {"type": "point", "shape": "diamond", "size": 110, "color": "#555555", "strokeWidth": 2},
-        "encoding": {"y": _y("value"), "tooltip": tips},
-    }
+def _published_layer(figures: list[Point]) -> alt.Chart:
+    marks: alt.Chart = alt.Chart({"values": figures}).mark_point(
+        shape="diamond", size=110, color="#555555", strokeWidth=2
+    )
+    return marks.encode(_y("value"), tooltip=["method:N", "value:N", "source:N"])
 
 
 def front_chart(summary: Summary, metric: str) -> Chart:
     """A metric against the epsilon that was spent: what privacy costs, a point a setting."""
-    points: list[Spec] = []
+    points: list[Point] = []
     for group in summary.groups:
         stat, epsilon = group.stat(metric), group.largest("epsilon")
         if stat is not None and epsilon is not None and math.isfinite(epsilon):
             points.append({"epsilon": epsilon, **_spread(stat), "setting": group.setting})
     several = len(points) <= len(COLOURS)
-    base: Spec = {
-        "x": {"field": "epsilon", "type": "quantitative", "scale": {"type": "log"}, "title": "epsilon spent"},
-        "color": _colour(several, "setting"),
-    }
+    x = alt.X("epsilon:Q", title="epsilon spent").scale(type="log")
+    base = alt.Chart({"values": points}).encode(x, color=_colour(several, "setting"))
     tips = [
-        {"field": "setting"},
-        {"field": "shown", "title": "mean ± std"},
-        {"field": "epsilon", "format": ".3f"},
+        alt.Tooltip("setting:N"),
+        alt.Tooltip("shown:N", title="mean ± std"),
+        alt.Tooltip("epsilon:N", format=".3f"),
     ]
-    layers: list[Spec] = [
-        {"mark": {"type": "rule", "strokeWidth": 2}, "encoding": {"y": _y("low"), "y2": {"field": "high"}}},
-        {
-            "mark": {"type": "point", "filled": True, "opacity": 1, "size": 80},
-            "encoding": {"y": _y("mean"), "tooltip": tips},
-        },
-    ]
-    spec: Spec = {
-        "title": {"text": f"{metric} against epsilon"},
-        "data": {"values": points},
-        "encoding": base,
-        "layer": layers,
-    }
+    rule = base.mark_rule(strokeWidth=2).encode(_y("low"), y2="high:Q")
+    point = base.mark_point(filled=True, opacity=1, size=80).encode(_y("mean"), tooltip=tips)
+    title = f"{metric} against epsilon"
+    plot = alt.LayerChart(layer=[rule, point], title=title)
     said = "; ".join(f"epsilon {number(p['epsilon'])}: {p['shown']}" for p in points)
-    return Chart(
-        f"front-{metric}", f"{metric} against epsilon", f"{metric} against epsilon spent: {said}", spec
-    )
+    return Chart(f"front-{metric}", title, f"{title} spent: {said}", plot)
 
 
 CURVES = {
@@ -254,26 +229,28 @@ def curve_chart(curves: Sequence[Curve]) -> Chart:
         for step, value in zip(curve.steps, curve.values, strict=True)
     ]
     several = len(curves) > 1
-    tips = [{"field": "setting"}, {"field": "step"}, {"field": "value", "format": ".4~g"}]
-    spec: Spec = {
-        "title": {"text": CURVES[name], "subtitle": "over steps, one run a setting"},
-        "data": {"values": points},
-        "mark": {"type": "line", "strokeWidth": 2, "tooltip": True},
-        "params": [{"name": "picked", "select": {"type": "point", "fields": ["setting"]}, "bind": "legend"}],
-        "encoding": {
-            "x": {"field": "step", "type": "quantitative", "title": "step"},
-            "y": _y("value"),
-            "color": _colour(several, "setting"),
-            "opacity": {"condition": {"param": "picked", "value": 1}, "value": 0.12},
-            "tooltip": tips,
-        },
-    }
-    if not several:
-        del spec["params"], spec["encoding"]["opacity"]
+    tips = [alt.Tooltip("setting:N"), alt.Tooltip("step:N"), alt.Tooltip("value:N", format=".4~g")]
+    title = alt.Title(CURVES[name], subtitle="over steps, one run a setting")
+    plot = alt.Chart({"values": points}, title=title).mark_line(strokeWidth=2, tooltip=True)
+    plot = plot.encode(
+        alt.X("step:Q", title="step"), _y("value"), color=_colour(several, "setting"), tooltip=tips
+    )
     ends = "; ".join(
         f"{curve.setting}: {number(curve.values[-1])} at step {curve.steps[-1]}" for curve in curves
     )
-    return Chart(f"steps-{name}", CURVES[name], f"{CURVES[name]} over steps; at the end {ends}", spec)
+    return Chart(
+        f"steps-{name}",
+        CURVES[name],
+        f"{CURVES[name]} over steps; at the end {ends}",
+        _pickable(plot, "setting", "picked") if several else plot,
+    )
+
+
+def live(chart: Chart) -> Spec:
+    """A plot for the page, as wide as its place there."""
+    fit = alt.AutoSizeParams(type="fit", contains="padding")
+    plot = chart.plot.properties(width="container", height=280, autosize=fit, description=chart.description)
+    return {**plot.to_dict(), "config": CONFIG}
 
 
 def printed(found: Sequence[Chart]) -> Spec | None:
@@ -281,9 +258,9 @@ def printed(found: Sequence[Chart]) -> Spec | None:
     metrics = [chart for chart in found if chart.name.startswith(("metric-", "front-"))][:PRINTED]
     if not metrics:
         return None
-    plots = [{**chart.spec, "width": 300, "height": 220} for chart in metrics]
+    plots = [chart.plot.properties(width=300, height=220) for chart in metrics]
     columns = len(plots) if len(plots) < PRINTED else 2
-    return {"concat": plots, "columns": columns, "spacing": 30, "config": CONFIG}
+    return {**alt.concat(*plots, columns=columns, spacing=30).to_dict(), "config": CONFIG}
 
 
 def render(spec: Spec) -> tuple[bytes, bytes]:

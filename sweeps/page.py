@@ -12,7 +12,7 @@ from typing import Any
 
 from dp_lora.records.provenance import now
 from sweeps import tables
-from sweeps.figures import CONFIG, Chart, script
+from sweeps.figures import Chart, live, script
 from sweeps.summary import Summary
 
 MOST_IMAGES = 24
@@ -65,7 +65,7 @@ def page(title: str, summary: Summary, charts: Sequence[Chart], bill: Sequence[s
         "rebuild": "How to build this again",
     }  # fmt: skip
     there = {**content, "table": True, "plots": charts, "rebuild": True}
-    specifications = {chart.name: _live(chart) for chart in charts}
+    specifications = {chart.name: live(chart) for chart in charts}
     return environment.get_template("page.html.j2").render(
         **content,
         title=title,
@@ -79,11 +79,6 @@ def page(title: str, summary: Summary, charts: Sequence[Chart], bill: Sequence[s
         script=Markup(script().replace("</script", "<\\/script")) if charts else "",
         specifications=specifications,
     )
-
-
-def _live(chart: Chart) -> dict[str, Any]:
-    sized = {"width": "container", "height": 280, "autosize": {"type": "fit", "contains": "padding"}}
-    return {**chart.spec, **sized, "description": chart.description, "config": CONFIG}
 
 
 def _lead(summary: Summary) -> str:

@@ -34,7 +34,8 @@ LIGHT = (
     "dp_lora.commands.sample",
 )
 """What a user waits for before the first word, or after a mistake."""
-HEAVY = ("torch", "torchmetrics", "diffusers", "peft", "opacus", "dp_accounting", "scipy", "wandb", "sklearn")
+HEAVY = ("torch", "torchmetrics", "diffusers", "peft", "opacus", "dp_accounting", "scipy", "wandb", "sklearn",
+         "altair", "vl_convert")  # fmt: skip
 
 APART = {
     "attacks": None,
@@ -160,6 +161,12 @@ def test_sweeps_know_nothing_of_the_classes_that_hydra_looks_up() -> None:
     above = ("hydra_plugins", "benchmarks", "tests")
     assert [name for name, others in graph.items() for o in others if o.split(".")[0] in above] == []
     assert circles(graph) == []
+
+
+@pytest.mark.parametrize("light", ["sweeps.__main__", "sweeps.cluster.drive", "sweeps.cluster.node"])
+def test_only_a_report_loads_what_makes_plots(light: str) -> None:
+    graph = imports_of(ROOT / "sweeps")
+    assert heavy(graph, light) == [] and "altair" in heavy(graph, "sweeps.report")
 
 
 def test_privacy_knows_tensors_alone(graph: Imports) -> None:

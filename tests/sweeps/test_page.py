@@ -133,6 +133,25 @@ def test_a_plot_answers_to_the_pointer_and_has_every_mark(browser: Chrome, page:
     assert "lora.rank=4" in tip.text and "mean ± std" in tip.text
 
 
+def test_a_click_on_the_legend_picks_one(browser: Chrome, tmp_path: Path) -> None:
+    sets = ["a.b[0]:Q", "it's (x):T"]
+    folder = write_sweep(tmp_path, "mine", grid(data__name=sets, lora__rank=[4, 8]))
+    write(folder)
+    opened(browser, folder / "report.html", 1280, 900)
+    for plot, marks in (("metric-accuracy_cnn", "path[aria-roledescription='point']"),
+                        ("steps-epsilon", "path[aria-roledescription='line mark']")):  # fmt: skip
+        faint = f"#{plot} {marks}[opacity='0.12']"
+        legend = browser.find_elements(By.CSS_SELECTOR, f"#{plot} .role-legend-symbol path")
+        assert browser.find_elements(By.CSS_SELECTOR, faint) == [], plot
+        browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", legend[0])
+        ActionChains(browser).move_to_element(legend[0]).click().perform()
+        others = len(browser.find_elements(By.CSS_SELECTOR, f"#{plot} {marks}")) // len(legend)
+        WebDriverWait(browser, 300).until(
+            lambda driver, faint=faint: driver.find_elements(By.CSS_SELECTOR, faint)
+        )
+        assert len(browser.find_elements(By.CSS_SELECTOR, faint)) == others * (len(legend) - 1), plot
+
+
 def test_the_page_is_accessible(browser: Chrome, page: Path) -> None:
     opened(browser, page, 1280, 900)
     violations = Axe().run(browser)["violations"]

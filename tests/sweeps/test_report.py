@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import json
 import math
@@ -10,7 +11,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import altair
 import pytest
+import vl_convert
 from PIL import Image
 
 from dp_lora.errors import UserError
@@ -18,7 +21,7 @@ from dp_lora.records import manifest
 from dp_lora.storage.files import read_json, write_json
 from sweeps import figures, published, tables
 from sweeps.collect import collect
-from sweeps.curves import MOST_POINTS, curves
+from sweeps.curves import MOST_POINTS, Curve, curves
 from sweeps.folders import find, read
 from sweeps.report import FILES, build, write
 from sweeps.summary import Group, Stat, Summary, summarise
@@ -199,6 +202,11 @@ def test_published_figures_of_the_whole_set_are_shown_for_a_part_of_it(sweep: Pa
 # Plots
 
 
+def drawn(spec: figures.Spec, layer: figures.Spec) -> list[figures.Point]:
+    """The points of a layer, which name their data."""
+    return spec["datasets"][layer["data"]["name"]]
+
+
 def test_a_plot_goes_along_what_the_settings_differ_in(tmp_path: Path) -> None:
     two = grid(lora__rank=[16, 4], privacy__epsilon=[1.0, 5.0, 10.0], seed=[0, 1])
     found = summary(write_sweep(tmp_path / "two", "mine", two))
@@ -237,10 +245,12 @@ def test_plots_hold_every_run_and_say_their_numbers_in_words(sweep: Path) -> Non
     accuracy = charts[0]
     stat = found.groups[0].stat("accuracy_cnn")
     assert f"4: {stat}" in accuracy.description
-    runs, line, _, points = accuracy.spec["layer"]
-    assert len(runs["data"]["values"]) == 4 and line["mark"]["type"] == "line"
-    assert [point["n"] for point in points["data"]["values"]] == [3, 1]
-    assert "before fine-tuning 0.095; real images 0.957" in accuracy.spec["title"]["subtitle"]
+    spec = figures.live(accuracy)
+    runs, line, _, points = spec["layer"]
+    assert len(drawn(spec, runs)) == 4 and line["mark"]["type"] == "line"
+    assert [point["n"] for point in drawn(spec, points)] == [3, 1]
+    assert "before fine-tuning 0.095; real images 0.957" in spec["title"]["subtitle"]
+    assert spec["description"] == accuracy.description
 
 
 def test_the_front_is_drawn_where_epsilon_is_not_the_axis(tmp_path: Path) -> None:
@@ -248,7 +258,43 @@ def test_the_front_is_drawn_where_epsilon_is_not_the_axis(tmp_path: Path) -> Non
     found = summary(write_sweep(tmp_path, "sigma", choices))
     assert found.axis == "given_noise_multiplier"
     front = next(c for c in figures.charts(found, ()) if c.name == "front-accuracy_cnn")
-    assert [point["epsilon"] for point in front.spec["data"]["values"]] == [16, 8, 4]
+    spec = figures.live(front)
+    assert [point["epsilon"] for point in drawn(spec, spec)] == [16, 8, 4]
+    assert spec["layer"][0]["encoding"]["x"]["scale"] == {"type": "log"}
+
+
+def test_names_may_have_dots_brackets_and_colons(tmp_path: Path) -> None:
+    sets = ["a.b[0]:Q", "it's \\ (x):T"]
+    folder = write_sweep(tmp_path, "mine", grid(data__name=sets, lora__rank=[4, 8], seed=[0, 1]))
+    metrics = ("accuracy_a.b[0]:Q", "accuracy_a_b 'x' \\:T")
+    for cell in read(folder).cells:
+        path = cell.directory / "result.json"
+        result = read_json(path)
+        result["metrics"] = dict.fromkeys(metrics, result["metrics"]["accuracy_cnn"])
+        write_json(path, result)
+    charts = figures.charts(summary(folder), ())
+    assert [chart.title for chart in charts] == [*metrics]
+    both = figures.printed(charts)
+    assert both is not None
+    for count, spec in ((1, figures.live(charts[0])), (1, figures.live(charts[1])), (2, both)):
+        marks = vl_convert.vegalite_to_svg({**spec, "width": 300})
+        assert marks.count('aria-roledescription="circle"') == 8 * count
+        assert marks.count('aria-roledescription="point"') == 4 * count
+        for name in sets:
+            assert f">{html.escape(name, quote=False)}</text>" in marks, "in the legend"
+
+
+def test_every_step_of_a_long_curve_is_drawn_and_nothing_is_loaded() -> None:
+    steps = range(20_001)
+    curve = Curve("epsilon", "lora.rank=4", [*steps], [step / 10 for step in steps])
+    spec = figures.live(figures.curve_chart([curve]))
+    assert len(drawn(spec, spec)) == 20_001
+    assert '"url"' not in json.dumps(spec)
+
+
+def test_what_makes_the_plots_and_what_draws_them_speak_the_same_vega_lite() -> None:
+    version = ".".join(altair.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
+    assert version in vl_convert.get_vegalite_versions()
 
 
 def test_curves_are_thinned_and_keep_their_end(tmp_path: Path) -> None:
