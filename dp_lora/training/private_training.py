@@ -146,9 +146,15 @@ class PrivateTraining:
 
         Nothing is begun yet. A job, which knows more of its model, has its own.
         """
+        self._frozen = _frozen_digests(self.module)
         if self._synthetic_losses is not None:
             preflight(self.module, self._synthetic_losses, self.plan, tolerance=self._tolerance)
-        self._frozen = _frozen_digests(self.module)
+            if changed := self._changed():
+                raise UserError(
+                    f"module: {changed[0]} changed in the preflight, though it is not trained: what changes "
+                    "with a forward may remember private examples, without any noise; expected a module "
+                    "whose forward changes nothing"
+                )
         return _known(self.module, self.optimizer, self._frozen, randomness)
 
     def _resumed(self) -> int:
@@ -206,10 +212,14 @@ class PrivateTraining:
             self.save()
         return step
 
+    def _changed(self) -> list[str]:
+        """The tensors that are not trained and are not what they were at the start, by name."""
+        now = _frozen_digests(self.module) if self._frozen else {}
+        return sorted(name for name, digest in self._frozen.items() if now.get(name) != digest)
+
     def _refuse_changed(self) -> None:
         """Raises UserError when a tensor that is not trained is not what it was at the start."""
-        now = _frozen_digests(self.module) if self._frozen else {}
-        if changed := sorted(name for name, digest in self._frozen.items() if now.get(name) != digest):
+        if changed := self._changed():
             raise UserError(
                 f"module: {changed[0]} changed during the training, though it is not trained: what changed "
                 "it may have read private examples, and no noise was added. The result has no guarantee"

@@ -129,7 +129,8 @@ def test_prompts_of_a_text_to_image_adapter(tmp_path: Path, cache: Path) -> None
     source = write_folder(tmp_path / "set", pixels(5, 24))
     base = stable_diffusion(tmp_path / "sd")
     given = (*words(cache, tmp_path / "outputs"), *FOLDER, f"data.source={source}",
-             f"model.pretrained={base}", "data.channels=3", "trainable=lora_alone", "lora.rank=2", "stages=[finetune]")  # fmt: skip
+             f"model.pretrained={base}", "data.channels=3",
+             "trainable=lora_alone", "lora.rank=2", "stages=[finetune]")  # fmt: skip
     assert dp_lora(*given) == 0
     (run,) = (tmp_path / "outputs" / "default").iterdir()
     shutil.rmtree(source)

@@ -47,11 +47,13 @@ def adapter(directory: Path) -> dict[str, bytes]:
 
 
 def test_only_sampler_and_evaluation_may_differ(tiny: Callable[..., Config]) -> None:
-    same = [tiny(), tiny("sampler.guidance=2"), tiny("evaluation.classifier_epochs=3"), tiny("sampler=ddim")]
+    follow = ("sampler.guidance=2", "evaluation.classifier_epochs=3", "sampler=ddim")
+    same = [tiny(), *map(tiny, follow)]
     assert len({training_fingerprint(config) for config in same}) == 1
     assert len({fingerprint(config) for config in same}) == len(same)
     others = ["seed=1", "lora.rank=3", "train.max_steps=5", "privacy.delta=1e-4", "data.classes=[1,2]",
-              "privacy.insecure_seed=3", "model.pretrain.steps=9", "tracking.private_loss=true"]  # fmt: skip
+              "privacy.insecure_seed=3", "model.pretrain.unet_steps=9",
+              "tracking.private_loss=true"]  # fmt: skip
     found = {training_fingerprint(tiny(word)) for word in others}
     assert len(found | {training_fingerprint(tiny())}) == len(others) + 1
 

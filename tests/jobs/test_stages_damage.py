@@ -90,11 +90,8 @@ REFUSED = {
     "provenance.json empty": ("provenance.json", b"", f"/provenance.json: {JSON}"),
     "charge.json empty": ("checkpoint/charge.json", b"", f"/checkpoint/charge.json: {JSON}"),
     "plan.json empty": ("checkpoint/plan.json", b"\n", f"/checkpoint/plan.json: {JSON}"),
-    "plan.json a list": ("checkpoint/plan.json", b"[]", "/checkpoint/plan.json: no plan of a run; expected"),
-    "plan.json a number": ("checkpoint/plan.json", b"1", "/checkpoint/plan.json: no plan of a run; expected"),
-    "plan.json without fields": (
-        "checkpoint/plan.json", b"{}", "/checkpoint/plan.json: no plan of a run; expected",
-    ),
+    "plan.json a list": ("checkpoint/plan.json", b"[]", "/checkpoint/plan.json: expected a JSON object as"),
+    "plan.json a number": ("checkpoint/plan.json", b"1", "/checkpoint/plan.json: expected a JSON object as"),
     "plan.json deep": (
         "checkpoint/plan.json", b"[" * 100_000,
         "/checkpoint/plan.json: no JSON (nested too deeply); expected what this program wrote there",

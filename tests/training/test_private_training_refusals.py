@@ -373,9 +373,16 @@ class Remembers(nn.Module):
         return x
 
 
-def test_a_frozen_tensor_that_changes_is_found_at_the_end(tmp_path: Path) -> None:
+def test_a_frozen_tensor_that_changes_is_found_before_the_first_step(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(5, 8), Remembers(), nn.Linear(8, 3))
-    private = training(tmp_path / "run", model)
+    with pytest.raises(UserError, match=r"^module: 1\.mean changed in the preflight"):
+        training(tmp_path / "run", model)
+    assert not (tmp_path / "run" / "executions.jsonl").exists()
+
+
+def test_without_a_preflight_it_is_found_before_it_is_saved(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(5, 8), Remembers(), nn.Linear(8, 3))
+    private = training(tmp_path / "run", model, synthetic_losses=None)
     changed = pytest.raises(UserError, match=r"^module: 1\.mean changed during the training")
     with changed:
         run(private)
@@ -385,7 +392,7 @@ def test_a_frozen_tensor_that_changes_is_found_at_the_end(tmp_path: Path) -> Non
         private.finish()
     # Nor does a second try, on a module that is as it was, take over what the first one trained.
     model[1].mean.data.zero_()
-    again = training(tmp_path / "run", model)
+    again = training(tmp_path / "run", model, synthetic_losses=None)
     assert again.finished == 0 and not again.complete
     with changed:
         run(again)
@@ -397,6 +404,18 @@ def test_a_folder_without_its_plan_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run" / "plan.json").unlink()
     with pytest.raises(UserError, match=r"plan\.json: is missing, and steps were begun"):
         training(tmp_path / "run", plan=plan_of(noise_multiplier=5.0))
+
+
+@pytest.mark.parametrize("content", ["[]", "1", "{}", '{"steps": 6}'])
+def test_a_damaged_plan_is_refused(content: str, tmp_path: Path) -> None:
+    crashing = training(tmp_path / "run", network())
+    with pytest.raises(Crash):
+        run(crashing, stop_in=2)
+    (tmp_path / "run" / "plan.json").write_text(content)
+    with pytest.raises(
+        UserError, match=r"plan\.json: no plan of a run; expected what this program wrote there"
+    ):
+        training(tmp_path / "run", network())
 
 
 def test_a_record_that_is_removed_before_the_first_checkpoint_is_missed(tmp_path: Path) -> None:
