@@ -122,14 +122,18 @@ def charge_of(config: Config, plan: PrivacyPlan, run: str) -> Charge:
     return Charge(run, private_set(config.data.name), plan.mechanism, plan.delta, private)
 
 
-def refusal(config: Config, plan: PrivacyPlan, directory: Path, images: ImageSplits) -> str | None:
+def refusal(
+    config: Config, plan: PrivacyPlan, directory: Path, images: ImageSplits, *, alone: bool = False
+) -> str | None:
     """Why the ledger, or the budget, does not let this job look at `images`; None where nothing forbids it.
 
     Writes nothing. `charged` and `charge_release` ask again when nobody else can write.
+
+    Args:
+        alone: it is known that no other run has made the training, which would cost nothing.
     """
     trains = "finetune" in config.stages and not (directory / OUTPUTS["finetune"]).exists()
-    # A training that another run has made costs nothing; if it turns out that there is none, `charged` asks.
-    trains = trains and not reuse.may_take(config, directory)
+    trains = trains and (alone or not reuse.may_take(config, directory))
     evaluates = "evaluate" in config.stages and not (directory / OUTPUTS["evaluate"]).exists()
     releases = evaluates and config.evaluation.release == "dp"
     if config.data.public or not (trains or releases):

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from dp_lora.config.identity import run_directory
 from dp_lora.config.schema import Config
-from dp_lora.errors import Busy, recorded
+from dp_lora.errors import Busy, UserError, recorded
 from dp_lora.jobs import reuse
 from dp_lora.jobs.job import Job, device_of, prepare, pretrained_model, say
-from dp_lora.jobs.spending import charged, line_of_all_runs
+from dp_lora.jobs.spending import charged, line_of_all_runs, refusal
 from dp_lora.records import manifest
 from dp_lora.records.run_directory import OUTPUTS, is_whole, keep_adapter, result, state
 from dp_lora.storage.files import (
@@ -81,6 +81,10 @@ def _lead(config: Config, directory: Path, team: Team, shown_name: str) -> dict[
         asked = [name for name in OUTPUTS if name in config.stages]
         left = [name for name in asked if not is_whole(job.directory, name)]
         source = reuse.find(job.config, job.directory, job.images, alone, say) if "finetune" in left else None
+        if "finetune" in left and source is None:
+            reason = refusal(job.config, job.plan, job.directory, job.images, alone=True)
+            if reason is not None:
+                raise UserError(reason)
         team.tell("stages", [name for name in left if source is None or name != "finetune"])
 
         def finetune(job: Job, tracker: Tracker) -> None:

@@ -168,6 +168,12 @@ def test_a_full_budget_has_room_for_what_costs_nothing(job: Run) -> None:
     with pytest.raises(UserError, match=r"privacy\.budget_epsilon=15"):
         job(*DRAWS, budget, "lora.rank=3")
     assert charges(job(*DRAWS, budget, "sampler.guidance=3")) == charges(first)
+    # Without the training there is no room, and nothing is begun.
+    shutil.rmtree(first)
+    with pytest.raises(UserError, match=r"privacy\.budget_epsilon=15"):
+        job(*DRAWS, budget, "sampler.guidance=4")
+    (begun,) = (one for one in first.parent.iterdir() if "guidance=4" in one.name)
+    assert [path.name for path in begun.rglob("*") if path.is_file()] == ["lock"]
 
 
 def test_a_release_is_charged_to_the_run_that_trained(job: Run) -> None:
