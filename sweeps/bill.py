@@ -233,6 +233,8 @@ def _united(copies: Sequence[_Run]) -> _Run:
     steps = max(begun_by_all(folders), *(copy.charge.mechanism.steps for copy in copies))
     releases = {json.dumps(one, sort_keys=True): one for folder in folders for one in releases_of(folder)}
     mechanisms = tuple(Mechanism(float(one["noise_multiplier"]), 1.0, 1) for one in releases.values())
+    # Where the folder is gone to which they were written, a run's own statement has them.
+    mechanisms = max((mechanisms, *(copy.releases for copy in copies)), key=len)
     whole = replace(last.charge, mechanism=replace(last.charge.mechanism, steps=steps))
     return replace(last, charge=whole, releases=mechanisms, copies=tuple(copies[:-1]))
 
@@ -442,7 +444,9 @@ def _releases(privacy: Mapping[str, Any]) -> tuple[Mechanism, ...]:
     release = privacy.get("release")
     if release is None:
         return ()
-    return (Mechanism(float(release["noise_multiplier"]), 1.0, int(release["releases"])),)
+    # Earlier versions name the last one, in whose run all were alike.
+    noise = release.get("noise_multipliers", [release["noise_multiplier"]] * int(release["releases"]))
+    return tuple(Mechanism(float(one), 1.0, 1) for one in noise)
 
 
 def _optional(path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,10 +36,8 @@ def main() -> None:
         asked = asked_for(place, words)
         from dp_lora.jobs.drawing import draw
 
-        folder, number = draw(asked)
-    print(
-        f"{number} images       {folder}\nno epsilon       they are functions of the released adapter alone"
-    )
+        drawn = draw(asked)
+    print(f"images     {drawn.number}\nfolder     {drawn.folder}\nprivacy    {drawn.note}")
 
 
 def _parse(words: Sequence[str]) -> tuple[Path, list[str]]:
@@ -48,9 +47,9 @@ def _parse(words: Sequence[str]) -> tuple[Path, list[str]]:
         f"{field.name}={field.default}" for field in dataclasses.fields(SamplerConfig) if field.name != "name"
     ]
     listed = {
-        "sampler=PRESET": "ddim or dpmsolver; as in the run if it is not given",
+        "sampler=PRESET": "ddim or dpmsolver, with the steps, eta and guidance of the preset",
         **dict.fromkeys(fields, "of the sampler; as in the run if it is not given"),
-        "classes={cat:500,dog:20}": "images of each class, instead of num_samples",
+        "classes=cat:500,dog:20": "images of each class, instead of num_samples",
         "seed=0": "of the images; as in the run if it is not given",
         **{f"{name}=...": what for name, what in TEXTS.items()},
     }
@@ -93,25 +92,30 @@ def asked_for(place: Path, words: Sequence[str]) -> Asked:
 
 
 def _values(words: Sequence[str]) -> dict[str, str]:
-    """The text behind each name. Raises UserError for an unknown name, and for one that comes twice."""
+    """The text behind each name. Raises UserError for an unknown name, and for one that comes twice.
+
+    `classes` may come several times: that is what most shells make of `classes={cat:500,dog:20}`.
+    """
     from dp_lora.config.schema import SamplerConfig
 
     fields = [field.name for field in dataclasses.fields(SamplerConfig) if field.name != "name"]
     known = ["sampler", *fields, "classes", "seed", *TEXTS]
+    spelt = {"sampler.name": "sampler", **{f"sampler.{name}": name for name in fields}}
     found: dict[str, str] = {}
     for word in words:
         name, equals, value = word.partition("=")
-        name = name.removeprefix("sampler.")
+        name = spelt.get(name, name)
         if not equals or not value:
             raise UserError(f"{word}: expected field=value")
         if name not in known:
             raise UserError(
                 f"{name}: no such field{did_you_mean(name, known)}; expected one of {', '.join(known)}"
             )
-        if name in found:
+        if name in found and name != "classes":
             raise UserError(f"{name}: is given twice; expected once")
         quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
-        found[name] = value[1:-1] if quoted else value
+        text = value[1:-1] if quoted and name != "classes" else value
+        found[name] = f"{found[name]},{text}" if name in found else text
     return found
 
 
@@ -127,7 +131,9 @@ def _sampler(of_run: SamplerConfig, given: dict[str, str]) -> SamplerConfig:
             import yaml
 
             text = (config_directory() / "sampler" / f"{preset}.yaml").read_text(encoding="utf-8")
-            chosen = {**dataclasses.asdict(SamplerConfig()), **(yaml.safe_load(text) or {})}
+            # The number of images is that of the run: a preset is chosen for how they are drawn.
+            own = {name: chosen[name] for name in ("num_samples", "batch_size")}
+            chosen = {**dataclasses.asdict(SamplerConfig()), **yaml.safe_load(text), **own}
         elif preset in SAMPLERS:
             chosen["name"] = preset
         else:
@@ -149,21 +155,25 @@ def _number(name: str, text: str, kind: type) -> Any:
 
 
 def _mapping(text: str) -> dict[str, int]:
-    """The numbers by class of `{cat:500,dog:20}`.
+    """The numbers by class of `cat:500,dog:20`, with or without braces; a name may be quoted.
 
-    >>> _mapping("{tabby cat: 500, dog:20}")
-    {'tabby cat': 500, 'dog': 20}
+    >>> _mapping("{tabby cat: 500, 'a, b':20}")
+    {'tabby cat': 500, 'a, b': 20}
     """
-    found: dict[str, int] = {}
     inside = text.strip()
-    if not (inside.startswith("{") and inside.endswith("}")):
-        raise UserError(f"classes={text}: expected classes={{name:number,...}}")
-    for part in inside[1:-1].split(","):
-        name, _, number = part.rpartition(":")
-        name = name.strip().strip("'\"")
-        if not name or name in found or not number.strip().isdecimal():
-            raise UserError(f"classes={text}: expected classes={{name:number,...}}, each class once")
-        found[name] = int(number)
+    if inside.startswith("{") and inside.endswith("}"):
+        inside = inside[1:-1]
+    found: dict[str, int] = {}
+    part = re.compile(r"""\s*("[^"]+"|'[^']+'|[^,'"{}]+?)\s*:\s*([0-9]{1,12})\s*(?:,|$)""")
+    place = 0
+    while place < len(inside):
+        match = part.match(inside, place)
+        name = match[1].strip("'\"") if match is not None else ""
+        if match is None or name in found:
+            raise UserError(f"classes={text}: expected classes=name:number,name:number, each class once")
+        found[name], place = int(match[2]), match.end()
+    if not found:
+        raise UserError(f"classes={text}: expected classes=name:number,name:number, each class once")
     return found
 
 

@@ -48,6 +48,9 @@ _SAID = {
 }
 """The possible differences, in words; the first one that applies causes most of those below it."""
 
+FIELDS = frozenset({"key", *_SAID}) - {"prepared"}
+"""The fields that every record has."""
+
 
 def digests(images: ImageSet) -> np.ndarray:
     """uint8 [N, 32]: of the images as they were decoded; of the prepared ones where no others are known."""

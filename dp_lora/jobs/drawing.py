@@ -11,15 +11,18 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dp_lora.config.checks import check
-from dp_lora.config.load import read_config
+from dp_lora.config.load import WEIGHTS, read_config
 from dp_lora.config.schema import Config, DataConfig, SamplerConfig
 from dp_lora.errors import UserError, did_you_mean
+from dp_lora.records.run_directory import check_records, is_whole, is_whole_archive
 from dp_lora.storage.files import check_writable, file_lock, read_json, write_atomic, write_json
 
 if TYPE_CHECKING:
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
     from dp_lora.models.sample import Samples
 
 RECORD = "sampling.json"
-"""What was drawn, beside it: written last, so that a folder without it is not complete."""
+"""What was drawn, beside it."""
 
 FOLDER = "samples"
 """In a run directory: a folder for each set of images that was drawn afterwards."""
@@ -38,7 +41,7 @@ FORMATS = ("npz", "png")
 
 NOTE = (
     "Computed from the adapter, the pre-trained model and these settings alone: covered by the adapter's own "
-    "epsilon, at no further cost."
+    "epsilon, which its card states, at no further cost."
 )
 
 
@@ -100,8 +103,17 @@ def _is_adapter(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("adapter_model.safetensors", "trained.safetensors"))
 
 
-def draw(asked: Asked) -> tuple[Path, int]:
-    """Draws the images, and gives the folder and their number; a folder that is complete is left as it is.
+class Drawn(NamedTuple):
+    """What was drawn."""
+
+    folder: Path
+    number: int
+    note: str
+    """What covers it."""
+
+
+def draw(asked: Asked) -> Drawn:
+    """Draws the images into a folder that appears whole; one that is whole already is left as it is.
 
     Raises UserError for what does not fit the adapter or the model, before anything is written.
     """
@@ -109,40 +121,89 @@ def draw(asked: Asked) -> tuple[Path, int]:
     from dp_lora.models import sample
 
     source = source_of(asked.place)
-    config = replace(source.config, sampler=asked.sampler, seed=asked.seed)
+    number = asked.sampler.num_samples if asked.classes is None else sum(asked.classes.values())
+    config = replace(source.config, sampler=replace(asked.sampler, num_samples=number), seed=asked.seed)
     config.resources.device = asked.device
     check(config)
     device = device_of(config)
-    model = _model(source, asked)
+    base = _base(source, asked)
+    model = _model(source, asked, base)
     labels = _labels(model, asked)
-    record = _record(source, model, asked, labels)
+    record = _record(source, base, model, asked, labels)
     folder = _folder(source, asked, record)
-    check_writable(folder, f"out={folder}")
-    if (folder / RECORD).exists():
-        if read_json(folder / RECORD)["settings"] != record["settings"]:
-            raise UserError(f"{folder}: holds images that were drawn otherwise; expected another name")
-        return folder, len(labels)
-    folder.mkdir(parents=True, exist_ok=True)
-    with file_lock(folder / ".lock"):
-        samples = sample.draw(model.to(device), labels, asked.sampler, asked.seed, asked.progress)
-        sample.save(samples, folder)
-        if asked.format == "png":
-            write_images(samples, folder)
-        write_json(folder / RECORD, record)
-    return folder, len(labels)
+    if not _is_drawn(folder, record, len(labels)):
+        check_writable(folder, f"out={folder}")
+        with _whole(folder, lambda: _is_drawn(folder, record, len(labels))) as partial:
+            if partial is not None:
+                samples = sample.draw(model.to(device), labels, asked.sampler, asked.seed, asked.progress)
+                sample.save(samples, partial)
+                if asked.format == "png":
+                    write_images(samples, partial)
+                write_json(partial / RECORD, record)
+    return Drawn(folder, len(labels), record["note"])
 
 
-def _model(source: Source, asked: Asked) -> LatentDiffusion:
-    """The pre-trained model with the adapter, whose classes or prompts are those that are asked for."""
-    from dp_lora.models import adapters
-    from dp_lora.models.folders import find, load
+def _is_drawn(folder: Path, record: Mapping[str, Any], number: int) -> bool:
+    """Whether the folder holds these images, all of them and whole; False if they have to be drawn again.
+
+    Raises UserError for a folder with anything else in it.
+    """
+    if not folder.exists():
+        return False
+    if not folder.is_dir():
+        raise UserError(f"{folder}: is a file; expected the name of a new folder")
+    if not any(folder.iterdir()):
+        return False
+    found = read_json(folder / RECORD) if (folder / RECORD).is_file() else None
+    if not isinstance(found, dict) or found.get("settings") != record["settings"]:
+        raise UserError(
+            f"{folder}: holds something else than these images; expected a new or an empty folder"
+        )
+    pictures = (
+        len(list((folder / "images").rglob("*.png"))) if record["settings"]["format"] == "png" else number
+    )
+    return (
+        pictures == number and (folder / "samples.png").is_file() and is_whole_archive(folder / "samples.npz")
+    )
+
+
+@contextmanager
+def _whole(folder: Path, is_there: Callable[[], bool]) -> Iterator[Path | None]:
+    """A folder that takes the place of `folder` at the end of the block; None if another made it first."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    with file_lock(partial / ".lock"):
+        if is_there() or not partial.exists():
+            yield None
+            return
+        for path in partial.iterdir():
+            if path.name != ".lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        yield partial
+        (partial / ".lock").unlink()
+        if folder.exists():
+            shutil.rmtree(folder)  # of the same images, damaged, or empty
+        partial.replace(folder)
+
+
+def _base(source: Source, asked: Asked) -> Path:
+    """The folder of the pre-trained model, which is the one that the adapter was trained on."""
+    from dp_lora.models.folders import find
 
     if source.run is not None:
-        _check_whole(source.run)
+        is_whole(source.run, "finetune")
     folder = find(asked.pretrained) if asked.pretrained is not None else _pretrained(source)
     _check_base(source, folder)
+    return folder
+
+
+def _model(source: Source, asked: Asked, base: Path) -> LatentDiffusion:
+    """The pre-trained model with the adapter, whose classes or prompts are those that are asked for."""
+    from dp_lora.models import adapters
+    from dp_lora.models.folders import load
+
     prompt = source.config.model.prompt if asked.prompt is None else asked.prompt
-    model = load(folder, prompt)
+    model = load(base, prompt)
     if asked.prompt is not None and model.prompts is None:
         raise UserError(f"prompt={asked.prompt}: the model takes no prompts; expected none")
     names = adapters.class_names(source.adapter) or _class_names(source) or model.classes
@@ -151,12 +212,6 @@ def _model(source: Source, asked: Asked) -> LatentDiffusion:
         names = (prompt,)
     adapters.restore(model, source.adapter, names)
     return model
-
-
-def _check_whole(run: Path) -> None:
-    from dp_lora.records.run_directory import is_whole
-
-    is_whole(run, "finetune")
 
 
 def _pretrained(source: Source) -> Path:
@@ -206,10 +261,16 @@ def _check_base(source: Source, folder: Path) -> None:
 
     base = _named_base(source) or ""
     digits = re.search(r"-([0-9a-f]{8})$", base)
-    if digits is None or folder.name == base:
+    if digits is not None:
+        expected = digits[1]
+    elif (WEIGHTS / base / "unet").is_dir():
+        expected = sha256_of_weights(WEIGHTS / base)[:8]
+    else:
+        return
+    if folder.name == base:
         return
     found = sha256_of_weights(folder)[:8]
-    if found != digits[1]:
+    if found != expected:
         raise UserError(
             f"{source.adapter}: was trained on the model {base}, and the weights in {folder} are others "
             f"({found}); expected pretrained=MODEL with those of the training"
@@ -248,10 +309,13 @@ def _labels(model: LatentDiffusion, asked: Asked) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
 
 
-def _record(source: Source, model: LatentDiffusion, asked: Asked, labels: Tensor) -> dict[str, Any]:
-    """What `sampling.json` says: the settings that the images follow from."""
+def _record(
+    source: Source, base: Path, model: LatentDiffusion, asked: Asked, labels: Tensor
+) -> dict[str, Any]:
+    """What `sampling.json` says: the settings that the images follow from, and what covers them."""
     import torch
 
+    from dp_lora.models.folders import sha256_of_weights
     from dp_lora.records.provenance import versions
 
     digest = hashlib.sha256()
@@ -261,13 +325,29 @@ def _record(source: Source, model: LatentDiffusion, asked: Asked, labels: Tensor
     sampler = {k: v for k, v in asdict(asked.sampler).items() if k not in ("num_samples", "batch_size")}
     settings = {
         "adapter_sha256": digest.hexdigest(),
+        "model_sha256": sha256_of_weights(base),
         "sampler": sampler,
         "seed": asked.seed,
         "classes": dict(zip(model.classes, counts, strict=True)),
         "prompt": model.prompts.template if model.prompts is not None else None,
         "format": asked.format,
     }
-    return {"note": NOTE, "settings": settings, "versions": versions()}
+    return {"note": _note(source), "settings": settings, "versions": versions()}
+
+
+def _note(source: Source) -> str:
+    """What covers the images: the adapter's epsilon, or, of a run without a guarantee, why nothing does."""
+    from dp_lora.records.card import no_guarantee
+
+    if source.run is None:
+        return NOTE
+    check_records(source.run)
+    path = source.run / "privacy.json"
+    if not path.exists():
+        return f"{path} is missing, so it is not known what the adapter spent."
+    found = read_json(path)
+    nothing = no_guarantee(found, reproducible_noise=found["reproducible_noise"])
+    return NOTE if nothing is None else nothing.strip("*")
 
 
 def _folder(source: Source, asked: Asked, record: Mapping[str, Any]) -> Path:
@@ -278,8 +358,8 @@ def _folder(source: Source, asked: Asked, record: Mapping[str, Any]) -> Path:
         raise UserError(f"{source.adapter}: an adapter without its run; expected out=FOLDER for the images")
     identity = hashlib.sha256(json.dumps(record["settings"], sort_keys=True).encode()).hexdigest()[:8]
     name = asked.name or f"{asked.sampler.name}-{identity}"
-    if not re.fullmatch(r"(?!\.)[^/\0]+", name):
-        raise UserError(f"name={name}: expected the name of one folder")
+    if not re.fullmatch(r"(?!\.)[^/\x00-\x1f]{1,100}", name):
+        raise UserError(f"name={name}: expected the name of one folder, at most 100 characters")
     return source.run / FOLDER / name
 
 

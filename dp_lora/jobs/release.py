@@ -296,6 +296,7 @@ def release_record(training: Mapping[str, Any], config: Config, folder: Path) ->
         "delta": delta,
         "accountant": spent.accountant,
         "noise_multiplier": mechanisms[-1].noise_multiplier,
+        "noise_multipliers": [one.noise_multiplier for one in mechanisms],
         "sensitivity": 1.0,
         "releases": len(mechanisms),
         "reference": config.evaluation.reference,

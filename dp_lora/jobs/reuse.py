@@ -8,14 +8,15 @@ Guarantee: a training is taken only if it is complete and whole, was of the same
 same images, by the keyed record of their content. A run without that record, as earlier versions left them,
 gives its training to nobody.
 
-`<outputs>/.trainings/` has a file for each training that ended, which names its run directory, and a lock, so
-that jobs which ask for the same training at the same time train once. What was spent stays with the run that
-trained: a run that has taken its training keeps where from in its private `checkpoint/`, and no key, receipt
-or record of steps. A release on held-out images by such a run is charged to the run that trained.
+`<outputs>/.trainings-<user>/` has a file for each training that ended, which names its run directory, and a
+lock, so that jobs which ask for the same training at the same time train once. What was spent stays with the
+run that trained: a run that has taken its training keeps where from in its private `checkpoint/`, and no key,
+receipt or record of steps. A release on held-out images by such a run is charged to the run that trained.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -29,7 +30,8 @@ from dp_lora.config.load import read_config
 from dp_lora.config.schema import Config
 from dp_lora.errors import UserError
 from dp_lora.jobs import content
-from dp_lora.records.run_directory import OUTPUTS, is_whole, keep_adapter
+from dp_lora.records.field_kinds import NON_FINITE
+from dp_lora.records.run_directory import OUTPUTS, WAY_OUT, check_records, is_whole, keep_adapter
 from dp_lora.storage.files import (
     Damaged,
     file_lock,
@@ -47,7 +49,8 @@ if TYPE_CHECKING:
 NAME = "training.json"
 """In the private `checkpoint/` of a run that has taken its training: where from."""
 
-_PLACE = ".trainings"
+BASE = "base.json"
+"""In that of a run that trains: the SHA-256 of the pre-trained weights."""
 
 
 @dataclass(frozen=True)
@@ -105,28 +108,52 @@ def account(directory: Path, waiting: Callable[[], None]) -> Iterator[Path]:
         yield folder
 
 
+def begin(directory: Path, pretrained: Path) -> None:
+    """Notes in the private `checkpoint/` of a run that is to train with which weights it does."""
+    from dp_lora.models.folders import sha256_of_weights
+
+    path = private_directory(directory / "checkpoint") / BASE
+    if not path.exists():
+        write_json(path, {"model": sha256_of_weights(pretrained)}, mode=0o600)
+
+
 def offer(config: Config, directory: Path) -> None:
-    """Makes the training that ended in `directory` known to later runs."""
-    outputs = Path(config.paths.outputs).expanduser()
-    record = {"directory": str(directory.relative_to(outputs))}
-    write_json(
-        private_directory(outputs / _PLACE) / f"{training_fingerprint(config)}.json", record, mode=0o600
-    )
+    """Makes the training of a run known to later runs, if it has ended; otherwise it does nothing."""
+    record, _ = _paths(config)
+    base = directory / "checkpoint" / BASE
+    if not base.exists() or not _trains(directory) or not _is_complete(directory):
+        return
+    within = str(directory.relative_to(_outputs(config)))  # which may be moved with its runs
+    known = {"directory": within, **read_json(base)}
+    if record.exists() and (_outputs(config) / _named(record)["directory"] / OUTPUTS["finetune"]).exists():
+        return
+    private_directory(record.parent)
+    write_json(record, known, mode=0o600)
 
 
 def may_take(config: Config, directory: Path) -> bool:
     """Whether the run in `directory` may find its training made, or in the making, by another run."""
-    if _trains(directory):
-        return False
-    return any(path.exists() for path in _paths(config))
+    return not _trains(directory) and any(path.exists() for path in _paths(config))
 
 
 def find(
-    config: Config, directory: Path, images: ImageSplits, hold: ExitStack, say: Callable[[str], None]
+    config: Config,
+    directory: Path,
+    images: ImageSplits,
+    pretrained: Path,
+    hold: ExitStack,
+    say: Callable[[str], None],
 ) -> Path | None:
-    """The run directory with the training that the run in `directory` asks for; None if it has to train.
+    """The run directory with the training that a run asks for; None if it has to train.
 
     Waits while another job makes it. With None, `hold` has the lock, under which the run is to train.
+
+    Args:
+        config, directory: of the run.
+        images: private.
+        pretrained: the folder of its pre-trained model.
+        hold: closed when the training is not in the making any more.
+        say: tells the owner.
 
     Raises UserError when the training is there and damaged.
     """
@@ -139,18 +166,69 @@ def find(
         say("finetune: another job makes this training; waiting for it")
 
     hold.enter_context(file_lock(lock, waiting=waiting))
-    source = _recorded(config, record)
-    if source is None or source == directory:
-        return None
-    if not is_whole(source, "finetune") or not read_json(source / "privacy.json").get("complete"):
-        return None
-    if not (source / "checkpoint" / content.NAME).exists():
-        return None
-    if content.refusal(images, source / "checkpoint") is not None:
-        say(f"finetune: the training of {source} was of other images, so this run trains by itself")
-        return None
-    hold.close()
+    source, why = _recorded(config, directory, images, pretrained, record)
+    if why is not None:
+        say(f"finetune: {why}, so this run trains by itself")
+    if source is not None:
+        hold.close()
     return source
+
+
+def _recorded(
+    config: Config, directory: Path, images: ImageSplits, pretrained: Path, record: Path
+) -> tuple[Path | None, str | None]:
+    """The run directory that `record` names, or the reason why its training is not the one asked for."""
+    from dp_lora.models.folders import sha256_of_weights
+
+    if not record.exists():
+        return None, None
+    found = _named(record)
+    source = (_outputs(config) / found["directory"]).resolve()
+    if source == directory.resolve() or not (source / OUTPUTS["finetune"]).exists():
+        return None, None
+    other = read_config(source / "config.yaml")
+    check_records(source)
+    if training_fingerprint(other) != training_fingerprint(config) or not _is_complete(source):
+        return None, f"{record} names {source}, which is another training"
+    if found["model"] != sha256_of_weights(pretrained):
+        return None, f"the training of {source} began with other weights of the pre-trained model"
+    path = source / "checkpoint" / content.NAME
+    if not path.exists():
+        return None, f"{path} is missing, so it is not known which images that training was of"
+    if not isinstance(kept := read_json(path), dict) or not kept.keys() >= content.FIELDS:
+        raise Damaged(f"{path}: expected the record of a run's images as this program wrote it: {WAY_OUT}")
+    if content.refusal(images, source / "checkpoint") is not None:
+        return None, f"the training of {source} was of other images"
+    _rows(source)
+    return source, None
+
+
+def _named(record: Path) -> dict[str, str]:
+    """The content of the file that `offer` wrote. Raises Damaged when it is something else."""
+    found = read_json(record)
+    texts = isinstance(found, dict) and all(isinstance(found.get(n), str) for n in ("directory", "model"))
+    if not texts:
+        raise Damaged(f"{record}: expected the name of a run as this program wrote it; remove the file")
+    return dict(found)
+
+
+def _rows(source: Path) -> list[tuple[int, dict[str, float]]]:
+    """The logged steps of a training, with the values of each. Raises Damaged when they are not whole."""
+    path = source / "metrics.jsonl"
+    rows: list[tuple[int, dict[str, float]]] = []
+    try:
+        for row in read_lines(path):
+            if row["stage"] == "finetune":
+                values = {name: v for name, v in row.items() if name not in ("stage", "step", "time")}
+                numbers = {n: float(v) if v in NON_FINITE else v for n, v in values.items()}
+                rows.append((row["step"], numbers))
+        steps = [step for step, _ in rows]
+        whole = bool(steps) and all(a < b for a, b in itertools.pairwise(steps))
+    except (OSError, KeyError, TypeError) as error:
+        raise Damaged(f"{path}: expected the rows that the training logged: {WAY_OUT}") from error
+    if not whole:
+        raise Damaged(f"{path}: expected the steps of the training in their order: {WAY_OUT}")
+    return rows
 
 
 def take(source: Path, directory: Path, tracker: Tracker) -> None:
@@ -159,10 +237,8 @@ def take(source: Path, directory: Path, tracker: Tracker) -> None:
     receipt = read_receipt(source / "checkpoint")
     trained = taken(source) or Taken(source, receipt)
     tracker.rewind("finetune", 0)
-    for row in read_lines(source / "metrics.jsonl"):
-        if row["stage"] == "finetune":
-            values = {name: value for name, value in row.items() if name not in ("stage", "step", "time")}
-            tracker.log(row["step"], values, "finetune")
+    for step, values in _rows(source):
+        tracker.log(step, values, "finetune")
     tracker.stage_ended("finetune")
     statement = {k: v for k, v in read_json(source / "privacy.json").items() if k != "release"}
     tracker.privacy(statement)
@@ -183,20 +259,19 @@ def _trains(directory: Path) -> bool:
     return any((directory / "checkpoint" / name).exists() for name in (RECEIPT, PLAN))
 
 
+def _is_complete(directory: Path) -> bool:
+    """Whether a training has ended, by its statement."""
+    path = directory / "privacy.json"
+    found = read_json(path) if path.exists() else {}
+    return isinstance(found, dict) and found.get("complete") is True and is_whole(directory, "finetune")
+
+
+def _outputs(config: Config) -> Path:
+    return Path(config.paths.outputs).expanduser()
+
+
 def _paths(config: Config) -> tuple[Path, Path]:
-    """The file that names the run with the training, and its lock."""
-    folder = Path(config.paths.outputs).expanduser() / _PLACE
+    """The file that names the run with the training, and its lock; nobody can take another user's run."""
+    folder = _outputs(config) / f".trainings-{os.getuid()}"
     identity = training_fingerprint(config)
     return folder / f"{identity}.json", folder / f"{identity}.lock"
-
-
-def _recorded(config: Config, record: Path) -> Path | None:
-    """The run directory that `record` names, if it is there and of the same training."""
-    try:
-        found = read_json(record)
-        source = (Path(config.paths.outputs).expanduser() / found["directory"]).resolve()
-        same = training_fingerprint(read_config(source / "config.yaml")) == training_fingerprint(config)
-    # Written again by the training that follows.
-    except (OSError, ValueError, KeyError, TypeError, UserError):
-        return None
-    return source if same and (source / "privacy.json").exists() else None

@@ -127,10 +127,8 @@ def refusal(
 ) -> str | None:
     """Why the ledger, or the budget, does not let this job look at `images`; None where nothing forbids it.
 
-    Writes nothing. `charged` and `charge_release` ask again when nobody else can write.
-
-    Args:
-        alone: it is known that no other run has made the training, which would cost nothing.
+    Writes nothing. `charged` and `charge_release` ask again when nobody else can write. `alone`: no other run
+    has made the training, which would cost nothing.
     """
     trains = "finetune" in config.stages and not (directory / OUTPUTS["finetune"]).exists()
     trains = trains and (alone or not reuse.may_take(config, directory))
@@ -138,7 +136,8 @@ def refusal(
     releases = evaluates and config.evaluation.release == "dp"
     if config.data.public or not (trains or releases):
         return None
-    folder = directory / "checkpoint" if trains else reuse.account_folder(directory)
+    trained = (directory / OUTPUTS["finetune"]).exists()
+    folder = reuse.account_folder(directory) if trained else directory / "checkpoint"
     account = Account(config, folder, images)
     try:
         ledger, index = account.books.ledger.path, account.books.index.folder

@@ -21,7 +21,8 @@ from dp_lora.config.schema import Config
 from dp_lora.errors import Busy, UserError, recorded
 from dp_lora.jobs import reuse
 from dp_lora.jobs.job import Job, device_of, prepare, pretrained_model, say
-from dp_lora.jobs.spending import charged, line_of_all_runs, refusal
+from dp_lora.jobs.spending import charged, refusal
+from dp_lora.jobs.summary import guarantee, summary
 from dp_lora.records import manifest
 from dp_lora.records.run_directory import OUTPUTS, is_whole, keep_adapter, result, state
 from dp_lora.storage.files import (
@@ -80,7 +81,9 @@ def _lead(config: Config, directory: Path, team: Team, shown_name: str) -> dict[
     with _own(job), ExitStack() as alone:
         asked = [name for name in OUTPUTS if name in config.stages]
         left = [name for name in asked if not is_whole(job.directory, name)]
-        source = reuse.find(job.config, job.directory, job.images, alone, say) if "finetune" in left else None
+        source = None
+        if "finetune" in left:
+            source = reuse.find(job.config, job.directory, job.images, job.pretrained, alone, say)
         if "finetune" in left and source is None:
             reason = refusal(job.config, job.plan, job.directory, job.images, alone=True)
             if reason is not None:
@@ -92,10 +95,13 @@ def _lead(config: Config, directory: Path, team: Team, shown_name: str) -> dict[
                 say(f"finetune: taken from {source}, which differs in sampler or evaluation only: no epsilon")
                 reuse.take(source, job.directory, tracker)
                 return
+            reuse.begin(job.directory, job.pretrained)
             _finetune(job, tracker, team)
             reuse.offer(job.config, job.directory)
             alone.close()
 
+        if "finetune" in asked and "finetune" not in left:
+            reuse.offer(job.config, job.directory)  # unless a kill came before it was
         stages = {"finetune": finetune, "sample": _sample, "evaluate": _evaluate}
         for name in asked:
             output = job.directory / OUTPUTS[name]
@@ -110,7 +116,7 @@ def _lead(config: Config, directory: Path, team: Team, shown_name: str) -> dict[
                     stages[name](job, tracker)
     team.tell("finished")
     found = result(job.directory)
-    print(_summary(job, found))
+    print(summary(job, found))
     return {"directory": str(job.directory), **found.get("metrics", {})}
 
 
@@ -239,7 +245,7 @@ def _train(
     if team.first:
         seeded = config.privacy.insecure_seed is not None
         planned = {**job.plan.to_dict(), "reproducible_noise": seeded}
-        spends = "; ".join(" ".join(line.split()) for line in _guarantee(planned))
+        spends = "; ".join(" ".join(line.split()) for line in guarantee(planned))
         by_component = adapters.count_by_component(model, config.trainable.components)
         trained = ", ".join(f"{component} {number:,}" for component, number in by_component.items())
         say(f"finetune: {adapters.count(model):,} trained parameters ({trained}); {spends}")
@@ -440,64 +446,3 @@ def _released(job: Job, tracker: Tracker) -> Evaluation:
     spent = {name: record[name] for name in ("epsilon", "delta", "accountant")}
     release = {**evaluation.metadata["release"], **spent}
     return evaluation._replace(metadata={**evaluation.metadata, "release": release})
-
-
-def _summary(job: Job, result: Mapping[str, Any]) -> str:
-    """The table that a job ends with: what was spent, what came of it, where it lies."""
-    from dp_lora.records.tracker import baseline_table
-
-    # What was trained, not what this configuration and these images would give today.
-    path, lines = job.directory / "privacy.json", []
-    if path.exists():
-        record = read_json(path)
-        lines += [*_guarantee(record), f"noise multiplicity {record['noise_multiplicity']}"]
-        together = line_of_all_runs(job.config, record["delta"], job.images)
-        if together is not None:
-            lines.append(f"all runs           {together}")
-    elif (job.directory / OUTPUTS["finetune"]).exists():
-        lines.append(
-            f"what was spent is not known here: {path} is missing; put it back, or read it in "
-            "adapter/README.md and in the ledger (python -m sweeps bill)"
-        )
-    if result.get("images_compared") is False:
-        lines.append(
-            "measured on images that could not be compared with those that the run was made from: it had no "
-            "record of them"
-        )
-    metrics = result.get("metrics", {})
-    if metrics:
-        columns, rows = baseline_table(metrics)
-        private = result.get("private_metrics", [])
-        names = [f"{row[0]} *" if row[0] in private else row[0] for row in rows]
-        lines += ["", _row(columns)]
-        lines += [_row([name, *map(_number, row[1:])]) for name, row in zip(names, rows, strict=True)]
-        if private:
-            lines.append(f"* {result['private_metrics_note']}")
-        if release := result.get("release"):
-            spent = f"epsilon {release['epsilon']:.4g} ({release['accountant']}), delta {release['delta']:g}"
-            lines.append(f"dp_*: {spent}, for one image of the {result['reference']['split']} split")
-    lines += ["", f"run directory      {job.directory}"]
-    return "\n".join(lines)
-
-
-def _guarantee(record: Mapping[str, Any]) -> list[str]:
-    """Lines on what a fine-tuning spends by its `record` (privacy.json), or on why it guarantees nothing."""
-    from dp_lora.records.card import no_guarantee
-
-    nothing = no_guarantee(record, reproducible_noise=record["reproducible_noise"])
-    lines = [nothing.strip("*.")] if nothing else []
-    if record["private"]:
-        lines += [
-            f"epsilon            {record['epsilon']:.4g} ({record['accountant']}, {record['adjacency']})",
-            f"delta              {record['delta']:g}",
-        ]
-    sizes = f"{record['steps']} steps, sample rate {record['sample_rate']:.4g}"
-    return [*lines, f"noise multiplier   {record['noise_multiplier']:.4g}, {sizes}"]
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"{cells[0]:<20} " + " ".join(f"{cell:>10}" for cell in cells[1:])
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"

@@ -114,6 +114,7 @@ _SPENT: Mapping[str, Shape] = {"epsilon": number, "delta": number, "accountant":
 _RELEASE: Shape = {
     **_SPENT,
     **dict.fromkeys(("target_epsilon", "noise_multiplier", "sensitivity", "releases"), number),
+    "noise_multipliers": field_kinds.sequence,
     "reference": field_kinds.name,
     "reproducible_noise": field_kinds.flag,
     "covers": field_kinds.sentence,

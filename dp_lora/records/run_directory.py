@@ -63,7 +63,7 @@ def is_whole(directory: Path, stage: str) -> bool:
         _check_adapter(path)
         return True
     if stage == "sample":
-        return _is_whole_archive(path)
+        return is_whole_archive(path)
     return bool(result(directory))
 
 
@@ -149,7 +149,7 @@ def _broken(folder: Path) -> str | None:
     return None
 
 
-def _is_whole_archive(path: Path) -> bool:
+def is_whole_archive(path: Path) -> bool:
     """Whether this is a zip file with the samples, each with the checksum that it was written with."""
     try:
         with zipfile.ZipFile(path) as archive:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +13,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dp_lora.commands.sample import main
+from dp_lora.config.identity import pretrained_fingerprint
+from dp_lora.config.load import read_config
 from dp_lora.storage.files import read_json
 from tests.builders.architectures import stable_diffusion
 from tests.builders.commands import FOLDER, dp_lora, state_of
 from tests.builders.image_sets import pixels, write_folder
 from tests.builders.tiny import words
-
-Sample = Callable[..., int]
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +37,13 @@ def place(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(place: Path) -> Path:
     (directory,) = (place / "outputs" / "default").iterdir()
     return directory
+
+
+@pytest.fixture(scope="module")
+def base(run: Path) -> Path:
+    """The pre-trained model of the run."""
+    config = read_config(run / "config.yaml")
+    return Path(config.paths.cache) / "models" / f"tiny8-{pretrained_fingerprint(config)}"
 
 
 def sample(*given: object) -> int:
@@ -101,25 +107,80 @@ def test_the_files_are_a_data_set_to_datasets(run: Path) -> None:
 
 def test_the_same_images_are_not_drawn_twice(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sample(run, "steps=3") == 0 and sample(run, "steps=3") == 0
-    first, second = (line for line in capsys.readouterr().out.splitlines() if "images" in line)
+    first, second = (line for line in capsys.readouterr().out.splitlines() if line.startswith("folder"))
     assert first == second
-    folder = Path(first.split()[-1])
+    folder = Path(first.removeprefix("folder").strip())
     before = state_of(folder)
     assert sample(run, "steps=3") == 0 and state_of(folder) == before
     # A draw that was cut off is made again.
-    (folder / "sampling.json").unlink()
     (folder / "samples.npz").write_bytes(b"half")
     assert sample(run, "steps=3") == 0 and state_of(folder).keys() == before.keys()
     assert drawn(run, folder.name)["images"].shape == (4, 1, 8, 8)
 
 
-def test_an_adapter_without_its_run(run: Path, pretrained: Path, tmp_path: Path) -> None:
+def test_a_folder_with_anything_else_is_left_alone(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = state_of(run)
+    for place in (run, run / "adapter", run / "samples.npz"):
+        assert sample(run, "steps=3", f"out={place}") == 2
+        assert "new" in capsys.readouterr().err
+    assert sample(run, "steps=3", "name=one") == 0 and sample(run, "steps=2", "name=one") == 2
+    assert "holds something else than these images" in capsys.readouterr().err
+    shutil.rmtree(run / "samples" / "one")
+    assert state_of(run) == before
+
+
+def test_damaged_images_are_drawn_again_and_no_old_ones_stay(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ("classes=c0:3", "format=png", "name=whole")
+    with monkeypatch.context() as patched:
+        patched.setattr("dp_lora.jobs.drawing.write_json", interruption)
+        assert sample(run, *given) == 130
+    assert not (run / "samples" / "whole").exists()
+    assert sample(run, "classes=c1:2", *given[1:]) == 0
+    images = run / "samples" / "whole" / "images"
+    assert sorted(path.name for path in images.iterdir()) == ["c1", "metadata.jsonl"]
+    before = state_of(images.parent)
+    (images.parent / "samples.npz").write_bytes(b"half")
+    next(images.rglob("*.png")).unlink()
+    assert sample(run, "classes=c1:2", *given[1:]) == 0
+    assert state_of(images.parent).keys() == before.keys()
+    assert not list(images.parents[1].glob("*.partial"))
+
+
+def interruption(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_classes_as_a_shell_expands_them_and_a_preset_of_the_sampler(run: Path) -> None:
+    assert sample(run, "classes=c0:1", "classes=c1:2", "name=expanded") == 0
+    assert drawn(run, "expanded")["labels"].tolist() == [0, 1, 1]
+    assert sample(run, "sampler=ddim", "steps=2", "name=preset") == 0
+    settings = read_json(run / "samples" / "preset" / "sampling.json")["settings"]
+    assert settings["sampler"] == {"name": "ddim", "steps": 2, "eta": 1.0, "guidance": 1.0}
+    assert len(drawn(run, "preset")["images"]) == 4
+
+
+def test_what_covers_the_images_is_said(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sample(run, "steps=1", "name=said") == 0
+    assert "covered by the adapter's own epsilon" in capsys.readouterr().out
+    path = run / "privacy.json"
+    before = path.read_text()
+    path.write_text(json.dumps({**json.loads(before), "epsilon": "inf"}))
+    try:
+        assert sample(run, "steps=1", "name=without") == 0
+    finally:
+        path.write_text(before)
+    said = capsys.readouterr().out
+    assert "trained without noise" in said and "covered" not in said
+    record = read_json(run / "samples" / "without" / "sampling.json")
+    assert "trained without noise" in record["note"]
+
+
+def test_an_adapter_without_its_run(run: Path, base: Path, tmp_path: Path) -> None:
     given = tmp_path / "given"
     shutil.copytree(run / "adapter", given)
-    assert (
-        sample(given, f"pretrained={pretrained}", f"out={tmp_path / 'images'}", "steps=2", "num_samples=4")
-        == 0
-    )
+    assert sample(given, f"pretrained={base}", f"out={tmp_path / 'images'}", "steps=2", "num_samples=4") == 0
     with np.load(tmp_path / "images" / "samples.npz") as saved:
         assert saved["classes"].tolist() == ["c0", "c1"] and len(saved["images"]) == 4
     assert {path.name for path in tmp_path.iterdir()} == {"given", "images"}
@@ -127,9 +188,9 @@ def test_an_adapter_without_its_run(run: Path, pretrained: Path, tmp_path: Path)
 
 def test_prompts_of_a_text_to_image_adapter(tmp_path: Path, cache: Path) -> None:
     source = write_folder(tmp_path / "set", pixels(5, 24))
-    base = stable_diffusion(tmp_path / "sd")
+    model = stable_diffusion(tmp_path / "sd")
     given = (*words(cache, tmp_path / "outputs"), *FOLDER, f"data.source={source}",
-             f"model.pretrained={base}", "data.channels=3",
+             f"model.pretrained={model}", "data.channels=3",
              "trainable=lora_alone", "lora.rank=2", "stages=[finetune]")  # fmt: skip
     assert dp_lora(*given) == 0
     (run,) = (tmp_path / "outputs" / "default").iterdir()
@@ -155,8 +216,12 @@ def test_prompts_of_a_text_to_image_adapter(tmp_path: Path, cache: Path) -> None
         (["guidance"], "guidance: expected field=value"),
         (["sampler=ddpm"], "sampler=ddpm: expected one of ddim, dpmsolver"),
         (["classes={c7:3}"], "classes: 'c7' is none of the adapter's; expected some of c0, c1"),
-        (["classes={c0:0}"], "classes: c0: 0: expected a whole number of images"),
-        (["classes=c0:3"], "expected classes={name:number,...}"),
+        (["classes={c0:0,c1:3}"], "classes: c0: 0: expected a whole number of images"),
+        (["classes=c0"], "expected classes=name:number,name:number"),
+        (["classes=c0:1,c0:2"], "each class once"),
+        (["classes=c0:999999999999"], "sampler.num_samples=999999999999: expected at most"),
+        (["sampler.seed=3"], "sampler.seed: no such field"),
+        (["name=" + "a" * 101], "expected the name of one folder"),
         (["classes={c0:1}", "num_samples=2"], "expected one of the two"),
         (["prompt=a {}"], "prompt=a {}: the model takes no prompts"),
         (["format=gif"], "format=gif: expected one of npz, png"),
@@ -176,7 +241,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(
 
 
 def test_places_without_an_adapter_that_fits(
-    run: Path, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refused(*given: object) -> str:
         assert sample(*given) == 2
@@ -186,7 +251,7 @@ def test_places_without_an_adapter_that_fits(
     assert "expected a run directory, or the folder of an adapter" in refused(tmp_path)
     adapter = shutil.copytree(run / "adapter", tmp_path / "adapter")
     assert "which is not here; expected pretrained=FOLDER" in refused(adapter, f"out={tmp_path / 'images'}")
-    assert "expected out=FOLDER" in refused(adapter, f"pretrained={pretrained}")
+    assert "expected out=FOLDER" in refused(adapter, f"pretrained={base}")
     bare = tmp_path / "run"
     bare.mkdir()
     shutil.copy(run / "config.yaml", bare)
@@ -195,7 +260,7 @@ def test_places_without_an_adapter_that_fits(
     weights = bare / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-3])
     assert "adapter_model.safetensors is damaged" in refused(bare)
-    other = shutil.copytree(pretrained, tmp_path / "other")
+    other = shutil.copytree(base, tmp_path / "other")
     part = other / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(part)
     save_file({name: value + 1 for name, value in tensors.items()}, part)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from dp_lora.config.identity import fingerprint, training_fingerprint
 from dp_lora.config.schema import Config
@@ -34,6 +36,17 @@ Run = Callable[..., Path]
 def job(tiny: Callable[..., Config]) -> Run:
     """Runs a tiny job, and gives its run directory."""
     return lambda *given: Path(run(tiny(*given), given)["directory"])
+
+
+@pytest.fixture(scope="module")
+def done(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Run]:
+    """A run that is done, and how another one in its place is run."""
+    outputs = tmp_path_factory.mktemp("done") / "outputs"
+
+    def again(*given: str) -> Path:
+        return Path(run(composed(*words(cache, outputs), *given), given)["directory"])
+
+    return again(*DRAWS), again
 
 
 def charges(directory: Path) -> list[Charge]:
@@ -120,6 +133,65 @@ def test_a_kill_while_the_training_is_taken_leaves_no_half(job: Run, monkeypatch
     assert [row["step"] for row in read_lines(second / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
+def test_a_kill_before_the_training_is_made_known_loses_nothing(
+    job: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr("dp_lora.jobs.reuse.offer", lambda *_: None)
+        first = job(*DRAWS)
+    assert job(*DRAWS) == first
+    assert charges(job(*DRAWS, "sampler.guidance=3")) == charges(first)
+
+
+def test_without_noise_too_the_training_is_taken(job: Run) -> None:
+    first = job(*DRAWS, "privacy.epsilon=inf")
+    second = job(*DRAWS, "privacy.epsilon=inf", "sampler.guidance=3")
+    rows = [(one / "metrics.jsonl").read_text() for one in (first, second)]
+    assert rows[0] == rows[1] and '"epsilon": "inf"' in rows[0]
+
+
+def test_a_training_from_other_weights_is_not_taken(
+    job: Run, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = shutil.copytree(pretrained, tmp_path / "base")
+    first = job(*DRAWS, f"model.pretrained={base}")
+    part = base / "class_embedder" / "model.safetensors"
+    save_file({name: value + 1 for name, value in load_file(part).items()}, part)
+    second = job(*DRAWS, f"model.pretrained={base}", "sampler.guidance=3")
+    assert f"the training of {first} began with other weights" in capsys.readouterr().err
+    assert reuse.taken(second) is None and len(charges(second)) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("checkpoint/content.json", "[]", "content.json: expected the record of a run's images"),
+        (
+            "metrics.jsonl",
+            '{"stage": "finetune"}\n',
+            "metrics.jsonl: expected the rows that the training logged",
+        ),
+        ("metrics.jsonl", "", "metrics.jsonl: expected the steps of the training in their order"),
+        ("privacy.json", "[]", "privacy.json: expected a JSON object"),
+        ("config.yaml", "x", "config.yaml: says no longer what this run is"),
+        (None, "[]", "expected the name of a run as this program wrote it; remove the file"),
+    ],
+)
+def test_damage_to_what_would_be_taken_spends_nothing(
+    done: tuple[Path, Run], name: str | None, content: str, said: str
+) -> None:
+    first, again = done
+    path = next((first.parents[1]).glob(".trainings-*/*.json")) if name is None else first / name
+    before, spent = path.read_bytes(), charges(first)
+    path.write_text(content)
+    try:
+        with pytest.raises(UserError, match=re.escape(said)):
+            again(*DRAWS, "sampler.guidance=3")
+    finally:
+        path.write_bytes(before)
+    assert charges(first) == spent
+
+
 def test_a_damaged_training_is_refused_and_a_removed_one_is_made_again(job: Run) -> None:
     first = job(*DRAWS)
     weights = next((first / "adapter").glob("*.safetensors"))
@@ -188,10 +260,20 @@ def test_a_release_is_charged_to_the_run_that_trained(job: Run) -> None:
     (found,) = bill([first, second]).sets
     assert (found.runs, found.steps) == (1, 4)
     assert bill([second]).sets == bill([first, second]).sets
+    # Another budget has other noise, and the bill counts each release with its own.
+    third = job(*given, "evaluation.release_epsilon=0.5")
+    stated = read_json(third / "privacy.json")["release"]
+    assert len(set(stated["noise_multipliers"])) == 2 and stated["releases"] == 3
+    for one in (third, second):
+        spent = read_json(one / "privacy.json")["release"]["with_training"]["epsilon"]
+        assert bill([one]).sets[0].epsilon >= spent * (1 - 1e-9)
+    whole = bill([second, third]).sets[0].epsilon
+    assert whole == pytest.approx(stated["with_training"]["epsilon"])
     # The first goes on where it is, and without it no more can be released.
     (first / "result.json").unlink()
-    assert job(*given) == first and len(charges(first)) == 3
+    assert job(*given) == first and len(charges(first)) == 4
     first.rename(first.with_name("away"))
+    assert bill([second, third]).sets[0].epsilon == pytest.approx(whole)
     (second / "result.json").unlink()
     with pytest.raises(UserError, match="whose training this one has taken"):
         job(*given, "sampler.guidance=3")

@@ -18,8 +18,8 @@ from safetensors.torch import save
 from dp_lora.__main__ import main
 from dp_lora.config.schema import Config
 from dp_lora.errors import UserError
-from dp_lora.jobs import stages
 from dp_lora.jobs.job import _check_stages
+from dp_lora.jobs.summary import summary
 from dp_lora.records.run_directory import is_whole, result
 from dp_lora.storage.files import Damaged, read_json, read_lines
 from tests.builders.tiny import words
@@ -273,7 +273,7 @@ def test_samples_of_which_a_byte_is_changed_are_not_whole(tmp_path: Path) -> Non
 def test_a_finished_run_without_its_statement_says_so(tmp_path: Path) -> None:
     job: Any = SimpleNamespace(directory=tmp_path)
     (tmp_path / "adapter").mkdir()
-    assert stages._summary(job, {}).splitlines()[0] == (
+    assert summary(job, {}).splitlines()[0] == (
         f"what was spent is not known here: {tmp_path}/privacy.json is missing; put it back, or read it in "
         "adapter/README.md and in the ledger (python -m sweeps bill)"
     )
