@@ -253,7 +253,7 @@ def test_what_a_given_noise_spends_is_known_where_the_number_of_images_is() -> N
 
 
 def test_without_the_number_of_images_epsilons_add_up() -> None:
-    own = [Config(data=DataConfig(name="imagefolder", source="/images")) for _ in range(3)]
+    own = [Config(data=DataConfig(name="imagefolder", source="/images"), seed=seed) for seed in range(3)]
     own[0].privacy.epsilon = 1.0
     (line,) = plan.spending(own)
     assert line.endswith("if all are released, at most epsilon 21 at delta 3e-05")
