@@ -258,6 +258,14 @@ def _cpu_seconds() -> float:
     return now.user + now.system + now.children_user + now.children_system
 
 
+class _TooLong(BaseException):
+    """Ends a test that takes longer than all tests of a mutant may."""
+
+
+def _end_test(*_: Any) -> None:
+    raise _TooLong
+
+
 class Coverage:
     """A pytest plugin that notes the duration of each test and the lines of the targets that it reaches."""
 
@@ -293,6 +301,13 @@ class Coverage:
         self._now, self._unseen = {}, {}
         self._started = _cpu_seconds()
         sys.settrace(self._trace)
+
+    def pytest_runtest_call(self) -> None:
+        # A test that takes longer is chosen for no mutant.
+        signal.setitimer(signal.ITIMER_PROF, BUDGET_S)
+
+    def pytest_runtest_teardown(self) -> None:
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.failed or report.skipped:
@@ -339,6 +354,7 @@ def _cover_one(name: str, out: Path) -> int:
     import pytest
 
     plugin = Coverage()
+    signal.signal(signal.SIGPROF, _end_test)
     pytest.main([name, "-q", *QUIET], plugins=[plugin])
     tests = {
         test: {
