@@ -139,6 +139,8 @@ def test_the_evidence_is_the_ratio_of_the_densities() -> None:
     inside = (1 - q) * norm.pdf(values, 0, sigma) + q * norm.pdf(values, a, sigma)
     expected = np.log(inside / norm.pdf(values, 0, sigma))
     assert np.allclose(bounds.evidence(values, sigma, q, amplitude=a), expected, atol=1e-12)
+    # One image adds C at most, so that is what a canary adds unless the caller says otherwise.
+    assert np.array_equal(bounds.evidence(values, sigma, q), bounds.evidence(values, sigma, q, amplitude=1.0))
     full = bounds.evidence(values, sigma, 1.0, amplitude=a)
     assert np.allclose(full, norm.logpdf(values, a, sigma) - norm.logpdf(values, 0, sigma), atol=1e-12)
 

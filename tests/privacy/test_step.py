@@ -109,6 +109,18 @@ def test_a_step_begins_on_record_and_from_an_empty_sum(tmp_path: Path) -> None:
     assert len(told) == 1, "each once"
 
 
+def test_nothing_is_added_to_a_step_that_has_ended(tmp_path: Path) -> None:
+    """Also when the loop over its microbatches was left early, so that one is still in hand."""
+    sgd = state(tmp_path, Randomness.from_seed(0))
+    step = sgd.begin(0)
+    rows, _, _ = next(step.microbatches(4))
+    losses = sgd.module(torch.ones(4, 3)).square().sum(1)
+    assert step.apply() and len(rows) == 4
+    for call in (lambda: step.add(losses), step.apply):
+        with pytest.raises(RuntimeError, match="after the step has ended"):
+            call()
+
+
 def test_only_what_is_trained_has_to_be_in_the_optimiser(tmp_path: Path) -> None:
     sgd = state(tmp_path, frozen=True)
     assert len(sgd.parameters) == 1
