@@ -437,12 +437,14 @@ def _wait(child: int, limit_s: float) -> int | None:
 def _tests_for(mutant: Mutant, tests: dict[str, Any]) -> list[str]:
     """Tests that reach the mutant, the shortest first, within the budget; of equal ones, the file's own."""
     span = range(mutant.line, mutant.last_line + 1)
+    # What is outside all functions runs when the file is imported, before a test begins.
+    whole = mutant.function.rpartition(".")[2].lstrip("_")[:1].isupper() or not mutant.function
     own = Path(mutant.path).stem
     reaching = sorted(
         (
             (own not in name, test["seconds"], name)
             for name, test in tests.items()
-            if any(line in span for line in test["lines"].get(mutant.path, []))
+            if any(whole or line in span for line in test["lines"].get(mutant.path, []))
         ),
         key=lambda row: (row[1] > 1.0, row[0], row[1]),
     )
