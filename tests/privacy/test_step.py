@@ -12,7 +12,7 @@ from dp_lora.errors import UserError
 from dp_lora.privacy.executions import ORIGIN, Execution, Executions
 from dp_lora.privacy.plan import make_plan
 from dp_lora.privacy.randomness import Randomness
-from dp_lora.privacy.step import DPSGD
+from dp_lora.privacy.step import DPSGD, check_optimizer
 
 PLAN = make_plan(
     num_examples=40, expected_batch_size=10, steps=3, noise_multiplier=1.0, delta=1e-3, max_grad_norm=0.5
@@ -128,3 +128,13 @@ def test_only_what_is_trained_has_to_be_in_the_optimiser(tmp_path: Path) -> None
     sgd.module.bias.requires_grad_(True)
     with pytest.raises(UserError, match="other parameters are trainable"):
         sgd.refuse_changed()
+
+
+def test_an_optimiser_that_is_not_torch_s_own_is_refused() -> None:
+    module = nn.Linear(3, 2)
+    wrapped = torch.optim.SGD(module.parameters(), lr=0.1)
+    check_optimizer(wrapped, module)
+    wrapped.accelerator_state = object()  # type: ignore[attr-defined]
+    for optimizer in (wrapped, object()):
+        with pytest.raises(UserError, match=r"before accelerator\.prepare"):
+            check_optimizer(optimizer, module)  # type: ignore[arg-type]
