@@ -4,10 +4,11 @@
     python tools/mutants.py cover        run the tests once and note which lines each of them reaches
     python tools/mutants.py run          break one expression at a time and run the tests that reach it
     python tools/mutants.py report       print the counts and the survivors
+    python tools/mutants.py try ID TEST  run tests with one mutant in place, to see them fail
 
 A mutant changes one expression or statement of a target: a comparison, an operator, a number, a condition,
 or it leaves out a raise or a call. The tests that reach its line run, the shortest first, for at most
-`BUDGET_S` seconds by the durations that `cover` measured, until one fails. A mutant that no test notices
+`BUDGET_S` seconds of the processor by what `cover` measured, until one fails. A mutant that no test notices
 survives: it needs a test, or a line in `EXPLAINED` that says why it changes nothing that matters.
 
 Everything is kept in `.mutants/` and a run that is interrupted goes on. A mutant is known by its file,
@@ -23,7 +24,7 @@ import importlib.abc
 import importlib.util
 import json
 import os
-import random
+import resource
 import shutil
 import signal
 import sys
@@ -44,6 +45,7 @@ EXPLAINED = ROOT / "tools" / "mutants_explained.json"
 TARGETS = (
     "dp_lora/privacy/*.py",
     "dp_lora/training/finetune.py",
+    "dp_lora/training/private_training.py",
     "dp_lora/training/receipts.py",
     "dp_lora/jobs/begun.py",
     "dp_lora/jobs/spending.py",
@@ -58,7 +60,12 @@ TESTS = (
     "tests/attacks",
     "tests/auditing",
     "tests/training/test_finetune.py",
+    "tests/training/test_finetune_captions.py",
+    "tests/training/test_finetune_neighbours.py",
     "tests/training/test_finetune_replay.py",
+    "tests/training/test_finetune_resume.py",
+    "tests/training/test_private_training.py",
+    "tests/training/test_private_training_refusals.py",
     "tests/jobs/test_spending.py",
     "tests/jobs/test_spending_copies.py",
     "tests/jobs/test_spending_model.py",
@@ -67,6 +74,12 @@ TESTS = (
     "tests/jobs/test_release.py",
     "tests/sweeps/test_bill.py",
     "tests/commands/test_audit.py",
+    # Their doctests.
+    "dp_lora/privacy/accounting.py",
+    "dp_lora/privacy/moving_average.py",
+    "dp_lora/privacy/selection.py",
+    "dp_lora/jobs/spending.py",
+    "dp_lora/auditing/bounds.py",
 )
 BUDGET_S = 10.0
 # Without rewritten assertions: modules that are loaded already cannot be rewritten.
@@ -240,6 +253,20 @@ def all_mutants() -> list[Mutant]:
 # Which test reaches which line
 
 
+def _cpu_seconds() -> float:
+    """Of this process and of those that it started and that have ended: the same on a busy machine."""
+    now = os.times()
+    return now.user + now.system + now.children_user + now.children_system
+
+
+class _TooLong(BaseException):
+    """Ends a test that takes longer than all tests of a mutant may."""
+
+
+def _end_test(*_: Any) -> None:
+    raise _TooLong
+
+
 class Coverage:
     """A pytest plugin that notes the duration of each test and the lines of the targets that it reaches."""
 
@@ -249,25 +276,39 @@ class Coverage:
         self.seconds: dict[str, float] = {}
         self.failed: set[str] = set()
         self._now: dict[str, set[int]] = {}
+        self._unseen: dict[CodeType, set[int]] = {}
+        """Lines of a code object that no call has reached; with none left it is not traced again."""
 
     def _trace(self, frame: FrameType, event: str, _: Any) -> Any:
         code: CodeType = frame.f_code
         path = self.paths.get(code.co_filename)
         if path is None:
             return None
+        if code not in self._unseen:
+            self._unseen[code] = {line for *_, line in code.co_lines() if line}
+        unseen = self._unseen[code]
+        if not unseen:
+            return None
         lines = self._now.setdefault(path, set())
 
         def local(frame: FrameType, event: str, _: Any) -> Any:
             lines.add(frame.f_lineno)
+            unseen.discard(frame.f_lineno)
             return local
 
-        lines.add(frame.f_lineno)
-        return local
+        return local(frame, event, _)
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        self._now = {}
-        self._started = time.monotonic()
+        self._now, self._unseen = {}, {}
+        self._started = _cpu_seconds()
         sys.settrace(self._trace)
+
+    def pytest_runtest_call(self) -> None:
+        # A test that takes longer is chosen for no mutant.
+        signal.setitimer(signal.ITIMER_PROF, BUDGET_S)
+
+    def pytest_runtest_teardown(self) -> None:
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.failed or report.skipped:
@@ -275,7 +316,7 @@ class Coverage:
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         sys.settrace(None)
-        self.seconds[nodeid] = time.monotonic() - self._started
+        self.seconds[nodeid] = _cpu_seconds() - self._started
         self.lines[nodeid] = {path: set(lines) for path, lines in self._now.items()}
 
 
@@ -314,6 +355,7 @@ def _cover_one(name: str, out: Path) -> int:
     import pytest
 
     plugin = Coverage()
+    signal.signal(signal.SIGPROF, _end_test)
     pytest.main([name, "-q", *QUIET], plugins=[plugin])
     tests = {
         test: {
@@ -396,12 +438,14 @@ def _wait(child: int, limit_s: float) -> int | None:
 def _tests_for(mutant: Mutant, tests: dict[str, Any]) -> list[str]:
     """Tests that reach the mutant, the shortest first, within the budget; of equal ones, the file's own."""
     span = range(mutant.line, mutant.last_line + 1)
+    # What is outside all functions runs when the file is imported, before a test begins.
+    whole = mutant.function.rpartition(".")[2].lstrip("_")[:1].isupper() or not mutant.function
     own = Path(mutant.path).stem
     reaching = sorted(
         (
             (own not in name, test["seconds"], name)
             for name, test in tests.items()
-            if any(line in span for line in test["lines"].get(mutant.path, []))
+            if any(whole or line in span for line in test["lines"].get(mutant.path, []))
         ),
         key=lambda row: (row[1] > 1.0, row[0], row[1]),
     )
@@ -417,16 +461,19 @@ def _tests_for(mutant: Mutant, tests: dict[str, Any]) -> list[str]:
 def _try(mutant: Mutant, names: list[str]) -> int:
     import pytest
 
+    # A loop without an end ends here, by its own time, since a busy machine makes every test long.
+    resource.setrlimit(resource.RLIMIT_CPU, (int(6 * BUDGET_S),) * 2)
     sys.meta_path.insert(0, _Mutated(mutant))
     return int(pytest.main([*names, "-x", "-q", *QUIET]))
 
 
-def run(sample: int, workers: int, seed: int, minutes: float) -> None:
-    """Runs the mutants, or a stratified sample of them, that have no result yet."""
+def run(sample: int, workers: int, seed: int, minutes: float, again: bool) -> None:
+    """Runs the mutants, or a stratified sample of them, that have no result yet; `again`: also survivors."""
     _load_heavy()
     tests = {n: t for part in json.loads(COVER.read_text()).values() for n, t in part["tests"].items()}
-    chosen = _sample(all_mutants(), sample, seed)
-    done = {row["identity"] for row in _results()}
+    known = {row["identity"]: row["outcome"] for row in _results()}
+    chosen = _sample(all_mutants(), sample, seed, set(known))
+    done = {identity for identity, outcome in known.items() if outcome == "killed" or not again}
     left = [m for m in chosen if m.identity not in done]
     end, running = time.monotonic() + 60 * minutes, {}
     print(f"{len(chosen)} mutants, {len(left)} to run", flush=True)
@@ -445,7 +492,7 @@ def run(sample: int, workers: int, seed: int, minutes: float) -> None:
             if ended:
                 del running[child]
                 _keep(mutant, "survived" if os.waitstatus_to_exitcode(status) == 0 else "killed", taken)
-            elif taken > 12 * BUDGET_S:
+            elif taken > 60 * BUDGET_S:
                 os.killpg(child, signal.SIGKILL)
                 os.waitpid(child, 0)
                 del running[child]
@@ -453,20 +500,27 @@ def run(sample: int, workers: int, seed: int, minutes: float) -> None:
         time.sleep(0.02)
 
 
-def _sample(mutants: list[Mutant], size: int, seed: int) -> list[Mutant]:
-    """`size` mutants, of each file as many as its share; all of them when `size` is 0."""
+def _sample(mutants: list[Mutant], size: int, seed: int, known: set[str]) -> list[Mutant]:
+    """`size` mutants, of each file as many as its share; all of them when `size` is 0.
+
+    Which ones they are depends on their identity and the seed, not on what they came out as, so that the
+    sample changes little while the code does. Those that ran for an earlier sample stay in this one.
+    """
     if not size or size >= len(mutants):
         return mutants
-    generator = random.Random(seed)
+
+    def place(mutant: Mutant) -> tuple[bool, str]:
+        drawn = hashlib.sha256(f"{seed} {mutant.identity}".encode()).hexdigest()
+        return mutant.identity not in known, drawn
+
     by_file: dict[str, list[Mutant]] = {}
     for mutant in mutants:
         by_file.setdefault(mutant.path, []).append(mutant)
     chosen = []
-    for path in sorted(by_file):
-        share = max(1, round(size * len(by_file[path]) / len(mutants)))
-        chosen += generator.sample(by_file[path], min(share, len(by_file[path])))
-    generator.shuffle(chosen)
-    return chosen
+    for own in by_file.values():
+        share = max(1, round(size * len(own) / len(mutants)))
+        chosen += sorted(own, key=place)[:share]
+    return sorted(chosen, key=place)
 
 
 def _keep(mutant: Mutant, outcome: str, seconds: float) -> None:
@@ -533,16 +587,19 @@ def main() -> int:
     two.add_argument("--workers", type=int, default=2)
     two.add_argument("--seed", type=int, default=0, help="of the sample")
     two.add_argument("--minutes", type=float, default=360.0, help="begin no mutant after this")
-    two.add_argument("--again", action="store_true", help="forget the survivors' results first")
+    two.add_argument("--again", action="store_true", help="run those that survived once more")
+    three = commands.add_parser("try", help="run tests with one mutant in place; exit status 0: it survived")
+    three.add_argument("identity", help="of the mutant, as `run` and `report` print it")
+    three.add_argument("tests", nargs="+", help="words for pytest")
     commands.add_parser("report", help="print counts and survivors; exit status 1 with open survivors")
     options = parser.parse_args()
     if options.command == "cover":
         cover(options.tests)
     elif options.command == "run":
-        if options.again and RESULTS.exists():
-            kept = [row for row in _results() if row["outcome"] == "killed"]
-            RESULTS.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        run(options.sample, options.workers, options.seed, options.minutes)
+        run(options.sample, options.workers, options.seed, options.minutes, options.again)
+    elif options.command == "try":
+        sys.path.insert(0, str(ROOT))
+        return _try(next(m for m in all_mutants() if m.identity == options.identity), options.tests)
     else:
         return 1 if report() else 0
     return 0

@@ -240,7 +240,7 @@ def _conv_samples(layer: nn.Conv1d | nn.Conv2d, x: Tensor, grad: Tensor, k: int)
         x, grad = x.unsqueeze(2), grad.unsqueeze(2)
     x = x.to(grad.dtype)
     # The window is slid over whichever of input and output has fewer channels.
-    slide_output = geometry.stride == (1, 1) and grad.shape[1] < x.shape[1]
+    slide_output = geometry.slides_over_output and grad.shape[1] < x.shape[1]
     if slide_output:
         left, right = geometry.columns_of_output(grad), x.flatten(2)
     else:
@@ -278,6 +278,14 @@ class _Geometry:
         self.stride: tuple[int, ...] = (1, *stride) if wide else stride
         self.dilation: tuple[int, ...] = (1, *dilation) if wide else dilation
         self.padding: tuple[int, ...] = (0, *padding) if wide else padding
+        self._reach = tuple(
+            d * (s - 1) - p for d, s, p in zip(self.dilation, self.kernel, self.padding, strict=True)
+        )
+
+    @property
+    def slides_over_output(self) -> bool:
+        """Whether `columns_of_output` knows the layer; not with a padding that is wider than its kernel."""
+        return self.stride == (1, 1) and min(self._reach) >= 0
 
     def columns_of_input(self, x: Tensor) -> Tensor:
         """[rows, channels x kernel, positions of the output]."""
@@ -286,13 +294,10 @@ class _Geometry:
         return F.unfold(x, self.kernel, self.dilation, self.padding, self.stride)
 
     def columns_of_output(self, grad: Tensor) -> Tensor:
-        """[rows, channels x kernel (reversed), positions of the input], for stride 1."""
-        if self.kernel == (1, 1) and self.padding == (0, 0):
+        """[rows, channels x kernel (reversed), positions of the input], if it `slides_over_output`."""
+        if self.kernel == (1, 1):
             return grad.flatten(2)
-        reach = tuple(
-            d * (s - 1) - p for d, s, p in zip(self.dilation, self.kernel, self.padding, strict=True)
-        )
-        return F.unfold(grad, self.kernel, self.dilation, reach, 1)
+        return F.unfold(grad, self.kernel, self.dilation, self._reach, 1)
 
 
 def _embedding_samples(layer: nn.Embedding, x: Tensor, grad: Tensor, k: int) -> Samples:

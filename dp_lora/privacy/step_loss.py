@@ -117,8 +117,10 @@ class _Loss:
         """The u of each loss; -inf below the least one, log(1 - q)."""
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             near = np.log1p(np.maximum(np.expm1(np.minimum(loss, 1.0)) / self.q, -1.0))
-            far = loss - math.log(self.q) + np.log1p(-(1 - self.q) * np.exp(-np.maximum(loss, 0.5)))
-        return np.where(loss > 1.0, far, near) / self.mu + self.mu / 2
+            absent = np.minimum((1 - self.q) * np.exp(np.minimum(-loss, 700.0)), 1.0)
+            far = loss - math.log(self.q) + np.log1p(-absent)
+        # Far below 0, expm1 is -1 but for the last digits, which are all that tells of the loss.
+        return np.where(np.abs(loss) > 1.0, far, near) / self.mu + self.mu / 2
 
     def slack(self, u: Array, loss: Array) -> float:
         """More than the rounding of a loss, and of the ends of its cell, can come to."""

@@ -15,11 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from dp_lora.auditing import bounds, canaries
+from dp_lora.auditing import audit, bounds, canaries
 from dp_lora.auditing.bounds import Outcome
 from dp_lora.auditing.canaries import EMPTY, GradientCanaries, Trained, coins, odd_images, train_with_canaries
 from dp_lora.auditing.noise_tests import Verdict
+from dp_lora.auditing.options import Options
 from dp_lora.config.schema import Config
+from dp_lora.errors import UserError
 from dp_lora.models import adapters
 from dp_lora.models.diffusion import per_example_loss
 from dp_lora.models.folders import build, load
@@ -106,6 +108,43 @@ def test_coins_are_fair_and_images_are_all_different() -> None:
     images = odd_images((3, 10, 12), 50, randomness)
     assert images.shape == (50, 3, 10, 12) and images.dtype == np.uint8
     assert len({image.tobytes() for image in images}) == 50
+
+
+@pytest.mark.parametrize(("kind", "needed"), [("gradient", 40), ("image", 30)])
+def test_as_many_canaries_are_asked_for_as_could_show_something(
+    kind: str, needed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradient canaries are trials of their own, judged by their rates; images are by their number."""
+    monkeypatch.setattr(audit, "refutes", lambda outcomes, *claim: outcomes[0].positives >= 20)
+    monkeypatch.setattr(audit, "most", lambda canaries, *claim: 0.1 * (canaries >= 30))
+    with pytest.raises(UserError, match=r"--canaries=4: .*; expected \d+ or more") as refused:
+        audit._check_power(plan_at(8.0), Options(kind=kind, canaries=4))
+    named = int(str(refused.value).split("expected ")[1].split()[0])
+    assert needed <= named <= needed * 9 // 8
+    audit._check_power(plan_at(8.0), Options(kind=kind, canaries=named))
+
+
+def test_beside_a_private_loss_a_canary_adds_what_is_left_of_c(
+    start: Callable[..., LatentDiffusion], config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watches: list[canaries.Watch] = []
+    made = canaries.Watch
+
+    def watch(*args: Any) -> canaries.Watch:
+        watches.append(made(*args))
+        return watches[-1]
+
+    monkeypatch.setattr(canaries, "Watch", watch)
+    plan = make_plan(
+        num_examples=200, expected_batch_size=190, steps=1, noise_multiplier=1e-3, delta=1e-5,
+        max_grad_norm=1e-3, loss_share=0.6,
+    )  # fmt: skip
+    train_with_canaries(
+        config, start(), plan, kind="gradient", count=12, randomness=Randomness.from_seed(0), folder=tmp_path
+    )
+    (seen,) = watches
+    assert seen._amplitude == pytest.approx(0.8)
+    assert seen._largest == pytest.approx(0.8, rel=0.01)
 
 
 # Teeth

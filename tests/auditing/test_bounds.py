@@ -139,6 +139,8 @@ def test_the_evidence_is_the_ratio_of_the_densities() -> None:
     inside = (1 - q) * norm.pdf(values, 0, sigma) + q * norm.pdf(values, a, sigma)
     expected = np.log(inside / norm.pdf(values, 0, sigma))
     assert np.allclose(bounds.evidence(values, sigma, q, amplitude=a), expected, atol=1e-12)
+    # One image adds C at most, so that is what a canary adds unless the caller says otherwise.
+    assert np.array_equal(bounds.evidence(values, sigma, q), bounds.evidence(values, sigma, q, amplitude=1.0))
     full = bounds.evidence(values, sigma, 1.0, amplitude=a)
     assert np.allclose(full, norm.logpdf(values, a, sigma) - norm.logpdf(values, 0, sigma), atol=1e-12)
 
@@ -191,3 +193,9 @@ def test_membership_of_the_same_images_is_a_coin_and_of_others_certain() -> None
     assert same.auc == pytest.approx(0.5) and same.auc_low < 0.5 < same.auc_high
     certain = bounds.membership(values + 2, values)
     assert certain.auc == 1 and all(rate.tpr == 1 for rate in certain.rates)
+
+
+@pytest.mark.parametrize(("members", "others"), [(1, 9), (9, 1), (0, 2)])
+def test_membership_of_a_single_image_is_refused(members: int, others: int) -> None:
+    with pytest.raises(ValueError, match=f"{members} members and {others} others: expected at least 2"):
+        bounds.membership(np.arange(members, dtype=float), np.arange(others, dtype=float))

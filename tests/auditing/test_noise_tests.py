@@ -180,6 +180,7 @@ def test_the_largest_contribution_has_the_p_value_of_two_normal_tails() -> None:
     assert largest_contribution(7.84, 4, 2.0, 3.92) == pytest.approx(4 * 0.0249979, rel=1e-4)
     assert largest_contribution(2.0, 1, 1.0, 0.0) == pytest.approx(2 * 0.0227501, rel=1e-4)
     assert largest_contribution(1.0, 100, 0.1, 1.0) == 1.0
+    assert largest_contribution(1.01, 100, 0.1, 1.0) == 1.0, "a hundred times nearly a half is no probability"
     assert largest_contribution(math.inf, 100, 0.1, 1.0) == 0.0
 
 

@@ -248,6 +248,20 @@ def test_a_backup_of_run_and_ledger_does_not_go_on_from_where_it_was(
         raise AssertionError("it trained for free")
 
 
+def test_a_record_that_lacks_steps_is_refused_before_the_job_begins(
+    config: Config, plan: PrivacyPlan, tmp_path: Path
+) -> None:
+    record = tmp_path / "run" / "checkpoint"
+    preempted(config, plan, record)
+    before = (record / "executions.jsonl").read_bytes()
+    assert refusal(config, plan, tmp_path / "run", IMAGES) is None
+    preempted(config, plan, record, 40, first=30)
+    assert refusal(config, plan, tmp_path / "run", IMAGES) is None
+    # The receipt of the last start beside the record of an earlier one.
+    (record / "executions.jsonl").write_bytes(before)
+    assert "gone on elsewhere" in str(refusal(config, plan, tmp_path / "run", IMAGES))
+
+
 def test_a_run_goes_on_under_an_index_that_is_new(config: Config, plan: PrivacyPlan, tmp_path: Path) -> None:
     preempted(config, plan, tmp_path / "run")
     shutil.rmtree(tmp_path / "index")

@@ -13,7 +13,7 @@ from dp_lora.data.sets import ImageSplits
 from dp_lora.errors import UserError
 from dp_lora.jobs.begun import releases_of
 from dp_lora.jobs.image_index import ImageIndex
-from dp_lora.jobs.spending import charge_release, charged, ledger_path, next_release, refusal
+from dp_lora.jobs.spending import Books, charge_release, charged, ledger_path, next_release, refusal
 from dp_lora.privacy.executions import Executions
 from dp_lora.privacy.ledger import Charge, Ledger, fits, spent, spent_adaptively
 from dp_lora.privacy.plan import PrivacyPlan, make_plan
@@ -256,3 +256,18 @@ def test_releases_that_are_something_else_are_one_line(content: str, folder: Pat
     (folder / "releases.json").write_text(content)
     with pytest.raises(UserError, match=r"releases\.json: no list of releases; expected"):
         releases_of(folder)
+
+
+def test_of_a_ledger_of_several_sets_those_count_that_may_be_on_the_images(
+    config: Config, plan: PrivacyPlan, images: ImageSplits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config.paths.ledger = str(tmp_path / "shared.jsonl")
+    books, mine = Books(config, images), Charge("mine", "mnist", plan.mechanism, 1e-5)
+    sets = {"same": "mnist", "other": "cifar10", "own": "imagefolder", "own, seen on others": "imagefolder"}
+    for run, name in {"mine": "mnist", **sets}.items():
+        books.ledger.enter(Charge(run, name, plan.mechanism, 1e-5))
+    monkeypatch.setattr(ImageIndex, "apart", lambda self, found: {"own, seen on others"})
+    unknown = [charge.run for charge in books.in_ledger(mine)]
+    assert unknown == ["same", "own", "own, seen on others"]
+    books.index.register(images)
+    assert [charge.run for charge in books.in_ledger(mine)] == ["same", "own"]

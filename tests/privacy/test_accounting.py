@@ -153,6 +153,14 @@ def test_prv_lowers_no_epsilon() -> None:
     assert smallest({"prv": math.inf, "pld": math.inf, "rdp": 6.0}).accountant == "rdp"
 
 
+def test_prv_gives_no_bound_where_the_rounding_of_its_transform_is_felt() -> None:
+    """A step adds a rounding of 2^-52 to each probability: beyond a hundredth of delta it counts."""
+    delta = 1e-9
+    most = math.floor(delta / 100 / 2.0**-52)
+    few, many = (epsilon_by_accountant([Mechanism(40.0, 0.01, steps)], delta) for steps in (most, most + 1))
+    assert few["pld"] <= few["prv"] < math.inf == many["prv"] and many["pld"] >= few["pld"]
+
+
 def test_composition_over_runs() -> None:
     one, other = Mechanism(1.2, 0.05, 200), Mechanism(2.0, 0.1, 100)
     delta = 1e-5

@@ -48,6 +48,18 @@ def test_executions_tell_a_replay_from_a_new_release(tmp_path: Path) -> None:
     assert follower.begin(0, ORIGIN).generation == 2 and path.read_bytes() == before
 
 
+def test_an_execution_has_one_name_in_whatever_order_its_numerics_are_given(tmp_path: Path) -> None:
+    orders = (
+        {"device": "cpu", "threads": 1},
+        {"threads": 1, "device": "cpu"},
+        {"device": "cpu", "threads": 2},
+    )
+    names = [
+        Executions(tmp_path / f"{i}.jsonl", order).begin(0, ORIGIN).name for i, order in enumerate(orders)
+    ]
+    assert names[0] == names[1] != names[2]
+
+
 def test_another_sum_of_the_same_step_is_a_new_execution_with_a_name_of_its_own(tmp_path: Path) -> None:
     path = tmp_path / "executions.jsonl"
     first = Executions(path, {}).begin(0, ORIGIN)

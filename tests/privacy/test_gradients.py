@@ -70,6 +70,8 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
     ),
     "conv2d_1": (lambda: nn.Conv2d(3, 4, 1), lambda n: torch.randn(n, 3, 4, 4)),
     "conv2d_wider": (lambda: nn.Conv2d(2, 5, 3, padding=1), lambda n: torch.randn(n, 2, 5, 4)),
+    "conv2d_1_padded": (lambda: nn.Conv2d(5, 2, 1, padding=1), lambda n: torch.randn(n, 5, 4, 4)),
+    "conv2d_3_padded_by_3": (lambda: nn.Conv2d(5, 2, 3, padding=3), lambda n: torch.randn(n, 5, 4, 4)),
     "conv2d_narrower": (lambda: nn.Conv2d(5, 2, 3, padding=1), lambda n: torch.randn(n, 5, 5, 4)),
     "conv2d_unpadded": (lambda: nn.Conv2d(5, 2, (3, 2)), lambda n: torch.randn(n, 5, 5, 4)),
     "conv2d_stride": (lambda: nn.Conv2d(5, 2, 3, stride=2, padding=1), lambda n: torch.randn(n, 5, 6, 6)),

@@ -244,6 +244,16 @@ def test_a_ledger_that_somebody_holds_or_that_has_no_place_is_one_line(
     assert len(three.charges()) == 3
 
 
+def test_a_ledger_that_is_let_go_in_time_is_waited_for(three: Ledger) -> None:
+    with three.path.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        release = threading.Timer(0.1, fcntl.flock, (held, fcntl.LOCK_UN))
+        release.start()
+        three.enter(charge("d"))
+        release.join()
+    assert len(three.charges()) == 4
+
+
 def test_a_charge_knows_its_run_alone() -> None:
     assert {field.name for field in dataclasses.fields(Charge)} == {
         "run", "private_set", "mechanism", "delta", "private",

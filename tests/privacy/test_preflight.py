@@ -102,10 +102,12 @@ def test_an_engine_that_counts_padding_is_stopped(plan: PrivacyPlan, monkeypatch
 
 def test_accountants_that_disagree_are_stopped() -> None:
     check_accountants({"pld": 5.0, "prv": 5.01, "rdp": 5.4})
+    check_accountants({"pld": 5.0, "prv": 4.996, "rdp": 5.4})
+    check_accountants({"pld": 5.0, "prv": 5.099, "rdp": 5.4})
     check_accountants({"pld": 5.0, "prv": float("inf"), "rdp": 5.4})
     check_accountants({"pld": 0.5, "prv": 0.529, "rdp": 0.6})
     with pytest.raises(PreflightError, match="accountants disagree"):
         check_accountants({"pld": 0.5, "prv": 0.532, "rdp": 0.6})
-    for prv in (4.9, 5.2):
+    for prv in (4.9, 4.994, 5.101, 5.2):
         with pytest.raises(PreflightError, match="disagree"):
             check_accountants({"pld": 5.0, "prv": prv, "rdp": 5.4})

@@ -142,6 +142,7 @@ def test_a_slice_of_rows_is_the_slice_of_the_whole(width: tuple[int, ...]) -> No
         assert torch.equal(SEED.normal("diffusion", 5, (rows, *width), first), whole[first : first + rows])
         words = SEED.bits64("x", 5, range(first, first + rows), 3)
         assert np.array_equal(words, SEED.bits64("x", 5, slice(0, 50), 3)[first : first + rows])
+    assert np.array_equal(SEED.bits64("x", 5, range(4)), SEED.bits64("x", 5, range(4), 1)), "a word for a row"
     times = SEED.timesteps(5, 50, 3, 1000, True)
     assert torch.equal(SEED.timesteps(5, 7, 3, 1000, True, first_row=9), times[9:16])
 

@@ -13,6 +13,7 @@ import pytest
 from dp_lora.privacy.accounting import composed
 from dp_lora.privacy.ledger import Charge, fills, fits, spent, spent_adaptively
 from dp_lora.privacy.renyi import (
+    FEW_ORDERS,
     ORDERS,
     admits,
     epsilon_of_divergences,
@@ -131,6 +132,13 @@ def test_what_the_filter_admits_any_order_would() -> None:
         divergences = renyi_divergences([Mechanism(sigma, q, steps)])
         afterwards = epsilon_of_divergences(divergences, 1e-5)
         assert afterwards <= least_budget(divergences, 1e-5) <= 1.25 * afterwards
+
+
+def test_orders_rise_and_have_a_divergence() -> None:
+    """`selection` takes a bound at an order for those below it, and 1 is no order."""
+    for orders in (ORDERS, FEW_ORDERS):
+        assert list(orders) == sorted(set(orders)) and orders[0] > 1
+    assert set(FEW_ORDERS) <= set(ORDERS)
 
 
 def test_the_parts_of_delta_add_up_to_delta() -> None:

@@ -1,0 +1,82 @@
+"""The sum of the losses by a transform against one by plain convolution, all of whose terms are positive."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from dp_lora.privacy import loss_distribution
+from dp_lora.privacy.loss_distribution import delta_bounds, epsilon_bound
+from dp_lora.privacy.step_loss import Array, step_losses
+from dp_lora.privacy.subsampled_gaussian import Mechanism
+
+CASES = [
+    ([Mechanism(1.0, 0.1, 1)], 1e-5, 0.25),
+    ([Mechanism(2.0, 1.0, 3)], 1e-6, 0.125),
+    ([Mechanism(0.8, 0.3, 4), Mechanism(2.0, 0.5, 3)], 1e-10, 0.0625),
+    ([Mechanism(0.7, 0.002, 12)], 1e-7, 0.0625),
+]
+
+
+class Convolved:
+    """The sum of all steps' losses when the image is removed, or added: mass `probs[i]` at points[i]."""
+
+    def __init__(self, mechanisms: Sequence[Mechanism], interval: float, side: int) -> None:
+        probs, first, self.infinite = np.ones(1), 0, 0.0
+        for m in mechanisms:
+            step = step_losses(m.noise_multiplier, m.sample_rate, interval, 1e-20)[side]
+            for _ in range(m.steps):
+                probs, first = np.convolve(probs, step.probs), first + step.first
+            self.infinite += m.steps * step.infinite
+        self.probs, self.points = probs, interval * (first + np.arange(len(probs)))
+
+    def delta(self, epsilon: float) -> float:
+        gains = -np.expm1(np.minimum(epsilon - self.points, 0.0))
+        return float(self.probs @ gains) + self.infinite
+
+    def epsilon(self, delta: float) -> float:
+        """Delta falls linearly in exp(epsilon) between two points."""
+        deltas = np.array([self.delta(x) for x in self.points])
+        i = int(np.nonzero(deltas <= delta)[0][0])
+        share = (deltas[i - 1] - delta) / (deltas[i - 1] - deltas[i])
+        below, above = np.exp(self.points[i - 1 : i + 1])
+        return math.log(below + share * (above - below))
+
+
+@pytest.mark.parametrize(("mechanisms", "delta", "interval"), CASES)
+def test_epsilon_is_that_of_the_convolved_losses(
+    mechanisms: list[Mechanism], delta: float, interval: float
+) -> None:
+    expected = max(Convolved(mechanisms, interval, side).epsilon(delta) for side in (0, 1))
+    found = epsilon_bound(mechanisms, delta, interval)
+    assert expected <= found <= expected * (1 + 1e-5)
+
+
+@pytest.mark.parametrize(("mechanisms", "delta", "interval"), CASES)
+def test_delta_is_that_of_the_convolved_losses_and_never_less(
+    mechanisms: list[Mechanism], delta: float, interval: float
+) -> None:
+    sides = [Convolved(mechanisms, interval, side) for side in (0, 1)]
+    # Up to where nothing but the tails is left.
+    epsilons: Array = np.linspace(0, 1.5 * sides[0].epsilon(1e-9 * delta), 60)
+    expected = np.array([max(side.delta(epsilon) for side in sides) for epsilon in epsilons])
+    found = delta_bounds(mechanisms, epsilons, delta, interval)
+    assert (found >= np.minimum(expected, 1.0)).all()
+    near = expected <= 1e3 * delta
+    assert (found <= expected * (1 + 1e-3) + 1e-4 * delta)[near].all()
+    assert (found[-5:] >= 1e-6 * delta).all()
+
+
+@pytest.mark.parametrize("theta", [0.02, 0.5, 5.0, 80.0])
+@pytest.mark.parametrize("interval", [2.0**-10, 0.03, 0.5])
+def test_the_error_of_the_transform_is_weighted_by_no_less_than_the_norm(
+    theta: float, interval: float
+) -> None:
+    size = 200_000
+    at = interval * np.arange(1, size + 1)
+    exact = float(np.linalg.norm(np.exp(-theta * at) * -np.expm1(-at)))
+    found = loss_distribution._norm_of_weights(theta, interval, size)
+    assert exact * (1 - 1e-12) <= found <= 30 * exact
