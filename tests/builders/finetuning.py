@@ -59,8 +59,12 @@ def given(pretrained: Path, digits: ImageSplits, *overrides: str, seeded: bool =
     config = composed(*TINY, *SHORT, "train.checkpoint_minutes=0", *([SEEDED] if seeded else []), *overrides)
     images = digits.train.subset(range(400))  # type: ignore[arg-type]
     encoded = latents.encode(load(pretrained), images)
-    plan = make_plan(
-        num_examples=400,
+    return Given(config, plan_of(config), encoded, torch.from_numpy(images.labels), pretrained)
+
+
+def plan_of(config: Config, num_examples: int = 400) -> PrivacyPlan:
+    return make_plan(
+        num_examples=num_examples,
         expected_batch_size=config.train.expected_batch_size,
         steps=config.train.max_steps,
         noise_multiplier=0.8,
@@ -69,7 +73,6 @@ def given(pretrained: Path, digits: ImageSplits, *overrides: str, seeded: bool =
         noise_multiplicity=config.privacy.noise_multiplicity,
         max_grad_norm=0.1,
     )
-    return Given(config, plan, encoded, torch.from_numpy(images.labels), pretrained)
 
 
 class Crash(BaseException):

@@ -31,7 +31,7 @@ from dp_lora.privacy.plan import PrivacyPlan
 from dp_lora.privacy.randomness import Randomness
 from dp_lora.storage.files import read_lines
 from dp_lora.training import finetune, loop, private_training
-from tests.builders.finetuning import SEEDED, SHORT, Crash, Given, crashing, given, short_of_memory
+from tests.builders.finetuning import SEEDED, SHORT, Crash, Given, crashing, given, plan_of, short_of_memory
 from tests.builders.tiny import TINY, composed
 
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -279,7 +279,7 @@ def test_a_missing_key_is_an_error(
 
 def test_other_private_images_under_the_same_run_are_refused(job: Given, tmp_path: Path) -> None:
     job.run(tmp_path)
-    fewer = dataclasses.replace(job.plan, num_examples=399)
+    fewer = plan_of(job.config, 399)
     latents = Latents(job.latents.mean[:399], job.latents.std[:399])
     other = dataclasses.replace(job, plan=fewer, latents=latents, labels=job.labels[:399])
     with pytest.raises(UserError, match="num_examples=400 and now has 399"):
