@@ -203,7 +203,7 @@ def _check_same(directory: Path, config: Mapping[str, Any], privacy: Mapping[str
 def check_comparable(rows: Sequence[Row]) -> None:
     """Raises UserError when the rows mix what `mixtures` says."""
     for what, values in mixtures(rows).items():
-        counted = ", ".join(f"{value} in {n} runs" for value, n in values.items())
+        counted = ", ".join(f"{value} in {n} run{'s' * (n != 1)}" for value, n in values.items())
         raise UserError(
             f"the runs mix {what}: {counted}; expected one. --mixed takes them together, and says so"
         )

@@ -119,7 +119,7 @@ def _trainings(configs: Sequence[Config]) -> list[Config]:
 
 def _spent(configs: Sequence[Config]) -> str:
     counts = Counter(config.privacy.epsilon for config in configs)
-    parts = [f"{n} runs {_target(epsilon)}" for epsilon, n in counts.items()]
+    parts = [f"{n} run{'s' * (n != 1)} {_target(epsilon)}" for epsilon, n in counts.items()]
     bounded = [
         c
         for c in configs

@@ -295,4 +295,4 @@ def test_two_jobs_at_once_train_once(nursery: Nursery, cache: Path, tmp_path: Pa
 def test_a_plan_counts_a_training_once(tiny: Callable[..., Config]) -> None:
     configs = [tiny(f"sampler.guidance={guidance}") for guidance in (1, 2, 3)]
     (line,) = plan.spending(configs)
-    assert line.startswith("privacy on digits: 1 runs at epsilon 10")
+    assert line.startswith("privacy on digits: 1 run at epsilon 10")

@@ -166,11 +166,11 @@ REFUSED: dict[str, tuple[Break, str]] = {
     "no sweep": (lambda s: change(s / "sweep.json", cells=[{}]), "not the record of a sweep; expected comm"),
     "code": (
         of_last("provenance.json", git={"sha": "f" * 40, "dirty": "0123"}),
-        r"the runs mix code versions: e33cf45027fa in 3 runs, f{12}\+0123 in 1 runs; expected one. --mixed",
+        r"the runs mix code versions: e33cf45027fa in 3 runs, f{12}\+0123 in 1 run; expected one. --mixed",
     ),
     "extractor": (
         of_last("result.json", extractors=OTHER),
-        "the runs mix extractors on mnist5k: .*lite0: 2; - in 1 runs; expected one",
+        "the runs mix extractors on mnist5k: .*lite0: 2; - in 1 run; expected one",
     ),
     "images": (of_last("result.json", n_samples=9), "mix n_samples on mnist5k"),
 }
@@ -188,9 +188,7 @@ def test_what_cannot_be_collected_is_one_line(name: str, sweep: Path) -> None:
 def test_one_delta_a_private_set(tmp_path: Path) -> None:
     two = grid(privacy__delta=[1e-5, 1e-6])
     folder = write_sweep(tmp_path / "same", "mine", two)
-    with pytest.raises(
-        UserError, match="mix deltas on mnist5k: delta=1e-05 in 1 runs, delta=1e-06 in 1 runs"
-    ):
+    with pytest.raises(UserError, match="mix deltas on mnist5k: delta=1e-05 in 1 run, delta=1e-06 in 1 run"):
         collect([read(folder)])
     assert len(collect([read(folder)], mixed=True)) == 2
     apart = [{**choice, "data.name": name} for choice, name in zip(two, ("mnist", "cifar10"), strict=True)]

@@ -244,7 +244,7 @@ def test_what_a_given_noise_spends_is_known_where_the_number_of_images_is() -> N
     config = Config(data=DataConfig(name="mnist5k"))
     config.privacy.epsilon, config.privacy.noise_multiplier = None, 1.0
     (line,) = plan.spending([config])
-    assert "1 runs with a given noise, whose epsilon their privacy.json will say" in line
+    assert "1 run with a given noise, whose epsilon their privacy.json will say" in line
     spent = epsilon([Mechanism(1.0, 0.25, 80)], 1e-5).epsilon
     assert float(line.split("released, epsilon ")[1].split()[0]) == pytest.approx(spent, rel=5e-3)
     config.data.name = "imagefolder"
