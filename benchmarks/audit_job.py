@@ -2,10 +2,10 @@
 
     python -m benchmarks.audit_job [--factors 1 0.8 ...] [--results FILE] [WORD ...]
 
-For each factor: the stage finetune of a job (the default one, or what the words say), and the audit of its run
-with 1,000 canaries, both with so many times the noise that was accounted. Prints a table in Markdown: the
-verdict, the smallest p-value of the tests of the noise over what it may be, and the bounds on epsilon. What is
-done is kept in `--results`: the same command goes on from there.
+For each factor: the stage finetune of a job (the default one, or what the words say), and the audit of its
+run with 1,000 canaries, both with so many times the noise that was accounted. Prints a table in Markdown:
+which tests accuse, their p-value, the bounds on epsilon, and whether they contradict the claim. What is done
+is kept in `--results`: the same command goes on from there.
 """
 
 from __future__ import annotations
