@@ -303,7 +303,7 @@ def _labels(model: LatentDiffusion, asked: Asked) -> Tensor:
                 f"classes: {name!r} is none of the adapter's; expected some of "
                 f"{', '.join(model.classes[:12])}{did_you_mean(name, model.classes)}"
             )
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        if number < 1:
             raise UserError(f"classes: {name}: {number}: expected a whole number of images, at least 1")
     counts = [asked.classes.get(name, 0) for name in model.classes]
     return torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
@@ -344,7 +344,8 @@ def _note(source: Source) -> str:
     check_records(source.run)
     path = source.run / "privacy.json"
     if not path.exists():
-        return f"{path} is missing, so it is not known what the adapter spent."
+        # Without its path: the folder of the images may leave.
+        return "The run's privacy.json is missing, so it is not known what the adapter spent."
     found = read_json(path)
     nothing = no_guarantee(found, reproducible_noise=found["reproducible_noise"])
     return NOTE if nothing is None else nothing.strip("*")

@@ -113,7 +113,8 @@ def begin(directory: Path, pretrained: Path) -> None:
     from dp_lora.models.folders import sha256_of_weights
 
     path = private_directory(directory / "checkpoint") / BASE
-    if not path.exists():
+    # Of a run that an earlier version began it is not known.
+    if not path.exists() and not _trains(directory):
         write_json(path, {"model": sha256_of_weights(pretrained)}, mode=0o600)
 
 

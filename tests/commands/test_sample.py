@@ -120,9 +120,10 @@ def test_the_same_images_are_not_drawn_twice(run: Path, capsys: pytest.CaptureFi
 
 def test_a_folder_with_anything_else_is_left_alone(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = state_of(run)
-    for place in (run, run / "adapter", run / "samples.npz"):
+    another, file = "expected a new or an empty folder", "expected the name of a new folder"
+    for place, said in ((run, another), (run / "adapter", another), (run / "samples.npz", file)):
         assert sample(run, "steps=3", f"out={place}") == 2
-        assert "new" in capsys.readouterr().err
+        assert said in capsys.readouterr().err
     assert sample(run, "steps=3", "name=one") == 0 and sample(run, "steps=2", "name=one") == 2
     assert "holds something else than these images" in capsys.readouterr().err
     shutil.rmtree(run / "samples" / "one")
@@ -175,6 +176,15 @@ def test_what_covers_the_images_is_said(run: Path, capsys: pytest.CaptureFixture
     assert "trained without noise" in said and "covered" not in said
     record = read_json(run / "samples" / "without" / "sampling.json")
     assert "trained without noise" in record["note"]
+    path.unlink()
+    try:
+        assert sample(run, "steps=1", "name=unknown") == 0
+    finally:
+        path.write_text(before)
+    # The folder of the images may leave, so it names no place of this machine.
+    for written in (run / "samples").rglob("*.json"):
+        assert str(run) not in written.read_text() and "/" not in read_json(written)["note"]
+    assert "not known what the adapter spent" in capsys.readouterr().out
 
 
 def test_an_adapter_without_its_run(run: Path, base: Path, tmp_path: Path) -> None:
