@@ -24,6 +24,7 @@ from dp_lora.config.schema import Config, DataConfig, SamplerConfig
 from dp_lora.errors import UserError, did_you_mean
 from dp_lora.records.run_directory import check_records, is_whole, is_whole_archive
 from dp_lora.storage.files import check_writable, file_lock, read_json, write_atomic, write_json
+from dp_lora.storage.imports import uncollected
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -118,7 +119,9 @@ def draw(asked: Asked) -> Drawn:
     Raises UserError for what does not fit the adapter or the model, before anything is written.
     """
     from dp_lora.jobs.job import device_of
-    from dp_lora.models import sample
+
+    with uncollected():
+        from dp_lora.models import sample
 
     source = source_of(asked.place)
     number = asked.sampler.num_samples if asked.classes is None else sum(asked.classes.values())

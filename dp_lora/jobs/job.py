@@ -23,6 +23,7 @@ from dp_lora.privacy.collectives import agreed, rank
 from dp_lora.records import manifest
 from dp_lora.records.run_directory import OUTPUTS, WAY_OUT, check_records, is_whole
 from dp_lora.storage.files import append_line, check_writable, file_lock
+from dp_lora.storage.imports import uncollected
 
 if TYPE_CHECKING:
     import torch
@@ -101,9 +102,11 @@ def prepare(config: Config, directory: Path) -> Job:
     """
     from dp_lora.data import sets
     from dp_lora.jobs.apart import refuse_one_place
-    from dp_lora.jobs.settings import check_settings
 
     _check_directory(config, directory)
+    with uncollected():
+        from dp_lora.jobs.settings import check_settings
+
     wandb_mode(config.tracking.wandb)
     check_settings(config)
     refuse_one_place(config)

@@ -33,6 +33,7 @@ from dp_lora.storage.files import (
     write_atomic,
     write_json,
 )
+from dp_lora.storage.imports import uncollected
 from dp_lora.training.processes import Team, joined
 from dp_lora.training.signals import Preempted
 
@@ -236,8 +237,9 @@ def _train(
     """The fine-tuned model and the number of executed steps; the three calls as in `finetune`."""
     import torch
 
-    from dp_lora.models import adapters, latents
-    from dp_lora.training.finetune import finetune
+    with uncollected():
+        from dp_lora.models import adapters, latents
+        from dp_lora.training.finetune import finetune
 
     config, train = job.config, job.images.train
     model = model_before(job)

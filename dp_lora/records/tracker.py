@@ -40,6 +40,7 @@ from dp_lora.storage.files import (
     write_json,
     write_lines,
 )
+from dp_lora.storage.imports import uncollected
 
 RELEASED = frozenset(manifest.ROWS)
 """The values that a stage that sees private data may log; `manifest.ROWS` says why."""
@@ -348,21 +349,22 @@ class _Mirror:
         os.environ.pop("WANDB_SERVICE", None)
         # Local import: it takes longer than a whole short job's own set-up.
         try:
-            import wandb
+            with uncollected():
+                import wandb
 
-            self._run = wandb.init(
-                project=config.tracking.project,
-                group=config.tracking.group or config.experiment,
-                job_type="+".join(config.stages),
-                tags=config.tracking.tags,
-                name=name,
-                id=run_id,
-                resume="allow",
-                dir=str(directory),
-                mode=self.mode,
-                config=manifest.settings(config),
-                settings=_settings(),
-            )
+                self._run = wandb.init(
+                    project=config.tracking.project,
+                    group=config.tracking.group or config.experiment,
+                    job_type="+".join(config.stages),
+                    tags=config.tracking.tags,
+                    name=name,
+                    id=run_id,
+                    resume="allow",
+                    dir=str(directory),
+                    mode=self.mode,
+                    config=manifest.settings(config),
+                    settings=_settings(),
+                )
         except Exception as error:
             if self.mode == "offline":
                 self._lose(error)
