@@ -139,6 +139,22 @@ class ClippedGradientSum:
             return
         self._clip_and_add(self._backward(losses, weights), losses.detach(), weights)
 
+    def refuse_mixed(self, losses: Tensor) -> None:
+        """Raises UserError when the gradient of the first of `losses` [M] also flows to other examples.
+
+        The graph is kept for `add`, and the sum stays as it is. What enters a loss without a gradient, such
+        as a detached mean over the batch, is not found.
+        """
+        chosen = torch.zeros(len(losses), device=losses.device)
+        chosen[0] = 1.0
+        self._backward(losses, chosen, retain_graph=True)
+        if any(bool((norms[1:] > 0).any()) for norms in self._norms):
+            raise UserError(
+                "losses: that of one example depends on other examples of the microbatch, so no example's "
+                "contribution can be bounded; expected one loss per example, from its own rows alone, "
+                'such as reduction="none" and repeat_interleave(k)'
+            )
+
     def total(self) -> Tensor:
         """The sum since the last `reset`, float64 [P], in the order of `parameters`.
 
@@ -207,12 +223,14 @@ class ClippedGradientSum:
         """UserError unless a layer that saw `rows` rows saw M k."""
         if self._samples is None:
             raise RuntimeError(
-                "a backward outside ClippedGradientSum.add: give it the losses, or detach() the engine"
+                "a backward outside step.add(losses), which runs its own; expected add() alone, without "
+                "loss.backward(), accelerator.backward() or torch.autograd.grad()"
             )
         if rows != self._examples * self.noise_multiplicity:
             raise UserError(
-                f"{name}: it saw {rows} rows for {self._examples} losses: expected {self._examples} examples "
-                f"x {self.noise_multiplicity} draws, so that no row is shared between examples"
+                f"layer {name!r}: it saw {rows} rows for {self._examples} losses; expected "
+                f"{self._examples * self.noise_multiplicity}, because each example has "
+                f"noise_multiplicity={self.noise_multiplicity} rows of its own"
             )
 
     def put(self, parameter: Tensor, sample: Tensor) -> None:
@@ -251,7 +269,9 @@ class ClippedGradientSum:
 
     # One microbatch
 
-    def _backward(self, losses: Tensor, weights: Tensor | None) -> list[_Dense | _RankOne]:
+    def _backward(
+        self, losses: Tensor, weights: Tensor | None, retain_graph: bool = False
+    ) -> list[_Dense | _RankOne]:
         for parameter in self.parameters.values():
             parameter.grad = None
         self._examples = len(losses)
@@ -262,7 +282,7 @@ class ClippedGradientSum:
         try:
             # Per-example gradients keep the precision of what they are made of.
             with torch.autocast(losses.device.type, enabled=False):
-                losses.sum().backward()
+                losses.sum().backward(retain_graph=retain_graph)
             samples = self._samples
         finally:
             self._samples = None

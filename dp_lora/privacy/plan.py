@@ -270,7 +270,12 @@ def _check_relation(adjacency: str, num_examples: int | None, sample_rate: float
             "rate nor the noise may follow from it; expected <sample_rate> beside "
             "<expected_batch_size>, or <adjacency>=zero_out"
         )
-    if adjacency == "zero_out" and (num_examples is None or sample_rate is not None):
+    if adjacency == "zero_out" and num_examples is None:
+        raise PlanError(
+            "<num_examples>=None with <adjacency>=zero_out: expected the number of training examples, "
+            "which gives the sample rate and is public"
+        )
+    if adjacency == "zero_out" and sample_rate is not None:
         raise PlanError(
             f"<sample_rate>={sample_rate} with <adjacency>=zero_out: expected null, since the rate "
             "is <expected_batch_size> over the public number of images"

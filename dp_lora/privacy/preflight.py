@@ -104,7 +104,9 @@ def _gradients_one_by_one(
     for i in range(examples):
         loss = losses(slice(i, i + 1))
         if loss.shape != (1,):
-            raise PreflightError(f"losses of shape {list(loss.shape)} for one example: expected [1]")
+            raise PreflightError(
+                f"losses of shape {list(loss.shape)} for one example: expected [1], the mean over its k draws"
+            )
         gradients = torch.autograd.grad(loss.sum(), trained, allow_unused=True)
         parts = [torch.zeros_like(p) if g is None else g for p, g in zip(trained, gradients, strict=True)]
         found.append(torch.cat([part.flatten().double() for part in parts]))
@@ -130,7 +132,8 @@ def _check_gradients(
         if not error <= tolerance:
             raise PreflightError(
                 f"privacy: an example's gradient among others differs from its own by {error:.1e}, expected "
-                f"{tolerance:.0e} or less: the model mixes the examples of a batch, or a layer is unsupported"
+                f"{tolerance:.0e} or less: the model or the loss mixes the examples of a batch, the draws of "
+                "synthetic_losses are not fixed, a layer is unsupported, or bfloat16 needs a wider tolerance"
             )
 
 

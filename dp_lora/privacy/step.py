@@ -11,7 +11,11 @@
     8. Account for every step begun.
 
 `PrivateStep` takes them in this order: 0 and 1 when it begins, 2 and 3 in `add`, the rest in `apply`. The
-numbers come from the plan, and nothing else passes one of them.
+numbers come from the plan, and nothing else passes one of them. Beneath them, `batches` samples (1), `gradients`
+clips and sums (2, 3), `mechanism` adds noise and divides (4, 5), and `accounting` bounds epsilon (8).
+
+An execution is one time that a step was begun: a step that was interrupted has several, and each is accounted
+for unless it repeats an earlier one to the bit. The lineage is the executions whose updates the parameters hold.
 
 Guarantee: the parameters after a step, and its `values`, are functions of the parameters before it and of
 `noised_mean`'s result. Steps 2 and 3 alone see private data, and what they compute leaves through step 4.
@@ -176,23 +180,14 @@ class PrivateStep:
                 f"step {self.number}: add() without a microbatch, or twice for one; expected it once in the "
                 "loop over microbatches()"
             )
-        self.sgd.refuse_others(losses)
-        own, self._open = self._open.weights, None
+        own = self._open.weights
+        self.sgd.refuse_others(losses, len(own))
+        self._open = None
         weights = own if weights is None else weights
         if weights.shape != own.shape or not bool(((weights.cpu() == own) | (weights.cpu() == 0)).all()):
             raise UserError(f"weights of shape {list(weights.shape)}: expected those of the microbatch")
         # 2. Per-example gradients of the mean over k draws. 3. Clip each to C, and sum.
         self.sgd.gradients.add(losses, weights.to(losses.device))
-
-    def _give_up(self, **numerics: Any) -> None:
-        """Throws the sum away and begins the step again with a fresh batch, because `numerics` changed.
-
-        Nothing was released, so the step is not counted. Whoever gave up for a reason that depends on the
-        examples would choose among batches: this is for a job that ran out of memory, whose microbatches
-        have one size whatever the batch is. On several processes, every one has to call it.
-        """
-        self.sgd.gradients.reset()
-        self._begin(self.sgd.executions.begin_again(self._execution, **numerics))
 
     def apply(self) -> bool:
         """Adds the noise and takes the step of the optimiser; returns whether it did.
@@ -229,6 +224,16 @@ class PrivateStep:
         }
         return True
 
+    def _give_up(self, **numerics: Any) -> None:
+        """Throws the sum away and begins the step again with a fresh batch, because `numerics` changed.
+
+        Nothing was released, so the step is not counted. Whoever gave up for a reason that depends on the
+        examples would choose among batches: this is for a job that ran out of memory, whose microbatches
+        have one size whatever the batch is. On several processes, every one has to call it.
+        """
+        self.sgd.gradients.reset()
+        self._begin(self.sgd.executions.begin_again(self._execution, **numerics))
+
     def _refuse_ended(self, call: str) -> None:
         if self.applied or self.spent or not self.sgd.attached:
             what = "step" if self.applied or self.spent else "loop over the steps"
@@ -263,6 +268,7 @@ class DPSGD:
         ema_decay: the largest decay of the moving average of the weights; 0 keeps none.
         begun: called with the number of steps begun and an upper bound on their epsilon, before the batch of
             a new one is drawn.
+        foreign_losses: the loss is the caller's, so the first ones are looked at: one backward more.
 
     Raises UserError when the optimiser has other parameters, or as `ClippedGradientSum` does.
     """
@@ -278,10 +284,12 @@ class DPSGD:
         *,
         ema_decay: float = 0.0,
         begun: Callable[[int, float], None] = lambda executions, epsilon: None,
+        foreign_losses: bool = False,
     ) -> None:
         self.module, self.optimizer, self.plan, self.num_examples = module, optimizer, plan, num_examples
         self.executions, self.lineage, self.begun, self._looked = executions, ORIGIN, begun, False
         self._randomness, self._told, self._descending = randomness, 0, False
+        self.foreign_losses = foreign_losses
         check_optimizer(optimizer, module)
         self.gradients = ClippedGradientSum(module, plan.clip)
         self.parameters = list(self.gradients.parameters.values())
@@ -312,8 +320,11 @@ class DPSGD:
             )
         check_optimizer(self.optimizer, self.module)
 
-    def refuse_others(self, losses: Tensor) -> None:
-        """Raises UserError when the first `losses` also depend on trainable parameters outside the module."""
+    def refuse_others(self, losses: Tensor, examples: int) -> None:
+        """Raises UserError when the first `losses` also depend on trainable parameters outside the module.
+
+        Or, where the caller wrote the loss, when that of an example depends on others.
+        """
         if self._looked:
             return
         self._looked = True
@@ -332,6 +343,8 @@ class DPSGD:
                     "such as nn.ModuleList([unet, text_encoder]), or requires_grad_(False)"
                 )
             left += [following for following, _ in node.next_functions if following is not None]
+        if self.foreign_losses and losses.requires_grad and losses.shape == (examples,) and examples > 1:
+            self.gradients.refuse_mixed(losses)
 
     def state_digest(self) -> str:
         """A hash of the parameters of all processes: all of the state that a sum depends on."""
@@ -399,7 +412,7 @@ class DPSGD:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores `state_dict`. Raises UserError when it belongs to other parameters."""
+        """Restores `state_dict`. Raises UserError when it belongs to other parameters or another optimiser."""
         saved = [*state["parameters"], *state["average"]]
         own = [*self.parameters, *self.average.values]
         if [p.shape for p in saved] != [p.shape for p in own]:
@@ -407,6 +420,12 @@ class DPSGD:
         for parameter, value in zip(own, saved, strict=True):
             parameter.data.copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])
+        groups = self.optimizer.param_groups
+        if lost := sorted(set(self.optimizer.defaults) - set.intersection(*map(set, groups))):
+            raise UserError(
+                f"optimizer={type(self.optimizer).__name__}: the checkpoint is of another optimiser, which has "
+                f"no {lost[0]}; expected the one that the training began with, or another folder"
+            )
         self.lineage = str(state.get("lineage"))  # `check_lineage` knows no such one as None
 
 
@@ -422,6 +441,8 @@ def check_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module) -> None
     if isinstance(optimizer, torch.optim.SparseAdam):
         raise UserError("optimizer=SparseAdam: takes sparse gradients; expected Adam, since noise is dense")
     trained = {id(p): name for name, p in module.named_parameters() if p.requires_grad}
+    if not trained:
+        raise UserError("module: no parameter is trainable; expected LoRA layers, or requires_grad_(True)")
     given = {id(p): p for group in optimizer.param_groups for p in group["params"]}
     if missing := [name for key, name in trained.items() if key not in given]:
         raise UserError(

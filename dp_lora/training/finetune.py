@@ -250,6 +250,8 @@ class _Finetuning(PrivateTraining):
         microbatch: examples per forward and backward.
     """
 
+    _foreign_losses = False
+
     def __init__(
         self,
         config: Config,

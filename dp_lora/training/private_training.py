@@ -59,8 +59,8 @@ class PrivateTraining:
         * What the parameters become is (epsilon, delta)-differentially private as the plan says, with respect
           to one of the N examples, if the caller's loss of an example is a function of that example, the
           module and numbers drawn apart from the data. A loss that uses other rows of the batch, as mixup or
-          a mean over the batch do, has no guarantee; the preflight finds it where `synthetic_losses` is the
-          same function. Nothing else may train or release from private data.
+          a mean over the batch do, has no guarantee. The preflight finds it where `synthetic_losses` is the
+          same function, and the first microbatch where the gradient reaches other examples. Nothing else may train or release from private data.
         * Every step is on disk before its batch is drawn. A training that is interrupted at any moment and
           constructed again with the same folder continues from its last checkpoint; steps that it cannot
           repeat to the bit count anew, and as many fewer follow, so epsilon never passes the plan's.
@@ -87,7 +87,7 @@ class PrivateTraining:
             not depend on private data other than through the parameters.
         begun: called with the number of steps begun and an upper bound on their epsilon, before the batch
             of a new one is drawn.
-        tolerance: relative error of a gradient that the preflight accepts; wider for bfloat16.
+        tolerance: relative error of a gradient that the preflight accepts; 0.1 for autocast to bfloat16.
 
     Raises:
         PlanError: `plan` is not as `make_plan` made it.
@@ -96,6 +96,9 @@ class PrivateTraining:
             plan, key or record, or a plan whose steps were all begun without a checkpoint to go on from.
         PreflightError: the gradients of the synthetic examples are not what they should be.
     """
+
+    _foreign_losses = True
+    """The loss is written by the caller: what mixes examples in it is looked for in the first microbatch."""
 
     def __init__(
         self,
@@ -131,7 +134,15 @@ class PrivateTraining:
             executions = Executions(self.folder / "executions.jsonl", known, plan.steps, writes=self._first)
             barrier()  # before the first process writes to it
             self.sgd = DPSGD(
-                module, optimizer, plan, randomness, executions, examples, ema_decay=ema_decay, begun=begun
+                module,
+                optimizer,
+                plan,
+                randomness,
+                executions,
+                examples,
+                ema_decay=ema_decay,
+                begun=begun,
+                foreign_losses=self._foreign_losses,
             )
             self.checkpoint = Checkpoint(self.folder, checkpoint_minutes, writes=self._first)
             self.finished = self._resumed()
@@ -163,6 +174,11 @@ class PrivateTraining:
         if found is not None:
             finished, state = found
             self.sgd.load_state_dict(state)
+            if forgotten := sorted(state.get("also", {}).keys() - self._also.keys()):
+                raise UserError(
+                    f"also: lacks {forgotten[0]!r}, whose state is in the checkpoint in {self.folder}; expected "
+                    "the same names as at the start"
+                )
             for name, part in self._also.items():
                 if name not in state.get("also", {}):
                     raise UserError(f"also: the checkpoint in {self.folder} has no state of {name!r}")

@@ -82,8 +82,8 @@ def check_same_plan(plan: PrivacyPlan, folder: Path) -> None:
             if not math.isclose(float(now[name]), float(before[name]), rel_tol=1e-6):
                 raise UserError(
                     f"{path}: this run began with {name}={before[name]} and now has {now[name]}: the private "
-                    "images or the plan have changed since; expected the same ones, or another folder "
-                    "(paths.outputs)"
+                    "examples or the plan have changed since; expected the same ones, or another folder "
+                    "(of a job: paths.outputs)"
                 )
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, UserError):
