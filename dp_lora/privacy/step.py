@@ -11,11 +11,13 @@
     8. Account for every step begun.
 
 `PrivateStep` takes them in this order: 0 and 1 when it begins, 2 and 3 in `add`, the rest in `apply`. The
-numbers come from the plan, and nothing else passes one of them. Beneath them, `batches` samples (1), `gradients`
-clips and sums (2, 3), `mechanism` adds noise and divides (4, 5), and `accounting` bounds epsilon (8).
+numbers come from the plan, and nothing else passes one of them. Beneath them, `batches` samples (1),
+`gradients` clips and sums (2, 3), `mechanism` adds noise and divides (4, 5), and `accounting` bounds
+epsilon (8).
 
-An execution is one time that a step was begun: a step that was interrupted has several, and each is accounted
-for unless it repeats an earlier one to the bit. The lineage is the executions whose updates the parameters hold.
+An execution is one time that a step was begun: a step that was interrupted has several, and each is
+accounted for unless it repeats an earlier one to the bit. The lineage is the executions whose updates the
+parameters hold.
 
 Guarantee: the parameters after a step, and its `values`, are functions of the parameters before it and of
 `noised_mean`'s result. Steps 2 and 3 alone see private data, and what they compute leaves through step 4.
@@ -412,7 +414,7 @@ class DPSGD:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores `state_dict`. Raises UserError when it belongs to other parameters or another optimiser."""
+        """Restores `state_dict`. Raises UserError for that of other parameters or another optimiser."""
         saved = [*state["parameters"], *state["average"]]
         own = [*self.parameters, *self.average.values]
         if [p.shape for p in saved] != [p.shape for p in own]:
@@ -420,11 +422,11 @@ class DPSGD:
         for parameter, value in zip(own, saved, strict=True):
             parameter.data.copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])
-        groups = self.optimizer.param_groups
-        if lost := sorted(set(self.optimizer.defaults) - set.intersection(*map(set, groups))):
+        kept = [set(group) for group in self.optimizer.param_groups]
+        if lost := sorted(name for name in self.optimizer.defaults if not all(name in keys for keys in kept)):
             raise UserError(
-                f"optimizer={type(self.optimizer).__name__}: the checkpoint is of another optimiser, which has "
-                f"no {lost[0]}; expected the one that the training began with, or another folder"
+                f"optimizer={type(self.optimizer).__name__}: the checkpoint is of another optimiser, which "
+                f"has no {lost[0]}; expected the one that the training began with, or another folder"
             )
         self.lineage = str(state.get("lineage"))  # `check_lineage` knows no such one as None
 

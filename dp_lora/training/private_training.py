@@ -60,7 +60,8 @@ class PrivateTraining:
           to one of the N examples, if the caller's loss of an example is a function of that example, the
           module and numbers drawn apart from the data. A loss that uses other rows of the batch, as mixup or
           a mean over the batch do, has no guarantee. The preflight finds it where `synthetic_losses` is the
-          same function, and the first microbatch where the gradient reaches other examples. Nothing else may train or release from private data.
+          same function, and the first microbatch where the gradient reaches other examples. Nothing else
+          may train or release from private data.
         * Every step is on disk before its batch is drawn. A training that is interrupted at any moment and
           constructed again with the same folder continues from its last checkpoint; steps that it cannot
           repeat to the bit count anew, and as many fewer follow, so epsilon never passes the plan's.
@@ -176,8 +177,8 @@ class PrivateTraining:
             self.sgd.load_state_dict(state)
             if forgotten := sorted(state.get("also", {}).keys() - self._also.keys()):
                 raise UserError(
-                    f"also: lacks {forgotten[0]!r}, whose state is in the checkpoint in {self.folder}; expected "
-                    "the same names as at the start"
+                    f"also: lacks {forgotten[0]!r}, whose state is in the checkpoint in {self.folder}; "
+                    "expected the same names as at the start"
                 )
             for name, part in self._also.items():
                 if name not in state.get("also", {}):

@@ -491,7 +491,7 @@ def test_a_loss_that_mixes_examples_in_the_loop_alone_is_refused(
     before = parameters(private)
     step = next(_steps := private.steps())
     rows, weights, _ = next(step.microbatches(size))
-    with pytest.raises(UserError, match="^losses: that of one example depends on other examples"):
+    with pytest.raises(UserError, match=r"^losses: that of one example depends on other examples"):
         step.add(wrong(private.sgd.module, rows), weights)
     assert torch.equal(parameters(private), before)
     assert not private.sgd.gradients.total().any()
@@ -514,7 +514,7 @@ def test_looking_for_mixed_examples_changes_no_sum(tmp_path: Path) -> None:
 
 
 def test_a_module_without_trainable_parameters_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="^module: no parameter is trainable"):
+    with pytest.raises(UserError, match=r"^module: no parameter is trainable"):
         training(tmp_path / "run", network().requires_grad_(False))
     assert not (tmp_path / "run").exists()
 
@@ -531,7 +531,7 @@ def test_another_optimiser_does_not_go_on(first: Any, tmp_path: Path) -> None:
 
     with pytest.raises(Crash):
         run(begin(first), stop_in=1)
-    with pytest.raises(UserError, match=f"^optimizer={second.__name__}: the checkpoint is of another"):
+    with pytest.raises(UserError, match=rf"^optimizer={second.__name__}: the checkpoint is of another"):
         begin(second)
 
 
@@ -548,11 +548,11 @@ def test_a_schedule_that_is_forgotten_at_the_resume_is_refused(tmp_path: Path) -
 
     with pytest.raises(Crash):
         run(begin(True), stop_in=1)
-    with pytest.raises(UserError, match="^also: lacks 'schedule'"):
+    with pytest.raises(UserError, match=r"^also: lacks 'schedule'"):
         begin(False)
     run(begin(True))
 
 
 def test_a_plan_without_the_number_of_examples_names_it() -> None:
-    with pytest.raises(PlanError, match="^num_examples=None"):
+    with pytest.raises(PlanError, match=r"^num_examples=None"):
         plan_of(num_examples=None)
