@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dp_lora.commands.parser import Parser, ending
-from dp_lora.errors import UserError, did_you_mean
+from dp_lora.commands.words import values
+from dp_lora.errors import UserError
 
 if TYPE_CHECKING:
     from dp_lora.config.schema import SamplerConfig
@@ -101,22 +102,7 @@ def _values(words: Sequence[str]) -> dict[str, str]:
     fields = [field.name for field in dataclasses.fields(SamplerConfig) if field.name != "name"]
     known = ["sampler", *fields, "classes", "seed", *TEXTS]
     spelt = {"sampler.name": "sampler", **{f"sampler.{name}": name for name in fields}}
-    found: dict[str, str] = {}
-    for word in words:
-        name, equals, value = word.partition("=")
-        name = spelt.get(name, name)
-        if not equals or not value:
-            raise UserError(f"{word}: expected field=value")
-        if name not in known:
-            raise UserError(
-                f"{name}: no such field{did_you_mean(name, known)}; expected one of {', '.join(known)}"
-            )
-        if name in found and name != "classes":
-            raise UserError(f"{name}: is given twice; expected once")
-        quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
-        text = value[1:-1] if quoted and name != "classes" else value
-        found[name] = f"{found[name]},{text}" if name in found else text
-    return found
+    return values(words, known, spelt, several=["classes"])
 
 
 def _sampler(of_run: SamplerConfig, given: dict[str, str]) -> SamplerConfig:

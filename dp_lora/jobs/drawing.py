@@ -129,7 +129,7 @@ def draw(asked: Asked) -> Drawn:
     config.resources.device = asked.device
     check(config)
     device = device_of(config)
-    base = _base(source, asked)
+    base = base_of(source, asked.pretrained)
     model = _model(source, asked, base)
     labels = _labels(model, asked)
     record = _record(source, base, model, asked, labels)
@@ -189,13 +189,17 @@ def _whole(folder: Path, is_there: Callable[[], bool]) -> Iterator[Path | None]:
         partial.replace(folder)
 
 
-def _base(source: Source, asked: Asked) -> Path:
-    """The folder of the pre-trained model, which is the one that the adapter was trained on."""
+def base_of(source: Source, given: str | None) -> Path:
+    """The folder of the pre-trained model, which is the one that the adapter was trained on.
+
+    `given` names it, or it is found by the run or the adapter. Raises UserError for another one, for none,
+    and for a damaged adapter.
+    """
     from dp_lora.models.folders import find
 
     if source.run is not None:
         is_whole(source.run, "finetune")
-    folder = find(asked.pretrained) if asked.pretrained is not None else _pretrained(source)
+    folder = find(given) if given is not None else _pretrained(source)
     _check_base(source, folder)
     return folder
 
@@ -321,13 +325,10 @@ def _record(
     from dp_lora.models.folders import sha256_of_weights
     from dp_lora.records.provenance import versions
 
-    digest = hashlib.sha256()
-    for path in sorted(source.adapter.glob("*.safetensors")):
-        digest.update(path.read_bytes())
     counts = torch.bincount(labels, minlength=len(model.classes)).tolist()
     sampler = {k: v for k, v in asdict(asked.sampler).items() if k not in ("num_samples", "batch_size")}
     settings = {
-        "adapter_sha256": digest.hexdigest(),
+        "adapter_sha256": adapter_digest(source),
         "model_sha256": sha256_of_weights(base),
         "sampler": sampler,
         "seed": asked.seed,
@@ -335,10 +336,18 @@ def _record(
         "prompt": model.prompts.template if model.prompts is not None else None,
         "format": asked.format,
     }
-    return {"note": _note(source), "settings": settings, "versions": versions()}
+    return {"note": note_of(source), "settings": settings, "versions": versions()}
 
 
-def _note(source: Source) -> str:
+def adapter_digest(source: Source) -> str:
+    """SHA-256 of the adapter's weights."""
+    digest = hashlib.sha256()
+    for path in sorted(source.adapter.glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def note_of(source: Source) -> str:
     """What covers the images: the adapter's epsilon, or, of a run without a guarantee, why nothing does."""
     from dp_lora.records.card import no_guarantee
 
@@ -361,10 +370,14 @@ def _folder(source: Source, asked: Asked, record: Mapping[str, Any]) -> Path:
     if source.run is None:
         raise UserError(f"{source.adapter}: an adapter without its run; expected out=FOLDER for the images")
     identity = hashlib.sha256(json.dumps(record["settings"], sort_keys=True).encode()).hexdigest()[:8]
-    name = asked.name or f"{asked.sampler.name}-{identity}"
+    return source.run / FOLDER / one_name(asked.name or f"{asked.sampler.name}-{identity}")
+
+
+def one_name(name: str) -> str:
+    """`name`, if it can be that of a new folder or file. Raises UserError if not."""
     if not re.fullmatch(r"(?!\.)[^/\x00-\x1f]{1,100}", name):
         raise UserError(f"name={name}: expected the name of one folder, at most 100 characters")
-    return source.run / FOLDER / name
+    return name
 
 
 def write_images(samples: Samples, folder: Path) -> None:

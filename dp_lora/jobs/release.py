@@ -33,12 +33,13 @@ from dp_lora.errors import UserError
 from dp_lora.evaluation.evaluate import Evaluation, Instruments, Say, described
 from dp_lora.evaluation.images import Images, Labelled, Real, RealPart, checked_samples, real_images
 from dp_lora.evaluation.metrics import INCEPTION, inception_score
+from dp_lora.jobs import reuse
 from dp_lora.jobs.begun import releases_of
 from dp_lora.jobs.spending import charge_release, next_release
 from dp_lora.privacy import accounting
 from dp_lora.privacy.randomness import Randomness
 from dp_lora.privacy.subsampled_gaussian import Mechanism
-from dp_lora.storage.files import private_directory, write_json
+from dp_lora.storage.files import private_directory, read_json, write_json
 from dp_lora.storage.tensors import digest
 
 _SIMULATIONS = 200
@@ -240,11 +241,11 @@ def _release(
         "private_metrics": [],
         "private_metrics_note": "",
     }
-    return Evaluation({**counts.values(sums), **_scores(generated, instruments)}, metadata)
+    return Evaluation({**counts.values(sums), **generated_scores(generated, instruments)}, metadata)
 
 
-def _scores(generated: Images, instruments: Instruments) -> dict[str, float]:
-    """The Inception score, where its network is there."""
+def generated_scores(generated: Images, instruments: Instruments) -> dict[str, float]:
+    """The metrics of generated images alone: the Inception score, where its network is there."""
     scores = {}
     for name, loaded in instruments.extractors.items():
         features = instruments.features(name, f"{len(generated.images)} generated images", generated.images)
@@ -304,3 +305,37 @@ def release_record(training: Mapping[str, Any], config: Config, folder: Path) ->
         "covers": COVERS if secret else "Nothing: the noise was derived from a seed.",
         "with_training": {"epsilon": both.epsilon, "delta": training["delta"], "accountant": both.accountant},
     }
+
+
+def release_in(
+    directory: Path,
+    samples: Labelled,
+    references: ImageSplits,
+    config: Config,
+    *,
+    device: torch.device | str,
+    say: Say,
+) -> tuple[Evaluation, dict[str, Any]]:
+    """The metrics with what was spent beside them, and the new content of privacy.json, which states it.
+
+    Args:
+        directory: of the run, which this process holds.
+        samples, references, config, device: as in `evaluate_privately`.
+        say: tells the owner.
+    """
+    training = read_json(directory / "privacy.json")
+
+    def waiting() -> None:
+        say(
+            "evaluate: another job is at work on the run that trained, to which a release is charged; waiting"
+        )
+
+    with reuse.account(directory, waiting) as folder:
+        evaluation = evaluate_privately(
+            samples, references, config, folder=folder, device=device, progress=say
+        )
+        record = release_record(training, config, folder)
+    spent = {name: record[name] for name in ("epsilon", "delta", "accountant")}
+    release = {**evaluation.metadata["release"], **spent}
+    shown = evaluation._replace(metadata={**evaluation.metadata, "release": release})
+    return shown, {**training, "release": record}

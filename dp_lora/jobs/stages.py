@@ -38,6 +38,9 @@ from dp_lora.training.processes import Team, joined
 from dp_lora.training.signals import Preempted
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
     from dp_lora.evaluation.evaluate import Evaluation
     from dp_lora.models.folders import LatentDiffusion
     from dp_lora.models.sample import Samples
@@ -79,7 +82,7 @@ def _pretrain_alone(config: Config, team: Team) -> dict[str, Any]:
 def _lead(config: Config, directory: Path, team: Team, shown_name: str) -> dict[str, Any]:
     """The job, as its first or only process runs it; W&B calls it by `shown_name`."""
     job = prepare(config, directory)
-    with _own(job), ExitStack() as alone:
+    with own(job.directory), ExitStack() as alone:
         asked = [name for name in OUTPUTS if name in config.stages]
         left = [name for name in asked if not is_whole(job.directory, name)]
         source = None
@@ -134,15 +137,15 @@ def _follow(config: Config, directory: Path, team: Team) -> dict[str, Any]:
 
 
 @contextmanager
-def _own(job: Job) -> Iterator[None]:
+def own(directory: Path) -> Iterator[None]:
     """The run directory, made and held by this process alone; nobody but its owner can enter it."""
 
     def refuse() -> None:
-        raise Busy(f"{job.directory}: another process is running this job; wait for it or stop it")
+        raise Busy(f"{directory}: another process is running this job; wait for it or stop it")
 
-    private_directory(job.directory)
-    private_directory(job.directory / "checkpoint")
-    with file_lock(job.directory / "checkpoint" / "lock", waiting=refuse):
+    private_directory(directory)
+    private_directory(directory / "checkpoint")
+    with file_lock(directory / "checkpoint" / "lock", waiting=refuse):
         yield
 
 
@@ -329,8 +332,17 @@ def finetuned_model(job: Job) -> LatentDiffusion:
     return model.to(job.device)
 
 
-def _before(job: Job) -> Samples:
-    """Images of the model before fine-tuning, drawn once for all jobs that would draw the same ones."""
+def images_before(
+    model: LatentDiffusion, config: Config, device: torch.device, labels: Tensor | None = None
+) -> Samples:
+    """Images of the model before fine-tuning, drawn once for all that would draw the same ones.
+
+    Args:
+        model: pre-trained, on the device, conditioned on the classes.
+        config: whose sampler and seed draw them.
+        device: of the model.
+        labels: int64 [N], one for each image; None: `sampler.num_samples` images, as many of each class.
+    """
     import torch
 
     from dp_lora.models import sample
@@ -338,20 +350,25 @@ def _before(job: Job) -> Samples:
     from dp_lora.records.provenance import versions
     from dp_lora.storage.tensors import cached
 
-    model, config = model_before(job), job.config
-    packages = versions()
+    packages, what = versions(), "sample before fine-tuning"
     key = {
         "before": digest(model),
         "classes": list(model.classes),
         "prompt": config.model.prompt,
         "sampler": asdict(config.sampler),
         "seed": config.seed,
-        "device": job.device.type,
+        "device": device.type,
         "versions": {name: packages[name] for name in ("dp-lora", "torch", "diffusers")},
     }
+    if labels is not None:
+        key["labels"] = labels.tolist()
 
-    def draw() -> dict[str, torch.Tensor]:
-        samples = sample.generate(model, config, "sample before fine-tuning")
+    def draw() -> dict[str, Tensor]:
+        if labels is None:
+            samples = sample.generate(model, config, what)
+        else:
+            mode = config.tracking.progress
+            samples = sample.draw(model, labels, config.sampler, config.seed, mode, what)
         return {"images": torch.from_numpy(samples.images), "labels": torch.from_numpy(samples.labels)}
 
     drawn = cached(Path(config.paths.cache), key, draw)
@@ -365,8 +382,7 @@ def _evaluate(job: Job, tracker: Tracker) -> None:
     config = job.config
     with _timed(job, "evaluate"):
         evaluation = _released(job, tracker) if config.evaluation.release == "dp" else _compared(job)
-    hidden = config.privacy.adjacency == "add_or_remove" and not config.data.public
-    metadata = _without_numbers(evaluation.metadata) if hidden else evaluation.metadata
+    metadata = shown_metadata(evaluation.metadata, config)
     model = model_before(job)
     adapters.attach(model, config.trainable.components, config.lora, seed=config.seed)
     tracker.result(
@@ -389,12 +405,13 @@ def _evaluate(job: Job, tracker: Tracker) -> None:
     )
 
 
-def _without_numbers(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata of an evaluation without the exact numbers of real images.
+def shown_metadata(metadata: Mapping[str, Any], config: Config) -> dict[str, Any]:
+    """The metadata of an evaluation; where the numbers of real images are private, without them.
 
     A number that was read from a noised sum, as `evaluation.release=dp` does, stays.
     """
-    if "release" in metadata:
+    hidden = config.privacy.adjacency == "add_or_remove" and not config.data.public
+    if "release" in metadata or not hidden:
         return dict(metadata)
     kept = dict(metadata)
     for name in ("reference", "tested_on"):
@@ -413,7 +430,7 @@ def _compared(job: Job) -> Evaluation:
         sample.load(job.directory),
         job.images,
         config.evaluation,
-        before=_before(job),
+        before=images_before(model_before(job), config, job.device),
         seed=config.seed,
         device=job.device,
         cache=Path(config.paths.cache).expanduser(),
@@ -423,28 +440,11 @@ def _compared(job: Job) -> Evaluation:
 
 def _released(job: Job, tracker: Tracker) -> Evaluation:
     """The metrics that a budget of their own covers, which privacy.json then states."""
-    from dp_lora.jobs.release import evaluate_privately, release_record
+    from dp_lora.jobs.release import release_in
     from dp_lora.models import sample
 
-    samples = sample.load(job.directory)
-    training = read_json(job.directory / "privacy.json")
-
-    def waiting() -> None:
-        say(
-            "evaluate: another job is at work on the run that trained, to which a release is charged; waiting"
-        )
-
-    with reuse.account(job.directory, waiting) as folder:
-        evaluation = evaluate_privately(
-            samples,
-            job.images,
-            job.config,
-            folder=folder,
-            device=job.device,
-            progress=say,
-        )
-        record = release_record(training, job.config, folder)
-    tracker.privacy({**training, "release": record})
-    spent = {name: record[name] for name in ("epsilon", "delta", "accountant")}
-    release = {**evaluation.metadata["release"], **spent}
-    return evaluation._replace(metadata={**evaluation.metadata, "release": release})
+    evaluation, statement = release_in(
+        job.directory, sample.load(job.directory), job.images, job.config, device=job.device, say=say
+    )
+    tracker.privacy(statement)
+    return evaluation

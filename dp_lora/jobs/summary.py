@@ -13,8 +13,6 @@ from dp_lora.storage.files import read_json
 
 def summary(job: Job, result: Mapping[str, Any]) -> str:
     """The table that a job ends with: what was spent, what came of it, where it lies."""
-    from dp_lora.records.tracker import baseline_table
-
     # What was trained, not what this configuration and these images would give today.
     path, lines = job.directory / "privacy.json", []
     if path.exists():
@@ -33,20 +31,27 @@ def summary(job: Job, result: Mapping[str, Any]) -> str:
             "measured on images that could not be compared with those that the run was made from: it had no "
             "record of them"
         )
-    metrics = result.get("metrics", {})
-    if metrics:
-        columns, rows = baseline_table(metrics)
-        private = result.get("private_metrics", [])
-        names = [f"{row[0]} *" if row[0] in private else row[0] for row in rows]
-        lines += ["", _row(columns)]
-        lines += [_row([name, *map(_number, row[1:])]) for name, row in zip(names, rows, strict=True)]
-        if private:
-            lines.append(f"* {result['private_metrics_note']}")
-        if release := result.get("release"):
-            spent = f"epsilon {release['epsilon']:.4g} ({release['accountant']}), delta {release['delta']:g}"
-            lines.append(f"dp_*: {spent}, for one image of the {result['reference']['split']} split")
+    if result.get("metrics"):
+        lines += ["", *metrics_table(result)]
     lines += ["", f"run directory      {job.directory}"]
     return "\n".join(lines)
+
+
+def metrics_table(result: Mapping[str, Any]) -> list[str]:
+    """The metrics of an evaluation with their baselines; a star marks those that no epsilon covers."""
+    from dp_lora.records.tracker import baseline_table
+
+    columns, rows = baseline_table(result["metrics"])
+    private = result.get("private_metrics", [])
+    names = [f"{row[0]} *" if row[0] in private else row[0] for row in rows]
+    lines = [_row(columns)]
+    lines += [_row([name, *map(_number, row[1:])]) for name, row in zip(names, rows, strict=True)]
+    if private:
+        lines.append(f"* {result['private_metrics_note']}")
+    if release := result.get("release"):
+        spent = f"epsilon {release['epsilon']:.4g} ({release['accountant']}), delta {release['delta']:g}"
+        lines.append(f"dp_*: {spent}, for one image of the {result['reference']['split']} split")
+    return lines
 
 
 def guarantee(record: Mapping[str, Any]) -> list[str]:
