@@ -17,6 +17,8 @@ Guarantees:
     * A run goes on only from where the ledger saw it last: of two copies of a run directory one goes on, and
       so neither the steps of the other nor those behind an older state that was brought back go uncharged.
       While a run is open, a mark beside the ledger says how far it has come (`privacy.marks`).
+    * A use that no epsilon covers has a line of its own, which is no charge: it counts zero steps to whoever
+      reads it as one, as earlier versions do.
     * The end of a training says how many executions were on record, so that a record which was removed or
       cut since is noticed, and with how many it was charged, which is never taken back.
 """
@@ -60,6 +62,19 @@ class Charge:
     delta: float
     private: bool = True
     """False without noise, and with noise that a seed in the configuration gives away."""
+
+
+@dataclass(frozen=True)
+class Uncovered:
+    """A use of a private set that no epsilon covers, as its owner chose it: metrics without noise."""
+
+    run: str
+    """The number of the run whose images were compared."""
+    private_set: str
+    use: str
+    """Names the use among those of the run: the same one is entered once."""
+    by: tuple[str, ...]
+    """The extractors and classifiers that saw private images."""
 
 
 class Turn(NamedTuple):
@@ -156,6 +171,23 @@ class Ledger:
     def charges(self) -> list[Charge]:
         """The charge in force of each run, in the order in which the runs began."""
         return _in_force(self._entries())
+
+    def uncovered(self) -> list[Uncovered]:
+        """The uses that no epsilon covers, in the order in which they were entered."""
+        return [_use(entry) for entry in self._entries() if "uncovered" in entry]
+
+    def enter_uncovered(self, use: Uncovered, delta: float) -> None:
+        """Enters a use that no epsilon covers, on disk before this returns, unless it is there already.
+
+        delta: of the run; the line says it as every other does.
+        """
+        with self._locked():
+            entries = self._entries()
+            if any("uncovered" in entry and _use(entry) == use for entry in entries):
+                return
+            nothing = Mechanism(1.0, 0.0, 0)
+            charge = Charge(f"{use.run}-uncovered-{use.use}", use.private_set, nothing, delta, private=False)
+            self._append(charge, entries[-1]["digest"] if entries else "", uncovered=use.by)
 
     def digests(self) -> set[str]:
         """The digests of all lines."""
@@ -260,10 +292,12 @@ class Ledger:
             self.mark(turn.owner).check(turn.progress, expected=last is not None and last["open"])
         return None if last is None else str(last["nonce"])
 
-    def _append(self, charge: Charge, previous: str, turn: Turn | None = None) -> str:
-        start: dict[str, Any] = {}
+    def _append(
+        self, charge: Charge, previous: str, turn: Turn | None = None, uncovered: Sequence[str] = ()
+    ) -> str:
+        start: dict[str, Any] = {"uncovered": list(uncovered)} if uncovered else {}
         if turn is not None:
-            start = {"owner": turn.owner, "nonce": turn.nonce, "open": turn.progress is not None}
+            start |= {"owner": turn.owner, "nonce": turn.nonce, "open": turn.progress is not None}
             start |= {} if turn.begun is None else {"begun": turn.begun}
         record = {
             # No finer: how long a training took tells how large its batches were.
@@ -350,9 +384,16 @@ class Ledger:
 def _in_force(entries: Sequence[Mapping[str, Any]]) -> list[Charge]:
     latest: dict[str, Charge] = {}
     for entry in entries:
+        if "uncovered" in entry:
+            continue
         mechanism = Mechanism(entry["noise_multiplier"], entry["sample_rate"], entry["steps"])
         latest[entry["run"]] = Charge(entry["run"], entry["set"], mechanism, entry["delta"], entry["private"])
     return list(latest.values())
+
+
+def _use(entry: Mapping[str, Any]) -> Uncovered:
+    run, _, use = entry["run"].partition("-uncovered-")
+    return Uncovered(run, entry["set"], use, tuple(entry["uncovered"]))
 
 
 def _digest(record: Mapping[str, Any]) -> str:
