@@ -63,6 +63,7 @@ FILES: Mapping[str, Why] = {
 KEPT_FILES: Mapping[str, str] = {
     "checkpoint": "the noise key, the write-ahead record, scores and pictures of private images",
     "samples": "folders of images that were drawn afterwards; each may be given away as it is",
+    "evaluations": "metrics that were computed afterwards, most of them on private images without a budget",
     "status.json": "times, and errors that may name private files",
     "wandb": "W&B's own logs name folders and machine; what it sends is below",
 }
@@ -364,12 +365,14 @@ def result(
     Args:
         record: the whole content.
         public: all images are public.
-        released: see `is_released`.
+        released: see `is_released`. The record has to be of a release itself: the budget may be that of
+            another evaluation of the same run.
         with_uncovered: also what no epsilon covers, named under `private_metrics` with a note; else its names
             are listed under `left_out`.
 
     Raises UserError for a value of another kind than its field's.
     """
+    released = released and "release" in record
     private = uncovered(record, public=public, released=released)
     # What the record says is private is for `uncovered`; what leaves says it anew.
     shown = {
