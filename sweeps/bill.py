@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dp_lora.config.schema import ADJACENCIES
 from dp_lora.errors import UserError
@@ -28,13 +28,15 @@ from dp_lora.jobs.spending import (
     private_set,
 )
 from dp_lora.privacy.accounting import MANY, composed
-from dp_lora.privacy.ledger import Charge, Ledger, spent, spent_adaptively
+from dp_lora.privacy.ledger import Charge, Ledger, Uncovered, spent, spent_adaptively
 from dp_lora.privacy.renyi import epsilon_of_divergences, least_budget, renyi_divergences
 from dp_lora.privacy.selection import best_of
 from dp_lora.privacy.subsampled_gaussian import Mechanism
 from dp_lora.storage.files import json_ready, read_json
 from dp_lora.training.receipts import read_receipt
 from sweeps.folders import read_settings
+
+_Line = TypeVar("_Line", Charge, Uncovered)
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class SetBill:
     """Epsilon of the runs with privacy together, even if later ones were chosen after seeing earlier ones."""
     ledger_adaptive_epsilon: float | None = None
     """The same for all runs that the ledger counts."""
+    ledger_uncovered: int = 0
+    """Uses of the set in the ledger that no epsilon covers, and none of these counts."""
 
     def lines(self) -> list[str]:
         """The bill in words, each number with what it needs to be read."""
@@ -98,6 +102,11 @@ class SetBill:
                 f"{self.ledger} counts {_count(self.ledger_runs, 'run')} over all time: epsilon "
                 f"{self.ledger_epsilon:.4g} at delta {self.delta:g}"
                 f"{self._adaptively(self.ledger_adaptive_epsilon)}"
+            )
+        if self.ledger_uncovered:
+            lines.append(
+                f"{self.ledger} names {_count(self.ledger_uncovered, 'use')} of the images that no epsilon "
+                "covers: metrics without noise; no epsilon here counts them"
             )
         return [f"{self.private_set}: {line}" for line in lines]
 
@@ -303,7 +312,7 @@ def _largest(runs: Sequence[_Run], delta: float) -> float:
 
 def _ledgers(runs: Sequence[_Run], delta: float) -> dict[str, Any]:
     """The entries of these runs' ledgers on their set; empty if no ledger can be seen."""
-    counted = dict[tuple[str, str], Charge]()
+    counted, uncovered = dict[tuple[str, str], Charge](), 0
     runs = [one for run in runs for one in (run, *run.copies)]
     paths = sorted({run.ledger for run in runs if run.ledger is not None and run.ledger.exists()})
     for path in paths:
@@ -314,13 +323,15 @@ def _ledgers(runs: Sequence[_Run], delta: float) -> dict[str, Any]:
                 f"{path}: lines of runs that were charged here are not there: the ledger was edited or "
                 "replaced; expected the file as it was written"
             )
+        charged = [run for run in runs if run.ledger == path]
         # A copy that was charged to another ledger has the number of the run that it was copied from.
         place = str(path.resolve())
         counted.update(
             ((place, c.run), c)
-            for c in _on_these_images(ledger.charges(), runs, [run for run in runs if run.ledger == path])
+            for c in _on_these_images(ledger.charges(), runs, charged)
             if c.mechanism.steps
         )
+        uncovered += len(_on_these_images(ledger.uncovered(), runs, charged))
     if not counted:
         return {}
     return {
@@ -328,12 +339,11 @@ def _ledgers(runs: Sequence[_Run], delta: float) -> dict[str, Any]:
         "ledger_runs": len(counted),
         "ledger_epsilon": spent(list(counted.values()), delta).epsilon,
         "ledger_adaptive_epsilon": spent_adaptively(list(counted.values()), delta),
+        "ledger_uncovered": uncovered,
     }
 
 
-def _on_these_images(
-    charges: Sequence[Charge], runs: Sequence[_Run], charged: Sequence[_Run]
-) -> list[Charge]:
+def _on_these_images(charges: Sequence[_Line], runs: Sequence[_Run], charged: Sequence[_Run]) -> list[_Line]:
     """The `charges` of a ledger that are on the images of `runs`, or may be; `charged` are in it.
 
     The same choice as `dp_lora.jobs.spending.Books` makes for a job.

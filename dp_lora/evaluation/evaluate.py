@@ -188,15 +188,22 @@ class _Measure:
         return Measured(metrics, {name: Interval(*row[1:]) for name, row in found.items() if len(row) == 3})
 
 
-def check(config: EvaluationConfig, references: ImageSplits, num_samples: int) -> None:
+def check(
+    config: EvaluationConfig,
+    references: ImageSplits,
+    num_samples: int,
+    field: str = "sampler.num_samples",
+) -> None:
     """Raises UserError for what `evaluate_all` would refuse later, of `num_samples` images, in no time.
+
+    `field` names where that number comes from.
 
     An extractor that is unknown, not installed, or without its weights; a split that is too small; too few
     samples for a metric.
     """
     check_extractors(config)
     real_images(references, config)
-    check_number("sampler.num_samples", num_samples, len(references.train.classes), config)
+    check_number(field, num_samples, len(references.train.classes), config)
 
 
 def evaluate(

@@ -26,6 +26,7 @@ LIGHT = (
     "dp_lora.__main__",
     "dp_lora.commands.audit",
     "dp_lora.commands.command_line",
+    "dp_lora.commands.evaluate",
     "dp_lora.commands.explain",
     "dp_lora.commands.export",
     "dp_lora.commands.fetch",
