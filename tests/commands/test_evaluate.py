@@ -39,7 +39,7 @@ def place(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place")
     source = write_folder(folder / "set", pixels(5, 60))
     given = (*words(cache, folder / "outputs"), *FOLDER, f"data.source={source}",
-             "sampler.num_samples=12", *QUICK)  # fmt: skip
+             "sampler.num_samples=12", "data.test_size=0.4", *QUICK)  # fmt: skip
     assert dp_lora(*given) == 0
     return folder
 
