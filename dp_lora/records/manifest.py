@@ -365,8 +365,7 @@ def result(
     Args:
         record: the whole content.
         public: all images are public.
-        released: see `is_released`. The record has to be of a release itself: the budget may be that of
-            another evaluation of the same run.
+        released: see `is_released`; no record counts as one that has no `release` itself.
         with_uncovered: also what no epsilon covers, named under `private_metrics` with a note; else its names
             are listed under `left_out`.
 
