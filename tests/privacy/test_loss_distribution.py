@@ -80,3 +80,20 @@ def test_the_error_of_the_transform_is_weighted_by_no_less_than_the_norm(
     exact = float(np.linalg.norm(np.exp(-theta * at) * -np.expm1(-at)))
     found = loss_distribution._norm_of_weights(theta, interval, size)
     assert exact * (1 - 1e-12) <= found <= 30 * exact
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.8])
+@pytest.mark.parametrize(("mechanisms", "delta", "interval"), CASES)
+def test_no_tilt_gives_an_epsilon_at_which_its_own_delta_is_larger(
+    mechanisms: list[Mechanism], delta: float, interval: float, share: float
+) -> None:
+    """Also where the error of the transform, which both of them count, is most of delta."""
+    for steps in loss_distribution._directions(mechanisms, delta, interval):
+        saddle = loss_distribution._saddle(steps, delta, interval)
+        top = loss_distribution._top(steps, delta, interval)
+        composed = loss_distribution._compose(steps, share * saddle.theta, top, delta, interval)
+        assert composed is not None
+        for smaller in (1.0, 1e-3, 1e-6):
+            wanted = composed.infinite + smaller * (delta - composed.infinite)
+            if math.isfinite(epsilon := composed.epsilon(wanted)):
+                assert composed.deltas(np.array([epsilon]))[0] <= wanted * (1 + 1e-6)
