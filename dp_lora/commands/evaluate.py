@@ -45,7 +45,8 @@ def _parse(words: Sequence[str]) -> tuple[Path, list[str]]:
     from dp_lora.config.schema import EvaluationConfig
 
     fields = {
-        f"evaluation.{field.name}=...": str(field.type) for field in dataclasses.fields(EvaluationConfig)
+        f"evaluation.{field.name}=...": _expected(str(field.type))
+        for field in dataclasses.fields(EvaluationConfig)
     }
     listed = {
         "evaluation=PRESET": f"one of {', '.join(presets('evaluation'))}; else as in the run",
@@ -123,6 +124,16 @@ _KINDS = {
 }
 
 
+def _expected(kind: str) -> str:
+    """What may stand for a field whose type is written `kind`.
+
+    >>> _expected("float | None")
+    'a number, or null'
+    """
+    base, _, rest = kind.partition(" | ")
+    return f"{_KINDS.get(base, 'a text')}{', or null' if rest else ''}"
+
+
 def _value(name: str, text: str, kind: str) -> Any:
     """The value that a text gives to a field whose type is written `kind`.
 
@@ -146,7 +157,7 @@ def _value(name: str, text: str, kind: str) -> Any:
             return {"int": int, "float": float}[base](text)
     except (ValueError, KeyError):
         pass
-    raise UserError(f"{name}={text}: expected {_KINDS[base]}{', or null' if rest else ''}")
+    raise UserError(f"{name}={text}: expected {_expected(kind)}")
 
 
 if __name__ == "__main__":

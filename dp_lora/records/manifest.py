@@ -365,13 +365,13 @@ def result(
     Args:
         record: the whole content.
         public: all images are public.
-        released: see `is_released`; no record counts as one that has no `release` itself.
+        released: see `is_released`; one that dp-lora-evaluate made is not of a record without its metrics.
         with_uncovered: also what no epsilon covers, named under `private_metrics` with a note; else its names
             are listed under `left_out`.
 
     Raises UserError for a value of another kind than its field's.
     """
-    released = released and "release" in record
+    released = released and any(name.startswith(RELEASED_METRICS) for name in _numbers(record, "metrics"))
     private = uncovered(record, public=public, released=released)
     # What the record says is private is for `uncovered`; what leaves says it anew.
     shown = {

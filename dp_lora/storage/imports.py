@@ -12,7 +12,8 @@ def uncollected() -> Iterator[None]:
     """Keeps the garbage collector from running while large libraries are imported.
 
     Modules make a million objects that stay, and the collector would visit them again and again: a fifth of
-    the time that the imports take. Afterwards it runs as before and leaves alone what was made so far.
+    the time that the imports take. Afterwards it runs as before. `gc.freeze` would hide from it what was made
+    so far, and with that the garbage of an earlier job in this process would never be freed.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -20,5 +21,4 @@ def uncollected() -> Iterator[None]:
         yield
     finally:
         if enabled:
-            gc.freeze()
             gc.enable()

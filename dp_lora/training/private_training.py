@@ -135,16 +135,9 @@ class PrivateTraining:
             executions = Executions(self.folder / "executions.jsonl", known, plan.steps, writes=self._first)
             barrier()  # before the first process writes to it
             self.sgd = DPSGD(
-                module,
-                optimizer,
-                plan,
-                randomness,
-                executions,
-                examples,
-                ema_decay=ema_decay,
-                begun=begun,
-                foreign_losses=self._foreign_losses,
-            )
+                module, optimizer, plan, randomness, executions, examples,
+                ema_decay=ema_decay, begun=begun, foreign_losses=self._foreign_losses,
+            )  # fmt: skip
             self.checkpoint = Checkpoint(self.folder, checkpoint_minutes, writes=self._first)
             self.finished = self._resumed()
             left = steps_to_finish(plan, executions, self.finished, self.sgd.lineage)

@@ -86,6 +86,20 @@ def test_an_engine_that_does_not_clip_is_stopped(plan: PrivacyPlan, monkeypatch:
         check(Centred(False), dataclasses.replace(plan, clipping="per_layer"))
 
 
+def test_an_engine_that_lets_large_gradients_pass_c_a_little_is_stopped(
+    plan: PrivacyPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    factors = ClippedGradientSum._factors
+
+    def careless(self: ClippedGradientSum, norms: Tensor) -> Tensor:
+        found = factors(self, norms)
+        return torch.where(norms > 1000, 1.001 * found, found)
+
+    monkeypatch.setattr(ClippedGradientSum, "_factors", careless)
+    with pytest.raises(PreflightError, match="contributes"):
+        check(Centred(False), plan)
+
+
 def test_an_engine_that_counts_padding_is_stopped(plan: PrivacyPlan, monkeypatch: pytest.MonkeyPatch) -> None:
     add = ClippedGradientSum.add
 

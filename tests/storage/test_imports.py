@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -35,8 +36,16 @@ def test_a_collector_that_somebody_else_has_stopped_stays_so() -> None:
     assert not gc.isenabled()
 
 
-def test_what_was_made_inside_is_not_visited_again() -> None:
-    kept = []
+def test_garbage_of_before_is_freed_afterwards() -> None:
+    """A job of a multirun must not keep the model of the one before it."""
+
+    class Model:
+        pass
+
+    model = Model()
+    model.itself = model  # type: ignore[attr-defined]
+    alive = weakref.ref(model)
     with uncollected():
-        kept.append([])
-    assert not any(one is kept[0] for one in gc.get_objects())
+        del model
+    gc.collect()
+    assert alive() is None

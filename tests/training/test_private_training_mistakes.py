@@ -1,0 +1,112 @@
+"""Mistakes of whoever writes a loop around `PrivateTraining`, and of whoever resumes it, are one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dp_lora import PlanError, PrivateTraining, UserError
+from tests.builders.private_training import Crash, losses, network, parameters, plan_of, run, training
+
+
+def _mean_of_all(model: nn.Module, rows: Tensor) -> Tensor:
+    return losses(model, rows).mean().expand(len(rows))
+
+
+def _wrong_order_of_draws(model: nn.Module, rows: Tensor) -> Tensor:
+    """The k rows of an example do not follow each other."""
+    return losses(model, rows.repeat(2)).view(2, -1).mean(0)
+
+
+def _right_order_of_draws(model: nn.Module, rows: Tensor) -> Tensor:
+    return losses(model, rows.repeat_interleave(2)).view(-1, 2).mean(1)
+
+
+@pytest.mark.parametrize(("wrong", "k"), [(_mean_of_all, 1), (_wrong_order_of_draws, 2)])
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_loss_that_mixes_examples_in_the_loop_alone_is_refused(
+    wrong: Callable[[nn.Module, Tensor], Tensor], k: int, size: int, tmp_path: Path
+) -> None:
+    """The preflight sees another function, or none."""
+    private = training(tmp_path / "run", plan=plan_of(noise_multiplicity=k), synthetic_losses=None)
+    before = parameters(private)
+    step = next(_steps := private.steps())
+    rows, weights, _ = next(step.microbatches(size))
+    with pytest.raises(UserError, match=r"^losses: that of one example depends on other examples"):
+        step.add(wrong(private.sgd.module, rows), weights)
+    assert torch.equal(parameters(private), before)
+    assert not private.sgd.gradients.total().any()
+
+
+def test_looking_for_mixed_examples_changes_no_sum(tmp_path: Path) -> None:
+    def sum_of(look: bool, k: int) -> Tensor:
+        plan = plan_of(noise_multiplicity=k)
+        private = training(tmp_path / f"{look}{k}", plan=plan, synthetic_losses=None)
+        private.sgd.foreign_losses = look
+        step = next(_steps := private.steps())
+        of = _right_order_of_draws if k == 2 else losses
+        for rows, weights, _ in step.microbatches(4):
+            step.add(of(private.sgd.module, rows), weights)
+        return private.sgd.gradients.total()
+
+    for k in (1, 2):
+        assert torch.equal(sum_of(True, k), sum_of(False, k))
+        assert sum_of(True, k).any()
+
+
+def test_a_module_without_trainable_parameters_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^module: no parameter is trainable"):
+        training(tmp_path / "run", network().requires_grad_(False))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (torch.optim.SGD, torch.optim.Adam),
+        (torch.optim.Adam, torch.optim.SGD),
+        (torch.optim.AdamW, torch.optim.Adam),
+    ],
+)
+def test_another_optimiser_does_not_go_on(first: Any, second: Any, tmp_path: Path) -> None:
+    """Also where both have options of the same names."""
+    model = network()
+
+    def begin(kind: Any) -> PrivateTraining:
+        return PrivateTraining(
+            model, kind(model.parameters(), lr=0.1), plan_of(), tmp_path / "run", synthetic_losses=None
+        )
+
+    with pytest.raises(Crash):
+        run(begin(first), stop_in=1)
+    with pytest.raises(UserError, match=f"={second.__name__}: this training began with {first.__name__};"):
+        begin(second)
+    run(begin(first))
+
+
+def test_a_schedule_that_is_forgotten_at_the_resume_is_refused(tmp_path: Path) -> None:
+    """Its learning rate would stay where it was."""
+    model = network()
+
+    def begin(scheduled: bool) -> PrivateTraining:
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+        also = {"schedule": torch.optim.lr_scheduler.StepLR(optimizer, 1)} if scheduled else None
+        return PrivateTraining(
+            model, optimizer, plan_of(), tmp_path / "run", synthetic_losses=None, also=also
+        )
+
+    with pytest.raises(Crash):
+        run(begin(True), stop_in=1)
+    with pytest.raises(UserError, match=r"^also: lacks 'schedule'"):
+        begin(False)
+    run(begin(True))
+
+
+def test_a_plan_without_the_number_of_examples_names_it() -> None:
+    with pytest.raises(PlanError, match=r"^num_examples=None"):
+        plan_of(num_examples=None)
