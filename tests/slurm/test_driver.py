@@ -103,35 +103,6 @@ def test_cancel_takes_a_sweep_and_its_report_off_the_cluster(start: Start) -> No
     assert [len(starts(directory)) for directory in cells.values()] == [2, 2]
 
 
-def test_a_job_that_slurm_holds_after_a_failed_launch_is_released(start: Start) -> None:
-    broken = Path(os.environ["SLURM_BOX"]) / "broken"
-    broken.touch()
-    sweep = start("seed=0", "train.max_steps=4")
-    # SLURM takes a node whose prolog fails out of service, and holds the job.
-    until(lambda: "released" in sweep.said(), sweep)
-    broken.unlink()
-    node = run("sinfo", "-h", "-o", "%n").strip()
-    run("scontrol", "update", f"nodename={node}", "state=resume")
-    assert sweep.wait() == 0, sweep.said()
-    assert f"released {sweep.job(0)}, which SLURM held" in sweep.said()
-    assert is_right(sweep.cells()[0], 4)
-
-
-def test_a_sweep_waits_for_nodes_that_are_out_of_service(start: Start) -> None:
-    node = run("sinfo", "-h", "-o", "%n").strip()
-    # Unlike one that is down, a drained node keeps the jobs of other tests.
-    run("scontrol", "update", f"nodename={node}", "state=drain", "reason=test")
-    try:
-        sweep = start("seed=0", "train.max_steps=4")
-        sweep.begun()
-        assert "1 node cannot be used at the moment" in sweep.said()
-        assert run("squeue", "-h", "-t", "PENDING", "-n", *sweep.ledger.submissions).strip()
-    finally:
-        run("scontrol", "update", f"nodename={node}", "state=resume")
-    assert sweep.wait() == 0, sweep.said()
-    assert is_right(sweep.cells()[0], 4)
-
-
 def test_edits_after_the_submission_change_nothing(start: Start, tmp_path: Path) -> None:
     conf = tmp_path / "conf"
     (conf / "train").mkdir(parents=True)

@@ -146,7 +146,8 @@ def test_a_sweep_through_havoc_ends_like_a_quiet_one(
     start: Start, nursery: Nursery, cache: Path, tmp_path: Path
 ) -> None:
     given = (*REAL, *GRID, f"paths.cache={cache}", "hydra.launcher.max_parallel=3",
-             "hydra.launcher.max_kills=100", "resources.memory_gb=1.5")  # fmt: skip
+             "hydra.launcher.max_kills=100", "hydra.launcher.job=tests.builders.paced:paced",
+             "resources.memory_gb=1.5")  # fmt: skip
     sweep = start(*given, counting=False)
     sweep.begun()
     ended = wreak(sweep, lambda: start(*given, outputs=sweep.outputs, counting=False))
