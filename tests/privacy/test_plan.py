@@ -134,7 +134,7 @@ def test_a_plan_becomes_plain_json(target: float) -> None:
         (HIDDEN | {"sample_rate": 0.0}, "train.sample_rate=0.0"),
         (HIDDEN | {"expected_batch_size": 0}, "train.expected_batch_size"),
         ({"sample_rate": 0.2}, "train.sample_rate=0.2 with privacy.adjacency=zero_out"),
-        ({"num_examples": None}, "train.sample_rate"),
+        ({"num_examples": None}, "data=None with privacy.adjacency=zero_out"),
         ({"noise_multiplier": 0.5}, "privacy.epsilon"),
         ({"noise_multiplier": 20.0}, "privacy.epsilon"),
     ],
