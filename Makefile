@@ -25,7 +25,7 @@ run: .venv/installed  ## run the default job: fine-tune, sample, evaluate
 test: .venv/installed-dev  ## run the tests
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
-test-long: .venv/installed-dev  ## run the slow statistics that `test` leaves out
+test-long: .venv/installed-dev  ## run what takes minutes and `test` leaves out
 	$(BIN)/python -m pytest $(PARALLEL) -m slow $(ARGS)
 
 mutants: .venv/installed-dev  ## break the private code line by line and see the tests fail; takes hours, resumes

@@ -13,6 +13,7 @@ Three accountants bound the same epsilon from above:
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -104,7 +105,7 @@ def composed(mechanisms: Sequence[Mechanism], delta: float, cache: Path | None =
     True
     """
     _check_delta(delta)
-    merged = sorted(_merged(mechanisms), key=astuple)
+    merged = tuple(sorted(_merged(mechanisms), key=astuple))
     if not merged:
         return Spent(0.0, "pld")
     if any(m.noise_multiplier == 0 for m in merged):
@@ -117,7 +118,7 @@ def composed(mechanisms: Sequence[Mechanism], delta: float, cache: Path | None =
     return Spent(_rdp(merged, delta), "rdp")
 
 
-def _pld_below_rdp(mechanisms: Sequence[Mechanism], delta: float) -> float:
+def _pld_below_rdp(mechanisms: tuple[Mechanism, ...], delta: float) -> float:
     """`_pld`, or inf where rdp at the few orders that it needed anyway is smaller."""
     bound = _pld(mechanisms, delta)
     return bound if bound <= _rdp(mechanisms, delta, FEW_ORDERS) else math.inf
@@ -192,7 +193,7 @@ def steps_for(target_epsilon: float, delta: float, sample_rate: float, noise_mul
     _check_delta(delta)
 
     def fits(steps: int) -> bool:
-        return _bound([Mechanism(noise_multiplier, sample_rate, steps)], delta) <= target_epsilon
+        return _bound((Mechanism(noise_multiplier, sample_rate, steps),), delta) <= target_epsilon
 
     name = f"<noise_multiplier>={noise_multiplier:g}"
     if noise_multiplier == 0 or not fits(1):
@@ -268,14 +269,14 @@ class EpsilonCurve:
 # The accountants
 
 
-def _merged(mechanisms: Sequence[Mechanism]) -> list[Mechanism]:
+def _merged(mechanisms: Sequence[Mechanism]) -> tuple[Mechanism, ...]:
     """One entry for each (noise multiplier, sample rate), without those that release nothing."""
     steps: dict[tuple[float, float], int] = {}
     for m in mechanisms:
         if m.steps and m.sample_rate:
             key = (m.noise_multiplier, m.sample_rate)
             steps[key] = steps.get(key, 0) + m.steps
-    return [Mechanism(sigma, q, count) for (sigma, q), count in steps.items()]
+    return tuple(Mechanism(sigma, q, count) for (sigma, q), count in steps.items())
 
 
 def _check_delta(delta: float) -> None:
@@ -288,14 +289,16 @@ def _rdp(mechanisms: Sequence[Mechanism], delta: float, orders: tuple[float, ...
     return epsilon_of_divergences(divergences, delta, orders)
 
 
-def _pld(mechanisms: Sequence[Mechanism], delta: float) -> float:
+# The jobs of a sweep that run in one process ask for the same bounds again.
+@functools.lru_cache(maxsize=256)
+def _pld(mechanisms: tuple[Mechanism, ...], delta: float) -> float:
     """The bound of the privacy loss distributions; inf where they give none."""
     if delta < LEAST_DELTA:
         return math.inf
     return epsilon_bound(mechanisms, delta, _interval(mechanisms, delta))
 
 
-def _bound(mechanisms: Sequence[Mechanism], delta: float) -> float:
+def _bound(mechanisms: tuple[Mechanism, ...], delta: float) -> float:
     """The pld bound, and the rdp bound where there is none."""
     bound = _pld(mechanisms, delta)
     return bound if math.isfinite(bound) else _rdp(mechanisms, delta)
@@ -317,7 +320,8 @@ def _interval(mechanisms: Sequence[Mechanism], delta: float) -> float:
     return float(2.0 ** math.floor(math.log2(max(wanted, finest))))
 
 
-def _prv(mechanisms: Sequence[Mechanism], delta: float) -> float:
+@functools.lru_cache(maxsize=256)
+def _prv(mechanisms: tuple[Mechanism, ...], delta: float) -> float:
     """Opacus' upper bound, or inf where it fails, is slow, or its transform's rounding is felt."""
     rough, steps = _rdp(mechanisms, delta), sum(m.steps for m in mechanisms)
     # A step adds about one rounding to every probability.
@@ -353,7 +357,7 @@ def _calibrate(target: float, delta: float, sample_rate: float, steps: int) -> f
     """Regula falsi on (log sigma, log epsilon), which is close to a straight line."""
 
     def log_epsilon(log_sigma: float) -> float:
-        spent = _bound([Mechanism(math.exp(log_sigma), sample_rate, steps)], delta)
+        spent = _bound((Mechanism(math.exp(log_sigma), sample_rate, steps),), delta)
         return math.log(max(spent, 1e-300))
 
     wanted = math.log(target * (1 - 2e-3))

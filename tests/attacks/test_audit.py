@@ -20,7 +20,13 @@ from dp_lora.commands import audit as audit_command
 from dp_lora.privacy.randomness import Randomness
 from tests.builders.tiny import once, words
 
-PLAN = ("train.expected_batch_size=350", "train.max_steps=12", "lora.rank=1", "stages=[finetune]")
+PLAN = (
+    "data.train_size=400",
+    "train.expected_batch_size=100",
+    "train.max_steps=12",
+    "lora.rank=1",
+    "stages=[finetune]",
+)
 """A sample rate of about a quarter, where the scores for the claimed noise do not see less of it."""
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import re
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
 
 import dp_lora.__main__  # noqa: F401  (registers the schema)
 from dp_lora.config.load import config_directory, from_omegaconf
@@ -28,9 +32,22 @@ TINY = (
 
 
 def composed(*overrides: str) -> Config:
-    """The checked configuration of a command line."""
+    """The checked configuration of a command line.
+
+    Hydra takes a fifth of a second, so it composes command lines that differ in their places alone once.
+    """
+    places = [word for word in overrides if re.fullmatch(r"paths\.\w+=[\w/.-]+", word)]
+    config = copy.deepcopy(_composed(*(word for word in overrides if word not in places)))
+    for place in places:
+        name, _, value = place.partition("=")
+        OmegaConf.update(config, name, value)
+    return from_omegaconf(config)
+
+
+@functools.cache
+def _composed(*overrides: str) -> DictConfig:
     with initialize_config_dir(str(config_directory()), version_base="1.3"):
-        return from_omegaconf(compose("config", list(overrides)))
+        return compose("config", list(overrides))
 
 
 def words(cache: Path, outputs: Path) -> list[str]:

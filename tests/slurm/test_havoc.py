@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,41 @@ from dp_lora.jobs.begun import begun
 from dp_lora.storage.files import read_json, read_lines
 from tests.builders.cluster import Start, Sweep, run, until
 from tests.builders.forked import Nursery
+from tests.builders.paced import is_allowed, let_end
 from tests.builders.quiet import REAL, STEPS, Quiet, released, twin
 
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("slurm")]
 
-GRID = ("noise_multiplicity=k1,k2", "epsilon=eps1,eps3,eps5,eps10", "lora_rank=r2,r4,r8")
-KILLS = 20
 RESTARTS = 3
+BLOWS = ["kill -9", "USR2", "requeue"]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large a sweep, and how much happens to it."""
+
+    multiplicities: tuple[str, ...]
+    grid: tuple[str, ...]
+    strikes: Sequence[tuple[str, bool]]
+    """What happens, and whether to a job that trains, in any order."""
+    blows: int
+    """How many there are at least, with those that hit until jobs went on `RESTARTS` times."""
+
+
+SMALL = Scale(
+    ("k2",),
+    ("epsilon=eps1,eps10", "lora_rank=r2,r4"),
+    [("kill -9", False), ("USR2", True), ("requeue", True), ("urgent", True), ("node down", True),
+     ("driver", False)],
+    9,
+)  # fmt: skip
+LARGE = Scale(
+    ("k1", "k2"),
+    ("epsilon=eps1,eps3,eps5,eps10", "lora_rank=r2,r4,r8"),
+    [*((how, training) for training in (True, False) for how in [*BLOWS, *BLOWS, "kill -9"]),
+     ("urgent", True), ("node down", True), ("driver", False)],
+    20,
+)  # fmt: skip
 
 
 def processes(job: str | None = None) -> list[int]:
@@ -83,6 +113,16 @@ class Havoc:
         records = (Path(row["directory"]) / "provenance.json" for row in self._cells())
         return sum(read_json(record)["restarts"] for record in records if record.exists())
 
+    def let_one_end(self) -> None:
+        """Lets a job end, unless fewer than two would be left for the blows to come."""
+        held = [path for row in self._cells() if not is_allowed(path := Path(row["directory"]))]
+        if len(held) > 2:
+            let_end(self.random.choice([path for path in held if path.exists()] or held))
+
+    def let_all_end(self) -> None:
+        for row in self._cells():
+            let_end(Path(row["directory"]))
+
     def strike(self, how: str, *, training: bool) -> None:
         job = until(lambda: self.job(training), self.sweep)
         if how == "kill -9":
@@ -118,14 +158,11 @@ class Havoc:
         self.done.append(how)
 
 
-def wreak(sweep: Sweep, again: Callable[[], Sweep]) -> Havoc:
-    """Kills until jobs went on `RESTARTS` times from a checkpoint, then until there were `KILLS` blows."""
+def wreak(sweep: Sweep, again: Callable[[], Sweep], scale: Scale) -> Havoc:
+    """Kills until jobs went on `RESTARTS` times from a checkpoint, then until there were enough blows."""
     havoc = Havoc(sweep, again)
-    blows = ["kill -9", "USR2", "requeue"]
-    strikes = [(how, training) for training in (True, False) for how in [*blows, *blows, "kill -9"]]
-    strikes += [("urgent", True), ("node down", True), ("driver", False)]
+    strikes = list(scale.strikes)
     havoc.random.shuffle(strikes)
-    # While there is enough to do for a blow to find a job that trains.
     while (before := havoc.restarts()) < RESTARTS:
         havoc.strike("kill -9", training=True)
         # The next blow could fall before this job has gone on.
@@ -133,30 +170,39 @@ def wreak(sweep: Sweep, again: Callable[[], Sweep]) -> Havoc:
         while havoc.restarts() == before and time.monotonic() < end:
             time.sleep(0.2)
     for how, training in strikes:
+        havoc.let_one_end()
         time.sleep(havoc.random.uniform(0, 2))
         assert havoc.sweep.process.poll() is None, havoc.sweep.said()
         havoc.strike(how, training=training)
-    while len(havoc.done) < KILLS:  # those that came too late do not count
+    while len(havoc.done) < scale.blows:  # those that came too late do not count
         havoc.strike("requeue", training=False)
+    havoc.let_all_end()
     havoc.sweep.wait(1800)
     return havoc
 
 
+@pytest.mark.parametrize(
+    "scale", [SMALL, pytest.param(LARGE, marks=pytest.mark.slow)], ids=["four cells", "24 cells"]
+)
 def test_a_sweep_through_havoc_ends_like_a_quiet_one(
-    start: Start, nursery: Nursery, cache: Path, tmp_path: Path
+    scale: Scale, start: Start, nursery: Nursery, cache: Path, tmp_path: Path
 ) -> None:
-    given = (*REAL, *GRID, f"paths.cache={cache}", "hydra.launcher.max_parallel=3",
+    grid = (f"noise_multiplicity={','.join(scale.multiplicities)}", *scale.grid)
+    given = (*REAL, *grid, f"paths.cache={cache}", "hydra.launcher.max_parallel=3",
              "hydra.launcher.max_kills=100", "hydra.launcher.job=tests.builders.paced:paced",
              "resources.memory_gb=1.5")  # fmt: skip
     sweep = start(*given, counting=False)
     sweep.begun()
-    ended = wreak(sweep, lambda: start(*given, outputs=sweep.outputs, counting=False))
+    ended = wreak(sweep, lambda: start(*given, outputs=sweep.outputs, counting=False), scale)
     assert ended.sweep.process.returncode == 0, ended.sweep.said()
-    assert len(ended.done) >= KILLS, ended.done
-    halves = [Quiet(nursery, cache, tmp_path, [f"noise_multiplicity={k}", *GRID[1:]]) for k in ("k1", "k2")]
-    (outputs,) = {half() for half in halves}
+    assert len(ended.done) >= scale.blows, ended.done
+    quiet = [
+        Quiet(nursery, cache, tmp_path, [f"noise_multiplicity={k}", *scale.grid])
+        for k in scale.multiplicities
+    ]
+    (outputs,) = {part() for part in quiet}
     cells = ended.sweep.cells()
-    assert len(cells) == 24
+    assert len(cells) == math.prod(1 + words.count(",") for words in grid)
     for directory in cells.values():
         assert released(directory) == released(twin(directory, outputs)), directory
         rows = read_lines(directory / "metrics.jsonl")
@@ -164,4 +210,4 @@ def test_a_sweep_through_havoc_ends_like_a_quiet_one(
         assert begun(directory / "checkpoint") == STEPS, "no step was paid for twice"
     assert ended.restarts() >= RESTARTS, "some were hit while they trained"
     report = (ended.sweep.ledger.folder / "runs.csv").read_text()
-    assert report.count(",done,") == 24
+    assert report.count(",done,") == len(cells)
