@@ -29,6 +29,7 @@ from dp_lora.data import sets
 from dp_lora.data.sets import ImageSplits
 from dp_lora.jobs import job
 from dp_lora.models.folders import LatentDiffusion, load
+from dp_lora.training import finetune
 from tests.builders.forked import Nursery
 from tests.builders.tiny import TINY, composed, words
 from tests.builders.tiny_diffusion import PRESETS, TinyDiffusion, batch_of
@@ -73,6 +74,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pretrained(cache: Path) -> Path:
     """The folder of the pre-trained tiny model."""
     return next((cache / "models").glob("tiny8-*[!k]"))
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves out the preflight, which costs as much as ten steps; tests of its own check it."""
+    monkeypatch.setattr(finetune, "check_engine", lambda *args: None)
 
 
 @pytest.fixture

@@ -24,6 +24,8 @@ from tests.builders.commands import FOLDER, dp_lora, state_of
 from tests.builders.image_sets import pixels, write_folder
 from tests.builders.tiny import words
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 STAGES = "stages=[finetune,sample]"
 
 
@@ -141,7 +143,6 @@ def test_a_run_that_was_cut_off_does_not_mix_two_sets(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     run, calls = Done(cache, tmp_path), 0
-    monkeypatch.setattr(finetune, "check_engine", lambda *args: None)
     noised = algorithm.noised_mean
 
     def stop(*args: Any) -> Any:

@@ -22,6 +22,8 @@ from dp_lora.errors import PrivateRefusal, recorded
 from tests.builders.image_files import write_image
 from tests.builders.tiny import once, words
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 BASE = np.full((8, 8), 40, np.uint16)
 BASE[:, 4:] = 200
 BASE[:2, :2] = 255

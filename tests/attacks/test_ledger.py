@@ -20,14 +20,10 @@ from tests.builders.commands import FOLDER, dp_lora, interrupted, state_of
 from tests.builders.image_sets import pixels, write_folder
 from tests.builders.tiny import composed, words
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 FINETUNE = "stages=[finetune]"
 PIXELS = pixels(1, 24)
-
-
-@pytest.fixture(autouse=True)
-def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves out the preflight, which costs as much as ten steps; tests of its own check it."""
-    monkeypatch.setattr(finetune, "check_engine", lambda *args: None)
 
 
 def charges(root: Path) -> dict[str, int]:

@@ -29,6 +29,8 @@ from dp_lora.training import finetune, numerics
 from dp_lora.training.loop import Checkpoint
 from tests.builders.tiny import composed, words
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 PLAN = (
     "stages=[finetune]", "epsilon=none", "privacy.noise_multiplier=8", "train.expected_batch_size=20",
     "train.max_steps=3", "noise_multiplicity=k1", "lora.rank=2", "train.checkpoint_minutes=0",
@@ -37,12 +39,6 @@ PLAN = (
 
 class Crash(BaseException):
     """The process dies here."""
-
-
-@pytest.fixture(autouse=True)
-def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves out the preflight, which costs as much as ten steps."""
-    monkeypatch.setattr(finetune, "check_engine", lambda *args: None)
 
 
 class Attacked:

@@ -15,20 +15,15 @@ from dp_lora.errors import PrivateRefusal
 from dp_lora.jobs.apart import refuse_shared_images
 from dp_lora.privacy.ledger import Ledger, spent
 from dp_lora.storage.files import read_json, read_lines
-from dp_lora.training import finetune
 from sweeps.bill import bill
 from tests.builders.commands import FOLDER, dp_lora, state_of
 from tests.builders.image_sets import pixels, splits_of, write_folder
 from tests.builders.tiny import composed, words
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 FINETUNE = "stages=[finetune]"
 LEDGER = "set.privacy_ledger.jsonl"
-
-
-@pytest.fixture(autouse=True)
-def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves out the preflight, which costs as much as ten steps; tests of its own check it."""
-    monkeypatch.setattr(finetune, "check_engine", lambda *args: None)
 
 
 class Place:

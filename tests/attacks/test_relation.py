@@ -20,6 +20,8 @@ from dp_lora.jobs.job import plan_of
 from dp_lora.storage.files import read_json
 from tests.builders.tiny import composed, once, words
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 HIDDEN = ("privacy.adjacency=add_or_remove", "train.sample_rate=0.3", "privacy.delta=1e-4")
 FEWER, MORE = 137, 138
 """Numbers of training images that nothing else in a run is equal to."""

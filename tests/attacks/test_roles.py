@@ -21,6 +21,8 @@ from dp_lora.config.schema import DataConfig, PathsConfig
 from dp_lora.data.sets import ImageSplits, load, shares
 from tests.builders.image_files import config, encoded, refused, write_rows
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 N = 200
 SIZES = {"test_size": 0.2, "validation_size": 0.1, "channels": 1}
 Pictures = dict[str, np.ndarray]

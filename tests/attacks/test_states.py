@@ -12,16 +12,11 @@ import torch
 
 from dp_lora.privacy import step as algorithm
 from dp_lora.storage.files import read_json, read_lines
-from dp_lora.training import finetune
 from tests.builders.commands import FOLDER, dp_lora, interrupted, state_of
 from tests.builders.image_sets import pixels, write_folder
 from tests.builders.tiny import words
 
-
-@pytest.fixture(autouse=True)
-def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves out the preflight, which costs as much as ten steps; tests of its own check it."""
-    monkeypatch.setattr(finetune, "check_engine", lambda *args: None)
+pytestmark = pytest.mark.usefixtures("unchecked")
 
 
 class Cut:

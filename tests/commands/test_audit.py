@@ -22,6 +22,8 @@ from dp_lora.storage.files import read_json, read_lines, write_json, write_lines
 from dp_lora.training.signals import Interrupted
 from tests.builders.tiny import once, words
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 OPTIONS = ("--canaries", "600", "--images", "120", "--draws", "2", "--device", "cpu")
 
 

@@ -31,6 +31,8 @@ from tests.builders.exported import export
 from tests.builders.image_sets import pixels, write_folder
 from tests.builders.tiny import words
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 QUICK = ("evaluation.classifier_epochs=1", "evaluation.classifiers=[cnn]")
 
 

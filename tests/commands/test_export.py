@@ -21,6 +21,8 @@ from dp_lora.records import manifest
 from dp_lora.storage.files import append_line, read_json, write_json
 from tests.builders.exported import NOTE, PLAN, RESULT, export, refused, save_samples
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 Change = Callable[[Path], None]
 
 

@@ -22,6 +22,8 @@ from dp_lora.records import manifest
 from dp_lora.storage.files import read_json, read_lines, write_json, write_lines
 from tests.builders.exported import NOTE, PLAN, RESULT, export, refused
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 ZERO_OUT = "zero out one image, the number of images is public, Poisson sampling"
 OLD_CARD = (
     "## Privacy\n\nIt satisfies **(2, 1e-05)-differential privacy** (epsilon, delta).\n\n"

@@ -19,6 +19,8 @@ from dp_lora.commands.command_line import hydra_words
 from dp_lora.storage.files import read_json
 from tests.builders.tiny import once, words
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 Run = Callable[..., tuple[int, str, str]]
 
 

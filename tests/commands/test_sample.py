@@ -21,6 +21,8 @@ from tests.builders.commands import FOLDER, dp_lora, state_of
 from tests.builders.image_sets import pixels, write_folder
 from tests.builders.tiny import words
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 
 @pytest.fixture(scope="module")
 def place(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

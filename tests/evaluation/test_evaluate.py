@@ -20,6 +20,8 @@ from dp_lora.evaluation.evaluate import PRIVATE_METRICS_NOTE, check, evaluate, e
 from dp_lora.storage.tensors import cached
 from tests.builders.digit_images import QUICK, Images
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 METRICS = ("accuracy_cnn", "fd_lite0", "kid_lite0", "precision_lite0", "recall_lite0", "density_lite0",
            "coverage_lite0")  # fmt: skip
 

@@ -21,6 +21,8 @@ from dp_lora.storage.files import read_json
 from tests.builders.image_files import config
 from tests.builders.image_sets import pixels, splits_of, write_folder
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 KEY = "11" * 32
 
 

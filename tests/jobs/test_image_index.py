@@ -17,6 +17,8 @@ from dp_lora.privacy.ledger import Charge
 from dp_lora.privacy.subsampled_gaussian import Mechanism
 from tests.builders.image_sets import pixels, private_images, splits_of
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 A, B, C = (pixels(seed, 12) for seed in (10, 11, 12))
 
 

@@ -26,6 +26,8 @@ from tests.builders.image_files import write_parquet
 from tests.builders.notebooks import executed
 from tests.builders.tiny import once, words
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 
 @pytest.fixture(scope="module")
 def dp_lora(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:

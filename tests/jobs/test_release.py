@@ -26,6 +26,8 @@ from dp_lora.privacy.randomness import Randomness
 from dp_lora.privacy.subsampled_gaussian import Mechanism
 from dp_lora.storage.files import read_json
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 NAMES = ("cnn", "wrn", "resnet")
 
 

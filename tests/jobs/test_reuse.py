@@ -28,6 +28,8 @@ from tests.builders.forked import Nursery
 from tests.builders.image_sets import pixels, write_folder
 from tests.builders.tiny import composed, once, words
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 DRAWS = ("stages=[finetune,sample]",)
 Run = Callable[..., Path]
 

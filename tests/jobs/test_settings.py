@@ -11,6 +11,8 @@ from dp_lora.jobs.settings import check_settings
 from tests.builders.image_files import config, refused, write_image, write_parquet
 from tests.builders.tiny import composed
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 XRAYS = "expected data=imagefolder data.source=/hospital/xrays"
 UNREAD = {
     ("data.source=/hospital/xrays",): (

@@ -27,7 +27,6 @@ from dp_lora.privacy.plan import PrivacyPlan, make_plan
 from dp_lora.privacy.renyi import least_budget, renyi_divergences
 from dp_lora.privacy.subsampled_gaussian import Mechanism
 from dp_lora.storage.files import append_line, read_json, read_lines
-from dp_lora.training import finetune
 from dp_lora.training.receipts import read_receipt
 from dp_lora.training.signals import Interrupted, Preempted
 from tests.builders.image_sets import private_images
@@ -340,12 +339,6 @@ def test_a_ledger_that_has_no_place_refuses_a_job_before_it_begins(
 
 
 # The whole job
-
-
-@pytest.fixture
-def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves out the preflight, which costs as much as ten steps; tests of its own check it."""
-    monkeypatch.setattr(finetune, "check_engine", lambda *args: None)
 
 
 def call(*given: str) -> None:

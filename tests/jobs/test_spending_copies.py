@@ -31,6 +31,8 @@ from dp_lora.training.signals import Preempted
 from sweeps.bill import bill
 from tests.builders.image_sets import pixels, private_images, splits_of
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 RELEASE = Mechanism(4.0, 1.0, 1)
 IMAGES = private_images(7)
 

@@ -22,6 +22,8 @@ from dp_lora.storage.files import append_line, read_lines, write_json
 from dp_lora.training.receipts import read_receipt
 from tests.builders.image_sets import private_images
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:

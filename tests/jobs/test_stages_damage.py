@@ -24,6 +24,8 @@ from dp_lora.records.run_directory import is_whole, result
 from dp_lora.storage.files import Damaged, read_json, read_lines
 from tests.builders.tiny import words
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 Run = Callable[..., tuple[int, list[str]]]
 
 

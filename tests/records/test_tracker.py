@@ -27,6 +27,8 @@ from dp_lora.storage.files import Damaged, read_json, read_lines
 from tests.builders.tracked import PUBLIC, RUN_ID, job, open_tracker, row
 from tests.builders.wandb_file import WandbRun, read_run
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 PRIVATE = ["loss", "grad_norm", "clip_fraction", "batch_size", "label_counts", "indices", "Epsilon", "step "]
 PRIVATE += ["examples_per_second", "steps_per_second", "seconds"]
 

@@ -27,6 +27,8 @@ from tests.builders.tracked import RUN_ID, job, open_tracker, row
 from tests.builders.wandb_file import read_run
 from tests.builders.wandb_server import ENTITY, KEY, Backend, serving
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 METRICS = {
     "accuracy_cnn": 0.8,
     "accuracy_cnn_before": 0.1,

@@ -14,14 +14,7 @@ import pytest
 import torch
 
 from dp_lora.data.sets import ImageSplits
-from dp_lora.training import finetune
 from tests.builders.finetuning import Given, given
-
-
-@pytest.fixture
-def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves out the preflight, which costs as much as ten steps; tests of its own check it."""
-    monkeypatch.setattr(finetune, "check_engine", lambda *args: None)
 
 
 @pytest.fixture(scope="module")

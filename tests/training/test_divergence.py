@@ -21,6 +21,8 @@ from dp_lora.storage.files import read_json, read_lines
 from dp_lora.training.divergence import Diverged, Watch
 from tests.builders.tiny import once, words
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 Run = Callable[..., tuple[int, list[str]]]
 
 
