@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
-import time
 from pathlib import Path
 
 import pytest
@@ -68,15 +66,13 @@ def reference(q: float, sigma: float, steps: int, delta: float, interval: float)
     return float(once.self_compose(steps).get_epsilon_for_delta(delta))
 
 
-@functools.cache
-def bounds_and_seconds(q: float, sigma: float, steps: int, delta: float) -> tuple[dict[str, float], float]:
-    start = time.process_time()
-    return epsilon_by_accountant([Mechanism(sigma, q, steps)], delta), time.process_time() - start
+def bounds_of(q: float, sigma: float, steps: int, delta: float) -> dict[str, float]:
+    return epsilon_by_accountant([Mechanism(sigma, q, steps)], delta)
 
 
 def test_the_grid_spans_what_it_claims() -> None:
     assert len(GRID) == 30
-    spent = [smallest(bounds_and_seconds(*setting[:4])[0]).epsilon for setting in GRID]
+    spent = [smallest(bounds_of(*setting[:4])).epsilon for setting in GRID]
     assert min(spent) < 0.1 and max(spent) > 900
 
 
@@ -84,7 +80,7 @@ def test_the_grid_spans_what_it_claims() -> None:
 def test_epsilon_is_at_most_one_percent_above_the_truth(
     setting: tuple[float, float, int, float, float],
 ) -> None:
-    bounds, seconds = bounds_and_seconds(*setting[:4])
+    bounds = bounds_of(*setting[:4])
     true = reference(*setting)
     spent = smallest(bounds)
     assert true * (1 - 1e-3) <= spent.epsilon <= true * 1.01
@@ -92,7 +88,6 @@ def test_epsilon_is_at_most_one_percent_above_the_truth(
     assert true * (1 - 1e-3) <= min(bounds.values())
     if math.isfinite(bounds["prv"]):
         assert bounds["pld"] * (1 - 1e-3) <= bounds["prv"] <= bounds["pld"] + max(0.02, 0.02 * true)
-    assert seconds < 5
 
 
 @pytest.mark.parametrize(
@@ -140,11 +135,11 @@ def test_edge_cases() -> None:
 
 
 @pytest.mark.parametrize(("q", "sigma", "steps"), [(0.01, 0.05, 1000), (0.2, 0.1, 100), (0.05, 0.2, 100_000)])
-def test_tiny_noise_takes_seconds_and_stays_valid(q: float, sigma: float, steps: int) -> None:
-    start = time.process_time()
+def test_tiny_noise_has_a_bound_without_the_accountant_that_would_take_long(
+    q: float, sigma: float, steps: int
+) -> None:
     bounds = epsilon_by_accountant([Mechanism(sigma, q, steps)], 1e-5)
-    assert time.process_time() - start < 5
-    assert math.isfinite(smallest(bounds).epsilon)
+    assert math.isfinite(smallest(bounds).epsilon) and bounds["prv"] == math.inf
 
 
 def test_prv_lowers_no_epsilon() -> None:
@@ -184,19 +179,17 @@ CALIBRATIONS = [
 
 @pytest.mark.parametrize("setting", CALIBRATIONS)
 def test_calibration_never_passes_the_target_and_comes_within_half_a_percent(
-    setting: tuple[float, float, float, int], tmp_path: Path
+    setting: tuple[float, float, float, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target, delta, q, steps = setting
-    start = time.process_time()
     sigma = noise_multiplier_for(target, delta, q, steps, tmp_path)
-    assert time.process_time() - start < 5
     spent = epsilon([Mechanism(sigma, q, steps)], delta).epsilon
     assert target * 0.995 <= spent <= target
     # The broken twin: one percent less noise.
     assert epsilon([Mechanism(sigma * 0.99, q, steps)], delta).epsilon > target
-    start = time.perf_counter()
-    assert noise_multiplier_for(target, delta, q, steps, tmp_path) == sigma
-    assert time.perf_counter() - start < 0.01
+    with monkeypatch.context() as patched:
+        patched.setattr(accounting, "_calibrate", lambda *_: pytest.fail("calibrated again"))
+        assert noise_multiplier_for(target, delta, q, steps, tmp_path) == sigma
     assert noise_multiplier_for(target * 1.1, delta, q, steps, tmp_path) < sigma
 
 
@@ -289,9 +282,15 @@ def test_the_curve_is_an_upper_bound_that_grows_and_ends_at_the_plan() -> None:
     assert EpsilonCurve(Mechanism(0.0, 0.1, 5), delta)(1) == math.inf
 
 
-def test_the_curve_is_cheap() -> None:
-    curve = EpsilonCurve(Mechanism(0.98, 1 / 30, 1800), 1e-5)
-    start = time.process_time()
+def test_the_curve_composes_once_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    composed_steps: list[int] = []
+
+    def counted(mechanisms: tuple[Mechanism, ...], delta: float) -> float:
+        composed_steps.append(mechanisms[0].steps)
+        return 1.0
+
+    monkeypatch.setattr(accounting, "_pld", counted)
+    curve = EpsilonCurve(Mechanism(0.98, 1 / 30, 1800), 1e-5, points=16)
     for t in range(1, 1801):
         curve(t)
-    assert (time.process_time() - start) / 1800 < 0.005
+    assert composed_steps == [*range(113, 1800, 113), 1800]
