@@ -54,6 +54,14 @@ def test_the_last_line_of_a_run_is_what_it_is_charged(ledger: Ledger) -> None:
     assert ledger.path.read_bytes() == before, "the same charge again is none"
 
 
+def test_a_ledger_leaves_no_file_open(ledger: Ledger) -> None:
+    ledger.enter(charge("a"))
+    before = len(os.listdir("/proc/self/fd"))
+    for name in "bcdef":
+        ledger.enter(charge(name))
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
 def test_a_line_holds_numbers_of_the_mechanism_and_nothing_else(three: Ledger) -> None:
     for line in read_lines(three.path):
         assert line.keys() == {
