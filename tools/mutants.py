@@ -65,6 +65,7 @@ TESTS = (
     "tests/training/test_finetune_replay.py",
     "tests/training/test_finetune_resume.py",
     "tests/training/test_private_training.py",
+    "tests/training/test_private_training_mistakes.py",
     "tests/training/test_private_training_refusals.py",
     "tests/jobs/test_spending.py",
     "tests/jobs/test_spending_copies.py",

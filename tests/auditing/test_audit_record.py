@@ -47,6 +47,11 @@ def test_a_bound_contradicts_what_it_passes_and_not_what_it_only_reaches(
         assert audit._bounds(claim, trained(), Options(kind="image"))["contradicted"] is contradicted
 
 
+def test_two_bounds_hold_together_with_the_confidence_that_was_asked_for() -> None:
+    assert audit._each(Options(kind="gradient", confidence=0.9)) == pytest.approx(0.95)
+    assert audit._each(Options(kind="image", confidence=0.9)) == 0.9, "there is one"
+
+
 def test_the_noise_is_estimated_where_canaries_have_coordinates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -140,6 +140,13 @@ def test_each_test_finds_what_it_is_for(planted: Callable[[Noise], Noise], test:
     assert test in accused(planted(noise.copy()))
 
 
+def test_a_p_value_that_is_paid_for_many_times_is_no_more_than_1() -> None:
+    found = taken(np.ones((20, 300))).p_values()
+    assert found["weakest_step"] == found["weakest_coordinate"] == 1.0
+    found = released(np.ones((4, 300)), (10,) * 30)
+    assert found["weakest_tensor"] == found["loudest_tensor"] == found["weakest_trained_coordinate"] == 1.0
+
+
 def test_every_test_has_an_equal_share_of_the_false_alarms() -> None:
     share = FALSE_ALARM / len(TESTS)
     assert FALSE_ALARM == 0.01 and len(TESTS) == 15

@@ -133,3 +133,14 @@ def test_no_eighth_derivative_of_the_density_is_larger_than_counted(half: float)
     largest = np.abs(hermeval(at, [0] * 8 + [1]) * _density(at)).max(1)
     counted = _quadrature_error(middle, np.full_like(middle, half))
     assert (counted >= _QUADRATURE * (2 * half) ** 9 * largest).all()
+
+
+def test_the_exponent_of_a_small_loss_may_be_large() -> None:
+    """With a tiny rate: the largest loss is then below 1, and its exponent 27."""
+    from scipy.special import ndtri
+
+    q, tail = 1e-12, 1e-173
+    exponent = -float(ndtri(tail)) - 0.5
+    present = q * math.exp(exponent)
+    for step in step_losses(1.0, q, 0.125, tail):
+        assert step.slack >= 2 * EPS * exponent * present / (1 + present)
