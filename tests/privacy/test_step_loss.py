@@ -127,7 +127,7 @@ def test_the_rule_of_four_nodes_is_off_by_what_is_counted_for_it(width: float) -
 
 @pytest.mark.parametrize("half", [0.015, 0.5])
 def test_no_eighth_derivative_of_the_density_is_larger_than_counted(half: float) -> None:
-    """At any place of a piece, also far out, where the density of its near end is many times that of its far."""
+    """At any place of a piece, also far out, where the density falls steeply from one end to the other."""
     middle = np.linspace(-35.0, 35.0, 141)
     at = middle[:, None] + half * np.linspace(-1, 1, 101)
     largest = np.abs(hermeval(at, [0] * 8 + [1]) * _density(at)).max(1)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dp_lora import PlanError, PrivateTraining, UserError
-from tests.builders.private_training import Crash, losses, network, parameters, plan_of, run, training
+from dp_lora.training import private_training
+from tests.builders.private_training import Crash, N, losses, network, parameters, plan_of, run, training
 
 
 def _mean_of_all(model: nn.Module, rows: Tensor) -> Tensor:
@@ -110,3 +111,14 @@ def test_a_schedule_that_is_forgotten_at_the_resume_is_refused(tmp_path: Path) -
 def test_a_plan_without_the_number_of_examples_names_it() -> None:
     with pytest.raises(PlanError, match=r"^num_examples=None"):
         plan_of(num_examples=None)
+
+
+def test_the_number_of_examples_is_the_plan_s_or_else_the_caller_s() -> None:
+    hidden = plan_of(num_examples=None, adjacency="add_or_remove", sample_rate=0.25)
+    assert private_training._number_of_examples(plan_of(), None) == N
+    assert private_training._number_of_examples(plan_of(), N) == N
+    assert private_training._number_of_examples(hidden, 7) == 7
+    with pytest.raises(UserError, match=r"^num_examples=7: expected 60"):
+        private_training._number_of_examples(plan_of(), 7)
+    with pytest.raises(UserError, match=r"^num_examples=None: expected the number"):
+        private_training._number_of_examples(hidden, None)
