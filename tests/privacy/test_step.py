@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -132,12 +132,29 @@ def test_a_state_that_is_loaded_is_the_one_that_was_saved(tmp_path: Path) -> Non
         (tmp_path / name).mkdir()
     first, other = state(tmp_path / "a"), state(tmp_path / "b")
     assert first.begin(0).apply()
-    saved = copy.deepcopy(first.state_dict())
+    saved = deepcopy(first.state_dict())
     assert not torch.equal(first.parameters[0], other.parameters[0]) and first.lineage != other.lineage
     other.load_state_dict(saved)
     for one, again in zip(tensors(first), tensors(other), strict=True):
         assert torch.equal(one, again)
     assert other.lineage == first.lineage and other.state_digest() == first.state_digest()
+
+
+@pytest.mark.parametrize(
+    ("foreign", "examples", "looked"), [(True, 3, 1), (False, 3, 0), (True, 1, 0), (False, 1, 0)]
+)
+def test_the_first_losses_are_looked_at_if_they_are_the_caller_s(
+    foreign: bool, examples: int, looked: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is no loss for each example is left to `ClippedGradientSum.add`, which refuses it."""
+    for wrong in (False, True):
+        sgd, seen = state(tmp_path), list[Tensor]()
+        sgd.foreign_losses = foreign
+        monkeypatch.setattr(sgd.gradients, "refuse_mixed", seen.append)
+        losses = sgd.module(torch.ones(examples, 3)).sum(1)
+        for _ in range(2):
+            sgd.refuse_others(losses.mean() if wrong else losses, examples)
+        assert len(seen) == (0 if wrong else looked)
 
 
 def test_processes_with_different_sums_end_together(monkeypatch: pytest.MonkeyPatch) -> None:

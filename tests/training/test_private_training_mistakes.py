@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dp_lora import PlanError, PrivateTraining, UserError
+from dp_lora.storage.files import append_line, read_json
 from dp_lora.training import private_training
 from tests.builders.private_training import Crash, N, losses, network, parameters, plan_of, run, training
 
@@ -122,3 +123,30 @@ def test_the_number_of_examples_is_the_plan_s_or_else_the_caller_s() -> None:
         private_training._number_of_examples(plan_of(), 7)
     with pytest.raises(UserError, match=r"^num_examples=None: expected the number"):
         private_training._number_of_examples(hidden, None)
+
+
+def test_a_folder_keeps_the_plan_of_its_first_step(tmp_path: Path) -> None:
+    plan, other, keep = plan_of(), plan_of(max_grad_norm=0.4), private_training._same_plan
+    keep(plan, tmp_path, seeded=True)
+    keep(other, tmp_path, seeded=True)
+    assert read_json(tmp_path / "plan.json")["max_grad_norm"] == 0.4, "nothing was begun under the first"
+    append_line(tmp_path / "executions.jsonl", {"step": 0, "execution": "a"})
+    before = (tmp_path / "plan.json").read_bytes()
+    keep(other, tmp_path, seeded=True)
+    with pytest.raises(UserError, match=r"this run began with max_grad_norm=0\.4"):
+        keep(plan, tmp_path, seeded=True)
+    with pytest.raises(UserError, match="began with a seed"):
+        keep(other, tmp_path, seeded=False)
+    assert (tmp_path / "plan.json").read_bytes() == before
+    (tmp_path / "plan.json").unlink()
+    with pytest.raises(UserError, match=r"plan\.json: is missing, and steps were begun"):
+        keep(other, tmp_path, seeded=True)
+
+
+def test_a_loop_that_is_left_early_is_saved_before_its_key_is_gone(tmp_path: Path) -> None:
+    private = training(tmp_path / "run", synthetic_losses=None, checkpoint_minutes=60)
+    step = next(_steps := private.steps())
+    assert step.apply()
+    private.finish()
+    again = training(tmp_path / "run", synthetic_losses=None)
+    assert again.finished == again.total == 1 and torch.equal(parameters(again), parameters(private))
