@@ -67,6 +67,7 @@ TESTS = (
     "tests/training/test_private_training.py",
     "tests/training/test_private_training_mistakes.py",
     "tests/training/test_private_training_refusals.py",
+    "tests/training/test_receipts.py",
     "tests/jobs/test_spending.py",
     "tests/jobs/test_spending_copies.py",
     "tests/jobs/test_spending_model.py",

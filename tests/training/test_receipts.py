@@ -1,0 +1,46 @@
+"""What a folder has to hold so that its training goes on: no step that was begun is left out of the count."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dp_lora.errors import UserError
+from dp_lora.storage.files import write_json
+from dp_lora.training.receipts import check_begun, check_record
+
+
+@pytest.mark.parametrize("left", ["state.pt", "finished"])
+def test_what_steps_have_left_needs_the_record_of_them(left: str, tmp_path: Path) -> None:
+    record = tmp_path / "executions.jsonl"
+    check_begun(tmp_path)
+    record.touch()
+    check_begun(tmp_path)
+    (tmp_path / left).touch()
+    for lose in (lambda: None, record.unlink):
+        lose()
+        with pytest.raises(
+            UserError, match=rf"executions\.jsonl: is not there or empty, and {left} beside it"
+        ):
+            check_begun(tmp_path)
+    record.write_text("{}\n")
+    check_begun(tmp_path)
+
+
+def test_a_record_names_as_many_executions_as_were_settled(tmp_path: Path) -> None:
+    check_record(30, 30, tmp_path)
+    check_record(31, 30, tmp_path)
+    with pytest.raises(UserError, match="names 29 executions"):
+        check_record(29, 30, tmp_path)
+
+
+def test_a_record_names_as_many_executions_as_were_stated(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    write_json(tmp_path / "privacy.json", {"steps": 30})
+    check_record(0, 0, folder)  # that of another run, whose `checkpoint/` was removed
+    write_json(folder / "plan.json", {})
+    check_record(30, 0, folder)
+    with pytest.raises(UserError, match=r"names 29 executions, and privacy\.json states 30"):
+        check_record(29, 0, folder)
