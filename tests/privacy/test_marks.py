@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from dp_lora.errors import UserError
+from dp_lora.privacy import marks
 from dp_lora.privacy.marks import Mark, Superseded
 
 
@@ -59,3 +61,17 @@ def test_a_mark_that_is_missed_or_was_edited_is_an_error(mark: Mark) -> None:
     mark.check(0, expected=False)
     with pytest.raises(UserError, match="is not there, though its run has not ended"):
         mark.check(0, expected=True)
+
+
+def test_what_is_noted_reaches_the_disk_once_a_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, synced = [100.0], list[float]()
+    monkeypatch.setattr(marks, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(os, "fdatasync", lambda descriptor: synced.append(now[0]))
+    mark = Mark(tmp_path / "mark")
+    mark.begin("first", 0)
+    for progress, seconds in enumerate((100.5, 101.5, 102.0, 103.0), start=1):
+        now[0] = seconds
+        mark.note("first", progress)
+    assert synced == [100.0, 101.5, 103.0]

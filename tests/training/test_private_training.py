@@ -18,6 +18,7 @@ from dp_lora.privacy.executions import Executions
 from dp_lora.privacy.randomness import Randomness
 from tests.builders.private_training import (
     STEPS,
+    Counter,
     Crash,
     N,
     losses,
@@ -180,19 +181,6 @@ def test_a_schedule_is_saved_with_the_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(Crash):
         rates(tmp_path / "broken", 3)
     assert rates(tmp_path / "broken", None) == [0.5**i for i in range(3, STEPS)]
-
-
-class Counter:
-    """Has a state that nothing else of a checkpoint tells."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.steps = int(state["steps"])
 
 
 def test_what_else_belongs_to_a_checkpoint_goes_on_where_it_was(tmp_path: Path) -> None:

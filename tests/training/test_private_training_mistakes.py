@@ -11,9 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from dp_lora import PlanError, PrivateTraining, UserError
+from dp_lora.privacy.executions import ORIGIN, Executions
 from dp_lora.storage.files import append_line, read_json
 from dp_lora.training import private_training
-from tests.builders.private_training import Crash, N, losses, network, parameters, plan_of, run, training
+from tests.builders.private_training import (
+    STEPS,
+    Counter,
+    Crash,
+    N,
+    losses,
+    network,
+    parameters,
+    plan_of,
+    run,
+    training,
+)
 
 
 def _mean_of_all(model: nn.Module, rows: Tensor) -> Tensor:
@@ -150,3 +162,45 @@ def test_a_loop_that_is_left_early_is_saved_before_its_key_is_gone(tmp_path: Pat
     private.finish()
     again = training(tmp_path / "run", synthetic_losses=None)
     assert again.finished == again.total == 1 and torch.equal(parameters(again), parameters(private))
+
+
+def test_what_belongs_to_a_checkpoint_is_taken_over_by_its_name(tmp_path: Path) -> None:
+    counter = Counter()
+    private = training(tmp_path / "run", synthetic_losses=None, also={"counter": counter})
+    counter.steps = 3
+    private.save()
+    counter.steps = 0
+    assert private._resumed() == 0 and counter.steps == 3
+    private._also["other"] = Counter()
+    with pytest.raises(UserError, match="has no state of 'other'"):
+        private._resumed()
+    private._also.clear()
+    with pytest.raises(UserError, match=r"^also: lacks 'counter'"):
+        private._resumed()
+
+
+def test_a_training_ends_early_with_steps_that_it_finished_alone(tmp_path: Path) -> None:
+    private = training(tmp_path / "run", synthetic_losses=None)
+    with pytest.raises(UserError, match="the privacy of this run is spent"):
+        private.end_early(0)
+    assert private.checkpoint.load() is None
+    private.end_early(1)
+    kept = private.checkpoint.load()
+    assert kept is not None and kept[0] == 1
+
+
+def test_what_can_be_replayed_is_no_step_of_the_plan_once_more(tmp_path: Path) -> None:
+    plan, record = plan_of(), Executions(tmp_path / "executions.jsonl", {})
+    lineages = [ORIGIN]
+    for step in range(3):
+        after = record.keep_sum(record.begin(step, lineages[-1]), f"sum {step}")
+        assert after is not None
+        lineages.append(after)
+    finish = private_training.steps_to_finish
+    assert [finish(plan, record, step, lineage) for step, lineage in enumerate(lineages)] == [STEPS] * 4
+    # From a state that came another way none is replayed: three are left for what is begun anew.
+    assert finish(plan, record, 0, "another") == STEPS - 3
+    for step in range(3, STEPS):
+        record.begin(step, "another")
+    with pytest.raises(UserError, match="the privacy of this run is spent"):
+        finish(plan, record, 0, "another")
