@@ -8,7 +8,8 @@ import pytest
 
 from dp_lora.errors import UserError
 from dp_lora.storage.files import write_json
-from dp_lora.training.receipts import check_begun, check_record
+from dp_lora.training.receipts import check_begun, check_record, check_same_plan
+from tests.builders.private_training import plan_of
 
 
 @pytest.mark.parametrize("left", ["state.pt", "finished"])
@@ -44,3 +45,19 @@ def test_a_record_names_as_many_executions_as_were_stated(tmp_path: Path) -> Non
     check_record(30, 0, folder)
     with pytest.raises(UserError, match=r"names 29 executions, and privacy\.json states 30"):
         check_record(29, 0, folder)
+
+
+def test_another_plan_than_that_of_the_first_step_is_named(tmp_path: Path) -> None:
+    plan = plan_of()
+    write_json(tmp_path / "plan.json", plan.to_dict())
+    check_same_plan(plan, tmp_path)
+    for changed, said in (
+        (plan_of(max_grad_norm=0.4), "max_grad_norm=0.5 and now has 0.4: the private examples or the plan"),
+        (plan_of(clipping="automatic"), "clipping='flat' and now has 'automatic'"),
+    ):
+        with pytest.raises(UserError, match=f"this run began with {said}"):
+            check_same_plan(changed, tmp_path)
+    for content in ("[]", "{}"):
+        (tmp_path / "plan.json").write_text(content)
+        with pytest.raises(UserError, match="no plan of a run"):
+            check_same_plan(plan, tmp_path)
