@@ -16,6 +16,7 @@ from dp_lora.privacy.step_loss import (
     Step,
     _density,
     _Loss,
+    _masses,
     _quadrature_error,
     step_losses,
 )
@@ -144,3 +145,13 @@ def test_the_exponent_of_a_small_loss_may_be_large() -> None:
     present = q * math.exp(exponent)
     for step in step_losses(1.0, q, 0.125, tail):
         assert step.slack >= 2 * EPS * exponent * present / (1 + present)
+
+
+def test_a_cell_without_width_has_no_mass() -> None:
+    """Where rounding puts the last edge but one on the last."""
+    loss, edges = _Loss(1.0, 0.5), np.array([-1.0, 0.5, 2.0, 2.0])
+    found = _masses(loss, edges, loss(edges[:-1]), 0.5)
+    for mass in (found.removed, found.added, found.removed_up, found.added_up):
+        assert mass.shape == (3,) and mass[-1] == 0
+    for mass in (found.removed, found.added):
+        assert (mass[:-1] > 0).all()
