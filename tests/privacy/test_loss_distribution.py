@@ -161,3 +161,12 @@ def test_the_error_of_the_transform_is_untilted_like_the_masses(
         expected = math.log(error * norm) + moment - theta * composed.points
         found = np.log(composed.error) + composed.log_scale
         assert np.allclose(found, expected, rtol=1e-9, atol=1e-6) and (found >= expected - 1e-9).all()
+
+
+@pytest.mark.parametrize("size", [64, 1000, 4096])
+def test_a_frequency_may_be_off_by_the_error_of_the_whole_transform(size: int) -> None:
+    """The rounding is a part of the norm of the transform, which is sqrt(size) that of the masses."""
+    for step in step_losses(1.0, 0.1, 0.25, 1e-20):
+        _, error = loss_distribution._spectrum([step], [step.probs], size)
+        norm = math.sqrt(size) * float(np.linalg.norm(step.probs))
+        assert error >= loss_distribution._transform_rounding(size) * norm

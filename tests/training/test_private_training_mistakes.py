@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from tests.builders.private_training import (
     run,
     training,
 )
+
+PLAN = plan_of()
 
 
 def _mean_of_all(model: nn.Module, rows: Tensor) -> Tensor:
@@ -127,18 +130,18 @@ def test_a_plan_without_the_number_of_examples_names_it() -> None:
 
 
 def test_the_number_of_examples_is_the_plan_s_or_else_the_caller_s() -> None:
-    hidden = plan_of(num_examples=None, adjacency="add_or_remove", sample_rate=0.25)
-    assert private_training._number_of_examples(plan_of(), None) == N
-    assert private_training._number_of_examples(plan_of(), N) == N
+    hidden = replace(PLAN, num_examples=None)
+    assert private_training._number_of_examples(PLAN, None) == N
+    assert private_training._number_of_examples(PLAN, N) == N
     assert private_training._number_of_examples(hidden, 7) == 7
     with pytest.raises(UserError, match=r"^num_examples=7: expected 60"):
-        private_training._number_of_examples(plan_of(), 7)
+        private_training._number_of_examples(PLAN, 7)
     with pytest.raises(UserError, match=r"^num_examples=None: expected the number"):
         private_training._number_of_examples(hidden, None)
 
 
 def test_a_folder_keeps_the_plan_of_its_first_step(tmp_path: Path) -> None:
-    plan, other, keep = plan_of(), plan_of(max_grad_norm=0.4), private_training._same_plan
+    plan, other, keep = PLAN, replace(PLAN, max_grad_norm=0.4), private_training._same_plan
     keep(plan, tmp_path, seeded=True)
     keep(other, tmp_path, seeded=True)
     assert read_json(tmp_path / "plan.json")["max_grad_norm"] == 0.4, "nothing was begun under the first"
@@ -190,7 +193,7 @@ def test_a_training_ends_early_with_steps_that_it_finished_alone(tmp_path: Path)
 
 
 def test_what_can_be_replayed_is_no_step_of_the_plan_once_more(tmp_path: Path) -> None:
-    plan, record = plan_of(), Executions(tmp_path / "executions.jsonl", {})
+    plan, record = PLAN, Executions(tmp_path / "executions.jsonl", {})
     lineages = [ORIGIN]
     for step in range(3):
         after = record.keep_sum(record.begin(step, lineages[-1]), f"sum {step}")
