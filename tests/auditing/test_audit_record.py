@@ -96,6 +96,7 @@ def test_losses_of_single_images_are_kept_for_the_owner_alone(
         monkeypatch.setattr(audit, name, fake)
     found = audit._membership(a_job(tmp_path, train=5, test=3), Options())["membership_inference"]
     assert totals == [16, 16] and found["members"] == 5 and found.keys() >= set(ATTACKS)
+    assert all(found[attack]["tpr_at_fpr"].keys() == {"0.01", "0.001"} for attack in ATTACKS)
     path = tmp_path / "checkpoint" / "membership.npz"
     assert path.stat().st_mode & 0o777 == 0o600
     with np.load(path) as kept:

@@ -143,6 +143,7 @@ def test_each_test_finds_what_it_is_for(planted: Callable[[Noise], Noise], test:
 def test_a_p_value_that_is_paid_for_many_times_is_no_more_than_1() -> None:
     found = taken(np.ones((20, 300))).p_values()
     assert found["weakest_step"] == found["weakest_coordinate"] == 1.0
+    assert update_norm_p_values([10.0] * 50, 100, 1.0)["run_smallest_update_norm"] == 1.0
     found = released(np.ones((4, 300)), (10,) * 30)
     assert found["weakest_tensor"] == found["loudest_tensor"] == found["weakest_trained_coordinate"] == 1.0
 

@@ -149,6 +149,19 @@ def test_steps_stay_charged_with_the_noise_and_the_rate_that_they_had(
     assert in_both(config) == [[dataclasses.replace(plan.mechanism, steps=79)]] * 2
 
 
+def test_a_training_asks_the_budget_itself_before_it_begins(
+    config: Config, plan: PrivacyPlan, folder: Path, images: ImageSplits
+) -> None:
+    """Whatever `refusal` said before: another run may have come in between."""
+    config.privacy.budget_epsilon = plan.epsilon / 2
+    with (
+        pytest.raises(UserError, match=r"^privacy\.budget_epsilon="),
+        charged(config, plan, folder, images),
+    ):
+        raise AssertionError("it trained")
+    assert in_both(config) == [[], []]
+
+
 # Releases
 
 
