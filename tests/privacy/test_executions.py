@@ -170,6 +170,15 @@ def test_a_state_came_of_steps_that_are_all_on_record(tmp_path: Path) -> None:
         assert not Executions(path, {}).lead_to(3, lineages[3]), f"step {lost} was begun and is not counted"
 
 
+def test_a_record_is_on_disk_and_so_is_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(executions, "_sync", synced.append)
+    path = tmp_path / "executions.jsonl"
+    record = Executions(path, {})
+    kept(record, record.begin(0, ORIGIN), "sum")
+    assert synced == [path, tmp_path, path]
+
+
 def test_a_record_leaves_no_file_open(tmp_path: Path) -> None:
     """A training of a thousand steps would find no descriptor left."""
     record, lineage = Executions(tmp_path / "executions.jsonl", {}), ORIGIN
