@@ -110,6 +110,16 @@ def test_coins_are_fair_and_images_are_all_different() -> None:
     assert len({image.tobytes() for image in images}) == 50
 
 
+@pytest.mark.parametrize(("shape", "block"), [((1, 8, 8), 2), ((3, 10, 12), 2), ((1, 3, 3), 1)])
+def test_an_odd_image_is_made_of_blocks_of_a_quarter_of_its_side(
+    shape: tuple[int, int, int], block: int
+) -> None:
+    images = odd_images(shape, 20, Randomness.from_seed(0)).astype(int)
+    for axis in (2, 3):
+        changes = (np.diff(images, axis=axis) != 0).any(axis=(0, 1, 5 - axis))
+        assert (np.flatnonzero(changes) + 1).tolist() == list(range(block, shape[axis - 1], block))
+
+
 @pytest.mark.parametrize(("kind", "needed"), [("gradient", 40), ("image", 30)])
 def test_as_many_canaries_are_asked_for_as_could_show_something(
     kind: str, needed: int, monkeypatch: pytest.MonkeyPatch

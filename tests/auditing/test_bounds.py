@@ -158,6 +158,33 @@ def test_abstaining_helps_and_the_number_of_guesses_is_paid_for() -> None:
     )
 
 
+@pytest.mark.parametrize("confidence", [0.0, 1.0])
+def test_a_confidence_that_is_none_is_refused(confidence: float) -> None:
+    """Also where each of several bounds would have one of its own between 0 and 1."""
+    scores = np.arange(4.0)
+    for call in (
+        lambda: bounds.one_run(scores, scores > 1, 1e-5, confidence),
+        lambda: bounds.membership(scores, scores, confidence, at=()),
+    ):
+        with pytest.raises(ValueError, match="confidence"):
+            call()
+
+
+@pytest.mark.parametrize("seldom", ["false positives", "false negatives"])
+def test_a_claim_is_refuted_by_what_happens_almost_never(seldom: str) -> None:
+    """At a rate near 0 only a large epsilon of the profile bounds the other one: of mu = 4 a rate of 5e-5
+    allows 0.55, while the distance in variation, which is the profile at epsilon 0, allows 0.95."""
+    claimed = Mechanism(0.25, 1.0, 1)
+    outcome = Outcome(800, 1000, 0, 100_000)
+    allowed = Outcome(450, 1000, 0, 100_000)
+    if seldom == "false negatives":
+        outcome, allowed = (
+            Outcome(100_000, 100_000, 1000 - one.true_positives, 1000) for one in (outcome, allowed)
+        )
+    assert bounds.refutes([outcome], claimed, 1e-5)
+    assert not bounds.refutes([allowed], claimed, 1e-5)
+
+
 # Intervals and membership
 
 
@@ -193,6 +220,11 @@ def test_membership_of_the_same_images_is_a_coin_and_of_others_certain() -> None
     assert same.auc == pytest.approx(0.5) and same.auc_low < 0.5 < same.auc_high
     certain = bounds.membership(values + 2, values)
     assert certain.auc == 1 and all(rate.tpr == 1 for rate in certain.rates)
+
+
+def test_two_images_of_each_kind_have_a_membership() -> None:
+    found = bounds.membership(np.array([2.0, 3.0]), np.array([0.0, 1.0]))
+    assert found.auc == 1 and found.rates[0].tpr == 1
 
 
 @pytest.mark.parametrize(("members", "others"), [(1, 9), (9, 1), (0, 2)])

@@ -101,4 +101,8 @@ def test_a_frozen_weight_that_moves_is_found(monkeypatch: pytest.MonkeyPatch) ->
         frozen.data += 1e-6
 
     monkeypatch.setattr(algorithm.PrivateStep, "_descend", moves)
-    assert _accused(_model())[1] == ("unreleased_update",)
+    model = _model()
+    before = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+    assert _accused(model)[1] == ("unreleased_update",)
+    # What is trained is put back.
+    assert all(map(torch.equal, before, [p for p in model.parameters() if p.requires_grad]))

@@ -140,6 +140,14 @@ def test_each_test_finds_what_it_is_for(planted: Callable[[Noise], Noise], test:
     assert test in accused(planted(noise.copy()))
 
 
+def test_a_p_value_that_is_paid_for_many_times_is_no_more_than_1() -> None:
+    found = taken(np.ones((20, 300))).p_values()
+    assert found["weakest_step"] == found["weakest_coordinate"] == 1.0
+    assert update_norm_p_values([10.0] * 50, 100, 1.0)["run_smallest_update_norm"] == 1.0
+    found = released(np.ones((4, 300)), (10,) * 30)
+    assert found["weakest_tensor"] == found["loudest_tensor"] == found["weakest_trained_coordinate"] == 1.0
+
+
 def test_every_test_has_an_equal_share_of_the_false_alarms() -> None:
     share = FALSE_ALARM / len(TESTS)
     assert FALSE_ALARM == 0.01 and len(TESTS) == 15
@@ -248,7 +256,8 @@ def test_one_repetition_of_three_neighbours_is_expected_of_no_correct_engine() -
     noise[0, 500:502] = noise[0, 20:22]
     assert released(noise, (1000,))["repeated_noise"] == 1.0
     noise[0, 502] = -noise[0, 22]
-    assert released(noise, (1000,))["repeated_noise"] == pytest.approx(998 * 997 / 2 * 2.0**-72)
+    expected = 998 * 997 / 2 * 2.0**-72
+    assert released(noise, (1000,))["repeated_noise"] == pytest.approx(expected, rel=1e-9, abs=0.0)
 
 
 def test_a_magnitude_in_float32_is_rarer_than_one_in_two_to_the_24() -> None:

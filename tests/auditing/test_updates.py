@@ -129,9 +129,21 @@ def _buffer(sgd: DPSGD, number: int, descend: Callable[[Tensor], None], update: 
         sgd.module.table_of_noise += 1
 
 
-@pytest.mark.parametrize(
-    "planted", [_before, _after, _twice, _average, _rate, _weight, _buffer], ids=lambda one: one.__name__
-)
+def _undone(sgd: DPSGD, number: int, descend: Callable[[Tensor], None], update: Tensor) -> None:
+    """A second release of the step, which leaves no trace in the parameters."""
+    before = [p.detach().clone() for p in sgd.parameters]
+    moments = copy.deepcopy(sgd.optimizer.state_dict())
+    descend(2 * update)
+    for parameter, value in zip(sgd.parameters, before, strict=True):
+        parameter.data.copy_(value)
+    sgd.optimizer.load_state_dict(moments)
+    descend(update)
+
+
+PLANTED = [_before, _after, _twice, _undone, _average, _rate, _weight, _buffer]
+
+
+@pytest.mark.parametrize("planted", PLANTED, ids=lambda one: one.__name__)
 def test_what_moves_a_parameter_besides_the_release_is_found(
     planted: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -91,6 +91,12 @@ def test_the_ledger_is_beside_the_data(tmp_path: Path) -> None:
     assert ledger_path(config) == tmp_path / "elsewhere.jsonl"
 
 
+def test_a_ledger_is_of_one_set_where_it_lies_beside_the_images(tmp_path: Path) -> None:
+    source, path = str(tmp_path / "patients"), tmp_path / "patients.privacy_ledger.jsonl"
+    assert spending.is_beside(path, source) and not spending.is_beside(path, None)
+    assert not spending.is_beside(tmp_path / "privacy_ledger.jsonl", source)
+
+
 def test_ledger_and_budget_do_not_change_which_run_it_is(config: Config) -> None:
     before, directory = fingerprint(config), run_directory(config, [])
     config.privacy.budget_epsilon, config.paths.ledger = 3.0, "/elsewhere"

@@ -151,6 +151,19 @@ def test_steps_stay_charged_with_the_noise_and_the_rate_that_they_had(
     assert in_both(config) == [[dataclasses.replace(plan.mechanism, steps=79)]] * 2
 
 
+def test_a_training_asks_the_budget_itself_before_it_begins(
+    config: Config, plan: PrivacyPlan, folder: Path, images: ImageSplits
+) -> None:
+    """Whatever `refusal` said before: another run may have come in between."""
+    config.privacy.budget_epsilon = plan.epsilon / 2
+    with (
+        pytest.raises(UserError, match=r"^privacy\.budget_epsilon="),
+        charged(config, plan, folder, images),
+    ):
+        raise AssertionError("it trained")
+    assert in_both(config) == [[], []]
+
+
 # Releases
 
 
@@ -169,6 +182,48 @@ def test_a_release_never_takes_the_place_of_another(
     with pytest.raises(UserError, match="another release was charged as number 0"), again:
         raise AssertionError("it was made")
     assert in_both(config) == [[plan.mechanism, first, second]] * 2
+
+
+@pytest.mark.parametrize(("seed", "noise"), [(3, 4.0), (None, 0.0)])
+def test_a_release_whose_noise_protects_nothing_is_charged_as_no_privacy(
+    seed: int | None, noise: float, config: Config, folder: Path, images: ImageSplits
+) -> None:
+    for private_seed, mechanism in ((seed, Mechanism(noise, 1.0, 1)), (None, Mechanism(4.0, 1.0, 1))):
+        config.privacy.insecure_seed = private_seed
+        number = next_release(config, folder, images)
+        with charge_release(config, mechanism, 1e-5, folder, number, images):
+            pass
+    assert [charge.private for charge in Ledger(ledger_path(config)).charges()] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("stages", "release", "evaluated", "asked"),
+    [
+        (["finetune", "sample", "evaluate"], "dp", False, True),
+        (["evaluate"], "dp", False, True),
+        (["evaluate"], "none", False, False),
+        (["finetune", "sample"], "dp", False, False),
+        (["evaluate"], "dp", True, False),
+    ],
+)
+def test_after_the_training_the_books_are_asked_for_a_release_that_is_charged_alone(
+    stages: list[str],
+    release: str,
+    evaluated: bool,
+    asked: bool,
+    config: Config,
+    plan: PrivacyPlan,
+    folder: Path,
+    images: ImageSplits,
+) -> None:
+    """A ledger that was edited refuses the jobs that would be charged, and no other."""
+    ledger_path(config).parent.mkdir(parents=True)
+    ledger_path(config).write_text("no line of a ledger\n")
+    (folder.parent / "adapter").mkdir()
+    if evaluated:
+        (folder.parent / "result.json").write_text("{}")
+    config.stages, config.evaluation.release = stages, release
+    assert (refusal(config, plan, folder.parent, images) is not None) is asked
 
 
 # The delta of a budget

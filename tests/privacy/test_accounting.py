@@ -127,8 +127,9 @@ def test_edge_cases() -> None:
     assert epsilon([Mechanism(1.0, 0.1, 5), Mechanism(0.0, 0.1, 1)], 1e-5).epsilon == math.inf
     assert 0 < epsilon([Mechanism(1000.0, 0.01, 1000)], 1e-5).epsilon < 1e-3
     for delta in (0.0, 1.0, -1e-5, math.nan):
-        with pytest.raises(ValueError, match="delta"):
-            epsilon([Mechanism(1.0, 0.1, 1)], delta)
+        for history in ([Mechanism(1.0, 0.1, 1)], []):
+            with pytest.raises(ValueError, match="delta"):
+                epsilon(history, delta)
     for wrong in ((-1.0, 0.1, 1), (1.0, 1.1, 1), (1.0, 0.1, -1), (math.nan, 0.1, 1)):
         with pytest.raises(ValueError, match="expected"):
             Mechanism(*wrong)
@@ -208,8 +209,16 @@ def test_a_damaged_or_foreign_cache_file_is_not_believed(tmp_path: Path) -> None
         assert noise_multiplier_for(2.0, 1e-5, 0.2, 50, tmp_path) == sigma
         assert json.loads(file.read_text()) == kept
     assert [path.name for path in tmp_path.rglob("*.tmp")] == []
-    with pytest.raises(ValueError, match="target_epsilon"):
-        noise_multiplier_for(math.inf, 1e-5, 0.2, 50)
+    for target in (0.0, math.inf):
+        with pytest.raises(ValueError, match="target_epsilon"):
+            noise_multiplier_for(target, 1e-5, 0.2, 50)
+
+
+def test_a_folder_for_what_is_kept_is_made(tmp_path: Path) -> None:
+    folder = tmp_path / "not" / "there"
+    assert accounting._kept(folder, "kind", {"asked": 1}, lambda: 3.0) == 3.0
+    assert accounting._kept(folder, "kind", {"asked": 1}, lambda: pytest.fail("computed again")) == 3.0
+    assert accounting._kept(folder, "kind", {"asked": 2}, lambda: 4.0) == 4.0
 
 
 def test_what_runs_spend_together_is_kept_for_the_same_mechanisms_in_any_order(
@@ -256,6 +265,12 @@ def test_steps_for_is_the_last_step_under_the_target(
     steps = steps_for(target, delta, q, sigma)
     assert epsilon([Mechanism(sigma, q, steps)], delta).epsilon <= target
     assert epsilon([Mechanism(sigma, q, steps + 1)], delta).epsilon > target
+
+
+def test_steps_for_is_one_where_two_would_pass_the_target() -> None:
+    delta, q, sigma = 1e-5, 0.2, 1.0
+    once = epsilon([Mechanism(sigma, q, 1)], delta).epsilon
+    assert steps_for(1.0001 * once, delta, q, sigma) == 1
 
 
 def test_steps_for_refuses_what_no_number_of_steps_meets() -> None:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch.distributed as dist
 
 from dp_lora.privacy.collectives import agreed, barrier, everyone, largest, rank, size
@@ -52,3 +53,12 @@ def test_two_processes_tell_each_other(tmp_path: Path) -> None:
 def test_one_process_tells_itself() -> None:
     assert (rank(), size(), agreed("a"), everyone("a"), largest(7)) == (0, 1, "a", ["a"], 7)
     barrier()
+
+
+def test_in_a_group_the_first_process_has_the_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broadcast(shared: list[str]) -> None:
+        shared[0] = "of the first"
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "broadcast_object_list", broadcast)
+    assert agreed("own") == "of the first"

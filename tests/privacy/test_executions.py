@@ -8,6 +8,7 @@ of the process that dies, as by an observer.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -151,6 +152,40 @@ def kept(record: Executions, execution: Execution, digest: str) -> str:
     lineage = record.keep_sum(execution, digest)
     assert lineage is not None
     return lineage
+
+
+def test_a_state_came_of_steps_that_are_all_on_record(tmp_path: Path) -> None:
+    path = tmp_path / "executions.jsonl"
+    record, lineages = Executions(path, {}), [ORIGIN]
+    for step in range(3):
+        lineages.append(kept(record, record.begin(step, lineages[-1]), f"sum {step}"))
+    assert all(record.lead_to(step, lineage) for step, lineage in enumerate(lineages))
+    assert not record.lead_to(2, lineages[3]) and not record.lead_to(0, lineages[1])
+    rows = list(read_lines(path))
+    for lost in range(3):
+        path.unlink()
+        for row in rows:
+            if row["step"] != lost:
+                append_line(path, row)
+        assert not Executions(path, {}).lead_to(3, lineages[3]), f"step {lost} was begun and is not counted"
+
+
+def test_a_record_is_on_disk_and_so_is_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(executions, "_sync", synced.append)
+    path = tmp_path / "executions.jsonl"
+    record = Executions(path, {})
+    kept(record, record.begin(0, ORIGIN), "sum")
+    assert synced == [path, tmp_path, path]
+
+
+def test_a_record_leaves_no_file_open(tmp_path: Path) -> None:
+    """A training of a thousand steps would find no descriptor left."""
+    record, lineage = Executions(tmp_path / "executions.jsonl", {}), ORIGIN
+    before = len(os.listdir("/proc/self/fd"))
+    for step in range(5):
+        lineage = kept(record, record.begin(step, lineage), "sum")
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 # A toy training that dies and goes on

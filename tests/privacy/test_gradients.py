@@ -62,6 +62,8 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
     "linear_2d": (lambda: nn.Linear(5, 4), lambda n: torch.randn(n, 5)),
     "linear_3d": (lambda: nn.Linear(5, 4, bias=False), lambda n: torch.randn(n, 7, 5)),
     "linear_4d": (lambda: nn.Linear(5, 4), lambda n: torch.randn(n, 2, 3, 5)),
+    "linear_two_tokens": (lambda: nn.Linear(5, 4), lambda n: torch.randn(n, 2, 5)),
+    "linear_one_output": (lambda: nn.Linear(5, 1), lambda n: torch.randn(n, 3, 5)),
     "conv1d": (lambda: nn.Conv1d(3, 4, 3, padding=1), lambda n: torch.randn(n, 3, 8)),
     "conv1d_1": (lambda: nn.Conv1d(4, 3, 1), lambda n: torch.randn(n, 4, 8)),
     "conv1d_stride": (
@@ -69,6 +71,9 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
         lambda n: torch.randn(n, 4, 9),
     ),
     "conv2d_1": (lambda: nn.Conv2d(3, 4, 1), lambda n: torch.randn(n, 3, 4, 4)),
+    "conv2d_2_by_1": (lambda: nn.Conv2d(2, 3, (2, 1)), lambda n: torch.randn(n, 2, 4, 3)),
+    "conv2d_1_by_2": (lambda: nn.Conv2d(2, 3, (1, 2)), lambda n: torch.randn(n, 2, 4, 3)),
+    "conv2d_1_stride": (lambda: nn.Conv2d(2, 3, 1, stride=(2, 1)), lambda n: torch.randn(n, 2, 4, 3)),
     "conv2d_wider": (lambda: nn.Conv2d(2, 5, 3, padding=1), lambda n: torch.randn(n, 2, 5, 4)),
     "conv2d_1_padded": (lambda: nn.Conv2d(5, 2, 1, padding=1), lambda n: torch.randn(n, 5, 4, 4)),
     "conv2d_3_padded_by_3": (lambda: nn.Conv2d(5, 2, 3, padding=3), lambda n: torch.randn(n, 5, 4, 4)),

@@ -72,6 +72,16 @@ def test_every_entry_of_a_layer_counts_in_its_norm(size: int) -> None:
         assert contribution(linear((1, size)), x) == pytest.approx(1, abs=2e-5)
 
 
+@pytest.mark.parametrize(("size", "blocks"), [(1, 1), (128, 1), (129, 2), (300, 3), (512, 4)])
+def test_norms_are_taken_over_blocks_that_are_short(size: int, blocks: int) -> None:
+    """One sum over more entries would be rounded by more than the clip gives up."""
+    value = torch.randn(3, size, generator=torch.Generator().manual_seed(0))
+    norms = gradients._over_blocks(value)
+    assert norms.shape == (3, blocks)
+    expected = [part.norm(dim=1) for part in value.split(128, dim=1)]
+    assert torch.allclose(norms, torch.stack(expected, dim=1), rtol=1e-6)
+
+
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_gradients_as_large_as_float32_allows_are_clipped_or_left_out(tokens: int) -> None:
     """Where C over the norm is no normal float32 the product could be anything."""

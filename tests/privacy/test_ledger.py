@@ -20,7 +20,7 @@ import pytest
 from dp_lora.errors import UserError
 from dp_lora.privacy import ledger as ledgers
 from dp_lora.privacy.accounting import epsilon_by_accountant
-from dp_lora.privacy.ledger import Charge, Ledger, spent
+from dp_lora.privacy.ledger import Charge, Ledger, Uncovered, spent
 from dp_lora.privacy.subsampled_gaussian import Mechanism
 from dp_lora.storage.files import read_lines
 
@@ -52,6 +52,30 @@ def test_the_last_line_of_a_run_is_what_it_is_charged(ledger: Ledger) -> None:
     before = ledger.path.read_bytes()
     assert ledger.enter(charge("a", 33)) == read_lines(ledger.path)[2]["digest"]
     assert ledger.path.read_bytes() == before, "the same charge again is none"
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_use_that_no_epsilon_covers_is_a_line_of_its_own_and_no_charge(begun: bool, ledger: Ledger) -> None:
+    if begun:
+        ledger.enter(charge("a"))
+    before = ledger.charges()
+    uses = [Uncovered("a", "mnist", name, ("fid", "precision")) for name in ("metrics", "others")]
+    for use in (*uses, uses[0]):
+        ledger.enter_uncovered(use, 1e-5)
+    assert ledger.uncovered() == uses and ledger.charges() == before, "each once"
+    ledger.enter(charge("b"))
+    assert [one.run for one in ledger.charges()] == [*(["a"] if begun else []), "b"]
+    ledger.path.write_text(ledger.path.read_text().replace("precision", "recall", 1))
+    with pytest.raises(UserError, match="the ledger was edited"):
+        ledger.uncovered()
+
+
+def test_a_ledger_leaves_no_file_open(ledger: Ledger) -> None:
+    ledger.enter(charge("a"))
+    before = len(os.listdir("/proc/self/fd"))
+    for name in "bcdef":
+        ledger.enter(charge(name))
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_a_line_holds_numbers_of_the_mechanism_and_nothing_else(three: Ledger) -> None:

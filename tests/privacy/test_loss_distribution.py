@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
 
 from dp_lora.privacy import loss_distribution
 from dp_lora.privacy.loss_distribution import delta_bounds, epsilon_bound
-from dp_lora.privacy.step_loss import Array, step_losses
+from dp_lora.privacy.step_loss import Array, Step, step_losses
 from dp_lora.privacy.subsampled_gaussian import Mechanism
 
 CASES = [
@@ -97,3 +98,75 @@ def test_no_tilt_gives_an_epsilon_at_which_its_own_delta_is_larger(
             wanted = composed.infinite + smaller * (delta - composed.infinite)
             if math.isfinite(epsilon := composed.epsilon(wanted)):
                 assert composed.deltas(np.array([epsilon]))[0] <= wanted * (1 + 1e-6)
+
+
+def tilted(
+    mechanisms: Sequence[Mechanism], delta: float, interval: float, above: int = 0
+) -> Iterator[tuple[Sequence[Step], float, float, loss_distribution._Composed]]:
+    """Steps, theta, top and the composed losses in both directions; the top is `above` cells higher."""
+    for steps in loss_distribution._directions(mechanisms, delta, interval):
+        theta = 0.8 * loss_distribution._saddle(steps, delta, interval).theta
+        top = loss_distribution._top(steps, delta, interval) + above * interval
+        composed = loss_distribution._compose(steps, theta, top, delta, interval)
+        assert composed is not None
+        yield steps, theta, top, composed
+
+
+@pytest.mark.parametrize(("mechanisms", "delta", "interval"), CASES)
+def test_losses_that_may_be_rounded_move_epsilon_by_as_much(
+    mechanisms: list[Mechanism], delta: float, interval: float
+) -> None:
+    for *_, composed in tilted(mechanisms, delta, interval):
+        moved = dataclasses.replace(composed, slack=composed.slack + 0.25)
+        epsilon = composed.epsilon(delta)
+        assert moved.epsilon(delta) == pytest.approx(epsilon + 0.25, rel=1e-9)
+        at = epsilon * np.linspace(0.5, 1.5, 20)
+        assert np.allclose(moved.deltas(at + 0.25), composed.deltas(at), rtol=1e-9)
+
+
+@pytest.mark.parametrize(("mechanisms", "delta", "interval"), CASES)
+def test_the_window_reaches_up_to_what_is_counted_as_infinite(
+    mechanisms: list[Mechanism], delta: float, interval: float
+) -> None:
+    """Above it a loss would come back at the lower end, as one that costs nothing."""
+    for above in range(30):
+        for _, _, top, composed in tilted(mechanisms, delta, interval, above):
+            assert composed.points[-1] >= top
+
+
+@pytest.mark.parametrize(("mechanisms", "delta", "interval"), CASES)
+def test_the_rounding_of_the_tilt_is_counted_once_a_step(
+    mechanisms: list[Mechanism], delta: float, interval: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = [composed for *_, composed in tilted(mechanisms, delta, interval)]
+    monkeypatch.setattr(loss_distribution, "_tilt_rounding", lambda *given: 0.01)
+    rounded = [composed for *_, composed in tilted(mechanisms, delta, interval)]
+    number = sum(m.steps for m in mechanisms)
+    for before, after in zip(exact, rounded, strict=True):
+        assert after.log_scale == pytest.approx(before.log_scale + 0.01 * number, rel=1e-9)
+        assert after.epsilon(delta) >= before.epsilon(delta)
+
+
+@pytest.mark.parametrize(("mechanisms", "delta", "interval"), CASES[1:])
+def test_the_error_of_the_transform_is_untilted_like_the_masses(
+    mechanisms: list[Mechanism], delta: float, interval: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mass e of the tilted distribution at x is e M(theta) exp(-theta x) of the distribution itself."""
+    spectrum, error = loss_distribution._spectrum, 1e-3
+    monkeypatch.setattr(loss_distribution, "_transform_rounding", lambda size: 0.0)
+    monkeypatch.setattr(loss_distribution, "_spectrum", lambda *given: (spectrum(*given)[0], error))
+    for steps, theta, _, composed in tilted(mechanisms, delta, interval):
+        norm = loss_distribution._norm_of_weights(theta, interval, len(composed.points))
+        moment = loss_distribution._log_moment(steps, theta, interval)
+        expected = math.log(error * norm) + moment - theta * composed.points
+        found = np.log(composed.error) + composed.log_scale
+        assert np.allclose(found, expected, rtol=1e-9, atol=1e-6) and (found >= expected - 1e-9).all()
+
+
+@pytest.mark.parametrize("size", [64, 1000, 4096])
+def test_a_frequency_may_be_off_by_the_error_of_the_whole_transform(size: int) -> None:
+    """The rounding is a part of the norm of the transform, which is sqrt(size) that of the masses."""
+    for step in step_losses(1.0, 0.1, 0.25, 1e-20):
+        _, error = loss_distribution._spectrum([step], [step.probs], size)
+        norm = math.sqrt(size) * float(np.linalg.norm(step.probs))
+        assert error >= loss_distribution._transform_rounding(size) * norm

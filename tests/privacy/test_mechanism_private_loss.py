@@ -86,11 +86,15 @@ def test_the_reading_is_the_mean_loss(bound: float, diffusion: Any, make_batch: 
 def test_padding_and_spoilt_examples_add_no_loss(diffusion: Any, make_batch: Any) -> None:
     model, batch = diffusion(), make_batch(4, 1)
     engine = ClippedGradientSum(model, Clip(1, BOUND, loss_share=SHARE))
-    scale = torch.tensor([1.0, math.nan, math.inf, 1.0])
-    engine.add(model.losses(batch, 1) * scale, torch.tensor([1.0, 1.0, 1.0, 0.0]))
+    scale = torch.tensor([0.1, math.nan, math.inf, 0.1])
+    losses = model.losses(batch, 1) * scale
+    engine.add(losses, torch.tensor([1.0, 1.0, 1.0, 0.0]))
     total = engine.total()
     assert engine.nonfinite == 2
-    assert total.isfinite().all() and 0 < float(total[-1]) <= SHARE * BOUND
+    first = float(losses[0].detach())
+    assert total.isfinite().all() and 0 < first < 1
+    # That of the first example alone, and not that of the padding.
+    assert float(total[-1]) == pytest.approx(SHARE * BOUND * first, rel=1e-6)
 
 
 def test_the_loss_costs_no_epsilon() -> None:

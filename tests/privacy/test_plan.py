@@ -13,7 +13,7 @@ import pytest
 from dp_lora.errors import PlanError, UserError
 from dp_lora.jobs.job import PLAN_FIELDS
 from dp_lora.privacy.accounting import epsilon
-from dp_lora.privacy.plan import PrivacyPlan, make_plan
+from dp_lora.privacy.plan import LEAST_NOISE, PrivacyPlan, make_plan
 
 
 def planned(**changes: Any) -> PrivacyPlan:
@@ -58,6 +58,13 @@ def test_the_numbers_of_a_plan_belong_together(calibrated: PrivacyPlan) -> None:
     assert plan.adjacency.startswith("zero out one image, the number of images is public")
     with pytest.raises(dataclasses.FrozenInstanceError):
         plan.delta = 0.5  # type: ignore[misc]
+
+
+def test_a_set_of_one_image_and_the_least_noise_have_a_plan() -> None:
+    given = {"num_examples": 1, "expected_batch_size": 1, "steps": 1, "target_epsilon": None, "delta": 0.1}
+    one = planned(**given, noise_multiplier=1.0)
+    assert one.sample_rate == 1 and 0 < one.epsilon < 5
+    assert planned(**given, noise_multiplier=LEAST_NOISE, max_grad_norm=1.0).noise_std == 1e-3
 
 
 def test_multiplicity_clipping_and_relation_do_not_change_epsilon(calibrated: PrivacyPlan) -> None:

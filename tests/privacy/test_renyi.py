@@ -16,6 +16,7 @@ from dp_lora.privacy.renyi import (
     FEW_ORDERS,
     ORDERS,
     admits,
+    divergences_of,
     epsilon_of_divergences,
     filter_orders,
     least_budget,
@@ -139,6 +140,10 @@ def test_orders_rise_and_have_a_divergence() -> None:
     for orders in (ORDERS, FEW_ORDERS):
         assert list(orders) == sorted(set(orders)) and orders[0] > 1
     assert set(FEW_ORDERS) <= set(ORDERS)
+    one = Mechanism(1.0, 0.1, 3)
+    everywhere = dict(zip(ORDERS, divergences_of(one), strict=True))
+    assert np.isfinite(list(everywhere.values())).all()
+    assert divergences_of(one, FEW_ORDERS).tolist() == [everywhere[order] for order in FEW_ORDERS]
 
 
 def test_the_parts_of_delta_add_up_to_delta() -> None:

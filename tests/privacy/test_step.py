@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dp_lora.errors import UserError
+from dp_lora.privacy import step as algorithm
 from dp_lora.privacy.executions import ORIGIN, Execution, Executions
 from dp_lora.privacy.plan import make_plan
 from dp_lora.privacy.randomness import Randomness
@@ -31,6 +33,10 @@ def state(folder: Path, randomness: Randomness | None = None, *, frozen: bool = 
 
 def words(sgd: DPSGD, execution: Execution, digest: str) -> bytes:
     return sgd.randomness_of(execution, digest).bits64("noise", 0, range(2)).tobytes()
+
+
+def tensors(sgd: DPSGD) -> list[Tensor]:
+    return [*sgd.parameters, *sgd.average.values]
 
 
 def execution(name: str, generation: int = 0) -> Execution:
@@ -119,6 +125,45 @@ def test_nothing_is_added_to_a_step_that_has_ended(tmp_path: Path) -> None:
     for call in (lambda: step.add(losses), step.apply):
         with pytest.raises(RuntimeError, match="after the step has ended"):
             call()
+
+
+def test_a_state_that_is_loaded_is_the_one_that_was_saved(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    first, other = state(tmp_path / "a"), state(tmp_path / "b")
+    assert first.begin(0).apply()
+    saved = deepcopy(first.state_dict())
+    assert not torch.equal(first.parameters[0], other.parameters[0]) and first.lineage != other.lineage
+    other.load_state_dict(saved)
+    for one, again in zip(tensors(first), tensors(other), strict=True):
+        assert torch.equal(one, again)
+    assert other.lineage == first.lineage and other.state_digest() == first.state_digest()
+
+
+@pytest.mark.parametrize(
+    ("foreign", "examples", "looked"), [(True, 3, 1), (False, 3, 0), (True, 1, 0), (False, 1, 0)]
+)
+def test_the_first_losses_are_looked_at_if_they_are_the_caller_s(
+    foreign: bool, examples: int, looked: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is no loss for each example is left to `ClippedGradientSum.add`, which refuses it."""
+    for wrong in (False, True):
+        sgd, seen = state(tmp_path), list[Tensor]()
+        sgd.foreign_losses = foreign
+        monkeypatch.setattr(sgd.gradients, "refuse_mixed", seen.append)
+        losses = sgd.module(torch.ones(examples, 3)).sum(1)
+        for _ in range(2):
+            sgd.refuse_others(losses.mean() if wrong else losses, examples)
+        assert len(seen) == (0 if wrong else looked)
+
+
+def test_processes_with_different_sums_end_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before any noise: two sums with the same noise would differ by their gradients alone."""
+    assert algorithm._same_everywhere("a") == "a"
+    monkeypatch.setattr(algorithm, "everyone", lambda digest: ["a", digest])
+    assert algorithm._same_everywhere("a") == "a"
+    with pytest.raises(RuntimeError, match="different sums of one batch: nothing was released"):
+        algorithm._same_everywhere("b")
 
 
 def test_only_what_is_trained_has_to_be_in_the_optimiser(tmp_path: Path) -> None:

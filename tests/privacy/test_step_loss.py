@@ -5,10 +5,21 @@ from __future__ import annotations
 import math
 
 import mpmath
+import numpy as np
 import pytest
 from mpmath import mpf
+from numpy.polynomial.hermite_e import hermeval
 
-from dp_lora.privacy.step_loss import EPS, Step, step_losses
+from dp_lora.privacy.step_loss import (
+    _QUADRATURE,
+    EPS,
+    Step,
+    _density,
+    _Loss,
+    _masses,
+    _quadrature_error,
+    step_losses,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -93,3 +104,54 @@ def test_a_loss_may_be_rounded_as_far_as_its_exponent(sigma: float, q: float, ta
     for step in step_losses(sigma, q, 0.125, tail):
         assert step.slack >= 2 * EPS * slope * exponent
         assert step.slack <= 1e3 * EPS * (1 + exponent)
+
+
+@pytest.mark.parametrize("q", [1e-9, 0.01, 0.5, 0.9])
+def test_a_loss_is_right_beyond_what_exp_can_hold(q: float) -> None:
+    mu = 1000.0
+    loss = _Loss(mu, q)
+    for exponent in (-700.0, -1.0, 1.0, 500.0, 599.9, 600.1, 709.0, 710.0, 899.9, 900.1, 5000.0):
+        u = np.array([exponent / mu + mu / 2])
+        exact = mpmath.log(1 - mpf(q) + mpf(q) * mpmath.exp(mpf(mu) * (mpf(float(u[0])) - mpf(mu) / 2)))
+        found = loss(u)
+        assert abs(mpf(float(found[0])) - exact) <= loss.slack(u, found), exponent
+
+
+@pytest.mark.parametrize("width", [0.5, 1.0, 2.0])
+def test_the_rule_of_four_nodes_is_off_by_what_is_counted_for_it(width: float) -> None:
+    """Of x^8, whose eighth derivative is 8! everywhere, by exactly that."""
+    nodes, weights = np.polynomial.legendre.leggauss(4)
+    found = width / 2 * float(weights @ (width / 2 * (1 + nodes)) ** 8)
+    error = abs(width**9 / 9 - found)
+    assert error == pytest.approx(_QUADRATURE * width**9 * math.factorial(8), rel=1e-9)
+
+
+@pytest.mark.parametrize("half", [0.015, 0.5])
+def test_no_eighth_derivative_of_the_density_is_larger_than_counted(half: float) -> None:
+    """At any place of a piece, also far out, where the density falls steeply from one end to the other."""
+    middle = np.linspace(-35.0, 35.0, 141)
+    at = middle[:, None] + half * np.linspace(-1, 1, 101)
+    largest = np.abs(hermeval(at, [0] * 8 + [1]) * _density(at)).max(1)
+    counted = _quadrature_error(middle, np.full_like(middle, half))
+    assert (counted >= _QUADRATURE * (2 * half) ** 9 * largest).all()
+
+
+def test_the_exponent_of_a_small_loss_may_be_large() -> None:
+    """With a tiny rate: the largest loss is then below 1, and its exponent 27."""
+    from scipy.special import ndtri
+
+    q, tail = 1e-12, 1e-173
+    exponent = -float(ndtri(tail)) - 0.5
+    present = q * math.exp(exponent)
+    for step in step_losses(1.0, q, 0.125, tail):
+        assert step.slack >= 2 * EPS * exponent * present / (1 + present)
+
+
+def test_a_cell_without_width_has_no_mass() -> None:
+    """Where rounding puts the last edge but one on the last."""
+    loss, edges = _Loss(1.0, 0.5), np.array([-1.0, 0.5, 2.0, 2.0])
+    found = _masses(loss, edges, loss(edges[:-1]), 0.5)
+    for mass in (found.removed, found.added, found.removed_up, found.added_up):
+        assert mass.shape == (3,) and mass[-1] == 0
+    for mass in (found.removed, found.added):
+        assert (mass[:-1] > 0).all()

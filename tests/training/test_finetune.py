@@ -22,6 +22,7 @@ from dp_lora.privacy.preflight import PreflightError
 from dp_lora.privacy.randomness import Randomness
 from dp_lora.records.tracker import RELEASED
 from dp_lora.training import finetune, tuning
+from dp_lora.training.divergence import Diverged, Watch
 from dp_lora.training.inputs import digest
 from tests.builders.finetuning import Crash, Given, a_step, given
 from tests.builders.tiny import TINY, composed
@@ -53,6 +54,27 @@ def test_frozen_weights_are_bit_identical_and_chosen_ones_move(
     job.run(tmp_path / "checkpoint", model)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]) != (name in chosen), name
+
+
+def test_the_weights_are_looked_at_after_every_step(
+    job: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training that diverges ends there, on a model without an engine, in a folder that others can open."""
+    seen: list[tuple[int, int]] = []
+
+    def look(watch: Watch, step: int, total: int, epsilon: float) -> None:
+        seen.append((step, total))
+        if step == 2:
+            raise Diverged("of no use any more")
+
+    model = job.model()
+    with monkeypatch.context() as patched:
+        patched.setattr(Watch, "after", look)
+        with pytest.raises(Diverged) as kept:
+            job.run(tmp_path / "checkpoint", model)
+    assert kept.tb is not None and seen == [(1, 5), (2, 5)]
+    assert all("forward" not in vars(part) for part in model.modules())
+    assert job.run(tmp_path / "checkpoint", model)[0]["executed"] == 5
 
 
 def test_the_engine_is_checked_before_a_step_begins(

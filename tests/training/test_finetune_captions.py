@@ -85,8 +85,11 @@ def test_the_engine_is_tried_without_captions(tmp_path: Path, monkeypatch: pytes
         seen.append(len(model.prompts.ids))
 
     monkeypatch.setattr(finetune, "check_engine", look)
-    _captioned(tmp_path / "run", [f"secret {i}" for i in range(20)], stable_diffusion(tmp_path / "sd"))
+    captions = [f"secret {i}" for i in range(20)]
+    _, model = _captioned(tmp_path / "run", captions, stable_diffusion(tmp_path / "sd"))
     assert seen == [3]  # the empty prompt and two classes
+    assert model.prompts is not None
+    assert torch.equal(model.prompts.ids[1:], _ids(model, ["a cat", "a dog"])), "the captions are forgotten"
 
 
 def test_a_caption_that_changed_is_no_replay(tmp_path: Path) -> None:

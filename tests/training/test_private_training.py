@@ -18,6 +18,7 @@ from dp_lora.privacy.executions import Executions
 from dp_lora.privacy.randomness import Randomness
 from tests.builders.private_training import (
     STEPS,
+    Counter,
     Crash,
     N,
     losses,
@@ -180,6 +181,50 @@ def test_a_schedule_is_saved_with_the_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(Crash):
         rates(tmp_path / "broken", 3)
     assert rates(tmp_path / "broken", None) == [0.5**i for i in range(3, STEPS)]
+
+
+def test_what_else_belongs_to_a_checkpoint_goes_on_where_it_was(tmp_path: Path) -> None:
+    def counted(dies: int | None, *names: str) -> int:
+        counter = Counter()
+        also = dict.fromkeys(names, counter)
+        private = training(tmp_path / "run", also=also, checkpoint_minutes=0, synthetic_losses=None)
+        for step in private.steps():
+            if step.number == dies:
+                raise Crash
+            step.apply()
+            counter.steps += 1
+        return counter.steps
+
+    with pytest.raises(Crash):
+        counted(3, "counter")
+    with pytest.raises(UserError, match="has no state of 'other'"):
+        counted(None, "counter", "other")
+    assert counted(None, "counter") == STEPS
+
+
+def test_a_training_whose_steps_were_all_begun_and_none_kept_does_not_end_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its parameters are those of the start: a statement of what they spent would be about nothing."""
+    noised = algorithm.noised_mean
+
+    def dies_in_the_last(*given: Any) -> Tensor:
+        if given[-1] == STEPS - 1:
+            raise Crash
+        return noised(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(algorithm, "noised_mean", dies_in_the_last)
+        with pytest.raises(Crash):
+            run(training(tmp_path / "run", checkpoint_minutes=60))
+    again = training(tmp_path / "run", checkpoint_minutes=60)
+    step = next(steps := again.steps())
+    for rows, weights, _ in step.microbatches(4):
+        step.add(losses(again.sgd.module, (rows + 1) % N), weights)  # another sum
+    assert not step.apply() and step.spent
+    with pytest.raises(UserError, match="the privacy of this run is spent"):
+        next(steps)
+    assert not again.complete and begun(tmp_path / "run") == STEPS
 
 
 # What it says

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from dp_lora import PlanError, PrivateTraining, UserError
-from tests.builders.private_training import Crash, losses, network, parameters, plan_of, run, training
+from dp_lora.privacy.executions import ORIGIN, Executions
+from dp_lora.storage.files import append_line, read_json
+from dp_lora.training import private_training
+from tests.builders.private_training import (
+    STEPS,
+    Counter,
+    Crash,
+    N,
+    losses,
+    network,
+    parameters,
+    plan_of,
+    run,
+    training,
+)
+
+PLAN = plan_of()
 
 
 def _mean_of_all(model: nn.Module, rows: Tensor) -> Tensor:
@@ -110,3 +127,83 @@ def test_a_schedule_that_is_forgotten_at_the_resume_is_refused(tmp_path: Path) -
 def test_a_plan_without_the_number_of_examples_names_it() -> None:
     with pytest.raises(PlanError, match=r"^num_examples=None"):
         plan_of(num_examples=None)
+
+
+def test_the_number_of_examples_is_the_plan_s_or_else_the_caller_s() -> None:
+    hidden = replace(PLAN, num_examples=None)
+    assert private_training._number_of_examples(PLAN, None) == N
+    assert private_training._number_of_examples(PLAN, N) == N
+    assert private_training._number_of_examples(hidden, 7) == 7
+    with pytest.raises(UserError, match=r"^num_examples=7: expected 60"):
+        private_training._number_of_examples(PLAN, 7)
+    with pytest.raises(UserError, match=r"^num_examples=None: expected the number"):
+        private_training._number_of_examples(hidden, None)
+
+
+def test_a_folder_keeps_the_plan_of_its_first_step(tmp_path: Path) -> None:
+    plan, other, keep = PLAN, replace(PLAN, max_grad_norm=0.4), private_training._same_plan
+    keep(plan, tmp_path, seeded=True)
+    keep(other, tmp_path, seeded=True)
+    assert read_json(tmp_path / "plan.json")["max_grad_norm"] == 0.4, "nothing was begun under the first"
+    append_line(tmp_path / "executions.jsonl", {"step": 0, "execution": "a"})
+    before = (tmp_path / "plan.json").read_bytes()
+    keep(other, tmp_path, seeded=True)
+    with pytest.raises(UserError, match=r"this run began with max_grad_norm=0\.4"):
+        keep(plan, tmp_path, seeded=True)
+    with pytest.raises(UserError, match="began with a seed"):
+        keep(other, tmp_path, seeded=False)
+    assert (tmp_path / "plan.json").read_bytes() == before
+    (tmp_path / "plan.json").unlink()
+    with pytest.raises(UserError, match=r"plan\.json: is missing, and steps were begun"):
+        keep(other, tmp_path, seeded=True)
+
+
+def test_a_loop_that_is_left_early_is_saved_before_its_key_is_gone(tmp_path: Path) -> None:
+    private = training(tmp_path / "run", synthetic_losses=None, checkpoint_minutes=60)
+    step = next(_steps := private.steps())
+    assert step.apply()
+    private.finish()
+    again = training(tmp_path / "run", synthetic_losses=None)
+    assert again.finished == again.total == 1 and torch.equal(parameters(again), parameters(private))
+
+
+def test_what_belongs_to_a_checkpoint_is_taken_over_by_its_name(tmp_path: Path) -> None:
+    counter = Counter()
+    private = training(tmp_path / "run", synthetic_losses=None, also={"counter": counter})
+    counter.steps = 3
+    private.save()
+    counter.steps = 0
+    assert private._resumed() == 0 and counter.steps == 3
+    private._also["other"] = Counter()
+    with pytest.raises(UserError, match="has no state of 'other'"):
+        private._resumed()
+    private._also.clear()
+    with pytest.raises(UserError, match=r"^also: lacks 'counter'"):
+        private._resumed()
+
+
+def test_a_training_ends_early_with_steps_that_it_finished_alone(tmp_path: Path) -> None:
+    private = training(tmp_path / "run", synthetic_losses=None)
+    with pytest.raises(UserError, match="the privacy of this run is spent"):
+        private.end_early(0)
+    assert private.checkpoint.load() is None
+    private.end_early(1)
+    kept = private.checkpoint.load()
+    assert kept is not None and kept[0] == 1
+
+
+def test_what_can_be_replayed_is_no_step_of_the_plan_once_more(tmp_path: Path) -> None:
+    plan, record = PLAN, Executions(tmp_path / "executions.jsonl", {})
+    lineages = [ORIGIN]
+    for step in range(3):
+        after = record.keep_sum(record.begin(step, lineages[-1]), f"sum {step}")
+        assert after is not None
+        lineages.append(after)
+    finish = private_training.steps_to_finish
+    assert [finish(plan, record, step, lineage) for step, lineage in enumerate(lineages)] == [STEPS] * 4
+    # From a state that came another way none is replayed: three are left for what is begun anew.
+    assert finish(plan, record, 0, "another") == STEPS - 3
+    for step in range(3, STEPS):
+        record.begin(step, "another")
+    with pytest.raises(UserError, match="the privacy of this run is spent"):
+        finish(plan, record, 0, "another")

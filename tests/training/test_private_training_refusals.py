@@ -426,6 +426,14 @@ def test_a_record_that_is_removed_before_the_first_checkpoint_is_missed(tmp_path
         training(tmp_path / "run", insecure_seed=None)
 
 
+def test_a_record_that_is_emptied_is_missed(tmp_path: Path) -> None:
+    with pytest.raises(Crash):
+        run(training(tmp_path / "run"), stop_in=2)
+    (tmp_path / "run" / "executions.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"executions\.jsonl: is not there or empty"):
+        training(tmp_path / "run")
+
+
 def test_a_plan_under_which_nothing_was_begun_can_be_replaced(tmp_path: Path) -> None:
     training(tmp_path / "run").close()
     private = training(tmp_path / "run", plan=plan_of(max_grad_norm=0.4), insecure_seed=None)

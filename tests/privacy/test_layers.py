@@ -1,0 +1,40 @@
+"""A layer computes under the engine what it computed before, also in the rare ways to call it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+
+from dp_lora.privacy.gradients import ClippedGradientSum
+from dp_lora.privacy.plan import Clip
+
+
+def adapted_layer(dropout: float = 0.0) -> Any:
+    """A LoRA layer, which the engine fuses if it has no dropout."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False, lora_dropout=dropout)
+    return inject_adapter_in_model(config, nn.Sequential(nn.Linear(5, 4)))[0]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_an_adapter_is_one_layer_also_where_it_is_the_whole_module(dropout: float) -> None:
+    engine = ClippedGradientSum(adapted_layer(dropout), Clip(1, 1.0, "per_layer"))
+    assert engine.num_layers == 1 and len(engine.parameters) == 2
+
+
+def test_an_adapter_that_is_switched_off_or_merged_is_added_once_or_not_at_all() -> None:
+    layer, x = adapted_layer(), torch.randn(3, 5)
+    adapted, base = layer(x).detach(), layer.get_base_layer()(x).detach()
+    assert not torch.allclose(adapted, base, atol=1e-2)
+    engine = ClippedGradientSum(layer, Clip(1, 1.0))
+    layer.enable_adapters(False)
+    assert torch.equal(layer(x), base)
+    layer.enable_adapters(True)
+    assert torch.allclose(layer(x), adapted, atol=1e-6)
+    layer.merge()
+    assert torch.allclose(layer(x), adapted, atol=1e-6)
+    engine.detach()
