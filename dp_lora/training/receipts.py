@@ -86,8 +86,6 @@ def check_same_plan(plan: PrivacyPlan, folder: Path) -> None:
                     "(of a job: paths.outputs)"
                 )
     except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
         raise Damaged(f"{path}: no plan of a run; expected what this program wrote there") from error
 
 
