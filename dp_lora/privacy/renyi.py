@@ -211,6 +211,7 @@ def _trapezia(sigma: float, q: float, largest: float) -> Callable[[float], tuple
     scale = math.log(h / (sigma * math.sqrt(2 * math.pi)))
 
     def terms(alpha: float) -> tuple[Array, Array]:
-        return alpha * ratio + density + scale, alpha * sizes - density + abs(scale)
+        here = slice(int(np.searchsorted(x, alpha + 12 * sigma)) + 1)
+        return alpha * ratio[here] + density[here] + scale, alpha * sizes[here] - density[here] + abs(scale)
 
     return terms

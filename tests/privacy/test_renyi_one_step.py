@@ -14,10 +14,7 @@ from dp_lora.privacy import renyi
 from dp_lora.privacy.renyi import FEW_ORDERS, ORDERS, divergences_of
 from dp_lora.privacy.subsampled_gaussian import Mechanism
 
-STEPS = [
-    (1.355, 0.25), (0.7343, 0.02), (3.2, 0.6), (0.3, 0.01), (0.2, 0.3), (50.0, 0.5), (1e4, 0.9), (0.4, 0.999),
-    (0.05, 0.01), (0.02, 1e-4), (1.0, 1e-6), (0.6, 1e-3),
-]  # fmt: skip
+STEPS = [(1.355, 0.25), (0.7343, 0.02), (50.0, 0.5), (0.4, 0.999), (0.05, 0.01), (1.0, 1e-6)]
 SOME = (1.01, 1.5, 2.0, 10.75, 63.0, 1024.0)
 
 
