@@ -149,8 +149,8 @@ def _of_one_step(noise_multiplier: float, sample_rate: float, orders: tuple[floa
     """
     alphas = np.asarray(orders, np.float64)
     whole = alphas / 2 / noise_multiplier**2
-    if sample_rate == 1:
-        return whole
+    if sample_rate in (0, 1):
+        return sample_rate * whole
     found = np.full(len(alphas), math.inf)
     integer = alphas == np.floor(alphas)
     with np.errstate(all="ignore"):

@@ -12,6 +12,7 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -80,6 +81,19 @@ class Nursery:
         self._process.stdin.write(f"{json.dumps(asked)}\n")
         self._process.stdin.flush()
         return Forked(int(self._process.stdout.readline()), status)
+
+    def team(self, words: Sequence[str], count: int, folder: Path) -> list[tuple[int, str]]:
+        """The command in `count` processes of one job, as torchrun starts it: status and output of each."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        running = []
+        for rank in range(count):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
+                   "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
+            output = folder / f"rank{rank}.txt"
+            running.append((self.start(words, output, folder, os.environ | address | own), output))
+        return [(process.wait(900), output.read_text()) for process, output in running]
 
     def end(self) -> None:
         """Ends the nursery, which waits for its commands."""

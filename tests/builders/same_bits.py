@@ -11,8 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import socket
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -31,6 +29,7 @@ from dp_lora.models.folders import load
 from dp_lora.privacy.randomness import Randomness
 from dp_lora.records.tracker import Tracker
 from tests.builders.architectures import stable_diffusion
+from tests.builders.forked import Nursery
 from tests.builders.tiny import TINY, composed, once
 
 SHORT = (
@@ -57,13 +56,14 @@ AUDIT = "an audit's canaries"
 NAMES = (*JOBS, AUDIT)
 
 
-def result_of(name: str, folder: Path, cache: Path) -> dict[str, Any]:
+def result_of(name: str, folder: Path, cache: Path, nursery: Nursery) -> dict[str, Any]:
     """The digest of all that the training called `name` releases, and some of its numbers.
 
     Args:
         name: one of `NAMES`.
         folder: an empty folder.
         cache: `paths.cache`.
+        nursery: starts the job of two processes.
     """
     if name == AUDIT:
         return _audit(folder, cache)
@@ -71,7 +71,8 @@ def result_of(name: str, folder: Path, cache: Path) -> dict[str, Any]:
     if name == "a pipeline":
         given += [f"model.pretrained={stable_diffusion(folder / 'pipeline')}"]
     if name == "two processes":
-        _on_two_processes(given)
+        ended = nursery.team(given, 2, folder)
+        assert [status for status, _ in ended] == [0, 0], ended
     elif name == "interrupted and resumed":
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(Tracker, "log", _dies_after(2, Tracker.log))
@@ -117,25 +118,6 @@ def _dies_after(steps: int, log: Any) -> Any:
     return call
 
 
-def _on_two_processes(given: list[str]) -> None:
-    with socket.socket() as held:
-        held.bind(("localhost", 0))
-        port = held.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    # The second process asks for the weights that the first one makes.
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-m", "dp_lora", *given], env=os.environ | shared | {"RANK": str(rank)},
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    for process in both:
-        _, errors = process.communicate(timeout=900)
-        if process.returncode:
-            raise RuntimeError(errors)
-
-
 def _audit(folder: Path, cache: Path) -> dict[str, Any]:
     config = composed(*once(*SHORT), *_places(folder, cache))
     plan = jobs.plan_of(config, 400)
@@ -159,8 +141,10 @@ if __name__ == "__main__":
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
     results = {}
     with tempfile.TemporaryDirectory() as place:
+        nursery = Nursery(Path(place))
         for number, name in enumerate(NAMES):
             (own := Path(place) / str(number)).mkdir()
-            results[name] = result_of(name, own, Path(place) / "cache")
+            results[name] = result_of(name, own, Path(place) / "cache", nursery)
             print(f"{name}: {results[name]}", file=sys.stderr, flush=True)
+        nursery.end()
     Path(sys.argv[1]).write_text(json.dumps(results, indent=2) + "\n")

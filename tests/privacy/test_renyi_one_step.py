@@ -78,6 +78,7 @@ def test_opacus_finds_the_same_to_what_its_series_leave_out(
 
 
 def test_the_ends_of_the_range() -> None:
+    assert np.all(divergences_of(Mechanism(2.0, 0.0, 3)) == 0)
     every = divergences_of(Mechanism(2.0, 1.0, 3))
     assert every == pytest.approx(3 * np.asarray(ORDERS) / 8, rel=1e-15)
     # So little noise: the integer orders are exact, the others those of a step that sees every image.

@@ -33,7 +33,10 @@ def uninterrupted(
 def processes() -> Iterator[ForkServerContext]:
     """Starts processes that have imported this module already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.builders.finetuning", "dp_lora.records.tracker"])
+    context.set_forkserver_preload(
+        ["tests.builders.finetuning", "dp_lora.records.tracker", "dp_lora.jobs.stages", "dp_lora.jobs.reuse",
+         "dp_lora.jobs.summary", "hydra.core.global_hydra"]
+    )  # fmt: skip
     with pytest.MonkeyPatch.context() as patched:
         # The server does not take over sys.path.
         patched.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))

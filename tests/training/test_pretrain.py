@@ -6,8 +6,6 @@ import json
 import os
 import pickle
 import signal
-import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +33,7 @@ from dp_lora.storage.files import read_lines
 from dp_lora.training import perceptual, pretrain
 from dp_lora.training.pretrain import AutoencoderStep, DecoderStep, DiffusionStep
 from dp_lora.training.signals import Interrupted
+from tests.builders.forked import Nursery
 from tests.builders.tiny import TINY, composed, once
 
 SMALL = PretrainConfig(
@@ -272,23 +271,6 @@ COMMAND = (
 )  # fmt: skip
 
 
-def in_processes(count: int, cache: Path) -> list[subprocess.CompletedProcess[str]]:
-    """The command as torchrun starts it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    running = []
-    for number in range(count):
-        environment = {
-            **os.environ, "RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(count),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
-        }  # fmt: skip
-        arguments = [sys.executable, "-m", "dp_lora", *once(*COMMAND), f"paths.cache={cache}"]
-        running.append(subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True))
-    ended = [(process, process.communicate(timeout=1800)[1]) for process in running]
-    return [subprocess.CompletedProcess([], process.returncode, "", said) for process, said in ended]
-
-
 def model_of(cache: Path) -> Path:
     (folder,) = (path for path in (cache / "models").iterdir() if path.is_dir())
     return folder
@@ -362,9 +344,9 @@ def test_an_interrupted_pretraining_makes_the_same_model(
     assert all(torch.equal(again[name], value) for name, value in weights(uninterrupted).items())
 
 
-def test_two_processes_make_the_model_of_one(uninterrupted: Path, tmp_path: Path) -> None:
-    ended = in_processes(2, tmp_path)
-    assert [process.returncode for process in ended] == [0, 0], ended
+def test_two_processes_make_the_model_of_one(uninterrupted: Path, nursery: Nursery, tmp_path: Path) -> None:
+    ended = nursery.team([*once(*COMMAND), f"paths.cache={tmp_path}"], 2, tmp_path)
+    assert [status for status, _ in ended] == [0, 0], ended
     one, two = weights(uninterrupted), weights(model_of(tmp_path))
     assert one.keys() == two.keys()
     for name, value in one.items():

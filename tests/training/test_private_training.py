@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -287,10 +288,15 @@ def _process(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_two_processes_train_one_module(tmp_path: Path) -> None:
+def test_two_processes_train_one_module(processes: ForkServerContext, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "key").write_bytes(bytes(range(32)))
-    torch.multiprocessing.spawn(_process, (str(tmp_path),), nprocs=2)
+    both = [processes.Process(target=_process, args=(rank, str(tmp_path))) for rank in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(900)
+    assert [process.exitcode for process in both] == [0, 0]
     first, second = (torch.load(tmp_path / str(rank)) for rank in range(2))
     assert torch.equal(first, second) and begun(tmp_path / "run") == STEPS
     # One process under the same key draws other batches, since its numerics have another name.
