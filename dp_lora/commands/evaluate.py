@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dp_lora.commands.parser import Parser, ending
-from dp_lora.commands.words import values
+from dp_lora.commands.words import folder_word, values
 from dp_lora.errors import UserError
 
 if TYPE_CHECKING:
@@ -62,10 +62,12 @@ def _parse(words: Sequence[str]) -> tuple[Path, list[str]]:
         epilog="\n".join(["words:", *(f"  {word:<39}{what}" for word, what in listed.items())]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory, or a folder in its samples/")
+    parser.add_argument(
+        "run", type=folder_word, metavar="RUN", help="a run directory, or a folder in its samples/"
+    )
     parser.add_argument("words", nargs="*", metavar="field=value", help="what to measure; see below")
     given = parser.parse_args(words)
-    return given.run.expanduser(), given.words
+    return given.run, given.words
 
 
 def asked_for(place: Path, words: Sequence[str]) -> Asked:

@@ -7,7 +7,6 @@ its owner can enter it, under another name. The next export to the same folder r
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import hashlib
 import io
@@ -26,13 +25,13 @@ from pathlib import Path
 from typing import Any
 
 from dp_lora.commands.parser import Parser, ending
+from dp_lora.commands.words import folder_word
 from dp_lora.config.load import read_config
 from dp_lora.config.schema import ADJACENCIES, Config
 from dp_lora.errors import UserError
 from dp_lora.records import manifest
 from dp_lora.records.run_directory import is_whole
 from dp_lora.storage.files import (
-    expanded,
     file_lock,
     json_ready,
     read_json,
@@ -79,8 +78,8 @@ def main(words: Sequence[str] | None = None) -> None:
         prog="dp-lora export",
         description="Copies what may leave a finished run into a new folder, and nothing else.",
     )
-    parser.add_argument("run", type=_folder, metavar="RUN", help="a run directory")
-    parser.add_argument("folder", type=_folder, metavar="FOLDER", help="a new or an empty folder")
+    parser.add_argument("run", type=folder_word, metavar="RUN", help="a run directory")
+    parser.add_argument("folder", type=folder_word, metavar="FOLDER", help="a new or an empty folder")
     parser.add_argument(
         "--with-uncovered",
         action="store_true",
@@ -99,15 +98,6 @@ def main(words: Sequence[str] | None = None) -> None:
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             print(path)
-
-
-def _folder(text: str) -> Path:
-    if not text:
-        raise argparse.ArgumentTypeError("expected a folder, found an empty name")
-    try:
-        return expanded(text, text)
-    except UserError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 @contextmanager

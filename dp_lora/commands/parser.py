@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,12 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists {self.listed}")
 
 
+_OF_A_PLACE = (
+    errno.ENAMETOOLONG, errno.ELOOP, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM
+)  # fmt: skip
+"""Errors of a place that the user gave, not of the program."""
+
+
 @contextmanager
 def ending(command: str, *, interrupted: str) -> Iterator[None]:
     """Exits with one line on stderr for a user's mistake (status 2) and for an interruption (status 130).
@@ -34,6 +41,11 @@ def ending(command: str, *, interrupted: str) -> Iterator[None]:
         yield
     except UserError as error:
         print(f"{command}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in _OF_A_PLACE or error.filename is None:
+            raise
+        print(f"{command}: {error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
         print(f"{command}: {str(error) or 'interrupted'}; {interrupted}", file=sys.stderr)

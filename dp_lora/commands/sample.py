@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dp_lora.commands.parser import Parser, ending
-from dp_lora.commands.words import values
+from dp_lora.commands.words import folder_word, values
 from dp_lora.errors import UserError
+from dp_lora.storage.files import expanded
 
 if TYPE_CHECKING:
     from dp_lora.config.schema import SamplerConfig
@@ -62,11 +63,11 @@ def _parse(words: Sequence[str]) -> tuple[Path, list[str]]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "place", type=Path, metavar="RUN_OR_ADAPTER", help="a run directory, or an adapter's folder"
+        "place", type=folder_word, metavar="RUN_OR_ADAPTER", help="a run directory, or an adapter's folder"
     )
     parser.add_argument("words", nargs="*", metavar="field=value", help="what to draw; see below")
     given = parser.parse_args(words)
-    return given.place.expanduser(), given.words
+    return given.place, given.words
 
 
 def asked_for(place: Path, words: Sequence[str]) -> Asked:
@@ -89,7 +90,9 @@ def asked_for(place: Path, words: Sequence[str]) -> Asked:
     if (shape := texts.get("format", "npz")) not in FORMATS:
         raise UserError(f"format={shape}: expected one of {', '.join(FORMATS)}")
     out = texts.pop("out", None)
-    return Asked(place, sampler, seed, counts, out=None if out is None else Path(out).expanduser(), **texts)
+    return Asked(
+        place, sampler, seed, counts, out=None if out is None else expanded(out, f"out={out}"), **texts
+    )
 
 
 def _values(words: Sequence[str]) -> dict[str, str]:

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 
 from dp_lora.errors import UserError, did_you_mean
+from dp_lora.storage.files import expanded
+
+
+def folder_word(text: str) -> Path:
+    """The folder that a word of the command line names, as a `type` of argparse."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a folder, found an empty name")
+    try:
+        return expanded(text, text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def values(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from dp_lora.config.schema import Config
+from dp_lora.config.schema import Config, PathsConfig
 
 PRIVATE_SETTINGS = (
     "data.source",
@@ -106,6 +106,15 @@ def pretrained_fingerprint(config: Config) -> str:
 
 def _digest(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def absolute_paths(paths: PathsConfig) -> PathsConfig:
+    """The same places, whatever folder a later command is given in."""
+    places = {
+        name: place and str(Path(place).expanduser().absolute())
+        for name, place in dataclasses.asdict(paths).items()
+    }
+    return PathsConfig(**places)
 
 
 def run_directory(config: Config, overrides: Sequence[str]) -> Path:

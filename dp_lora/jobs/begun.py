@@ -56,6 +56,14 @@ def progress_of(folder: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
+def stated_release(directory: Path) -> dict[str, Any] | None:
+    """What privacy.json of the run in `directory` says about its releases; None if it says nothing."""
+    path = directory / "privacy.json"
+    found = read_json(path) if path.exists() else None
+    release = found.get("release") if isinstance(found, dict) else None
+    return release if isinstance(release, dict) else None
+
+
 def releases_of(folder: Path) -> list[dict[str, Any]]:
     """The releases on held-out images that were made in the run of the private `folder`, in their order."""
     path = folder / "releases.json"

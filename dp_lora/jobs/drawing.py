@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -142,8 +143,14 @@ def draw(asked: Asked) -> Drawn:
                 sample.save(samples, partial)
                 if asked.format == "png":
                     write_images(samples, partial)
-                write_json(partial / RECORD, record)
+                write_json(partial / RECORD, {**record, "samples_sha256": samples_digest(partial)})
     return Drawn(folder, len(labels), record["note"])
+
+
+def samples_digest(folder: Path) -> str:
+    """SHA-256 of `folder`/samples.npz, hexadecimal."""
+    with (folder / "samples.npz").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _is_drawn(folder: Path, record: Mapping[str, Any], number: int) -> bool:
@@ -166,14 +173,19 @@ def _is_drawn(folder: Path, record: Mapping[str, Any], number: int) -> bool:
         len(list((folder / "images").rglob("*.png"))) if record["settings"]["format"] == "png" else number
     )
     return (
-        pictures == number and (folder / "samples.png").is_file() and is_whole_archive(folder / "samples.npz")
+        pictures == number
+        and (folder / "samples.png").is_file()
+        and is_whole_archive(folder / "samples.npz")
+        and found.get("samples_sha256") == samples_digest(folder)
     )
 
 
 @contextmanager
 def _whole(folder: Path, is_there: Callable[[], bool]) -> Iterator[Path | None]:
     """A folder that takes the place of `folder` at the end of the block; None if another made it first."""
-    partial = folder.with_name(f"{folder.name}.partial")
+    partial = folder.with_name(f".{folder.name}.partial")
+    if partial.is_dir() and any(partial.iterdir()) and not (partial / ".lock").exists():
+        raise UserError(f"{partial}: holds something else than images half drawn; expected no such folder")
     partial.mkdir(parents=True, exist_ok=True)
     with file_lock(partial / ".lock"):
         if is_there() or not partial.exists():
@@ -352,7 +364,7 @@ def note_of(source: Source) -> str:
     from dp_lora.records.card import no_guarantee
 
     if source.run is None:
-        return NOTE
+        return _note_of_card(source.adapter / "README.md")
     check_records(source.run)
     path = source.run / "privacy.json"
     if not path.exists():
@@ -363,10 +375,23 @@ def note_of(source: Source) -> str:
     return NOTE if nothing is None else nothing.strip("*")
 
 
+def _note_of_card(card: Path) -> str:
+    """What the card of an adapter without its run says about its guarantee."""
+    from dp_lora.records.card import NO_GUARANTEE
+
+    lines = card.read_text(encoding="utf-8", errors="replace").splitlines() if card.is_file() else []
+    if not any("epsilon" in line for line in lines):
+        return "The adapter has no card that states an epsilon, so it is not known what it spent."
+    begins = NO_GUARANTEE.partition("{")[0]
+    return next((line.strip("*") for line in lines if line.startswith(begins)), NOTE)
+
+
 def _folder(source: Source, asked: Asked, record: Mapping[str, Any]) -> Path:
     """The folder for the images: as asked for, or by a name of their own in the run directory."""
     if asked.out is not None:
-        return asked.out
+        if asked.out.is_symlink():
+            raise UserError(f"out={asked.out}: is a link; expected a new or an empty folder")
+        return asked.out.absolute()
     if source.run is None:
         raise UserError(f"{source.adapter}: an adapter without its run; expected out=FOLDER for the images")
     identity = hashlib.sha256(json.dumps(record["settings"], sort_keys=True).encode()).hexdigest()[:8]
@@ -375,8 +400,8 @@ def _folder(source: Source, asked: Asked, record: Mapping[str, Any]) -> Path:
 
 def one_name(name: str) -> str:
     """`name`, if it can be that of a new folder or file. Raises UserError if not."""
-    if not re.fullmatch(r"(?!\.)[^/\x00-\x1f]{1,100}", name):
-        raise UserError(f"name={name}: expected the name of one folder, at most 100 characters")
+    if not re.fullmatch(r"(?!\.)[^/\x00-\x1f]{1,100}", name) or len(os.fsencode(name)) > 200:
+        raise UserError(f"name={name}: expected the name of one folder, at most 100 characters and 200 bytes")
     return name
 
 

@@ -27,9 +27,25 @@ from dp_lora.config.checks import check
 from dp_lora.config.schema import Config, EvaluationConfig, SamplerConfig
 from dp_lora.errors import UserError, did_you_mean
 from dp_lora.jobs.drawing import FOLDER as DRAWN
-from dp_lora.jobs.drawing import RECORD, Source, adapter_digest, base_of, note_of, one_name, source_of
+from dp_lora.jobs.drawing import (
+    RECORD,
+    Source,
+    adapter_digest,
+    base_of,
+    note_of,
+    one_name,
+    samples_digest,
+    source_of,
+)
 from dp_lora.records.run_directory import OUTPUTS, WAY_OUT, check_records, is_whole_archive
-from dp_lora.storage.files import Damaged, check_writable, private_directory, read_json, write_json
+from dp_lora.storage.files import (
+    Damaged,
+    check_writable,
+    expanded,
+    private_directory,
+    read_json,
+    write_json,
+)
 from dp_lora.storage.imports import uncollected
 
 if TYPE_CHECKING:
@@ -105,6 +121,11 @@ def evaluate(asked: Asked) -> Evaluated:
     if source.run is None:
         raise UserError(f"{asked.run}: an adapter without its run; expected a run directory")
     directory = source.run
+    if not (directory / "checkpoint").is_dir():
+        raise UserError(
+            f"{asked.run}: has no checkpoint/, as an exported folder has none; expected the run directory, "
+            "which knows what was spent"
+        )
     check_records(directory)
     images = _images(source, asked.samples)
     config = _config(source, asked)
@@ -135,7 +156,7 @@ def _images(source: Source, chosen: str | None) -> _Images:
                 "samples=NAME of a set that dp-lora-sample drew"
             )
         return _Images(run, "run", config.sampler, config.seed, config.model.prompt)
-    folder = Path(chosen).expanduser() if os.sep in chosen else run / DRAWN / chosen
+    folder = expanded(chosen, f"samples={chosen}") if os.sep in chosen else run / DRAWN / chosen
     if not is_whole_archive(folder / "samples.npz") or not (folder / RECORD).is_file():
         there = sorted(path.parent.name for path in (run / DRAWN).glob(f"*/{RECORD}"))
         expected = f"one of {', '.join(there)}" if there else "their folder"
@@ -144,14 +165,19 @@ def _images(source: Source, chosen: str | None) -> _Images:
             f"{did_you_mean(chosen, there)}"
         )
     try:
-        drawn = read_json(folder / RECORD)["settings"]
+        record = read_json(folder / RECORD)
+        drawn, digest = record["settings"], record["samples_sha256"]
         sampler = replace(config.sampler, **drawn["sampler"])
-        images = _Images(
-            folder, folder.resolve().name, sampler, drawn["seed"], drawn["prompt"] or config.model.prompt
-        )
-        adapter = drawn["adapter_sha256"]
-    except (KeyError, TypeError) as error:
+        seed, prompt, adapter = drawn["seed"], drawn["prompt"] or config.model.prompt, drawn["adapter_sha256"]
+        check(replace(config, sampler=sampler, seed=seed, model=replace(config.model, prompt=prompt)))
+    except (KeyError, TypeError, ValueError, UserError) as error:
         raise Damaged(f"{folder / RECORD}: expected what dp-lora-sample wrote there") from error
+    if digest != samples_digest(folder):
+        raise UserError(
+            f"samples={chosen}: {folder / 'samples.npz'} has changed since it was drawn; expected the images "
+            "of the adapter, which its epsilon covers: draw them again"
+        )
+    images = _Images(folder, folder.resolve().name, sampler, seed, prompt)
     if adapter != adapter_digest(source):
         raise UserError(
             f"samples={chosen}: were drawn from another adapter than {source.adapter}; expected images of "
@@ -193,11 +219,9 @@ def _settings(images: _Images, config: Config, asked: Asked) -> dict[str, Any]:
         del evaluation[name]
     if not asked.compares:
         evaluation["reference"] = NO_IMAGES
-    with (images.folder / "samples.npz").open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {
         "samples": images.shown,
-        "samples_sha256": digest,
+        "samples_sha256": samples_digest(images.folder),
         "evaluation": evaluation,
         "seed": config.seed,
     }
@@ -205,6 +229,8 @@ def _settings(images: _Images, config: Config, asked: Asked) -> dict[str, Any]:
 
 def _found(path: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
     """The evaluation that `path` holds; None if it has to be made. Raises UserError for another one."""
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; expected a new name")
     if not path.exists():
         return None
     try:
@@ -301,6 +327,7 @@ def _of_real(
     """The metrics against the run's real images, with or without a budget of their own."""
     from dp_lora.data import sets
     from dp_lora.evaluation import evaluate as evaluation
+    from dp_lora.evaluation.images import checked_samples, real_images
     from dp_lora.jobs import content, release
     from dp_lora.jobs.job import check_content, say
     from dp_lora.jobs.stages import own, shown_metadata
@@ -322,6 +349,7 @@ def _of_real(
             found, statement = release.release_in(source.run, samples, real, config, device=device, say=say)
             write_json(source.run / "privacy.json", statement)
         else:
+            checked_samples("samples", samples, real_images(real, config.evaluation), config.evaluation)
             before = _before(source, samples, images, config, asked, device)
             _enter_uncovered(source.run, config, real, identity)
             found = _compared(samples, before, real, config, device)

@@ -34,7 +34,7 @@ from dp_lora.evaluation.evaluate import Evaluation, Instruments, Say, described
 from dp_lora.evaluation.images import Images, Labelled, Real, RealPart, checked_samples, real_images
 from dp_lora.evaluation.metrics import INCEPTION, inception_score
 from dp_lora.jobs import reuse
-from dp_lora.jobs.begun import releases_of
+from dp_lora.jobs.begun import releases_of, stated_release
 from dp_lora.jobs.spending import charge_release, next_release
 from dp_lora.privacy import accounting
 from dp_lora.privacy.randomness import Randomness
@@ -289,8 +289,6 @@ def release_record(training: Mapping[str, Any], config: Config, folder: Path) ->
     mechanisms = [Mechanism(float(one["noise_multiplier"]), 1.0, 1) for one in releases_of(folder)]
     delta, secret = _delta(config), config.privacy.insecure_seed is None
     spent = accounting.epsilon(mechanisms, delta)
-    trained = Mechanism(float(training["noise_multiplier"]), training["sample_rate"], training["steps"])
-    both = accounting.epsilon([trained, *mechanisms], training["delta"])
     return {
         "epsilon": spent.epsilon,
         "target_epsilon": config.evaluation.release_epsilon,
@@ -303,8 +301,28 @@ def release_record(training: Mapping[str, Any], config: Config, folder: Path) ->
         "reference": config.evaluation.reference,
         "reproducible_noise": not secret,
         "covers": COVERS if secret else "Nothing: the noise was derived from a seed.",
-        "with_training": {"epsilon": both.epsilon, "delta": training["delta"], "accountant": both.accountant},
+        "with_training": _with_training(training, mechanisms),
     }
+
+
+def restated(training: Mapping[str, Any], config: Config, directory: Path) -> dict[str, Any]:
+    """The entry of privacy.json about the releases of the run in `directory`, beside a new statement.
+
+    What was released stays released when the training is stated anew. Arguments as of `release_record`.
+    """
+    stated = stated_release(directory)
+    if stated is None:
+        return release_record(training, config, directory / "checkpoint")
+    sigmas = stated.get("noise_multipliers", [stated["noise_multiplier"]])
+    mechanisms = [Mechanism(float(sigma), 1.0, 1) for sigma in sigmas]
+    return {**stated, "with_training": _with_training(training, mechanisms)}
+
+
+def _with_training(training: Mapping[str, Any], releases: Sequence[Mechanism]) -> dict[str, Any]:
+    """What the training and the releases spend together, for one person with an image in each set."""
+    trained = Mechanism(float(training["noise_multiplier"]), training["sample_rate"], training["steps"])
+    both = accounting.epsilon([trained, *releases], training["delta"])
+    return {"epsilon": both.epsilon, "delta": training["delta"], "accountant": both.accountant}
 
 
 def release_in(

@@ -30,6 +30,7 @@ from dp_lora.config.load import read_config
 from dp_lora.config.schema import Config
 from dp_lora.errors import UserError
 from dp_lora.jobs import content
+from dp_lora.jobs.begun import stated_release
 from dp_lora.records.field_kinds import NON_FINITE
 from dp_lora.records.run_directory import OUTPUTS, WAY_OUT, check_records, is_whole, keep_adapter
 from dp_lora.storage.files import (
@@ -242,6 +243,8 @@ def take(source: Path, directory: Path, tracker: Tracker) -> None:
         tracker.log(step, values, "finetune")
     tracker.stage_ended("finetune")
     statement = {k: v for k, v in read_json(source / "privacy.json").items() if k != "release"}
+    if (release := stated_release(directory)) is not None:
+        statement["release"] = release  # of its own, from before its adapter was lost
     tracker.privacy(statement)
     write_json(checkpoint / content.NAME, read_json(source / "checkpoint" / content.NAME), mode=0o600)
     there = os.path.relpath(trained.directory, directory.resolve())

@@ -12,14 +12,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dp_lora.config.identity import run_directory
+from dp_lora.config.identity import absolute_paths, run_directory
 from dp_lora.config.schema import Config
 from dp_lora.errors import Busy, UserError, recorded
 from dp_lora.jobs import reuse
+from dp_lora.jobs.begun import releases_of, stated_release
 from dp_lora.jobs.job import Job, device_of, prepare, pretrained_model, say
 from dp_lora.jobs.spending import charged, refusal
 from dp_lora.jobs.summary import guarantee, summary
@@ -160,7 +161,9 @@ def _record(job: Job, name: str) -> Iterator[Tracker]:
     path = job.directory / "provenance.json"
     record = provenance(job.config, read_json(path) if path.exists() else None)
     job.seconds.update(record.setdefault("seconds", {}))
-    write_atomic(job.directory / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(job.config)))
+    # Commands that take the run later may be given in another folder.
+    config = replace(job.config, paths=absolute_paths(job.config.paths))
+    write_atomic(job.directory / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
     write_json(path, record)
     identity = wandb_id(job.directory / "checkpoint")
     with Tracker(job.directory, job.config, run_id=identity, name=name, resume_step=sys.maxsize) as tracker:
@@ -280,7 +283,12 @@ def privacy_record(job: Job, *, epsilon: float, steps: int, complete: bool) -> d
     nothing = no_guarantee(record, reproducible_noise=not secret)
     covers = COVERS if nothing is None else nothing
     live = (LIVE,) if job.config.tracking.live else ()
-    return {**record, "covers": covers, "does_not_cover": (*DOES_NOT_COVER, *live)}
+    record |= {"covers": covers, "does_not_cover": (*DOES_NOT_COVER, *live)}
+    if stated_release(job.directory) is not None or releases_of(job.directory / "checkpoint"):
+        from dp_lora.jobs.release import restated
+
+        record["release"] = restated(record, job.config, job.directory)
+    return record
 
 
 def _export(job: Job, model: LatentDiffusion, record: Mapping[str, Any]) -> None:

@@ -24,6 +24,7 @@ from dp_lora.errors import UserError, did_you_mean
 from dp_lora.models.latent_diffusion import UNCONDITIONAL, LatentDiffusion
 from dp_lora.models.networks import EXTRAS, build_autoencoder, build_unet, complete, shorten_cross_attention
 from dp_lora.models.pipelines import from_hub, is_pipeline, load_pipeline
+from dp_lora.storage.files import expanded
 
 __all__ = [
     "LatentDiffusion",
@@ -122,7 +123,7 @@ def find(pretrained: str) -> Path:
     Raises UserError when there is none.
     """
     shipped = WEIGHTS / pretrained
-    folder = shipped if shipped.is_dir() else Path(pretrained).expanduser()
+    folder = shipped if shipped.is_dir() else expanded(pretrained, f"model.pretrained={pretrained}")
     if (folder / "unet" / "config.json").exists() or is_pipeline(folder):
         return folder
     if not folder.exists() and (downloaded := from_hub(pretrained)) is not None:

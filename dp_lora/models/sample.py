@@ -83,12 +83,27 @@ def load(folder: Path) -> Samples:
     path = folder / "samples.npz"
     try:
         with np.load(path, allow_pickle=False) as saved:
-            return Samples(saved["images"], saved["labels"], tuple(str(name) for name in saved["classes"]))
+            samples = Samples(saved["images"], saved["labels"], tuple(map(str, saved["classes"])))
+        if not _fits(samples):
+            raise ValueError
+        return samples
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(
             f"{path}: the samples cannot be read ({type(error).__name__}); remove the file, and the same "
             "command draws them again from the adapter"
         ) from error
+
+
+def _fits(samples: Samples) -> bool:
+    """Whether these are images with a label of a class each."""
+    images, labels = samples.images, samples.labels
+    return (
+        images.dtype == np.uint8
+        and labels.dtype == np.int64
+        and images.ndim == 4
+        and labels.shape == images.shape[:1]
+        and bool(((labels >= 0) & (labels < len(samples.classes))).all())
+    )
 
 
 def plain(samples: Samples) -> int:

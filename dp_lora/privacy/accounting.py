@@ -74,7 +74,7 @@ def epsilon_by_accountant(mechanisms: Sequence[Mechanism], delta: float) -> dict
     {'prv': 10.0, 'pld': 10.0, 'rdp': 10.8}
     """
     _check_delta(delta)
-    merged = _merged(mechanisms)
+    merged, delta = _merged(mechanisms), float(delta)
     if not merged:
         return {"prv": 0.0, "pld": 0.0, "rdp": 0.0}
     if any(m.noise_multiplier == 0 for m in merged):

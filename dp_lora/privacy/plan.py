@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from dp_lora.config.bounds import LARGEST_GRAD_NORM
 from dp_lora.config.schema import ADJACENCIES, CLIPPINGS
@@ -149,6 +150,22 @@ def _plain(value: Any) -> Any:
     return "inf" if isinstance(value, float) and math.isinf(value) else value
 
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _in_double_precision(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """`function`, which gets scalars of NumPy and torch as numbers of Python."""
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **given: _P.kwargs) -> _R:
+        plain = {name: value.item() if hasattr(value, "item") else value for name, value in given.items()}
+        return function(*args, **plain)  # type: ignore[arg-type]
+
+    return call
+
+
+@_in_double_precision
 def make_plan(
     *,
     expected_batch_size: float,

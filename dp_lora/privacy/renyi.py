@@ -29,6 +29,9 @@ ORDERS: tuple[float, ...] = (
 )
 """Where Renyi divergences are computed."""
 
+# For all orders the points are the same.
+_LARGEST_FRACTION = max(order for order in ORDERS if order % 1)
+
 FEW_ORDERS: tuple[float, ...] = (1.05, 1.2, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256, 512, 1024)
 """Enough for an order of magnitude: the orders take most of an accountant's time."""
 
@@ -157,7 +160,8 @@ def _of_one_step(noise_multiplier: float, sample_rate: float, orders: tuple[floa
         for i in np.flatnonzero(integer):
             found[i] = _log_sum(*_binomial(noise_multiplier, sample_rate, alphas[i]))
         if noise_multiplier >= _LEAST_SIGMA and not integer.all():
-            terms = _trapezia(noise_multiplier, sample_rate, float(alphas[~integer].max()))
+            largest = max(_LARGEST_FRACTION, float(alphas[~integer].max()))
+            terms = _trapezia(noise_multiplier, sample_rate, largest)
             for i in np.flatnonzero(~integer):
                 found[i] = _log_sum(*terms(alphas[i]))
     # exp((alpha - 1) D) is convex: what is seen with probability q tells no more than what is seen always.
@@ -203,7 +207,7 @@ def _trapezia(sigma: float, q: float, largest: float) -> Callable[[float], tuple
     [0, alpha] comes to 2^(alpha + 2) Phi(-12) A at most, which is below 1e-28 A.
     """
     h = min(sigma / 8, sigma**2 / 4)
-    x = np.arange(-12 * sigma, largest + 12 * sigma + h, h)
+    x = h * np.arange(math.ceil((largest + 24 * sigma) / h) + 2) - 12 * sigma
     loss = (2 * x - 1) / (2 * sigma**2)
     seen, missed = math.log(q) + loss, math.log1p(-q)
     ratio, density = np.logaddexp(missed, seen), -(x**2) / (2 * sigma**2)

@@ -26,6 +26,7 @@ Guarantee: the parameters after a step, and its `values`, are functions of the p
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -240,6 +241,8 @@ class PrivateStep:
         if self.applied or self.spent or not self.sgd.attached:
             what = "step" if self.applied or self.spent else "loop over the steps"
             raise RuntimeError(f"step {self.number}: {call} after the {what} has ended")
+        if self.sgd.current is not self:
+            raise RuntimeError(f"step {self.number}: {call} after another step was begun; expected that one")
 
     def _begin_anew(self) -> None:
         try:
@@ -299,14 +302,26 @@ class DPSGD:
         self.curve = plan.curve()
         self.group = dist.group.WORLD if dist.is_initialized() else None
         self.attached = True
+        self.current: PrivateStep | None = None
+        """The step in hand: the one begun last."""
+        self._process = os.getpid()
         self._hook = optimizer.register_step_pre_hook(self._refuse_outside)
 
     def begin(self, number: int) -> PrivateStep:
         """Begins step `number`: it is on record, and its batch is drawn, when this returns.
 
-        Raises Spent when the plan accounts for no further step.
+        It takes the place of a step that was begun before, which cannot be added to or applied any more.
+
+        Raises Spent when the plan accounts for no further step, and RuntimeError in a process that was forked
+        from the one of the training: each would release sums of its own under one record.
         """
-        return PrivateStep(self, number)
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                "this training belongs to the process that made it; expected a training of its own, in a "
+                "folder of its own, in a forked process"
+            )
+        self.current = PrivateStep(self, number)
+        return self.current
 
     def epsilon(self) -> float:
         """An upper bound on the epsilon of all steps begun so far."""

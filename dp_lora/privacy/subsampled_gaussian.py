@@ -14,6 +14,12 @@ class Mechanism:
     steps: int
 
     def __post_init__(self) -> None:
+        # As Python's numbers: accountants compute in double precision whatever kind of number is given.
+        object.__setattr__(self, "noise_multiplier", float(self.noise_multiplier))
+        object.__setattr__(self, "sample_rate", float(self.sample_rate))
+        if self.steps != int(self.steps):
+            raise ValueError(f"steps={self.steps}: expected a whole number")
+        object.__setattr__(self, "steps", int(self.steps))
         if not self.noise_multiplier >= 0:
             raise ValueError(f"noise_multiplier={self.noise_multiplier}: expected 0 or more")
         if not 0 <= self.sample_rate <= 1:

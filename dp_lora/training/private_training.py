@@ -125,7 +125,7 @@ class PrivateTraining:
         self.folder, self._also, self._first = Path(folder), dict(also or {}), rank() == 0
         self._synthetic_losses, self._tolerance = synthetic_losses, tolerance
         self._step: PrivateStep | None = None
-        self._ended = False
+        self._looping = self._ended = False
         self._frozen: dict[str, str] = {}
         self._unlock = _locked(self, self.folder) if self._first else None
         try:
@@ -191,6 +191,9 @@ class PrivateTraining:
         """
         if not self.sgd.attached:
             raise RuntimeError("this training was closed: construct it again to resume")
+        if self._looping:
+            raise RuntimeError("steps() twice at once: expected one loop over the steps")
+        self._looping = True
         try:
             while self.finished < self.total:
                 try:

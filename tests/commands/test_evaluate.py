@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import stat
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from dp_lora.commands.evaluate import main
 from dp_lora.commands.sample import main as sample_main
+from dp_lora.config.load import read_config
 from dp_lora.evaluation import features
 from dp_lora.evaluation.inception import Inception2015
 from dp_lora.jobs.begun import releases_of
@@ -40,11 +42,15 @@ QUICK = ("evaluation.classifier_epochs=1", "evaluation.classifiers=[cnn]")
 def place(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished run in outputs/, the images in set/ and the ledger beside."""
     folder = tmp_path_factory.mktemp("place")
-    source = write_folder(folder / "set", pixels(5, 60))
-    given = (*words(cache, folder / "outputs"), *FOLDER, f"data.source={source}",
-             "sampler.num_samples=12", "data.test_size=0.4", *QUICK)  # fmt: skip
-    assert dp_lora(*given) == 0
+    write_folder(folder / "set", pixels(5, 60))
+    assert dp_lora(*job_of(cache, folder)) == 0
     return folder
+
+
+def job_of(cache: Path, folder: Path) -> tuple[str, ...]:
+    """The words of the run's job."""
+    return (*words(cache, folder / "outputs"), *FOLDER, f"data.source={folder / 'set'}",
+            "sampler.num_samples=12", "data.test_size=0.4", *QUICK)  # fmt: skip
 
 
 @pytest.fixture
@@ -224,6 +230,82 @@ def test_without_the_ledger_nothing_private_is_shown(run: Path, capsys: pytest.C
     said = capsys.readouterr()
     assert "the ledger cannot be" in said.err and "accuracy" not in said.out
     assert not (run / "evaluations").exists()
+
+
+def test_a_release_stays_stated_when_the_adapter_is_made_again(
+    run: Path, place: Path, cache: Path, tmp_path: Path
+) -> None:
+    assert evaluate(run, "evaluation=release", *QUICK, "evaluation.release_epsilon=2") == 0
+    stated = read_json(run / "privacy.json")
+    for lost in (["adapter"], ["adapter", "privacy.json"]):
+        for name in lost:
+            shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink()
+        assert dp_lora(*job_of(cache, place)) == 0
+        again = read_json(run / "privacy.json")
+        assert again["release"]["epsilon"] == stated["release"]["epsilon"]
+        assert again["release"]["with_training"] == stated["release"]["with_training"]
+    assert again["steps"] == stated["steps"]
+    exported = read_json(export(run, tmp_path / "exported") / "privacy.json")
+    assert exported["release"]["releases"] == 1
+
+
+def test_an_exported_folder_is_no_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = export(run, tmp_path / "exported", "--with-uncovered")
+    shutil.copy(run / "config.yaml", folder)
+    before, ledger = state_of(folder), ledger_of(run).read_bytes()
+    for given in (["evaluation=release"], ["evaluation.classifiers=[]"], ["evaluation.reference=none"]):
+        assert evaluate(folder, *given, f"samples={run}") == 2
+        assert "has no checkpoint/, as an exported folder has none" in capsys.readouterr().err
+    assert state_of(folder) == before and ledger_of(run).read_bytes() == ledger
+
+
+def test_images_that_changed_or_do_not_fit_are_refused_and_enter_nothing(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "images"
+    assert command("dp-lora-sample", run, f"out={folder}", "seed=3") == 0
+    record, ledger = read_json(folder / "sampling.json"), ledger_of(run).read_bytes()
+    with np.load(folder / "samples.npz") as saved:
+        drawn = dict(saved)
+
+    def refused(said: str, **changed: Any) -> None:
+        assert evaluate(run, f"samples={folder}", *QUICK) == 2
+        assert said in capsys.readouterr().err
+        assert ledger_of(run).read_bytes() == ledger and not (run / "evaluations").exists()
+
+    np.savez(folder / "samples.npz", **{**drawn, "images": 255 - drawn["images"]})
+    refused("has changed since it was drawn")
+    # The same command draws them again.
+    assert command("dp-lora-sample", run, f"out={folder}", "seed=3") == 0
+    assert read_json(folder / "sampling.json") == record
+    for name, value, said in (
+        ("images", drawn["images"].astype(np.float32), "the samples cannot be read"),
+        ("images", np.kron(drawn["images"], np.ones((2, 2), np.uint8)), "expected 1 x 8 x 8"),
+        ("labels", drawn["labels"] + 99, "the samples cannot be read"),
+        ("labels", drawn["labels"][0], "the samples cannot be read"),
+    ):
+        np.savez(folder / "samples.npz", **{**drawn, name: value})
+        digest = hashlib.sha256((folder / "samples.npz").read_bytes()).hexdigest()
+        (folder / "sampling.json").write_text(json.dumps({**record, "samples_sha256": digest}))
+        refused(said)
+    np.savez(folder / "samples.npz", **drawn)
+    for settings in ({"seed": {}}, {"sampler": {**record["settings"]["sampler"], "steps": "x"}}):
+        wrong = {**record, "settings": {**record["settings"], **settings}}
+        (folder / "sampling.json").write_text(json.dumps(wrong))
+        refused("expected what dp-lora-sample wrote there")
+
+
+def test_a_run_knows_its_places_in_every_folder(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_folder(tmp_path / "set", pixels(6, 60))
+    monkeypatch.chdir(tmp_path)
+    given = (*job_of(cache, tmp_path), "stages=[finetune]", "paths.ledger=led.jsonl", "paths.index=idx")
+    assert dp_lora(*given) == 0
+    (run,) = (tmp_path / "outputs" / "default").iterdir()
+    places = read_config(run / "config.yaml").paths
+    assert (places.ledger, places.index) == (str(tmp_path / "led.jsonl"), str(tmp_path / "idx"))
+    assert dp_lora(*given) == 0
 
 
 def test_a_release_is_charged_once(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from dp_lora.commands.sample import main
 from dp_lora.config.identity import pretrained_fingerprint
 from dp_lora.config.load import read_config
+from dp_lora.records.card import no_guarantee
 from dp_lora.storage.files import read_json
 from tests.builders.architectures import stable_diffusion
 from tests.builders.commands import FOLDER, dp_lora, state_of
@@ -149,6 +151,64 @@ def test_damaged_images_are_drawn_again_and_no_old_ones_stay(
     assert sample(run, "classes=c1:2", *given[1:]) == 0
     assert state_of(images.parent).keys() == before.keys()
     assert not list(images.parents[1].glob("*.partial"))
+
+
+def test_nothing_of_others_is_emptied(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = tmp_path / "mine"
+    for folder in (mine / "images.partial", mine / ".images.partial"):
+        folder.mkdir(parents=True)
+        (folder / "thesis.txt").write_text("mine")
+    assert sample(run, f"out={mine / 'images'}") == 2
+    assert "holds something else than images half drawn" in capsys.readouterr().err
+    shutil.rmtree(mine / ".images.partial")
+    assert sample(run, f"out={mine / 'images'}") == 0
+    assert (mine / "images.partial" / "thesis.txt").read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    (mine / "link").symlink_to(tmp_path / "empty")
+    assert sample(run, f"out={mine / 'link'}") == 2
+    assert "is a link" in capsys.readouterr().err and not list(mine.glob("*link?*"))
+    assert sample(run, "steps=2", "name=foo.partial") == 0
+    before = state_of(run / "samples" / "foo.partial")
+    assert sample(run, "steps=3", "name=foo") == 0 and state_of(run / "samples" / "foo.partial") == before
+    for name in ("foo", "foo.partial"):
+        shutil.rmtree(run / "samples" / name)
+
+
+def test_an_adapter_alone_has_the_note_of_its_card(
+    run: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = shutil.copytree(run / "adapter", tmp_path / "adapter")
+    card = (adapter / "README.md").read_text()
+    line = no_guarantee({"epsilon": math.inf})
+    assert line is not None
+    for number, (text, note) in enumerate((
+        (card, "covered by the adapter's own epsilon, which its card states"),
+        (f"{line}\n\n{card}", "This adapter has NO privacy guarantee: it was trained without noise"),
+        (None, "The adapter has no card that states an epsilon, so it is not known what it spent."),
+    )):  # fmt: skip
+        (adapter / "README.md").unlink() if text is None else (adapter / "README.md").write_text(text)
+        out = tmp_path / str(number)
+        assert sample(adapter, "num_samples=2", f"out={out}", f"pretrained={base}") == 0
+        assert note in capsys.readouterr().out and note in read_json(out / "sampling.json")["note"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["~nobody-here/x"], "~nobody-here is the home of nobody here"),
+        (["x" * 300], "File name too long"),
+        (["{run}", "out=~nobody-here/x"], "out=~nobody-here/x: ~nobody-here is the home of nobody here"),
+        (["{run}", "pretrained=~nobody-here/x"], "~nobody-here is the home of nobody here"),
+        (["{run}", f"name={'中' * 83}"], "at most 100 characters and 200 bytes"),
+    ],
+)
+def test_a_place_that_cannot_be_is_one_line(
+    words: list[str], said: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = state_of(run)
+    assert sample(*(word.format(run=run) for word in words)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line and state_of(run) == before
 
 
 def interruption(*_: object) -> None:

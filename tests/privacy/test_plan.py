@@ -8,12 +8,16 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from dp_lora.errors import PlanError, UserError
 from dp_lora.jobs.job import PLAN_FIELDS
 from dp_lora.privacy.accounting import epsilon
 from dp_lora.privacy.plan import LEAST_NOISE, PrivacyPlan, make_plan
+from dp_lora.privacy.renyi import _of_one_step
+from dp_lora.privacy.subsampled_gaussian import Mechanism
 
 
 def planned(**changes: Any) -> PrivacyPlan:
@@ -151,3 +155,25 @@ def test_nonsense_is_refused_in_one_line_that_names_the_field(changes: dict[str,
         planned(**changes)
     message = refused.value.named(PLAN_FIELDS)
     assert message.startswith(field) and "\n" not in message and "expected" in message
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, torch.tensor, np.float64])
+def test_numbers_of_other_kinds_are_computed_with_in_double_precision(kind: Any) -> None:
+    """1.25 and 512 are the same in every precision; what is computed from them is not."""
+    given = {"num_examples": 4000, "expected_batch_size": 512.0, "noise_multiplier": 1.25, "steps": 80}
+    others = {name: kind(value) if name != "steps" else np.int16(80) for name, value in given.items()}
+    strange = planned(**others, target_epsilon=None, delta=1e-5)
+    _of_one_step.cache_clear()
+    plain = planned(**given, target_epsilon=None, delta=1e-5)
+    assert strange == plain and strange.to_dict() == plain.to_dict()
+    assert {type(value) for value in dataclasses.asdict(strange).values()} <= {
+        int,
+        float,
+        str,
+        dict,
+        type(None),
+    }
+    assert Mechanism(np.float16(1.25), np.float32(0.5), np.int16(7)) == Mechanism(1.25, 0.5, 7)  # type: ignore[arg-type]
+    assert type(Mechanism(np.float16(1.25), 0.5, 7).noise_multiplier) is float  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"steps=2.5: expected a whole number"):
+        Mechanism(1.0, 0.5, 2.5)  # type: ignore[arg-type]

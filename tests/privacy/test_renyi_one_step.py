@@ -87,3 +87,10 @@ def test_the_ends_of_the_range() -> None:
     almost = divergences_of(Mechanism(1.0, math.nextafter(1.0, 0.0), 1))
     assert np.all(almost <= np.asarray(ORDERS) / 2) and almost == pytest.approx(np.asarray(ORDERS) / 2)
     assert np.all(divergences_of(Mechanism(1e6, 1e-12, 1)) < 1e-9)
+
+
+def test_where_almost_nothing_is_learnt_no_point_of_the_integral_is_off() -> None:
+    """log A is about 2e-14 here: points that are not exactly h apart would make it 0."""
+    sigma, q = 0.10021832666576062, 1e-13
+    found = divergences_of(Mechanism(sigma, q, 1))[ORDERS.index(1.01)]
+    assert float(mpmath.mpf(float(found)) * (1.01 - 1) - log_mean(sigma, q, 1.01)) >= 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dp_lora import PlanError, PrivateTraining, UserError
+from dp_lora.jobs.begun import begun
 from dp_lora.privacy.executions import ORIGIN, Executions
 from dp_lora.storage.files import append_line, read_json
 from dp_lora.training import private_training
@@ -207,3 +209,40 @@ def test_what_can_be_replayed_is_no_step_of_the_plan_once_more(tmp_path: Path) -
         record.begin(step, "another")
     with pytest.raises(UserError, match="the privacy of this run is spent"):
         finish(plan, record, 0, "another")
+
+
+def test_a_step_that_is_not_in_hand_takes_no_example(tmp_path: Path) -> None:
+    """Two steps over one sum: each example would move it by 2 C."""
+    private = training(tmp_path / "run")
+    first = next(_steps := private.steps())
+    rows, weights, _ = next(_parts := first.microbatches(N))
+    with pytest.raises(RuntimeError, match=r"^steps\(\) twice at once: expected one loop"):
+        next(private.steps())
+    other = private.sgd.begin(0)
+    for call in (
+        lambda: first.add(losses(private.sgd.module, rows), weights),
+        first.apply,
+    ):
+        with pytest.raises(RuntimeError, match="after another step was begun; expected that one"):
+            call()
+    assert not private.sgd.gradients.total().any() and not first.applied
+    for rows, weights, _ in other.microbatches(N):
+        other.add(losses(private.sgd.module, rows), weights)
+    longest = len(other._batch) * PLAN.max_grad_norm
+    assert 0 < float(private.sgd.gradients.total().norm()) <= longest * (1 + 1e-6)
+
+
+def test_a_forked_process_begins_no_step(tmp_path: Path) -> None:
+    private = training(tmp_path / "run")
+    child = os.fork()
+    if not child:
+        try:
+            next(private.steps())
+            os._exit(0)
+        except RuntimeError as error:
+            os._exit(7 if "belongs to the process that made it" in str(error) else 1)
+        except BaseException:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert begun(tmp_path / "run") == 0
+    assert len(run(private)) == STEPS
