@@ -41,6 +41,8 @@ class Scale:
     """How often jobs have to go on from a checkpoint."""
     blows: int
     """How many there are at least, with those that hit until jobs went on so often."""
+    holds: bool = False
+    """Whether jobs wait in their last step for the blows; of many, those that wait would keep out the killed."""
 
 
 SMALL = Scale(
@@ -48,7 +50,7 @@ SMALL = Scale(
     ("epsilon=eps1,eps3,eps10", "lora_rank=r2"),
     [("kill -9", False), ("USR2", True), ("requeue", True), ("urgent", True), ("node down", True),
      ("driver", False)],
-    parallel=2, restarts=2, blows=8,
+    parallel=2, restarts=2, blows=8, holds=True,
 )  # fmt: skip
 LARGE = Scale(
     ("k1", "k2"),
@@ -164,6 +166,8 @@ class Havoc:
 def wreak(sweep: Sweep, again: Callable[[], Sweep], scale: Scale) -> Havoc:
     """Kills until jobs went on often enough from a checkpoint, then until there were enough blows."""
     havoc = Havoc(sweep, again)
+    if not scale.holds:
+        havoc.let_all_end()
     strikes = list(scale.strikes)
     havoc.random.shuffle(strikes)
     while (before := havoc.restarts()) < scale.restarts:
