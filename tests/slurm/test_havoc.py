@@ -42,7 +42,7 @@ class Scale:
     blows: int
     """How many there are at least, with those that hit until jobs went on so often."""
     holds: bool = False
-    """Whether jobs wait in their last step for the blows; of many cells, they would keep the killed ones out."""
+    """Whether jobs wait in their last step for the blows; of many, they would keep out the killed ones."""
 
 
 SMALL = Scale(
