@@ -164,12 +164,14 @@ def test_rows_that_were_sent_live_are_not_sent_again_at_the_end(run_directory: P
 
 
 @pytest.mark.parametrize("live", [False, True])
-def test_privacy_json_says_that_arrival_times_of_live_rows_are_not_covered(live: bool) -> None:
+def test_privacy_json_says_that_arrival_times_of_live_rows_are_not_covered(
+    live: bool, tmp_path: Path
+) -> None:
     config = job()
     config.tracking.live = live
     plan = SimpleNamespace(to_dict=dict, steps=4)
     record = privacy_record(
-        SimpleNamespace(config=config, plan=plan),  # type: ignore[arg-type]
+        SimpleNamespace(config=config, plan=plan, directory=tmp_path),  # type: ignore[arg-type]
         epsilon=1.0,
         steps=4,
         complete=True,
