@@ -31,7 +31,7 @@ _OF_A_PLACE = (
 
 @contextmanager
 def ending(command: str, *, interrupted: str) -> Iterator[None]:
-    """Exits with one line on stderr for a user's mistake (status 2) and for an interruption (status 130).
+    """Exits with one line on stderr: status 2 for a user's mistake or a bad place, 130 for an interruption.
 
     Args:
         command: its name, with which the line begins.

@@ -33,7 +33,7 @@ ORDERS: tuple[float, ...] = (
 _LARGEST_FRACTION = max(order for order in ORDERS if order % 1)
 
 FEW_ORDERS: tuple[float, ...] = (1.05, 1.2, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256, 512, 1024)
-"""Enough for an order of magnitude: the orders take most of an accountant's time."""
+"""Enough for an order of magnitude."""
 
 
 def divergences_of(mechanism: Mechanism, orders: tuple[float, ...] = ORDERS) -> Array:

@@ -241,6 +241,7 @@ class PrivateStep:
         if self.applied or self.spent or not self.sgd.attached:
             what = "step" if self.applied or self.spent else "loop over the steps"
             raise RuntimeError(f"step {self.number}: {call} after the {what} has ended")
+        self.sgd.refuse_forked()  # a step that was in hand at the fork would be released by both
         if self.sgd.current is not self:
             raise RuntimeError(f"step {self.number}: {call} after another step was begun; expected that one")
 
@@ -315,13 +316,17 @@ class DPSGD:
         Raises Spent when the plan accounts for no further step, and RuntimeError in a process that was forked
         from the one of the training: each would release sums of its own under one record.
         """
+        self.refuse_forked()
+        self.current = PrivateStep(self, number)
+        return self.current
+
+    def refuse_forked(self) -> None:
+        """Raises RuntimeError in a process that was forked from the one of the training."""
         if os.getpid() != self._process:
             raise RuntimeError(
                 "this training belongs to the process that made it; expected a training of its own, in a "
                 "folder of its own, in a forked process"
             )
-        self.current = PrivateStep(self, number)
-        return self.current
 
     def epsilon(self) -> float:
         """An upper bound on the epsilon of all steps begun so far."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -232,17 +233,28 @@ def test_a_step_that_is_not_in_hand_takes_no_example(tmp_path: Path) -> None:
     assert 0 < float(private.sgd.gradients.total().norm()) <= longest * (1 + 1e-6)
 
 
-def test_a_forked_process_begins_no_step(tmp_path: Path) -> None:
-    private = training(tmp_path / "run")
+def _refused_in_a_fork(call: Callable[[], object]) -> bool:
     child = os.fork()
     if not child:
         try:
-            next(private.steps())
+            call()
             os._exit(0)
         except RuntimeError as error:
             os._exit(7 if "belongs to the process that made it" in str(error) else 1)
         except BaseException:
             os._exit(2)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+def test_a_forked_process_begins_no_step_and_ends_none(tmp_path: Path) -> None:
+    private = training(tmp_path / "run")
+    assert _refused_in_a_fork(lambda: next(private.steps()))
     assert begun(tmp_path / "run") == 0
-    assert len(run(private)) == STEPS
+    for step in private.steps():
+        for rows, weights, _ in step.microbatches(N):
+            given = losses(private.sgd.module, rows)
+            assert _refused_in_a_fork(partial(step.add, given, weights))
+            step.add(given, weights)
+        assert _refused_in_a_fork(step.apply)
+        assert step.apply()
+    assert begun(tmp_path / "run") == STEPS
