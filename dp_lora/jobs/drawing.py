@@ -221,7 +221,9 @@ def _model(source: Source, asked: Asked, base: Path) -> LatentDiffusion:
     from dp_lora.models import adapters
     from dp_lora.models.folders import load
 
-    prompt = source.config.model.prompt if asked.prompt is None else asked.prompt
+    own = adapters.conditions(source.adapter)
+    usual = source.config.model.prompt if own is None else own[0]
+    prompt = usual if asked.prompt is None else asked.prompt
     model = load(base, prompt)
     if asked.prompt is not None and model.prompts is None:
         raise UserError(f"prompt={asked.prompt}: the model takes no prompts; expected none")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from dp_lora.data.sets import ImageSplits
     from dp_lora.models.latent_diffusion import LatentDiffusion
     from dp_lora.privacy.plan import PrivacyPlan
+
+_CACHED = re.compile(r"/models--([\w.-]+?)--([\w.-]+)/snapshots/")
+"""A folder in the cache of the hub, by its owner and name."""
 
 LOSS_SHARE = 0.1
 """Share of the clipping norm that `tracking.private_loss` takes: it leaves 99.5 % to the gradient."""
@@ -83,15 +87,17 @@ class Job:
 def name_of_base(config: Config, pretrained: Path) -> str:
     """The name of the pre-trained model in the folder `pretrained`, as an adapter's card has it.
 
-    That is the name of shipped weights or of a pipeline on the hub. Of a folder, whose path stays private, it
-    is the model's name and eight digits of the SHA-256 of its weights, by which whoever has it can tell that
-    it is the one.
+    That is the name of shipped weights or of a pipeline on the hub, also where its folder in the hub's cache
+    was given. Of another folder, whose path stays private, it is the model's name and eight digits of the
+    SHA-256 of its weights, by which whoever has it can tell that it is the one.
     """
     from dp_lora.models.folders import sha256_of_weights
 
     given = config.model.pretrained
     if given is not None and (manifest.is_shipped(config) or not Path(given).expanduser().exists()):
         return given
+    if (on_the_hub := _CACHED.search(str(pretrained.resolve()))) is not None:
+        return f"{on_the_hub[1]}/{on_the_hub[2]}"
     return f"{config.model.name}-{sha256_of_weights(pretrained)[:8]}"
 
 

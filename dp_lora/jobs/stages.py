@@ -294,11 +294,19 @@ def privacy_record(job: Job, *, epsilon: float, steps: int, complete: bool) -> d
 def _export(job: Job, model: LatentDiffusion, record: Mapping[str, Any]) -> None:
     """Writes adapter/ as a whole: it appears complete or not at all."""
     from dp_lora.models import adapters
-    from dp_lora.records.card import model_card
+    from dp_lora.records.card import TextToImage, model_card
     from dp_lora.records.provenance import versions
 
     config = job.config
     lora = "lora" in config.trainable.components
+    text = None
+    if model.prompts is not None:
+        text = TextToImage(
+            model.prompts.template,
+            model.classes,
+            captions=config.data.caption_column is not None,
+            in_place=any("lora_" not in name for name in adapters.trainable_parameters(model)),
+        )
     card = model_card(
         record,
         base_model=job.base_model,
@@ -309,6 +317,7 @@ def _export(job: Job, model: LatentDiffusion, record: Mapping[str, Any]) -> None
         parameters=adapters.count(model),
         versions=versions(),
         reproducible_noise=config.privacy.insecure_seed is not None,
+        text=text,
     )
     partial = job.directory / "adapter.partial"
     shutil.rmtree(partial, ignore_errors=True)

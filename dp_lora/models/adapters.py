@@ -12,8 +12,6 @@ share A, so that it loads into diffusers' own model.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,18 +24,22 @@ from diffusers.models.upsampling import Upsample2D
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dp_lora.config.schema import TARGET_GROUPS, LoraConfig
 from dp_lora.errors import UserError, did_you_mean
+from dp_lora.models.adapter_files import for_other_tools, metadata, save_tensors
 from dp_lora.models.latent_diffusion import LatentDiffusion
 from dp_lora.models.networks import attentions, fuse, fuses, without_effect
-from dp_lora.storage.files import write_atomic, write_json
+from dp_lora.storage.files import read_json, write_atomic, write_json
 
 ADAPTER = "adapter_model.safetensors"
 TRAINED = "trained.safetensors"
 """Parameters that were trained in place, by their name in the model: the class embedding among them."""
+
+PROMPTS = "prompts.json"
+"""Of a text-to-image model: the prompt of a class and the names of the classes."""
 
 _PREFIX = "base_model.model."
 """The prefix that peft puts before the names of a model's parameters."""
@@ -251,22 +253,25 @@ def export(model: LatentDiffusion, folder: Path, *, base_model: str, card: str) 
     The folder holds nothing that is not a function of released values: no optimiser, no key, no data.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if model.prompts is not None:
+        values = {"prompt": model.prompts.template, "classes": list(model.classes)}
+        write_json(folder / PROMPTS, values)
     config: PeftLoraConfig | None = getattr(model.unet, "peft_config", {}).get("default")
     if config is not None:
         state = _in_three(get_peft_model_state_dict(model.unet))
         prefixed = {_PREFIX + name: value.cpu().contiguous() for name, value in state.items()}
         values = _plain_values(config) | {"base_model_name_or_path": base_model, "inference_mode": True}
-        # Where diffusers looks for the rank and alpha.
-        metadata = {"lora_adapter_metadata": json.dumps({_PREFIX + name: v for name, v in values.items()})}
-        _save(prefixed, folder / ADAPTER, metadata)
+        save_tensors(prefixed, folder / ADAPTER, metadata(values, _PREFIX))
         write_json(folder / "adapter_config.json", values)
+        if model.prompts is not None:
+            for_other_tools(state, values, model.unet, folder)
     trained = {
         _plain_name(name): value.detach().cpu().contiguous()
         for name, value in trainable_parameters(model).items()
         if "lora_" not in name
     }
     if trained:
-        _save(_in_three(trained), folder / TRAINED, {"classes": "\n".join(model.classes)})
+        save_tensors(_in_three(trained), folder / TRAINED, {"classes": "\n".join(model.classes)})
     write_atomic(folder / "README.md", card)
 
 
@@ -298,22 +303,6 @@ def _in_three(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return split
 
 
-def _save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    partial = path.with_name(path.name + ".partial")
-    # One entry at most: safetensors writes several in an order that changes from call to call.
-    assert metadata is None or len(metadata) == 1
-    save_file(dict(tensors), partial, metadata=dict(metadata or {"format": "pt"}))
-    # safetensors writes for its owner only; an adapter is there to be given away, like the card beside it.
-    partial.chmod(0o666 & ~_umask())
-    partial.replace(path)
-
-
-def _umask() -> int:
-    current = os.umask(0o077)
-    os.umask(current)
-    return current
-
-
 def _plain_name(name: str) -> str:
     """The name that the parameter has in a model without adapters."""
     return name.replace(".base_layer.", ".")
@@ -321,6 +310,9 @@ def _plain_name(name: str) -> str:
 
 def class_names(folder: Path) -> tuple[str, ...] | None:
     """The names of the classes that `export` wrote beside what was trained; None where nothing says them."""
+    prompts = conditions(folder)
+    if prompts is not None:
+        return prompts[1]
     path = folder / TRAINED
     if not path.exists():
         return None
@@ -330,6 +322,20 @@ def class_names(folder: Path) -> tuple[str, ...] | None:
     except (OSError, SafetensorError) as error:
         raise _unreadable(path, error) from error
     return None if names is None else tuple(names.split("\n"))
+
+
+def conditions(folder: Path) -> tuple[str, tuple[str, ...]] | None:
+    """The prompt of a class and the names of the classes, of a text-to-image adapter; None of another one."""
+    path = folder / PROMPTS
+    if not path.exists():
+        return None
+    found = read_json(path)
+    prompt, classes = (
+        (found.get(name) for name in ("prompt", "classes")) if isinstance(found, dict) else [None] * 2
+    )
+    if not isinstance(prompt, str) or not isinstance(classes, list):
+        raise UserError(f"{path}: expected a prompt and a list of classes, as the job wrote it")
+    return prompt, tuple(map(str, classes))
 
 
 def restore(model: LatentDiffusion, folder: Path, classes: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from typing import Any
 
@@ -39,6 +40,20 @@ LIVE = (
     "(tracking.live)."
 )
 """A further limit if W&B shows a private job live."""
+
+
+@dataclass(frozen=True)
+class TextToImage:
+    """The adapter of a text-to-image model."""
+
+    prompt: str
+    """Of a class, with {} for its name."""
+    classes: Sequence[str]
+    captions: bool = False
+    """Whether it was trained with a caption of each image."""
+    in_place: bool = False
+    """Whether parameters were trained that no adapter holds."""
+
 
 NO_GUARANTEE = "**This adapter has NO privacy guarantee: {reason}.**"
 
@@ -75,6 +90,7 @@ def model_card(
     versions: Mapping[str, str | None] | None = None,
     reproducible_noise: bool = False,
     license_name: str | None = None,
+    text: TextToImage | None = None,
 ) -> str:
     """The README.md of an adapter, in Markdown with the front matter of the Hugging Face hub.
 
@@ -92,15 +108,17 @@ def model_card(
         versions: of the packages that made it.
         reproducible_noise: the noise came from a number in the configuration.
         license_name: hub identifier of the adapter's licence; null leaves the entry out.
+        text: what only the adapter of a text-to-image model has; null of another one.
     """
     warning = no_guarantee(record, reproducible_noise=reproducible_noise)
     parts = [
-        _front_matter(base_model, license_name, private=warning is None),
+        _front_matter(base_model, license_name, private=warning is None, text=text is not None),
         *([warning] if warning else []),
         f"# Adapter of {base_model} for {data_name}",
         _summary(data_name, trainable, rank, target_modules, parameters),
+        *([_prompts_section(text)] if text is not None else []),
         _privacy_section(record, guaranteed=warning is None),
-        _loading_section(base_model, lora=rank is not None),
+        _loading_section(base_model, lora=rank is not None, text=text),
     ]
     if versions:
         known = [f"{name} {version}" for name, version in versions.items() if version]
@@ -108,12 +126,19 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(base_model: str, license_name: str | None, *, private: bool) -> str:
-    tags = ["latent-diffusion", *(["differential-privacy", "dp-sgd"] if private else ["not-private"])]
-    lines = ["---", "library_name: peft", f"base_model: {json.dumps(base_model)}"]
+def _front_matter(base_model: str, license_name: str | None, *, private: bool, text: bool) -> str:
+    guarantee = ["differential-privacy", "dp-sgd"] if private else ["not-private"]
+    kind = ["text-to-image", "lora"] if text else []
+    lines = ["---", f"library_name: {'diffusers' if text else 'peft'}"]
+    if text:
+        lines.append("pipeline_tag: text-to-image")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", base_model):
+        # The hub takes its own names only.
+        lines.append(f"base_model: {json.dumps(base_model)}")
     if license_name:
         lines.append(f"license: {json.dumps(license_name)}")
-    return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in tags), "---"])
+    tags = [f"- {tag}" for tag in ("latent-diffusion", *kind, *guarantee)]
+    return "\n".join([*lines, "tags:", *tags, "---"])
 
 
 def _summary(
@@ -130,6 +155,25 @@ def _summary(
     if rank is not None:
         text += f"; LoRA of rank {rank} on {', '.join(f'`{name}`' for name in target_modules)}"
     return text + "."
+
+
+def _prompts_section(text: TextToImage) -> str:
+    one = text.prompt.replace("{}", text.classes[0]) if text.classes else text.prompt
+    lines = [
+        "## Prompts",
+        f"The prompt of a class is {_code(text.prompt)}, such as {_code(one)}."
+        + (" It was trained with a caption of each image." if text.captions else ""),
+        f"Classes: {', '.join(_code(name) for name in text.classes)}.",
+    ]
+    return "\n\n".join(lines)
+
+
+def _code(text: str) -> str:
+    """`text` as code in Markdown, in one line."""
+    plain = " ".join(text.split())
+    longest = max((len(run) for run in re.findall("`+", plain)), default=0)
+    fence = "`" * (longest + 1)
+    return f"{fence} {plain} {fence}" if longest else f"`{plain}`"
 
 
 def _privacy_section(record: Mapping[str, Any], *, guaranteed: bool) -> str:
@@ -343,7 +387,9 @@ def with_audit(card: str, audit: Mapping[str, Any]) -> str:
     return before + section + loading + after
 
 
-def _loading_section(base_model: str, *, lora: bool) -> str:
+def _loading_section(base_model: str, *, lora: bool, text: TextToImage | None) -> str:
+    if text is not None:
+        return _pipeline_section(base_model, lora=lora, in_place=text.in_place)
     trained = (
         "`trained.safetensors`, where there is one, holds the parameters that were trained in place by their "
         "names in the model: those that begin with `unet.` go into the UNet by `load_state_dict(..., "
@@ -365,3 +411,34 @@ def _loading_section(base_model: str, *, lora: bool) -> str:
         "```",
     ]
     return "\n".join(["## Loading", "", *code, "", trained])
+
+
+def _pipeline_section(base_model: str, *, lora: bool, in_place: bool) -> str:
+    """How a pipeline of diffusers loads the adapter of a text-to-image model."""
+    code = [
+        "from diffusers import DiffusionPipeline",
+        "",
+        f"pipe = DiffusionPipeline.from_pretrained({json.dumps(base_model)})",
+    ]
+    notes = []
+    if in_place:
+        code = [
+            *code[:1],
+            "from safetensors.torch import load_file",
+            *code[1:],
+            'trained = load_file("trained.safetensors")  # in the folder of this file',
+            'trained = {name.removeprefix("unet."): value for name, value in trained.items()}',
+            "# Before load_lora_weights, which renames parameters. A transformer is pipe.transformer.",
+            "pipe.unet.load_state_dict(trained, strict=False)",
+        ]
+        notes.append(
+            "`trained.safetensors` holds the parameters that were trained in place."
+            + (" `load_lora_weights` alone leaves them out, and so does `kohya.safetensors`." if lora else "")
+        )
+    if lora:
+        code.append('pipe.load_lora_weights(".", weight_name="pytorch_lora_weights.safetensors")')
+        notes.append(
+            "ComfyUI and AUTOMATIC1111's webui read `kohya.safetensors`, where there is one; PEFT reads "
+            "`adapter_model.safetensors`."
+        )
+    return "\n".join(["## Loading", "", "```python", *code, "```", "", " ".join(notes)])

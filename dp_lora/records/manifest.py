@@ -72,10 +72,8 @@ KEPT_FILES: Mapping[str, str] = {
 ADAPTER: frozenset[str] = frozenset(
     {
         "README.md",
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "pytorch_lora_weights.safetensors",
-        "trained.safetensors",
+        *("adapter_config.json", "adapter_model.safetensors", "trained.safetensors", "prompts.json"),
+        *("pytorch_lora_weights.safetensors", "kohya.safetensors"),
     }
 )
 SAMPLES = frozenset({"images", "labels", "classes"})

@@ -93,7 +93,8 @@ def _places(folder: Path, cache: Path) -> list[str]:
 def _released(directory: Path) -> dict[str, Any]:
     privacy = json.loads((directory / "privacy.json").read_text())
     samples = np.load(directory / "samples.npz")["images"]
-    adapter = sorted((directory / "adapter").glob("*.safetensors"))
+    files = (directory / "adapter" / name for name in (adapters.ADAPTER, adapters.TRAINED))
+    adapter = [path for path in files if path.exists()]
     hashed = hashlib.sha256(b"".join(path.read_bytes() for path in adapter) + samples.tobytes())
     weights = [value.double().flatten() for path in adapter for value in load_file(path).values()]
     return {

@@ -12,24 +12,8 @@ import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 
-from dp_lora.records.card import COVERS, DOES_NOT_COVER, model_card, no_guarantee
-
-RECORD: dict[str, Any] = {
-    "epsilon": 9.99961,
-    "target_epsilon": 10.0,
-    "delta": 1e-5,
-    "noise_multiplier": 4.55449,
-    "noise_multiplicity": 2,
-    "max_grad_norm": 0.01,
-    "sample_rate": 0.25,
-    "expected_batch_size": 1000,
-    "steps": 80,
-    "accountant": "prv",
-    "adjacency": "add or remove one image",
-    "epsilon_by_accountant": {"rdp": 10.5, "pld": 9.98},
-    "covers": list(COVERS),
-    "does_not_cover": list(DOES_NOT_COVER),
-}
+from dp_lora.records.card import COVERS, DOES_NOT_COVER, TextToImage, model_card, no_guarantee
+from tests.builders.statement import RECORD
 
 
 def card(record: dict[str, Any] = RECORD, **changes: Any) -> str:
@@ -51,11 +35,37 @@ def front_matter_and_text(text: str) -> tuple[dict[str, Any], str]:
 
 
 def test_the_front_matter_is_what_the_hub_reads() -> None:
-    front, _ = front_matter_and_text(card(base_model="a: 'b'", license_name="apache-2.0"))
+    front, _ = front_matter_and_text(card(base_model="owner/a.b-1", license_name="apache-2.0"))
     assert front["library_name"] == "peft"
-    assert front["base_model"] == "a: 'b'"
+    assert front["base_model"] == "owner/a.b-1"
     assert front["license"] == "apache-2.0"
     assert "differential-privacy" in front["tags"]
+
+
+@pytest.mark.parametrize("base_model", ["ldm32", "pets-0a1b2c3d", "a: 'b'", "/home/me/sd", "owner/a/b"])
+def test_a_base_model_that_is_not_on_the_hub_is_not_in_the_front_matter(base_model: str) -> None:
+    """The hub refuses a card whose base_model is none of its names."""
+    front, text = front_matter_and_text(card(base_model=base_model))
+    assert "base_model" not in front and f"# Adapter of {base_model} " in text
+
+
+@pytest.mark.parametrize("text", [None, TextToImage("a `red` {}", ("arctic fox", "`"), captions=True)])
+def test_the_hub_s_client_reads_the_card(text: TextToImage | None) -> None:
+    from huggingface_hub import ModelCard
+    from huggingface_hub.utils import validate_repo_id
+
+    data = ModelCard(card(base_model="owner/name", license_name="mit", text=text)).data
+    validate_repo_id(data.base_model)
+    assert data.license == "mit" and data.library_name == ("peft" if text is None else "diffusers")
+    assert data.pipeline_tag == (None if text is None else "text-to-image")
+    assert all(isinstance(tag, str) for tag in data.tags) and "differential-privacy" in data.tags
+
+
+def test_the_card_of_a_text_to_image_adapter_names_prompt_and_classes() -> None:
+    text = card(text=TextToImage("a `red` {}", ("arctic fox", "`"), captions=True))
+    assert "`` a `red` {} ``, such as `` a `red` arctic fox ``" in text
+    assert "Classes: `arctic fox`, `` ` ``." in text and "a caption of each image" in text
+    assert "Prompts" not in card()
 
 
 def test_the_card_says_in_plain_words_which_sets_are_neighbours() -> None:
