@@ -26,6 +26,7 @@ from dp_lora.commands.command_line import prepared
 from dp_lora.commands.explain import explain
 from dp_lora.commands.help import help_text
 from dp_lora.config.load import config_directory, from_omegaconf
+from dp_lora.config.objective import objective, objectives, refuse_without_objective
 from dp_lora.config.schema import Config
 from dp_lora.errors import SweepFailed, UserError
 
@@ -51,15 +52,19 @@ class _Reported(UserError):
 
 
 @hydra.main(config_path=str(config_directory()), config_name="config", version_base="1.3")
-def app(composed: DictConfig) -> dict[str, object]:
-    """One job of a Hydra run or multirun; returns where it lies and its metrics."""
+def app(composed: DictConfig) -> object:
+    """One job of a Hydra run or multirun; returns where it lies and its metrics, or what `optimize` names."""
     from dp_lora.jobs.stages import run
 
     settings = HydraConfig.get()
     try:
-        returned = run(from_omegaconf(composed), list(settings.overrides.task))
+        config = from_omegaconf(composed)
+        names = objectives(config)
+        if settings.mode == RunMode.MULTIRUN:
+            refuse_without_objective(settings.sweeper, config)
+        returned = run(config, list(settings.overrides.task))
         _ended.append("")
-        return returned
+        return objective(names, returned) if names else returned
     except Exception as error:
         known = _of_the_user(error)
         if settings.mode != RunMode.MULTIRUN:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dp_lora.config.wandb_mode import wandb_mode
+from dp_lora.config.wandb_settings import PROJECT, wandb_mode
 from dp_lora.errors import UserError
 from dp_lora.records.tracker import GENERATED_IMAGES, baseline_table
 from dp_lora.storage.files import read_json, write_json
@@ -45,6 +45,7 @@ class Shown:
     private_metrics: tuple[str, ...] = ()
     """Those of `metrics` that were computed on private or held-out images."""
     private_loss: bool = False
+    entity: str | None = None
 
 
 def dashboard(folder: Path, directories: Sequence[Path], entity: str | None = None) -> str:
@@ -53,11 +54,12 @@ def dashboard(folder: Path, directories: Sequence[Path], entity: str | None = No
     Args:
         folder: of the sweep; offline the dashboard is written there.
         directories: of its runs.
-        entity: user or team in W&B; None takes the default one of the API key.
+        entity: user or team in W&B; None takes that of the runs, or the default one of the API key.
 
     Raises UserError when wandb-workspaces is not installed, or no run has begun.
     """
     shown, online = look(directories), wandb_mode("auto") == "online"
+    entity = entity or shown.entity
     if online and entity is None:
         import wandb
 
@@ -72,14 +74,19 @@ def dashboard(folder: Path, directories: Sequence[Path], entity: str | None = No
 
 
 def look(directories: Sequence[Path]) -> Shown:
-    """Collects what these runs have to show. Raises UserError if none has begun, or if projects differ."""
+    """Collects what these runs have to show.
+
+    Raises UserError if none has begun, or if they are in several projects or of several entities.
+    """
     projects, groups, metrics, private = dict[str, None](), dict[str, None](), dict[str, None](), set[str]()
+    entities = set[str | None]()
     private_loss = False
     for directory in directories:
         tracking = read_settings(directory).get("tracking")
         if tracking is None:
             continue
-        projects[tracking["project"]] = None
+        projects[tracking["project"] or PROJECT] = None
+        entities.add(tracking.get("entity"))
         groups[tracking["group"] or directory.parent.name] = None
         private_loss |= bool(tracking["private_loss"])
         result = directory / "result.json"
@@ -91,11 +98,13 @@ def look(directories: Sequence[Path]) -> Shown:
         raise UserError("no run of this sweep has begun: expected at least one with its config.yaml")
     if len(projects) > 1:
         raise UserError(f"tracking.project: the runs are in {', '.join(projects)}; expected one project")
-    (project,) = projects
+    if len(entities) > 1:
+        found = ", ".join(sorted(str(entity) for entity in entities))
+        raise UserError(f"tracking.entity: the runs belong to {found}; expected one entity")
+    (project,), (entity,) = projects, entities
     names = tuple(metrics)
-    return Shown(
-        project, tuple(groups), names, tuple(name for name in names if name in private), private_loss
-    )
+    compared = tuple(name for name in names if name in private)
+    return Shown(project, tuple(groups), names, compared, private_loss, entity)
 
 
 def build(shown: Shown, name: str, spent: Bill, entity: str = "") -> Workspace:

@@ -25,7 +25,7 @@ from dp_lora.commands.parser import Parser
 from dp_lora.commands.repeats import ONE, refuse_twice
 from dp_lora.commands.vocabulary import field_names, group_names, kind_of, names, presets, text_fields
 from dp_lora.config.spellings import COMMANDS, INSTEAD, NO_SPACES, meant
-from dp_lora.config.wandb_mode import MEANT
+from dp_lora.config.wandb_settings import MEANT
 from dp_lora.errors import UserError, did_you_mean
 
 VALUES = {
@@ -126,8 +126,10 @@ def check_words(words: Sequence[str]) -> None:
         elsewhere = any(word.startswith("hydra.searchpath=") for word in overrides)
         return [] if elsewhere else presets(group, arguments.config_dir)
 
+    own = _sweeper(overrides) in (None, "grid")
     for word in overrides:
-        _check_override(word, groups, choices)
+        if own or not word.lstrip("+~").startswith("hydra.sweeper."):
+            _check_override(word, groups, choices)
     refuse_twice(overrides)
 
 
@@ -248,13 +250,21 @@ def _check_launcher(overrides: Sequence[str], *, multirun: bool) -> None:
     is_sweep = multirun or any(word.startswith(("sweep=", "hydra.mode=")) for word in overrides)
     if launcher not in (None, "hydra/launcher=basic") and not is_sweep:
         raise UserError(f"{launcher}: launches the jobs of a sweep; expected -m with it")
-    sweeper = next((word for word in overrides if word.lstrip("+").startswith("hydra/sweeper=")), None)
-    if sweeper not in (None, "hydra/sweeper=grid"):
-        raise UserError(f"{sweeper}: not for these jobs; expected hydra/sweeper=grid, or nothing")
+    sweeper = _sweeper(overrides)
+    if sweeper == "basic":
+        raise UserError("hydra/sweeper=basic: not for these jobs; expected hydra/sweeper=grid, or nothing")
+    if sweeper not in (None, "grid") and not is_sweep:
+        raise UserError(f"hydra/sweeper={sweeper}: chooses the jobs of a sweep; expected -m with it")
     chooses = ("hydra/launcher=", "cluster=", "sweep=", "experiment=")
     setting = next((word for word in overrides if word.startswith("hydra.launcher.")), None)
     if setting is not None and not any(word.startswith(chooses) for word in overrides):
         raise UserError(f"{setting}: expected hydra/launcher=local or hydra/launcher=slurm with it")
+
+
+def _sweeper(overrides: Sequence[str]) -> str | None:
+    """The preset of `hydra/sweeper` that is asked for."""
+    words = (word.lstrip("+").partition("=") for word in overrides)
+    return next((value for name, _, value in words if name == "hydra/sweeper"), None)
 
 
 # Words without an equals sign

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dp_lora.config.bounds import LARGEST_GUIDANCE, check_bounds
+from dp_lora.config.objective import objectives
 from dp_lora.config.schema import (
     ADJACENCIES,
     AUTOENCODERS,
@@ -26,9 +27,6 @@ from dp_lora.config.schema import (
     FEWEST_RESAMPLES,
     LARGEST_EPSILON,
     LAYOUTS,
-    LONGEST_PROJECT,
-    LONGEST_TAG,
-    NOT_IN_PROJECT,
     PRECISIONS,
     RESAMPLINGS,
     SAMPLERS,
@@ -43,10 +41,9 @@ from dp_lora.config.schema import (
     ModelConfig,
     PretrainConfig,
     PrivacyConfig,
-    TrackingConfig,
     TrainConfig,
 )
-from dp_lora.config.wandb_mode import MEANT
+from dp_lora.config.wandb_settings import MEANT, check_names
 from dp_lora.errors import UserError, did_you_mean
 from dp_lora.storage.files import expanded
 
@@ -62,7 +59,8 @@ def check(config: Config) -> None:
     _check_relation(config.train, config.data, config.privacy.adjacency)
     _check_counts(config)
     _check_evaluation(config.evaluation)
-    _check_tracking(config.tracking)
+    check_names(config.tracking)
+    objectives(config)
     _check_model(config.model)
     for name in ("data", "public_data"):
         data: DataConfig = getattr(config, name)
@@ -132,20 +130,6 @@ def _check_homes(config: Config) -> None:
     for name, place in places.items():
         if place is not None:
             expanded(place, f"{name}={place}")
-
-
-def _check_tracking(tracking: TrackingConfig) -> None:
-    """Refuses what W&B would refuse, with the run's whole record lost, once the run has begun."""
-    if len(tracking.project) > LONGEST_PROJECT or set(tracking.project) & set(NOT_IN_PROJECT):
-        raise UserError(
-            f"tracking.project={tracking.project!r}: expected at most {LONGEST_PROJECT} characters, none of "
-            f"them in {NOT_IN_PROJECT}"
-        )
-    for tag in tracking.tags:
-        if not 1 <= len(tag) <= LONGEST_TAG:
-            raise UserError(
-                f"tracking.tags={tag!r}: {len(tag)} characters, expected 1 to {LONGEST_TAG} a tag"
-            )
 
 
 def _check_choices(config: Config) -> None:

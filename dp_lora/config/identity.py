@@ -22,12 +22,13 @@ PRIVATE_SETTINGS = (
     "evaluation.inception_weights",
     "evaluation.dinov2",
     "paths",
+    "tracking.folder",
     *(f"resources.{name}" for name in ("partition", "account", "qos", "constraint", "sbatch", "setup")),
 )
 """Settings that no name of a run tells and that never leave: they can name people, folders and accounts, or
 take the noise away."""
 
-_CANNOT_CHANGE_THE_RESULT = ("experiment", "stages", "tracking", "resources", "paths")
+_CANNOT_CHANGE_THE_RESULT = ("experiment", "stages", "optimize", "tracking", "resources", "paths")
 _NOR_CAN = ("microbatch", "channels_last", "compile", "checkpoint_minutes")
 """Fields of `train`."""
 

@@ -6,6 +6,7 @@ YAML files under `conf/` choose values; `checks` says which are possible.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -30,13 +31,14 @@ AUTOENCODERS = ("kl", "vq")
 CONDITIONINGS = ("class", "none")
 TARGET_GROUPS = ("qkv", "proj", "self", "cross", "conv")
 EXTRACTORS = ("lite0", "inception", "dinov2")
-CLASSIFIERS = ("cnn", "wrn", "resnet", "resnext")
+DEEP_CLASSIFIERS = ("wrn", "resnet", "resnext")
+CLASSIFIERS = ("cnn", *DEEP_CLASSIFIERS)
 LARGEST_RATE = 1e9
 """AdamW moves a weight by about its learning rate in a step; far beyond this it overflows in float32."""
 SMALLEST_EPSILON, LARGEST_EPSILON = 1e-9, 1e5
 """Where the accountants' numbers end: beyond them no noise multiplier is found, or one of almost nothing."""
-LONGEST_TAG, LONGEST_PROJECT, NOT_IN_PROJECT = 64, 128, "/\\#?%:"
-"""The limits of W&B on tags and on the name of a project."""
+LONGEST_TAG, LONGEST_NAME, LONGEST_PROJECT, NOT_IN_PROJECT = 64, 128, 128, "/\\#?%:"
+"""The limits of W&B on tags, and on the names of runs and projects."""
 FEWEST_RESAMPLES = 40
 """Below that, an interval of 95 % would lie beyond the smallest and the largest resample."""
 
@@ -335,8 +337,16 @@ class TrackingConfig:
 
     wandb: str = "auto"
     """auto: online when an API key is there, else offline; or online, offline, disabled."""
-    project: str = "dp-lora"
+    entity: str | None = None
+    """User or team; null takes WANDB_ENTITY, W&B's settings, or what belongs to the API key."""
+    project: str | None = None
+    """null takes WANDB_PROJECT, W&B's settings, or dp-lora."""
     group: str | None = None
+    """null takes WANDB_RUN_GROUP or `experiment`; a sweep sets it."""
+    name: str | None = None
+    """Of the run; null takes WANDB_NAME, or the words that may be shown with the run's fingerprint."""
+    folder: str | None = None
+    """Where W&B makes its folder `wandb/`; null takes WANDB_DIR, or the run directory."""
     tags: list[str] = field(default_factory=list)
     private_loss: bool = False
     """Logs the training loss as read from the noised sum: inside the same epsilon, at a little more noise."""
@@ -405,6 +415,9 @@ class Config:
     stages: list[str] = field(default_factory=lambda: ["finetune", "sample", "evaluate"])
     seed: int = 0
     """The seed of public randomness: initialisation, sampling, evaluation. Never of private randomness."""
+    optimize: Any = None
+    """The metric that the job returns to a sweeper, such as `accuracy_cnn`, or a list of them: for those that
+    choose the next job by the results of earlier ones, such as hydra/sweeper=optuna (docs/sweeps.md)."""
     data: DataConfig = field(default_factory=DataConfig)
     public_data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

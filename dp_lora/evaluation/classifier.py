@@ -54,7 +54,6 @@ RECIPES = {
 }
 """By the names of `evaluation.classifiers`."""
 
-DEEP = ("wrn", "resnet", "resnext")
 """Those whose mean accuracy DPImageBench reports."""
 
 _NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {

@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dp_lora.config.schema import EvaluationConfig
+from dp_lora.config.schema import DEEP_CLASSIFIERS, EvaluationConfig
 from dp_lora.data.sets import ImageSplits
-from dp_lora.evaluation.classifier import DEEP, RECIPES, correct, train_classifier
+from dp_lora.evaluation.classifier import RECIPES, correct, train_classifier
 from dp_lora.evaluation.features import check_extractors, extract_features, load_extractors
 from dp_lora.evaluation.images import (
     Images,
@@ -90,7 +90,9 @@ class Instruments:
 
     def epochs(self, name: str) -> int:
         """Passes over its images."""
-        return self.config.deep_classifier_epochs if name in DEEP else self.config.classifier_epochs
+        return (
+            self.config.deep_classifier_epochs if name in DEEP_CLASSIFIERS else self.config.classifier_epochs
+        )
 
 
 class _Measure:
@@ -290,7 +292,7 @@ def _joined(parts: list[Measured]) -> Measured:
 
 def _with_mean_accuracy(found: Measured) -> Measured:
     """With `accuracy_mean` too, of the three networks of DPImageBench, where all were trained."""
-    names = [f"accuracy_{name}" for name in DEEP]
+    names = [f"accuracy_{name}" for name in DEEP_CLASSIFIERS]
     if not set(names) <= found.metrics.keys():
         return found
     mean = sum(found.metrics[name] for name in names) / len(names)

@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dp_lora.config.objective import frechet_name
 from dp_lora.evaluation.distances import (
     Gaussian,
     Given,
@@ -38,9 +39,6 @@ from dp_lora.evaluation.pairs import Across, Within, across, within
 
 LEVEL = 0.95
 """The confidence level of every interval."""
-
-INCEPTION = "inception"
-"""The extractor over which a Frechet distance is called FID, and the only one with an Inception score."""
 
 
 class Interval(NamedTuple):
@@ -97,16 +95,6 @@ class Reference:
         """The reference whose `tensors` these are, moved to `device`."""
         moved = {name: value.to(device) for name, value in tensors.items()}
         return cls(moved["features"], Within(moved["kernel"], moved["radii"]))
-
-
-def frechet_name(extractor: str, *, infinity: bool = False) -> str:
-    """The name of the Frechet distance over `extractor`.
-
-    >>> frechet_name("lite0"), frechet_name("inception"), frechet_name("lite0", infinity=True)
-    ('fd_lite0', 'fid', 'fdinf_lite0')
-    """
-    end = "inf" if infinity else ""
-    return f"fid{end}" if extractor == INCEPTION else f"fd{end}_{extractor}"
 
 
 def measure(

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING
 from dp_lora.config.identity import fingerprint, pretrained_fingerprint
 from dp_lora.config.load import read_config
 from dp_lora.config.schema import Config
-from dp_lora.config.wandb_mode import wandb_mode
+from dp_lora.config.wandb_settings import named, wandb_mode
 from dp_lora.errors import PlanError, UserError
 from dp_lora.privacy.collectives import agreed, rank
 from dp_lora.records import manifest
 from dp_lora.records.run_directory import OUTPUTS, WAY_OUT, check_records, is_whole
-from dp_lora.storage.files import append_line, check_writable, file_lock
+from dp_lora.storage.files import append_line, check_writable, expanded, file_lock
 from dp_lora.storage.imports import uncollected
 
 if TYPE_CHECKING:
@@ -113,7 +113,11 @@ def prepare(config: Config, directory: Path) -> Job:
     with uncollected():
         from dp_lora.jobs.settings import check_settings
 
-    wandb_mode(config.tracking.wandb)
+    if wandb_mode(config.tracking.wandb) != "disabled":
+        config = replace(config, tracking=named(config.tracking, config.experiment))
+        folder = config.tracking.folder
+        if folder is not None:
+            check_writable(expanded(folder, "tracking.folder"), f"tracking.folder={folder}")
     check_settings(config)
     refuse_one_place(config)
     images = sets.load(config.data, config.paths)
@@ -127,8 +131,8 @@ def prepare(config: Config, directory: Path) -> Job:
     _check_model(config, images)
     _check_stages(config, directory)
     _check_evaluation(config, images)
-    folder = pretrained_model(config, private=images)
-    return Job(config, directory, images, plan, folder, device, {})
+    pretrained = pretrained_model(config, private=images)
+    return Job(config, directory, images, plan, pretrained, device, {})
 
 
 def _check_directory(config: Config, directory: Path) -> None:

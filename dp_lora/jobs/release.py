@@ -27,12 +27,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dp_lora.config.objective import INCEPTION
 from dp_lora.config.schema import Config
 from dp_lora.data.sets import ImageSplits
 from dp_lora.errors import UserError
 from dp_lora.evaluation.evaluate import Evaluation, Instruments, Say, described
 from dp_lora.evaluation.images import Images, Labelled, Real, RealPart, checked_samples, real_images
-from dp_lora.evaluation.metrics import INCEPTION, inception_score
+from dp_lora.evaluation.metrics import inception_score
 from dp_lora.jobs import reuse
 from dp_lora.jobs.begun import releases_of, stated_release
 from dp_lora.jobs.spending import charge_release, next_release

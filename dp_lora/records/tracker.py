@@ -27,7 +27,7 @@ from types import TracebackType
 from typing import Any
 
 from dp_lora.config.schema import Config
-from dp_lora.config.wandb_mode import Mode, wandb_mode
+from dp_lora.config.wandb_settings import PROJECT, Mode, folder_of, wandb_mode
 from dp_lora.records import manifest
 from dp_lora.records.field_kinds import NON_FINITE
 from dp_lora.records.manifest import ADAPTER_SUFFIXES
@@ -353,14 +353,15 @@ class _Mirror:
                 import wandb
 
                 self._run = wandb.init(
-                    project=config.tracking.project,
+                    entity=config.tracking.entity,
+                    project=config.tracking.project or PROJECT,
                     group=config.tracking.group or config.experiment,
                     job_type="+".join(config.stages),
                     tags=config.tracking.tags,
-                    name=name,
+                    name=config.tracking.name or name,
                     id=run_id,
                     resume="allow",
-                    dir=str(directory),
+                    dir=str(folder_of(config.tracking) or directory),
                     mode=self.mode,
                     config=manifest.settings(config),
                     settings=_settings(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn, JobStatus, setup_globals
@@ -11,7 +11,11 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
+from dp_lora.config.objective import objective, objectives, refuse_without_objective
 from sweeps.cluster.settings import LauncherConfig
+
+if TYPE_CHECKING:
+    from sweeps.cluster.cells import Cell
 
 
 class SweepLauncher(Launcher):
@@ -33,17 +37,22 @@ class SweepLauncher(Launcher):
         from sweeps.cluster.drive import launch
 
         setup_globals()
-        launch(
-            self.settings,
-            self.config,
-            compose_cells(self.loader, self.config, job_overrides, initial_job_idx),
-        )
-        return [_completed(words) for words in job_overrides]
+        cells = compose_cells(self.loader, self.config, job_overrides, initial_job_idx)
+        for cell in cells:
+            refuse_without_objective(self.config.hydra.sweeper, cell.config)
+        launch(self.settings, self.config, cells)
+        return [_completed(words, cell) for words, cell in zip(job_overrides, cells, strict=True)]
 
 
-def _completed(words: Sequence[str]) -> JobReturn:
+def _completed(words: Sequence[str], cell: Cell) -> JobReturn:
+    """What Hydra gets for a job that has ended, or that was only planned: what `optimize` names of it."""
+    from dp_lora.records.run_directory import result
+
     returned = JobReturn(overrides=list(words), status=JobStatus.COMPLETED)
-    returned.return_value = None
+    names = objectives(cell.config)
+    returned.return_value = (
+        objective(names, result(cell.directory)["metrics"]) if names and cell.is_done() else None
+    )
     return returned
 
 

@@ -234,14 +234,18 @@ class Ledger:
 
 
 def sweep_folder(cells: Sequence[Cell], name: str | None, task_words: Sequence[str]) -> Path:
-    """`<paths.outputs>/sweeps/<name>`; without a name, `<sweep>-<experiment>-<digest of the words>`."""
+    """`<paths.outputs>/sweeps/<name>`; without a name, `<sweep>-<experiment>-<digest of the words>`.
+
+    Jobs that a sweeper chose after others of the same command have the number of their first one behind it.
+    """
     if name is None:
         words = [word for word in task_words if not word.startswith(("paths.", "resources", "tracking"))]
         digest = hashlib.sha256(json.dumps(sorted(words)).encode()).hexdigest()[:8]
         presets = [word.partition("=")[2] for word in words if re.fullmatch(r"sweep=[\w-]+", word)]
         experiments = sorted({cell.config.experiment for cell in cells})
         name = "-".join([*presets, *(experiments if len(experiments) == 1 else []), digest])
-    return Path(cells[0].config.paths.outputs) / "sweeps" / name
+    first = cells[0].number
+    return Path(cells[0].config.paths.outputs) / "sweeps" / (f"{name}-{first}" if first else name)
 
 
 def thaw(record: Mapping[str, Any]) -> Any:

@@ -29,6 +29,7 @@ class WandbRun:
 
     run_id: str = ""
     project: str = ""
+    entity: str = ""
     group: str = ""
     job_type: str = ""
     name: str = ""
@@ -79,6 +80,7 @@ def read_run(path: Path) -> WandbRun:
 
 def _take_run(run: WandbRun, record: Any) -> None:
     run.run_id, run.project, run.group = record.run_id, record.project, record.run_group
+    run.entity = record.entity
     run.job_type, run.name, run.host = record.job_type, record.display_name, record.host
     run.tags = list(record.tags)
     run.config.update(_items(record.config.update))

@@ -13,7 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from dp_lora.__main__ import main
 from dp_lora.commands import audit, export, fetch, import_checkpoint
-from dp_lora.config.wandb_mode import wandb_mode
+from dp_lora.config.wandb_settings import wandb_mode
 from dp_lora.errors import UserError
 from dp_lora.jobs.image_index import default_folder
 from tests.builders.tiny import once, words

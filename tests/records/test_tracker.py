@@ -260,6 +260,20 @@ def test_wandb_knows_the_job(two_starts: Path) -> None:
         assert run.step_metric["signal_to_noise"] == "epsilon"
 
 
+def test_wandb_takes_the_names_and_the_folder_of_the_configuration(tmp_path: Path) -> None:
+    config = job("offline")
+    config.tracking.entity, config.tracking.project = "team-a", "scans"
+    config.tracking.name, config.tracking.folder = "first try", str(tmp_path / "logs")
+    (tmp_path / "run").mkdir()
+    with open_tracker(tmp_path / "run", config) as tracker:
+        tracker.log(1, row(1), "finetune")
+        tracker.stage_ended("finetune")
+    assert not (tmp_path / "run" / "wandb").exists()
+    (found,) = wandb_runs(tmp_path / "logs")
+    assert (found.entity, found.project, found.name) == ("team-a", "scans", "first try")
+    assert "folder" not in found.config["tracking"] and str(tmp_path).encode() not in found.shown
+
+
 def test_wandbs_summary_has_the_privacy_and_the_metrics(two_starts: Path) -> None:
     trained, run = wandb_runs(two_starts)
     assert trained.summary["privacy"] == {"epsilon": 9.99, "delta": 1e-5, "target_epsilon": "inf"}

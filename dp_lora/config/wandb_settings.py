@@ -1,4 +1,7 @@
-"""Whether a run's W&B record goes to its server, stays on this machine, or is not kept at all."""
+"""What the user has told W&B: whether a run's record goes to its server, and under which names.
+
+A field of `tracking` comes before W&B's variables, and those before its settings files, as W&B has it.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,14 @@ import configparser
 import logging
 import netrc
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, cast
 from urllib.parse import urlsplit
 
+from dp_lora.config.schema import LONGEST_NAME, LONGEST_PROJECT, LONGEST_TAG, NOT_IN_PROJECT, TrackingConfig
 from dp_lora.errors import UserError, did_you_mean
-from dp_lora.storage.files import expanded
+from dp_lora.storage.files import expanded, private_directory
 
 Mode = Literal["online", "offline", "disabled"]
 
@@ -26,6 +31,9 @@ _YES = ("1", "true", "yes", "on", "y", "t")
 
 MEANT: dict[str, Mode] = {**_SPELLINGS, **dict.fromkeys(_YES, "online")}
 """The meaning of a lower-case word that is not a value of `tracking.wandb`."""
+
+PROJECT = "dp-lora"
+"""The project of a run whose user has named none."""
 
 _log = logging.getLogger(__name__)
 
@@ -50,6 +58,69 @@ def wandb_mode(setting: str) -> Mode:
         )
     assert setting in ("online", "offline", "disabled"), setting
     return cast(Mode, setting)
+
+
+def named(tracking: TrackingConfig, experiment: str) -> TrackingConfig:
+    """`tracking`; what it leaves open is as W&B's variables and settings have it.
+
+    `name` and `folder` stay None where nothing names them. Raises UserError for what W&B would refuse.
+    """
+    try:
+        kept = _kept()
+    except UserError:
+        if tracking.wandb not in ("offline", "disabled"):
+            raise
+        kept = {}
+    told = os.environ.get
+
+    def one(field: str, *sources: str | None) -> str | None:
+        given: str | None = getattr(tracking, field)
+        return given if given is not None else next((source for source in sources if source), None)
+
+    found = replace(
+        tracking,
+        entity=one("entity", told("WANDB_ENTITY"), kept.get("entity")),
+        project=one("project", told("WANDB_PROJECT"), kept.get("project"), PROJECT),
+        group=one("group", told("WANDB_RUN_GROUP"), experiment),
+        name=one("name", told("WANDB_NAME")),
+        folder=one("folder", told("WANDB_DIR")),
+        tags=tracking.tags or [tag for tag in told("WANDB_TAGS", "").split(",") if tag],
+    )
+    check_names(found)
+    return found
+
+
+def folder_of(tracking: TrackingConfig) -> Path | None:
+    """`tracking.folder`, made for its owner alone where it is not there; None where nothing names it."""
+    if tracking.folder is None:
+        return None
+    folder = expanded(tracking.folder, f"tracking.folder={tracking.folder}")
+    return folder if folder.is_dir() else private_directory(folder)
+
+
+def check_names(tracking: TrackingConfig) -> None:
+    """Refuses what W&B would refuse, with the run's whole record lost, once the run has begun."""
+    project = tracking.project
+    if project is not None and (
+        not 1 <= len(project) <= LONGEST_PROJECT or set(project) & set(NOT_IN_PROJECT)
+    ):
+        raise UserError(
+            f"tracking.project={project!r}: expected 1 to {LONGEST_PROJECT} characters, none of them in "
+            f"{NOT_IN_PROJECT}"
+        )
+    for field in ("entity", "name", "group"):
+        value = getattr(tracking, field)
+        if value is not None and not (1 <= len(value) <= LONGEST_NAME and value.isprintable()):
+            raise UserError(
+                f"tracking.{field}={value!r}: expected 1 to {LONGEST_NAME} characters in one line"
+            )
+    if tracking.folder is not None:
+        expanded(tracking.folder, f"tracking.folder={tracking.folder}")
+    for tag in tracking.tags:
+        if not 1 <= len(tag) <= LONGEST_TAG:
+            raise UserError(
+                f"tracking.tags={tag!r}: {len(tag)} characters, expected 1 to {LONGEST_TAG} a tag"
+            )
 
 
 def _told() -> Mode | None:

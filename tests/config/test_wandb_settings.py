@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dp_lora.config.checks import check
-from dp_lora.config.wandb_mode import wandb_mode
+from dp_lora.config.wandb_settings import folder_of, named, wandb_mode
 from dp_lora.errors import UserError
 from tests.builders.tiny import TINY, composed
 
@@ -131,11 +131,11 @@ def test_what_cannot_be_read_is_no_leave_to_send(home: Path, monkeypatch: pytest
         ("tracking.tags=['']", "tracking.tags='': 0 characters, expected 1 to 64 a tag"),
         (
             "tracking.project=a/b",
-            "tracking.project='a/b': expected at most 128 characters, none of them in /\\#?%:",
+            "tracking.project='a/b': expected 1 to 128 characters, none of them in /\\#?%:",
         ),
         (
             f"tracking.project={'p' * 129}",
-            f"tracking.project='{'p' * 129}': expected at most 128 characters, none of them in /\\#?%:",
+            f"tracking.project='{'p' * 129}': expected 1 to 128 characters, none of them in /\\#?%:",
         ),
     ],
 )
@@ -177,3 +177,73 @@ def test_auto_is_online_where_a_key_is_and_offline_elsewhere(
     netrc.unlink()
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
     assert wandb_mode("auto") == "online"
+
+
+# Names
+
+
+NAMES = ("entity", "project", "group", "name", "folder")
+
+
+def names(*words: str) -> tuple[str | None, ...]:
+    config = composed(*TINY, "tracking.wandb=auto", *words)
+    found = named(config.tracking, config.experiment)
+    return tuple(getattr(found, field) for field in NAMES)
+
+
+def test_names_come_from_fields_then_variables_then_settings(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("ENTITY", "PROJECT", "RUN_GROUP", "NAME", "TAGS"):
+        monkeypatch.delenv(f"WANDB_{variable}", raising=False)
+    assert names() == (None, "dp-lora", "default", None, None)
+    (home / "config" / "settings").write_text(settings("entity = team-a", "project = scans"))
+    assert names() == ("team-a", "scans", "default", None, None)
+    (home / "here" / "wandb" / "settings").write_text(settings("project = local"))
+    assert names()[:2] == ("team-a", "local"), "the folder of the command is nearer than the home"
+    for variable, value in {
+        "ENTITY": "team-b", "PROJECT": "xrays", "RUN_GROUP": "night", "NAME": "first", "DIR": str(home / "w"),
+    }.items():  # fmt: skip
+        monkeypatch.setenv(f"WANDB_{variable}", value)
+    assert names() == ("team-b", "xrays", "night", "first", str(home / "w"))
+    words = [f"tracking.{field}=own" for field in NAMES]
+    assert names(*words) == ("own",) * 5
+    assert names("tracking.project=own")[:3] == ("team-b", "own", "night")
+    monkeypatch.setenv("WANDB_TAGS", "a,b,")
+    assert named(composed(*TINY).tracking, "x").tags == ["a", "b"]
+    assert named(composed(*TINY, "tracking.tags=[c]").tracking, "x").tags == ["c"]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "line"),
+    [
+        ("WANDB_PROJECT", "a/b", "tracking.project='a/b': expected 1 to 128 characters, none of them in "),
+        ("WANDB_ENTITY", "e" * 129, f"tracking.entity='{'e' * 129}': expected 1 to 128 characters in one"),
+        ("WANDB_NAME", "a\nb", "tracking.name='a\\nb': expected 1 to 128 characters in one line"),
+        ("WANDB_TAGS", "t" * 65, f"tracking.tags='{'t' * 65}': 65 characters, expected 1 to 64 a tag"),
+        ("WANDB_DIR", "~nobody-here/w", "WANDB_DIR=~nobody-here/w: ~nobody-here is the home of nobody"),
+    ],
+)
+def test_a_variable_that_w_and_b_would_refuse_is_one_line(
+    variable: str, value: str, line: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError) as caught:
+        names()
+    assert str(caught.value).startswith(line)
+
+
+def test_a_new_folder_is_its_owner_s_and_one_that_is_there_stays_as_it_is(home: Path) -> None:
+    new, shared = home / "a" / "new", home / "shared"
+    shared.mkdir(mode=0o755)
+    for place, mode in ((new, 0o700), (shared, 0o755)):
+        tracking = composed(*TINY, f"tracking.folder={place}").tracking
+        assert folder_of(tracking) == place and place.stat().st_mode & 0o777 == mode
+    assert folder_of(composed(*TINY).tracking) is None
+
+
+def test_settings_that_cannot_be_read_matter_only_where_something_would_be_sent(home: Path) -> None:
+    (home / "here" / "wandb" / "settings").write_text("no section\n")
+    with pytest.raises(UserError, match="W&B's settings cannot be read"):
+        names()
+    assert names("tracking.wandb=offline")[1] == "dp-lora"
