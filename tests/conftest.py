@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -35,6 +36,9 @@ from tests.builders.tiny import TINY, composed, words
 from tests.builders.tiny_diffusion import PRESETS, TinyDiffusion, batch_of
 
 torch.set_num_threads(1)
+# A shell ignores these for what it starts in the background or under nohup, and processes inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # absl's handler closes its stream, which is pytest's here, each time that Hydra sets up logging.
 absl.logging.PythonHandler.close = logging.StreamHandler.close
 # The same examples in every run, however slow the machine.

@@ -43,9 +43,8 @@ from dp_lora.config.schema import Config
 from dp_lora.errors import UserError
 from dp_lora.evaluation.evaluate import PRIVATE_METRICS_NOTE
 from dp_lora.jobs.job import Job, prepare
-from dp_lora.jobs.stages import finetuned_model, model_before
+from dp_lora.jobs.stages import finetuned_model, model_before, model_to_train
 from dp_lora.models import adapters
-from dp_lora.models.latent_diffusion import LatentDiffusion
 from dp_lora.privacy.plan import PrivacyPlan
 from dp_lora.privacy.randomness import Randomness
 from dp_lora.records.card import no_guarantee, with_audit
@@ -230,7 +229,7 @@ def _noise_test(
 ) -> dict[str, Any]:
     """The verdict on all noise; a function of released values and of the canaries' coins."""
     plan = job.plan
-    parameters = adapters.count(_model(job))
+    parameters = adapters.count(model_to_train(job))
     logged = update_norm_p_values(norms, parameters, plan.noise_std / plan.expected_batch_size)
     p_values = together(trained.p_values(), silent, logged)
     record: dict[str, Any] = {
@@ -272,7 +271,7 @@ def _silent(job: Job, folder: Path) -> dict[str, float]:
     if not done.exists():
         # Neither batches nor noise of the training with canaries, whatever its key is.
         randomness = Randomness.from_system().derive("silent steps")
-        noise = silent_noise(job.config, _model(job), job.plan, randomness)
+        noise = silent_noise(job.config, model_to_train(job), job.plan, randomness)
         write_json(done, noise.p_values(), mode=0o600)
     return dict(read_json(done))
 
@@ -300,20 +299,13 @@ def _train(job: Job, options: Options, folder: Path) -> Trained:
         write_atomic(key, Randomness.from_system().key, mode=0o600)
     return train_with_canaries(
         config,
-        _model(job),
+        model_to_train(job),
         job.plan,
         kind=options.kind,
         count=options.canaries,
         randomness=Randomness(key.read_bytes(), secure=True),
         folder=folder,
     )
-
-
-def _model(job: Job) -> LatentDiffusion:
-    """The model as the run found it, its trainable parameters chosen."""
-    model, config = model_before(job), job.config
-    adapters.attach(model, config.trainable.components, config.lora, seed=config.seed)
-    return model
 
 
 def _save(path: Path, **arrays: Any) -> None:

@@ -61,6 +61,7 @@ def check(config: Config) -> None:
     _check_evaluation(config.evaluation)
     check_names(config.tracking)
     objectives(config)
+    _check_start(config)
     _check_model(config.model)
     for name in ("data", "public_data"):
         data: DataConfig = getattr(config, name)
@@ -123,6 +124,8 @@ def _check_homes(config: Config) -> None:
         "data.source": config.data.source,
         "public_data.source": config.public_data.source,
         "model.pretrained": config.model.pretrained,
+        "model.adapter": config.model.adapter,
+        "train.continue_from": config.train.continue_from,
         "model.pretrain.perceptual_network": config.model.pretrain.perceptual_network,
         "evaluation.inception_weights": config.evaluation.inception_weights,
         **{f"paths.{name}": place for name, place in dataclasses.asdict(config.paths).items()},
@@ -130,6 +133,17 @@ def _check_homes(config: Config) -> None:
     for name, place in places.items():
         if place is not None:
             expanded(place, f"{name}={place}")
+
+
+def _check_start(config: Config) -> None:
+    given, adapter = config.train.continue_from, config.model.adapter
+    if given is not None and adapter is not None:
+        raise UserError(
+            f"train.continue_from={given} with model.adapter={adapter}: a training starts from one adapter; "
+            "expected one of the two"
+        )
+    if config.privacy.fixed_beforehand and given is None:
+        raise UserError("privacy.fixed_beforehand=true: says how train.continue_from counts; expected it too")
 
 
 def _check_choices(config: Config) -> None:

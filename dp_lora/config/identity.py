@@ -18,6 +18,8 @@ PRIVATE_SETTINGS = (
     "public_data.source",
     "model.pretrained",
     "model.pretrain.perceptual_network",
+    "model.adapter",
+    "train.continue_from",
     "privacy.insecure_seed",
     "evaluation.inception_weights",
     "evaluation.dinov2",
@@ -71,8 +73,17 @@ def _values(config: Config) -> dict[str, Any]:
         ("public_data", "source"),
         ("model", "pretrained"),
         ("evaluation", "dinov2"),
+        ("train", "continue_from"),
+        ("model", "adapter"),
     ):
         values[group][name] = _one_spelling(values[group][name])
+    if not (values["train"]["continue_from"] or values["model"]["adapter"]):
+        # As long as they say nothing, runs that are kept stay what they are.
+        del (
+            values["train"]["continue_from"],
+            values["model"]["adapter"],
+            values["privacy"]["fixed_beforehand"],
+        )
     pretrain = values["model"]["pretrain"]
     pretrain["perceptual_network"] = _one_spelling(pretrain["perceptual_network"])
     return values
@@ -93,7 +104,7 @@ def _one_spelling(place: str | None) -> str | None:
 def pretrained_fingerprint(config: Config) -> str:
     """Eight hexadecimal digits of what can change the weights of a public pre-training."""
     model = dataclasses.asdict(config.model)
-    del model["pretrained"], model["prompt"], model["pretrain"]["samples_every"]
+    del model["pretrained"], model["adapter"], model["prompt"], model["pretrain"]["samples_every"]
     public = dataclasses.asdict(config.public_data)
     public["source"] = _one_spelling(public["source"])
     pretrain = model["pretrain"]

@@ -191,6 +191,8 @@ class ModelConfig:
     the result in `paths.cache`."""
     prompt: str = PROMPT
     """The prompt of a text-to-image model for an image, with {} for the name of its class."""
+    adapter: str | None = None
+    """Run directory, or folder of an adapter, of other images, from whose values the training starts."""
     conditioning: str = "class"
     """class: one learnt token a class; none: the model is unconditional."""
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
@@ -242,6 +244,9 @@ class PrivacyConfig:
     """Which sets are neighbours; both have the same epsilon. zero_out: one image contributes nothing, and the
     number of images is public. add_or_remove: one image more or less; the number of images is private, so
     `train.sample_rate` has to be given and nothing that is released depends on the number."""
+    fixed_beforehand: bool = False
+    """With `train.continue_from`: the plans of all trainings were fixed before the first one began, so that
+    they compose as such. false counts by a Renyi filter, which holds for plans that were made on the way."""
     insecure_seed: int | None = None
     """Derives all private randomness from a number, for tests; no privacy against whoever knows it."""
     budget_epsilon: float | None = None
@@ -253,6 +258,9 @@ class PrivacyConfig:
 class TrainConfig:
     """The private fine-tuning, apart from its privacy."""
 
+    continue_from: str | None = None
+    """Run directory of a finished run on the same images, from whose adapter the training starts. The
+    statement then counts what both spent (docs/continuing.md)."""
     expected_batch_size: int = 1000
     """The number that divides a step's noised sum. Under privacy.adjacency=zero_out it is q N, the mean size
     of a Poisson batch, and determines q; under add_or_remove it is a constant beside `sample_rate`."""

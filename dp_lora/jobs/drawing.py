@@ -212,7 +212,7 @@ def base_of(source: Source, given: str | None) -> Path:
     if source.run is not None:
         is_whole(source.run, "finetune")
     folder = find(given) if given is not None else _pretrained(source)
-    _check_base(source, folder)
+    check_base(source, folder)
     return folder
 
 
@@ -273,7 +273,7 @@ def _named_base(source: Source) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _check_base(source: Source, folder: Path) -> None:
+def check_base(source: Source, folder: Path) -> None:
     """Raises UserError when the adapter was trained on other weights than those in `folder`.
 
     It says so by eight digits of their SHA-256, where the model has no name of its own.
@@ -342,7 +342,7 @@ def _record(
     counts = torch.bincount(labels, minlength=len(model.classes)).tolist()
     sampler = {k: v for k, v in asdict(asked.sampler).items() if k not in ("num_samples", "batch_size")}
     settings = {
-        "adapter_sha256": adapter_digest(source),
+        "adapter_sha256": digest_of(source.adapter),
         "model_sha256": sha256_of_weights(base),
         "sampler": sampler,
         "seed": asked.seed,
@@ -353,10 +353,10 @@ def _record(
     return {"note": note_of(source), "settings": settings, "versions": versions()}
 
 
-def adapter_digest(source: Source) -> str:
-    """SHA-256 of the adapter's weights."""
+def digest_of(adapter: Path) -> str:
+    """SHA-256 of the weights in the folder of an adapter."""
     digest = hashlib.sha256()
-    for path in sorted(source.adapter.glob("*.safetensors")):
+    for path in sorted(adapter.glob("*.safetensors")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -30,8 +30,8 @@ from dp_lora.jobs.drawing import FOLDER as DRAWN
 from dp_lora.jobs.drawing import (
     RECORD,
     Source,
-    adapter_digest,
     base_of,
+    digest_of,
     note_of,
     one_name,
     samples_digest,
@@ -178,7 +178,7 @@ def _images(source: Source, chosen: str | None) -> _Images:
             "of the adapter, which its epsilon covers: draw them again"
         )
     images = _Images(folder, folder.resolve().name, sampler, seed, prompt)
-    if adapter != adapter_digest(source):
+    if adapter != digest_of(source.adapter):
         raise UserError(
             f"samples={chosen}: were drawn from another adapter than {source.adapter}; expected images of "
             "this run, which its epsilon covers"
@@ -297,13 +297,14 @@ def _before(
     import torch
 
     from dp_lora.jobs.stages import images_before
+    from dp_lora.jobs.start import adapter_before, first_values, with_classes
     from dp_lora.models.diffusion import class_balanced
     from dp_lora.models.folders import load
 
-    model = load(base_of(source, asked.pretrained), images.prompt)
-    if model.classes != samples.classes:
-        # As the job does, whatever the images were drawn by.
-        model.new_classes(samples.classes, torch.Generator().manual_seed(config.seed))
+    # As the job does, whatever the images were drawn by.
+    adapter = None if source.run is None else adapter_before(source.run)
+    make = with_classes if adapter is None else first_values
+    model = make(load(base_of(source, asked.pretrained), images.prompt), config, samples.classes, adapter)
     n, labels = len(samples.labels), torch.from_numpy(samples.labels)
     drawing = replace(
         config,

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from dp_lora.data.sets import ImageSplits
+    from dp_lora.jobs.start import Start
     from dp_lora.models.latent_diffusion import LatentDiffusion
     from dp_lora.privacy.plan import PrivacyPlan
 
@@ -67,6 +68,8 @@ class Job:
     pretrained: Path
     device: torch.device
     seconds: dict[str, float]
+    start: Start | None = None
+    """The adapter that the training starts from; None: the pre-trained model."""
 
     @cached_property
     def model(self) -> LatentDiffusion:
@@ -77,6 +80,11 @@ class Job:
         from dp_lora.models.folders import load
 
         return load(self.pretrained, self.config.model.prompt)
+
+    @property
+    def adapter_digest(self) -> str | None:
+        """SHA-256 of the adapter that the training starts from."""
+        return None if self.start is None else self.start.digest
 
     @property
     def base_model(self) -> str:
@@ -108,6 +116,7 @@ def prepare(config: Config, directory: Path) -> Job:
     """
     from dp_lora.data import sets
     from dp_lora.jobs.apart import refuse_one_place
+    from dp_lora.jobs.start import start_of
 
     _check_directory(config, directory)
     with uncollected():
@@ -132,7 +141,8 @@ def prepare(config: Config, directory: Path) -> Job:
     _check_stages(config, directory)
     _check_evaluation(config, images)
     pretrained = pretrained_model(config, private=images)
-    return Job(config, directory, images, plan, pretrained, device, {})
+    start = start_of(config, directory, images, plan, pretrained)
+    return Job(config, directory, images, plan, pretrained, device, {}, start)
 
 
 def _check_directory(config: Config, directory: Path) -> None:

@@ -38,7 +38,9 @@ from dp_lora.jobs import reuse
 from dp_lora.jobs.begun import releases_of, stated_release
 from dp_lora.jobs.spending import charge_release, next_release
 from dp_lora.privacy import accounting
+from dp_lora.privacy.ledger import FILTER
 from dp_lora.privacy.randomness import Randomness
+from dp_lora.privacy.renyi import least_budget, renyi_divergences
 from dp_lora.privacy.subsampled_gaussian import Mechanism
 from dp_lora.storage.files import private_directory, read_json, write_json
 from dp_lora.storage.tensors import digest
@@ -321,9 +323,14 @@ def restated(training: Mapping[str, Any], config: Config, directory: Path) -> di
 
 def _with_training(training: Mapping[str, Any], releases: Sequence[Mechanism]) -> dict[str, Any]:
     """What the training and the releases spend together, for one person with an image in each set."""
-    trained = Mechanism(float(training["noise_multiplier"]), training["sample_rate"], training["steps"])
-    both = accounting.epsilon([trained, *releases], training["delta"])
-    return {"epsilon": both.epsilon, "delta": training["delta"], "accountant": both.accountant}
+    parts = [*training.get("earlier_trainings", ()), training]
+    trained = [Mechanism(float(one["noise_multiplier"]), one["sample_rate"], one["steps"]) for one in parts]
+    delta = training["delta"]
+    if training["accountant"] == FILTER:
+        budget = least_budget(renyi_divergences([*trained, *releases]), delta)
+        return {"epsilon": budget, "delta": delta, "accountant": FILTER}
+    both = accounting.epsilon([*trained, *releases], delta)
+    return {"epsilon": both.epsilon, "delta": delta, "accountant": both.accountant}
 
 
 def release_in(

@@ -50,6 +50,9 @@ if TYPE_CHECKING:
 NAME = "training.json"
 """In the private `checkpoint/` of a run that has taken its training: where from."""
 
+START = "start.json"
+"""In that of a run that started from an adapter: its digest, and the trainings behind it."""
+
 BASE = "base.json"
 """In that of a run that trains: the SHA-256 of the pre-trained weights."""
 
@@ -143,6 +146,7 @@ def find(
     directory: Path,
     images: ImageSplits,
     pretrained: Path,
+    adapter: str | None,
     hold: ExitStack,
     say: Callable[[str], None],
 ) -> Path | None:
@@ -154,6 +158,7 @@ def find(
         config, directory: of the run.
         images: private.
         pretrained: the folder of its pre-trained model.
+        adapter: SHA-256 of the adapter that it starts from.
         hold: closed when the training is not in the making any more.
         say: tells the owner.
 
@@ -168,7 +173,7 @@ def find(
         say("finetune: another job makes this training; waiting for it")
 
     hold.enter_context(file_lock(lock, waiting=waiting))
-    source, why = _recorded(config, directory, images, pretrained, record)
+    source, why = _recorded(config, directory, images, pretrained, adapter, record)
     if why is not None:
         say(f"finetune: {why}, so this run trains by itself")
     if source is not None:
@@ -177,7 +182,12 @@ def find(
 
 
 def _recorded(
-    config: Config, directory: Path, images: ImageSplits, pretrained: Path, record: Path
+    config: Config,
+    directory: Path,
+    images: ImageSplits,
+    pretrained: Path,
+    adapter: str | None,
+    record: Path,
 ) -> tuple[Path | None, str | None]:
     """The run directory that `record` names, or the reason why its training is not the one asked for."""
     from dp_lora.models.folders import sha256_of_weights
@@ -194,6 +204,9 @@ def _recorded(
         return None, f"{record} names {source}, which is another training"
     if found["model"] != sha256_of_weights(pretrained):
         return None, f"the training of {source} began with other weights of the pre-trained model"
+    start = source / "checkpoint" / START
+    if adapter != (read_json(start)["adapter"] if start.exists() else None):
+        return None, f"the training of {source} started from another adapter"
     path = source / "checkpoint" / content.NAME
     if not path.exists():
         return None, f"{path} is missing, so it is not known which images that training was of"
@@ -247,6 +260,8 @@ def take(source: Path, directory: Path, tracker: Tracker) -> None:
         statement["release"] = release  # of its own, from before its adapter was lost
     tracker.privacy(statement)
     write_json(checkpoint / content.NAME, read_json(source / "checkpoint" / content.NAME), mode=0o600)
+    if (source / "checkpoint" / START).exists():
+        write_json(checkpoint / START, read_json(source / "checkpoint" / START), mode=0o600)
     there = os.path.relpath(trained.directory, directory.resolve())
     shown = None if trained.receipt is None else asdict(trained.receipt)
     write_json(checkpoint / NAME, {"directory": str(there), "receipt": shown}, mode=0o600)

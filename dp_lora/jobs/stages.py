@@ -20,9 +20,10 @@ from dp_lora.config.identity import absolute_paths, run_directory
 from dp_lora.config.schema import Config
 from dp_lora.errors import Busy, UserError, recorded
 from dp_lora.jobs import reuse
-from dp_lora.jobs.begun import releases_of, stated_release
 from dp_lora.jobs.job import Job, device_of, prepare, pretrained_model, say
 from dp_lora.jobs.spending import charged, refusal
+from dp_lora.jobs.start import first_values, keep, with_classes
+from dp_lora.jobs.statement import epsilon_so_far, privacy_record
 from dp_lora.jobs.summary import guarantee, summary
 from dp_lora.records import manifest
 from dp_lora.records.run_directory import OUTPUTS, is_whole, keep_adapter, result, state
@@ -88,7 +89,9 @@ def _lead(config: Config, directory: Path, team: Team, shown_name: str) -> dict[
         left = [name for name in asked if not is_whole(job.directory, name)]
         source = None
         if "finetune" in left:
-            source = reuse.find(job.config, job.directory, job.images, job.pretrained, alone, say)
+            source = reuse.find(
+                job.config, job.directory, job.images, job.pretrained, job.adapter_digest, alone, say
+            )
         if "finetune" in left and source is None:
             reason = refusal(job.config, job.plan, job.directory, job.images, alone=True)
             if reason is not None:
@@ -197,12 +200,20 @@ def _timed(job: Job, stage: str) -> Iterator[None]:
 
 
 def model_before(job: Job) -> LatentDiffusion:
-    """The pre-trained model on the job's device, conditioned on the classes of the private data."""
-    import torch
+    """The model before the training on the job's device, conditioned on the classes of the private data.
 
-    model = job.model.sharing_weights()
-    if model.classes != job.images.train.classes:
-        model.new_classes(job.images.train.classes, torch.Generator().manual_seed(job.config.seed))
+    That is the pre-trained one, with the adapter that the training starts from where there is one.
+    """
+    if job.start is not None:
+        return model_to_train(job)
+    model = with_classes(job.model.sharing_weights(), job.config, job.images.train.classes, None)
+    return model.to(job.device)
+
+
+def model_to_train(job: Job) -> LatentDiffusion:
+    """The same, with what is trained chosen and at its first values."""
+    adapter = None if job.start is None else job.start.adapter
+    model = first_values(job.model.sharing_weights(), job.config, job.images.train.classes, adapter)
     return model.to(job.device)
 
 
@@ -211,12 +222,18 @@ def _finetune(job: Job, tracker: Tracker, team: Team) -> None:
 
     config = job.config
 
+    executed = 0
+
     def log(step: int, values: dict[str, float]) -> None:
         note()
+        if job.start is not None and "epsilon" in values:
+            values = {**values, "epsilon": epsilon_so_far(job, executed, values["epsilon"])}
         if step % config.tracking.log_every == 0 or step == job.plan.steps:
             tracker.log(step, values, "finetune")
 
     def begun(executions: int, epsilon: float) -> None:
+        nonlocal executed
+        executed = executions
         tracker.privacy(privacy_record(job, epsilon=epsilon, steps=executions, complete=False))
 
     def started(finished: int) -> None:
@@ -225,6 +242,9 @@ def _finetune(job: Job, tracker: Tracker, team: Team) -> None:
     folder = job.directory / "checkpoint"
     with charged(config, job.plan, folder, job.images) as note, _timed(job, "finetune"):
         content.keep(job.images, folder)
+        if job.start is not None:
+            say(f"finetune: starts from {job.start.described()}")
+            keep(job.start, folder)
         model, executed = _train(job, team, log, started, begun)
     tracker.stage_ended("finetune")
     record = privacy_record(job, epsilon=job.plan.epsilon, steps=executed, complete=True)
@@ -248,8 +268,7 @@ def _train(
         from dp_lora.training.finetune import finetune
 
     config, train = job.config, job.images.train
-    model = model_before(job)
-    adapters.attach(model, config.trainable.components, config.lora, seed=config.seed)
+    model = model_to_train(job)
     if team.first:
         seeded = config.privacy.insecure_seed is not None
         planned = {**job.plan.to_dict(), "reproducible_noise": seeded}
@@ -265,30 +284,6 @@ def _train(
     folder = job.directory / "checkpoint"
     executed = finetune(config, model, encoded, labels, job.plan, folder, log, started, captions, begun)
     return model, executed
-
-
-def privacy_record(job: Job, *, epsilon: float, steps: int, complete: bool) -> dict[str, Any]:
-    """The content of privacy.json when `steps` noisy steps were begun, finished or not."""
-    from dp_lora.records.card import COVERS, DOES_NOT_COVER, LIVE, no_guarantee
-
-    secret = job.config.privacy.insecure_seed is None
-    record = {
-        **job.plan.to_dict(),
-        "epsilon": epsilon,
-        "steps": steps,
-        "planned_steps": job.plan.steps,
-        "complete": complete,
-        "reproducible_noise": not secret,
-    }
-    nothing = no_guarantee(record, reproducible_noise=not secret)
-    covers = COVERS if nothing is None else nothing
-    live = (LIVE,) if job.config.tracking.live else ()
-    record |= {"covers": covers, "does_not_cover": (*DOES_NOT_COVER, *live)}
-    if stated_release(job.directory) is not None or releases_of(job.directory / "checkpoint"):
-        from dp_lora.jobs.release import restated
-
-        record["release"] = restated(record, job.config, job.directory)
-    return record
 
 
 def _export(job: Job, model: LatentDiffusion, record: Mapping[str, Any]) -> None:
@@ -316,7 +311,7 @@ def _export(job: Job, model: LatentDiffusion, record: Mapping[str, Any]) -> None
         target_modules=config.lora.target_modules if lora else [],
         parameters=adapters.count(model),
         versions=versions(),
-        reproducible_noise=config.privacy.insecure_seed is not None,
+        reproducible_noise=record["reproducible_noise"],
         text=text,
     )
     partial = job.directory / "adapter.partial"
@@ -400,8 +395,7 @@ def _evaluate(job: Job, tracker: Tracker) -> None:
     with _timed(job, "evaluate"):
         evaluation = _released(job, tracker) if config.evaluation.release == "dp" else _compared(job)
     metadata = shown_metadata(evaluation.metadata, config)
-    model = model_before(job)
-    adapters.attach(model, config.trainable.components, config.lora, seed=config.seed)
+    model = model_to_train(job)
     tracker.result(
         {
             "metrics": evaluation.metrics,

@@ -38,6 +38,16 @@ ADAPTER = "adapter_model.safetensors"
 TRAINED = "trained.safetensors"
 """Parameters that were trained in place, by their name in the model: the class embedding among them."""
 
+_SAME = {
+    "r": "lora.rank",
+    "lora_alpha": "lora.alpha",
+    "target_modules": "lora.target_modules",
+    "rank_pattern": "lora.cap_rank",
+    "alpha_pattern": "lora.alpha",
+    "peft_type": "trainable.components",
+}
+"""Fields of adapter_config.json that are alike if a training can start from an adapter; their settings."""
+
 PROMPTS = "prompts.json"
 """Of a text-to-image model: the prompt of a class and the names of the classes."""
 
@@ -338,6 +348,92 @@ def conditions(folder: Path) -> tuple[str, tuple[str, ...]] | None:
     return prompt, tuple(map(str, classes))
 
 
+def check_start(folder: Path, model: LatentDiffusion) -> None:
+    """Raises UserError unless what is trained of `model` can start from the adapter that `export` wrote."""
+    own = _plain_values(model.unet.peft_config["default"]) if hasattr(model.unet, "peft_config") else {}
+    path = folder / "adapter_config.json"
+    found = read_json(path) if path.exists() else {}
+    for name, field in _SAME.items():
+        if own.get(name) != found.get(name):
+            shown = [_short(values.get(name)) for values in (found, own)]
+            raise UserError(
+                f"{field}: the adapter in {folder} has {name} {shown[0]}, and this training {shown[1]}; "
+                "expected the settings with which the adapter was made"
+            )
+    mine = {_plain_name(name) for name in trainable_parameters(model) if ".lora_" not in name}
+    theirs = _trained(folder)
+    if left_out := sorted(theirs.keys() - _in_three({name: torch.empty(3) for name in mine}).keys()):
+        raise UserError(
+            f"trainable.components: the adapter in {folder} also holds {_short(left_out)}, which this "
+            "training leaves as in the pre-trained model; expected the components with which the adapter was "
+            "made"
+        )
+
+
+def _short(value: Any) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+def start(model: LatentDiffusion, folder: Path) -> None:
+    """Gives the trained parameters of a model the values of the adapter that `export` wrote, in place.
+
+    The class embedding is left as it is: see `start_classes`.
+
+    Args:
+        model: after `attach`.
+        folder: of an adapter that `check_start` lets through.
+
+    Raises UserError when a tensor has another shape.
+    """
+    check_start(folder, model)
+    if (folder / ADAPTER).exists():
+        given = {name.removeprefix(_PREFIX): value for name, value in _read(folder / ADAPTER).items()}
+        own = get_peft_model_state_dict(model.unet)
+        set_peft_model_state_dict(model.unet, _as_one(own, given, folder / ADAPTER))
+    trained = _trained(folder)
+    trained.pop("class_embedder.weight", None)
+    own = {_plain_name(n): p for n, p in trainable_parameters(model).items() if ".lora_" not in n}
+    chosen = {name: p for name, p in own.items() if set(_names_in_three(name)) <= trained.keys()}
+    for name, value in _as_one(chosen, trained, folder / TRAINED).items():
+        chosen[name].data.copy_(value)
+
+
+def start_classes(model: LatentDiffusion, folder: Path) -> None:
+    """Gives the model the class embedding of an adapter with its classes, where the adapter has one.
+
+    New classes then begin at the mean of its embeddings (`LatentDiffusion.new_classes`).
+
+    Raises UserError when the embedding does not fit the model.
+    """
+    trained = _trained(folder)
+    embedding, names = trained.get("class_embedder.weight"), class_names(folder)
+    if embedding is None or names is None or model.class_embedder is None:
+        return
+    if embedding.shape != (len(names), model.class_embedder.embedding_dim):
+        raise UserError(
+            f"{folder / TRAINED}: class_embedder.weight {tuple(embedding.shape)} does not fit the model; "
+            f"expected {(len(names), model.class_embedder.embedding_dim)}"
+        )
+    model.class_embedder = nn.Embedding.from_pretrained(embedding.clone(), freeze=False)
+    model.classes = names
+
+
+def _as_one(own: Mapping[str, Tensor], given: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The reverse of `_in_three`, for the names of `own`. Raises UserError when the shapes do not fit."""
+    joined = {}
+    for name, value in own.items():
+        parts = [given.get(one) for one in _names_in_three(name)]
+        if any(part is None for part in parts):
+            raise UserError(f"{path}: has no {name}; expected the tensors of this model")
+        shared = len(parts) == 1 or "lora_A" in name
+        found = parts[0] if shared else torch.cat([part for part in parts if part is not None])
+        if found is None or found.shape != value.shape:
+            raise UserError(f"{path}: {name} does not fit the model; expected {tuple(value.shape)}")
+        joined[name] = found
+    return joined
+
+
 def restore(model: LatentDiffusion, folder: Path, classes: Sequence[str]) -> None:
     """Loads what `export` wrote into the pre-trained `model`, in place.
 
@@ -350,7 +446,7 @@ def restore(model: LatentDiffusion, folder: Path, classes: Sequence[str]) -> Non
     """
     if (folder / ADAPTER).exists():
         _restore_lora(model, folder)
-    trained = _read(folder / TRAINED) if (folder / TRAINED).exists() else {}
+    trained = _trained(folder)
     embedding, embedder = trained.get("class_embedder.weight"), model.class_embedder
     if embedding is not None and embedder is not None:
         if embedding.shape != (len(classes), embedder.embedding_dim):
@@ -383,6 +479,11 @@ def _restore_lora(model: LatentDiffusion, folder: Path) -> None:
     if fits != {name: value.shape for name, value in state.items()}:
         raise UserError(f"{folder / ADAPTER}: its tensors do not fit the modules of the model")
     set_peft_model_state_dict(model.unet, state)
+
+
+def _trained(folder: Path) -> dict[str, Tensor]:
+    """The parameters of an adapter that were trained in place, by name; none where there are none."""
+    return _read(folder / TRAINED) if (folder / TRAINED).exists() else {}
 
 
 def _read(path: Path) -> dict[str, Tensor]:

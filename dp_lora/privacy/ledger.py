@@ -46,6 +46,9 @@ from dp_lora.privacy.renyi import admits, least_budget, renyi_divergences
 from dp_lora.privacy.subsampled_gaussian import Mechanism
 from dp_lora.storage.files import append_line, read_lines, write_atomic
 
+FILTER = "Renyi filter"
+"""Bounds the epsilon of runs that were chosen after seeing earlier ones; named in place of an accountant."""
+
 PATIENCE_S = 300.0
 """How long to wait for a ledger that others write to, each of them for less than a second."""
 

@@ -183,6 +183,7 @@ def _privacy_section(record: Mapping[str, Any], *, guaranteed: bool) -> str:
         "## Privacy",
         f"The training of this adapter satisfies **({_at_most(record['epsilon'])}, "
         f"{_at_most(record['delta'])})-differential privacy** (epsilon, delta). {_relation(record)}".strip(),
+        *_earlier(record),
         _settings_table(record),
         "**What the guarantee covers**",
         _bullets(record.get("covers") or COVERS),
@@ -190,6 +191,23 @@ def _privacy_section(record: Mapping[str, Any], *, guaranteed: bool) -> str:
         _bullets(record.get("does_not_cover") or DOES_NOT_COVER),
     ]
     return "\n\n".join(lines)
+
+
+def _earlier(record: Mapping[str, Any]) -> list[str]:
+    """What the earlier trainings on the same images have to do with the epsilon, where there were any."""
+    if not (earlier := record.get("earlier_trainings")):
+        return []
+    them = "one earlier training" if len(earlier) == 1 else f"{len(earlier)} earlier trainings"
+    why = (
+        "also if its settings were chosen after results of the earlier ones were seen (Renyi filter)"
+        if record["accountant"] == "Renyi filter"
+        else "provided that all settings were fixed before the first of them began"
+    )
+    return [
+        f"The training started from the adapter of {them} on the same images, and the epsilon counts all of "
+        f"them, {why}. By itself it spent epsilon {_at_most(record['epsilon_of_this_training'])}; the noise, "
+        "sample rate and steps below are its own."
+    ]
 
 
 def _relation(record: Mapping[str, Any]) -> str:

@@ -133,6 +133,13 @@ def numbers(field: str, value: Any) -> dict[str, float | str]:
     return {name(field, key): number(f"{field}.{key}", item) for key, item in mapping(field, value).items()}
 
 
+def list_of_numbers(field: str, value: Any) -> list[dict[str, float | str]]:
+    """A list of numbers by their names. Raises UserError otherwise."""
+    if not isinstance(value, list | tuple):
+        raise _wrong(field, "a list", value)
+    return [numbers(field, item) for item in value]
+
+
 def interval(field: str, value: Any) -> list[float | str]:
     """Two numbers. Raises UserError otherwise."""
     if not isinstance(value, list | tuple) or len(value) != 2:

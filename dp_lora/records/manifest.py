@@ -99,7 +99,8 @@ PRIVACY: Mapping[str, Why] = {
     **dict.fromkeys(
         (
             "accountant", "adjacency", "clipping", "complete", "covers", "delta", "does_not_cover", "epsilon",
-            "epsilon_by_accountant", "expected_batch_size", "loss_share", "max_grad_norm",
+            "earlier_trainings", "epsilon_by_accountant", "epsilon_of_this_training",
+            "expected_batch_size", "loss_share", "max_grad_norm",
             "noise_multiplicity", "noise_multiplier", "planned_steps", "private", "release",
             "reproducible_noise", "sample_rate", "steps", "target_epsilon", "unit",
         ),
@@ -126,6 +127,7 @@ _KINDS: Mapping[str, Shape] = {
     **dict.fromkeys(("accountant", "adjacency", "clipping", "unit"), field_kinds.words),
     **dict.fromkeys(("covers", "does_not_cover"), field_kinds.sentences),
     "epsilon_by_accountant": field_kinds.numbers,
+    "earlier_trainings": field_kinds.list_of_numbers,
     "release": _RELEASE,
 }
 """The shapes of the fields of privacy.json that are not numbers."""

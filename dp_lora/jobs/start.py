@@ -1,0 +1,328 @@
+"""The released adapter that a training starts from, and what was spent on the same images before it.
+
+`train.continue_from=RUN` goes on from a finished run on the same images. `model.adapter=RUN_OR_FOLDER` starts
+from an adapter of other images. Both give the trained parameters their first values; optimiser, noise and
+batches begin anew, and ledger and budget see an ordinary run.
+
+Guarantee: the statement of the new adapter composes its training with every earlier one on the same images
+that it descends from. Those are the trainings in the statement of `continue_from`, and any ancestor whose
+number the ledger or the index has for these images, or for images that share some with them, however the
+start was named. Whoever goes on has seen what came before, so the composition is that of a Renyi filter
+(Feldman and Zrnic 2021), `privacy.ledger.spent_adaptively`. With `privacy.fixed_beforehand` the plans compose
+as ones that were fixed before the first of them.
+
+What an adapter without its run was trained on is not known; the statement says so.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dp_lora.config.schema import Config
+from dp_lora.errors import UserError
+from dp_lora.jobs import content
+from dp_lora.jobs.begun import begun
+from dp_lora.jobs.drawing import check_base, digest_of, source_of
+from dp_lora.jobs.reuse import START, taken
+from dp_lora.jobs.spending import Books, charge_of
+from dp_lora.privacy.accounting import Spent
+from dp_lora.privacy.ledger import FILTER, Charge, spent, spent_adaptively
+from dp_lora.privacy.subsampled_gaussian import Mechanism
+from dp_lora.records.run_directory import WAY_OUT, check_records, is_whole, state
+from dp_lora.storage.files import Damaged, private_directory, read_json, write_json
+from dp_lora.training.receipts import read_receipt
+
+if TYPE_CHECKING:
+    from dp_lora.data.sets import ImageSplits
+    from dp_lora.models.latent_diffusion import LatentDiffusion
+    from dp_lora.privacy.plan import PrivacyPlan
+
+OTHER_IMAGES = (
+    "The adapter that the training started from: its own card states what was spent on the images that it "
+    "was trained on."
+)
+"""A further limit of the statement of a run that started from an adapter of other images."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """One of the trainings that an adapter descends from."""
+
+    run: str
+    """Its number in ledger and index; empty if it was on public images."""
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+    """That were begun."""
+    private: bool
+    """False without noise, and with noise from a seed."""
+    same_images: bool
+    """Whether it was on the images of the run that lists it, or on some of them."""
+
+    @property
+    def mechanism(self) -> Mechanism:
+        """The noisy steps, for the accountant."""
+        return Mechanism(self.noise_multiplier, self.sample_rate, self.steps)
+
+
+@dataclass(frozen=True)
+class Start:
+    """The adapter that a training starts from."""
+
+    adapter: Path
+    digest: str
+    """SHA-256 of its weights."""
+    trainings: tuple[Training, ...] | None
+    """That it descends from, the last one last; None for an adapter without its run."""
+    word: str
+    """The setting that names it."""
+
+    def described(self) -> str:
+        """The start and what the statement counts, for the owner."""
+        n = len(self.before)
+        counted = f"{n} earlier training{'s' if n != 1 else ''} on these images count with this one"
+        return f"{self.adapter}; " + (counted if n else "no earlier training on these images is known")
+
+    @property
+    def before(self) -> list[Training]:
+        """The trainings on the images of the new run."""
+        return [one for one in self.trainings or () if one.same_images]
+
+
+def start_of(
+    config: Config, directory: Path, images: ImageSplits, plan: PrivacyPlan, pretrained: Path
+) -> Start | None:
+    """The adapter that the run in `directory` starts from; None if it starts from the pre-trained model.
+
+    Raises UserError for one that is not there, not finished, of another model, of other images than
+    `continue_from` says, or that has changed since the run began.
+    """
+    given = config.train.continue_from or config.model.adapter
+    if given is None:
+        return None
+    goes_on = config.train.continue_from is not None
+    word = f"{'train.continue_from' if goes_on else 'model.adapter'}={given}"
+    place = Path(given).expanduser()
+    if place.resolve() == directory.resolve():
+        raise UserError(f"{word}: is the directory of this run itself; expected another run")
+    try:
+        source = source_of(place)
+        check_base(source, pretrained)
+        if source.run is not None:
+            _check_finished(source.run)
+        elif goes_on:
+            raise UserError("the folder of an adapter; expected a run directory, or model.adapter")
+    except UserError as error:
+        raise UserError(f"{word}: {error}") from error
+    _check_settings(config, source.adapter)
+    start = Start(source.adapter, digest_of(source.adapter), None, word)
+    _check_same(start, directory)
+    if source.run is None:
+        return start
+    behind = _behind(source.run, config, images, plan, word, goes_on=goes_on)
+    # What was known when the run began stays known.
+    kept = {one.run for one in _kept(directory / "checkpoint") if one.same_images}
+    return replace(
+        start, trainings=tuple(replace(one, same_images=one.same_images or one.run in kept) for one in behind)
+    )
+
+
+def keep(start: Start, folder: Path) -> None:
+    """Notes in the private `checkpoint/` of a run that begins what it starts from."""
+    path = private_directory(folder) / START
+    trainings = None if start.trainings is None else [asdict(one) for one in start.trainings]
+    if not path.exists():
+        record = {"adapter": start.digest, "folder": str(start.adapter.absolute()), "trainings": trainings}
+        write_json(path, record, mode=0o600)
+
+
+def first_values(
+    model: LatentDiffusion, config: Config, classes: Sequence[str], adapter: Path | None
+) -> LatentDiffusion:
+    """`model`, changed in place, with what is trained chosen and at its first values.
+
+    Args:
+        model: pre-trained.
+        config: of the run.
+        classes: of its private images.
+        adapter: the folder of the adapter that it starts from.
+    """
+    from dp_lora.models import adapters
+
+    with_classes(model, config, classes, adapter)
+    adapters.attach(model, config.trainable.components, config.lora, seed=config.seed)
+    if adapter is not None:
+        adapters.start(model, adapter)
+    return model
+
+
+def with_classes(
+    model: LatentDiffusion, config: Config, classes: Sequence[str], adapter: Path | None
+) -> LatentDiffusion:
+    """`model`, changed in place, conditioned on `classes`; see `first_values`."""
+    import torch
+
+    from dp_lora.models import adapters
+
+    if adapter is not None:
+        adapters.start_classes(model, adapter)
+    if model.classes != tuple(classes):
+        model.new_classes(classes, torch.Generator().manual_seed(config.seed))
+    return model
+
+
+def adapter_before(run: Path) -> Path | None:
+    """The folder of the adapter that a run started from; None if it started from the pre-trained model.
+
+    Raises UserError when it is not there any more, or has changed.
+    """
+    path = run / "checkpoint" / START
+    if not path.exists():
+        return None
+    found = read_json(path)
+    folder = Path(found["folder"])
+    if not folder.is_dir() or digest_of(folder) != found["adapter"]:
+        raise UserError(
+            f"{folder}: the adapter that this run started from is not there, or has changed; expected it as "
+            "it was"
+        )
+    return folder
+
+
+def total(start: Start, mechanism: Mechanism, delta: float, *, private: bool, fixed: bool) -> Spent:
+    """Epsilon of `mechanism` and of all earlier trainings on the same images, at `delta`.
+
+    Args:
+        start: of the run.
+        mechanism: the steps that the run has begun.
+        delta: of the run.
+        private: whether the run's own noise protects anything.
+        fixed: whether all plans were fixed before the first training began.
+    """
+    charges = [
+        *(Charge(one.run, "", one.mechanism, delta, one.private) for one in start.before),
+        Charge("", "", mechanism, delta, private),
+    ]
+    if fixed or not all(charge.private for charge in charges):
+        return spent(charges, delta)
+    return Spent(spent_adaptively(charges, delta), FILTER)
+
+
+def with_earlier(record: Mapping[str, Any], start: Start, *, fixed: bool) -> dict[str, Any]:
+    """The content of privacy.json, in which `epsilon` counts the earlier trainings on the same images too.
+
+    `epsilon_of_this_training` is what the record said before.
+    """
+    stated = dict(record)
+    behind = start.trainings
+    if behind is None or any(not one.same_images for one in behind):
+        stated["does_not_cover"] = [*record["does_not_cover"], OTHER_IMAGES]
+    if not start.before:
+        return stated
+    mechanism = Mechanism(record["noise_multiplier"], record["sample_rate"], record["steps"])
+    own = bool(record["private"]) and record["reproducible_noise"] is False
+    found = total(start, mechanism, record["delta"], private=own, fixed=fixed)
+    # By accountant there is only what this training alone spent.
+    del stated["epsilon_by_accountant"]
+    return stated | {
+        "epsilon": found.epsilon,
+        "accountant": found.accountant,
+        "private": found.epsilon != float("inf"),
+        "reproducible_noise": record["reproducible_noise"]
+        or any(not one.private and one.noise_multiplier > 0 for one in start.before),
+        "epsilon_of_this_training": record["epsilon"],
+        "earlier_trainings": [
+            {"noise_multiplier": one.noise_multiplier, "sample_rate": one.sample_rate, "steps": one.steps}
+            for one in start.before
+        ],
+    }
+
+
+def _check_settings(config: Config, adapter: Path) -> None:
+    """Raises UserError where what the run trains is not what the adapter holds."""
+    import torch
+
+    from dp_lora.jobs.settings import outline_of
+    from dp_lora.models import adapters
+
+    model = copy.deepcopy(outline_of(config))
+    with torch.device("meta"):
+        adapters.attach(model, config.trainable.components, config.lora, seed=config.seed)
+    adapters.check_start(adapter, model)
+
+
+def _check_finished(run: Path) -> None:
+    check_records(run)
+    privacy = run / "privacy.json"
+    complete = privacy.exists() and read_json(privacy).get("complete") is True
+    if not complete or not is_whole(run, "finetune"):
+        raise UserError(f"the run is {state(run) or 'not finished'}; expected one whose training has ended")
+
+
+def _behind(
+    run: Path, config: Config, images: ImageSplits, plan: PrivacyPlan, word: str, *, goes_on: bool
+) -> tuple[Training, ...]:
+    """The trainings that the adapter of `run` descends from, by that run's own record and statement."""
+    folder = run / "checkpoint"
+    unchanged = (folder / content.NAME).exists() and content.refusal(images, folder) is None
+    if goes_on and not unchanged:
+        raise UserError(
+            f"{word}: was trained on other images than these, or has no record of them; expected a run on "
+            "the same images, or model.adapter for an adapter of other images"
+        )
+    earlier = _kept(folder)
+    last = _of_run(run)
+    shared = _numbers_on(config, images, plan)
+    same = unchanged or last.run in shared
+    behind = [replace(one, same_images=(same and one.same_images) or one.run in shared) for one in earlier]
+    return (*behind, replace(last, same_images=same))
+
+
+def _of_run(run: Path) -> Training:
+    """The training of a finished run, with the larger of the steps that are stated and on record."""
+    record = read_json(run / "privacy.json")
+    source = taken(run)
+    folder = (run if source is None else source.directory) / "checkpoint"
+    receipt = read_receipt(folder) if source is None else source.receipt
+    noise = float(record["noise_multiplier"])
+    own = float(record.get("epsilon_of_this_training", record["epsilon"]))
+    steps = max(int(record["steps"]), begun(folder) if folder.is_dir() else 0)
+    private = noise > 0 and own != float("inf") and record["reproducible_noise"] is False
+    number = "" if receipt is None else receipt.run
+    return Training(number, noise, float(record["sample_rate"]), steps, private, same_images=True)
+
+
+def _numbers_on(config: Config, images: ImageSplits, plan: PrivacyPlan) -> set[str]:
+    """The numbers of all runs that ledger or index have on `images`, or on images shared with them."""
+    if config.data.public:
+        return set()
+    mine = charge_of(config, plan, "")
+    return {charge.run for charge in Books(config, images).others(mine)}
+
+
+def _kept(folder: Path) -> Sequence[Training]:
+    """The trainings behind the run of the private `folder`, as it noted them when it began."""
+    path = folder / START
+    if not path.exists():
+        return ()
+    try:
+        return [Training(**one) for one in read_json(path)["trainings"] or ()]
+    except (KeyError, TypeError) as error:
+        raise Damaged(f"{path}: expected what the run started from, as it wrote it: {WAY_OUT}") from error
+
+
+def _check_same(start: Start, directory: Path) -> None:
+    """Raises UserError when the run in `directory` began from other weights."""
+    path = directory / "checkpoint" / START
+    if not path.exists():
+        return
+    found = read_json(path)
+    if not isinstance(found, dict) or found.get("adapter") != start.digest:
+        raise UserError(
+            f"{start.word}: the adapter is not the one that this run ({directory}) began with; expected it "
+            "as it was, or another paths.outputs for a new run"
+        )
