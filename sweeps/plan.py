@@ -106,7 +106,25 @@ def spending(configs: Sequence[Config]) -> list[str]:
                 # One place is one set, whatever preset reads it.
                 name = names.setdefault(ledger_beside(source), name)
             sets.setdefault(name, []).append(config)
-    return [f"privacy on {name}: {_spent(mine)}" for name, mine in sets.items()]
+    lines = [f"privacy on {name}: {_spent(mine)}" for name, mine in sets.items()]
+    return [*lines, *_releases(configs)]
+
+
+def _releases(configs: Sequence[Config]) -> list[str]:
+    """A line on the releases on held-out images, which have budgets of their own; none without any."""
+    epsilons = [
+        config.evaluation.release_epsilon
+        for config in configs
+        if config.evaluation.release == "dp" and "evaluate" in config.stages and not config.data.public
+    ]
+    if not epsilons:
+        return []
+    each = ", ".join(f"{epsilon:g}" for epsilon in sorted(set(epsilons)))
+    count = f"{len(epsilons)} release{'s' * (len(epsilons) != 1)}"
+    return [
+        f"{count} of metrics on held-out images, epsilon {each} each, at most {sum(epsilons):g} together: "
+        "for these images, and beside the training for whoever has images in both"
+    ]
 
 
 def _trainings(configs: Sequence[Config]) -> list[Config]:

@@ -340,8 +340,13 @@ def _membership(job: Job, options: Options) -> dict[str, Any]:
         attack: _shown(membership(members.scores(attack), others.scores(attack), options.confidence))
         for attack in ATTACKS
     }
-    sizes = {"members": len(parts[0]), "others": len(parts[1]), "draws": options.draws}
-    return {"membership_inference": {**sizes, "confidence": options.confidence, **attacks}}
+    sizes: dict[str, int | None] = dict(zip(("members", "others"), map(len, parts), strict=True))
+    if config.privacy.adjacency == "add_or_remove" and not config.data.public:
+        # Where the set has fewer images than are asked for, they tell how many.
+        sizes = dict.fromkeys(sizes)
+    return {
+        "membership_inference": {**sizes, "draws": options.draws, "confidence": options.confidence, **attacks}
+    }
 
 
 def _shown(found: Membership) -> dict[str, Any]:

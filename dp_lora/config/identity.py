@@ -166,6 +166,10 @@ def readable(overrides: Sequence[str]) -> str:
 
 def _may_be_shown(word: str) -> bool:
     """Whether a word sets one plain value that is neither private nor a path."""
-    name, _, value = word.partition("=")
-    private = any(f"{name}.".startswith(f"{setting}.") for setting in PRIVATE_SETTINGS)
-    return not private and not re.search(r"[/~\\{$]", value)
+    return not is_private(word) and not re.search(r"[/~\\{$]", word.partition("=")[2])
+
+
+def is_private(word: str) -> bool:
+    """Whether a word of the command line sets one of `PRIVATE_SETTINGS`."""
+    name = word.partition("=")[0].lstrip("+~")
+    return any(f"{name}.".startswith(f"{setting}.") for setting in PRIVATE_SETTINGS)

@@ -11,6 +11,9 @@ import hashlib
 
 import numpy as np
 
+SEEN = "images.npy"
+"""In the folder of a pre-trained model: uint8 [N, 32], the digests of the public images it was made from."""
+
 SIZE = 32
 """Bytes of a digest."""
 

@@ -6,8 +6,12 @@ of those that a folder holds by mistake.
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
+
 from dp_lora.config.schema import Config
-from dp_lora.data.digests import array_digests
+from dp_lora.data.digests import SEEN, array_digests
 from dp_lora.data.sets import ImageSplits
 from dp_lora.data.sources import location
 from dp_lora.errors import PrivateRefusal, UserError
@@ -36,9 +40,30 @@ def refuse_shared_images(config: Config, public: ImageSplits, private: ImageSpli
     As prepared for the model, so an image that the two presets resize in two ways is not recognised; images
     of one colour identify nobody. Two published sets are what they are, and are not compared.
     """
+    _refuse_known(config, {row.tobytes() for part in public for row in array_digests(part.images)}, private)
+
+
+def refuse_seen(config: Config, folder: Path, private: ImageSplits) -> None:
+    """The same for a model that is there already, by the digests of the images that it was made from.
+
+    Models of earlier versions, and those that were not made here, have no digests and are not compared.
+    """
+    path = folder / SEEN
+    if not path.exists():
+        return
+    try:
+        seen = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(
+            f"{path}: cannot be read ({type(error).__name__}); expected what the pre-training left"
+        ) from error
+    _refuse_known(config, {row.tobytes() for row in seen}, private)
+
+
+def _refuse_known(config: Config, known: set[bytes], private: ImageSplits) -> None:
     if config.data.public or (config.data.source is None and config.public_data.source is None):
         return
-    shared = len(_digests(public) & _digests(private))
+    shared = len(known & _digests(private))
     if shared:
         raise PrivateRefusal(
             f"public_data.source: {shared} of the private images are among the public ones: {WAY_OUT}"

@@ -5,9 +5,10 @@ that was moved, copied, wrapped in another folder or mixed with others, and it k
 which every charge stands under the set whose images it was for. What a run may still spend is computed from
 all sets that share an image with its own, and with those, and so on.
 
-It knows images by their decoded pixels (`dp_lora.data.digests`) under a key that never leaves it. It cannot
-know what another user or machine spent, images that were cropped, resized or compressed anew, or what was
-spent before it was deleted. An image of one colour identifies nobody and is left out.
+It knows images by their decoded pixels (`dp_lora.data.digests`), and by those that are trained on, under a
+key that never leaves it. It cannot know what another user or machine spent, images that were cropped,
+resized or compressed anew, or what was spent before it was deleted. An image of one colour identifies nobody
+and is left out.
 
 Guarantees:
     * Like the ledger of a set, the index knows where each run has come to: a copy of a run that brings its
@@ -31,7 +32,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from dp_lora.data.digests import SIZE
+from dp_lora.data.digests import SIZE, array_digests
 from dp_lora.data.sets import ImageSet, ImageSplits
 from dp_lora.errors import UserError
 from dp_lora.jobs.content import digests
@@ -57,8 +58,12 @@ _computed: WeakKeyDictionary[ImageSet, tuple[bytes, np.ndarray]] = WeakKeyDictio
 
 def default_folder() -> Path:
     """`$XDG_DATA_HOME/dp_lora/image_index`: it does not depend on where data, outputs or caches lie."""
-    home = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
-    return expanded(home, f"XDG_DATA_HOME={home}") / "dp_lora" / "image_index"
+    given = os.environ.get("XDG_DATA_HOME", "")
+    home = expanded(given, f"XDG_DATA_HOME={given}")
+    if not home.is_absolute():
+        # As the specification of these folders says: another working directory would be another index.
+        home = expanded("~/.local/share", "HOME")
+    return home / "dp_lora" / "image_index"
 
 
 class ImageIndex:
@@ -286,10 +291,13 @@ def _by_run(charge: Charge) -> Charge:
 
 
 def _keyed(part: ImageSet, key: bytes) -> np.ndarray:
-    """The keyed digests of the images that show something, uint64 [M]: HMAC-SHA256, its first eight bytes."""
+    """The keyed digests of the images that show something, uint64 [M]: eight bytes of HMAC-SHA256 each."""
     if part in _computed and _computed[part][0] == key:
         return _computed[part][1]
-    rows = digests(part)[~plain(part.images)].tobytes()
+    # As decoded and as prepared: a file that holds the same picture in another way, inverted or on a
+    # background, has the second in common with the first one's.
+    both = (digests(part), *(() if part.digests is None else (array_digests(part.images),)))
+    rows = np.concatenate(both)[np.tile(~plain(part.images), len(both))].tobytes()
     keyed = b"".join(
         hmac.digest(key, rows[at : at + SIZE], "sha256")[: _DTYPE.itemsize]
         for at in range(0, len(rows), SIZE)

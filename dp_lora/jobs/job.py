@@ -343,17 +343,22 @@ def pretrained_model(config: Config, *, again: bool = False, private: ImageSplit
 
     Raises UserError when it would be made from private images.
     """
-    from dp_lora.jobs.apart import refuse_one_place
+    from dp_lora.jobs.apart import refuse_one_place, refuse_seen
     from dp_lora.models.folders import find
 
     refuse_one_place(config)
 
     if config.model.pretrained is not None and not again:
-        return find(config.model.pretrained)
+        found = find(config.model.pretrained)
+        if private is not None:
+            refuse_seen(config, found, private)
+        return found
     models = Path(config.paths.cache).expanduser() / "models"
     folder = models / f"{config.model.name}-{pretrained_fingerprint(config)}"
     if agreed(not folder.exists()):
         _pretrain_once(config, folder, private)
+    if private is not None:
+        refuse_seen(config, folder, private)
     return folder
 
 

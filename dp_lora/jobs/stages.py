@@ -26,6 +26,7 @@ from dp_lora.jobs.start import first_values, keep, with_classes
 from dp_lora.jobs.statement import epsilon_so_far, privacy_record
 from dp_lora.jobs.summary import guarantee, summary
 from dp_lora.records import manifest
+from dp_lora.records.rounding import coarse, power_of_two
 from dp_lora.records.run_directory import OUTPUTS, is_whole, keep_adapter, result, state
 from dp_lora.storage.files import (
     check_writable,
@@ -196,7 +197,7 @@ def _timed(job: Job, stage: str) -> Iterator[None]:
     finally:
         # An exact time would tell how large the private batches were; the other stages have none.
         taken = job.seconds.get(stage, 0.0) + time.monotonic() - started
-        job.seconds[stage] = manifest.coarse(taken) if stage == "finetune" else float(f"{taken:.2g}")
+        job.seconds[stage] = coarse(taken) if stage == "finetune" else float(f"{taken:.2g}")
 
 
 def model_before(job: Job) -> LatentDiffusion:
@@ -408,9 +409,7 @@ def _evaluate(job: Job, tracker: Tracker) -> None:
                 model, config.trainable.components
             ),
             "seconds": job.seconds,
-            "peak_memory_bytes": manifest.power_of_two(
-                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            ),
+            "peak_memory_bytes": power_of_two(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024),
             "device": str(job.device),
         }
     )

@@ -44,6 +44,9 @@ _ROUNDING = 1 + 1e-5
 # A larger norm counts as not finite: C over it would not be a normal float32 any more.
 _LARGEST = 1e27
 
+# Sums of so many examples are float32. What one example changes in them has to round to C at most, too.
+_ROWS = 128
+
 _PART = 1 << 16
 
 
@@ -67,7 +70,7 @@ class ClippedGradientSum:
     Guarantees, for the neighbouring relation "add or remove one image":
         * One example adds at most `max_grad_norm` to `total()` in Euclidean norm over all parameters
           together, for every noise multiplicity, microbatch, precision and size of a layer, its own rounding
-          included (sums of examples are float32 within a microbatch), with each `clipping`:
+          included (sums of up to 128 examples are float32), with each `clipping`:
             flat       g min(1, C / |g|): sensitivity C.
             automatic  g C / (|g| + 0.01), Bu et al. 2022: sensitivity C; every example has a say near C.
             per_layer  each of the L layers clipped to C / sqrt(L): sensitivity sqrt(L (C / sqrt(L))^2) = C.
@@ -304,13 +307,17 @@ class ClippedGradientSum:
         factors = factors.to(next(iter(self.parameters.values())).dtype).unsqueeze(1)
         # 0 * nan is nan: the rows themselves have to go.
         spoilt = (~finite).nonzero().squeeze(1)
+        for sample in samples:
+            sample.leave_out(spoilt)
         partial = factors.new_empty(1, self.num_parameters)
-        for sample, factor, part in zip(samples, factors, partial.split(self._sizes, dim=1), strict=True):
-            sample.weighted_sum(factor, spoilt, out=part)
-        # In parts, whose copy in float64 stays in the processor's cache.
-        parts = zip(self._total[: self.num_parameters].split(_PART), partial[0].split(_PART), strict=True)
-        for total, part in parts:
-            total += part
+        for first in range(0, factors.shape[2], _ROWS):
+            rows = slice(first, first + _ROWS)
+            for sample, factor, part in zip(samples, factors, partial.split(self._sizes, dim=1), strict=True):
+                sample.weighted_sum(factor, rows, out=part)
+            # In parts, whose copy in float64 stays in the processor's cache.
+            parts = zip(self._total[: self.num_parameters].split(_PART), partial[0].split(_PART), strict=True)
+            for total, part in parts:
+                total += part
         if self.clip.loss_share:
             counted = torch.where(asked & finite, losses.double().clamp(0, 1), 0.0)
             self._total[-1] += self.clip.loss_unit * counted.sum()
@@ -372,9 +379,13 @@ class _Dense:
         norms = _over_blocks(self._value)
         return norms if norms.shape[1] <= _BLOCK else _over_blocks(norms)
 
-    def weighted_sum(self, factors: Tensor, spoilt: Tensor, out: Tensor) -> None:
-        """Writes the sum of factors [1, M] x gradients, without the rows `spoilt`, as [1, size]."""
-        torch.mm(factors, self._value.index_fill_(0, spoilt, 0.0), out=out)
+    def leave_out(self, spoilt: Tensor) -> None:
+        """Makes the gradients of the examples `spoilt` zero."""
+        self._value.index_fill_(0, spoilt, 0.0)
+
+    def weighted_sum(self, factors: Tensor, rows: slice, out: Tensor) -> None:
+        """Writes the sum of factors [1, M] x gradients over the examples `rows`, as [1, size]."""
+        torch.mm(factors[:, rows], self._value[rows], out=out)
 
 
 class _RankOne:
@@ -392,8 +403,12 @@ class _RankOne:
         right: Tensor = torch.linalg.vector_norm(self._right, dim=1, keepdim=True, dtype=torch.float64)
         return left * right
 
-    def weighted_sum(self, factors: Tensor, spoilt: Tensor, out: Tensor) -> None:
-        """Writes the sum of factors [1, M] x gradients, without the rows `spoilt`, as [1, size]."""
-        left = (self._left * factors.t()).index_fill_(0, spoilt, 0.0)
-        right = self._right.index_fill(0, spoilt, 0.0)
-        torch.mm(left.t(), right, out=out.view(left.shape[1], -1))
+    def leave_out(self, spoilt: Tensor) -> None:
+        """Makes the gradients of the examples `spoilt` zero."""
+        self._left = self._left.index_fill(0, spoilt, 0.0)
+        self._right = self._right.index_fill(0, spoilt, 0.0)
+
+    def weighted_sum(self, factors: Tensor, rows: slice, out: Tensor) -> None:
+        """Writes the sum of factors [1, M] x gradients over the examples `rows`, as [1, size]."""
+        left = self._left[rows] * factors[:, rows].t()
+        torch.mm(left.t(), self._right[rows], out=out.view(left.shape[1], -1))

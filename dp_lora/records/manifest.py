@@ -26,6 +26,7 @@ from dp_lora.config.schema import STAGES, Config
 from dp_lora.errors import UserError
 from dp_lora.records import field_kinds
 from dp_lora.records.field_kinds import ANY, Shape, number
+from dp_lora.records.rounding import coarse, power_of_two
 
 SIZES = ("data.train_size", "data.validation_size", "data.test_size")
 """Settings that tell how many private images there are."""
@@ -397,6 +398,9 @@ def result(
 
 def _leave_sizes_out(shown: dict[str, Any], *, released: bool) -> None:
     """Leaves out how many private images were compared with, unless the number is read from a noised sum."""
+    inference = shown.get("audit", {}).get("membership_inference") or {}
+    for name in ("members", "others"):
+        inference.pop(name, None)
     for name in ("tested_on", "real_baseline", *(() if released else ("noise", "release", "n_note"))):
         shown.pop(name, None)
     if "reference" in shown:
@@ -449,28 +453,6 @@ def provenance(record: Mapping[str, Any]) -> dict[str, Any]:
     if shown.get("hardware") is not None:
         shown["hardware"] = dict.fromkeys(HARDWARE) | shown["hardware"]
     return shown
-
-
-def coarse(seconds: float) -> float:
-    """One significant digit.
-
-    How long a training takes follows the sum of the sizes of its T batches, whose spread is
-    sqrt((1 - q) / (q N T)) of its mean: 0.3 % in the default job, 2 % in one of 40 batches of 50. One digit
-    is a step of 10 to 100 %.
-
-    >>> coarse(149.2), coarse(0.0347)
-    (100.0, 0.03)
-    """
-    return float(f"{seconds:.1g}")
-
-
-def power_of_two(size: int) -> int:
-    """The smallest power of two that is at least `size`: memory follows the largest of the batches.
-
-    >>> power_of_two(1_000_000_000), power_of_two(1 << 20)
-    (1073741824, 1048576)
-    """
-    return 1 << max(0, int(size) - 1).bit_length()
 
 
 def _hidden(config: Config) -> list[str]:

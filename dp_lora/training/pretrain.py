@@ -25,6 +25,7 @@ from diffusers import VQModel
 from torch import Tensor, nn
 
 from dp_lora.config.schema import Config, PretrainConfig
+from dp_lora.data.digests import SEEN, array_digests
 from dp_lora.data.sets import ImageSet, ImageSplits
 from dp_lora.errors import UserError
 from dp_lora.models.diffusion import per_example_loss
@@ -378,6 +379,7 @@ def pretrain(
             "versions": versions(),
         }
         save(model.cpu(), work / "model", record)
+        np.save(work / "model" / SEEN, np.concatenate([array_digests(part.images) for part in images]))
         for kept in ("samples", "metrics.jsonl"):
             if (work / kept).exists():
                 os.replace(work / kept, work / "model" / kept)

@@ -296,6 +296,7 @@ class PrivateTraining:
     def statement(self) -> Statement:
         """The guarantee of what was trained so far: what was spent, and what that covers.
 
+        One that ended early states the epsilon of its whole plan: what was released may have decided when.
         Raises UserError when there is none, because a tensor that is not trained changed in the training.
         """
         if not self._ended:
@@ -303,7 +304,7 @@ class PrivateTraining:
         steps = self.sgd.executions.count
         return Statement.of(
             self.plan,
-            epsilon=self.plan.epsilon if steps == self.plan.steps else self.epsilon(),
+            epsilon=self.plan.epsilon if self.complete or steps == self.plan.steps else self.epsilon(),
             steps=steps,
             complete=self.complete,
             seeded=self._seeded,

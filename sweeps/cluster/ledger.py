@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dp_lora.config.identity import fingerprint
+from dp_lora.config.identity import fingerprint, is_private
 from dp_lora.config.load import from_omegaconf
 from dp_lora.errors import UserError
 from dp_lora.storage.files import (
@@ -44,6 +44,7 @@ from dp_lora.storage.files import (
     write_atomic,
     write_json,
 )
+from dp_lora.storage.keyed import keyed_name
 from sweeps.cluster.cells import Cell
 
 
@@ -240,7 +241,12 @@ def sweep_folder(cells: Sequence[Cell], name: str | None, task_words: Sequence[s
     """
     if name is None:
         words = [word for word in task_words if not word.startswith(("paths.", "resources", "tracking"))]
-        digest = hashlib.sha256(json.dumps(sorted(words)).encode()).hexdigest()[:8]
+        content = json.dumps(sorted(words))
+        if any(is_private(word) for word in words):
+            # The queue shows the name to everybody, and a plain digest would confirm a guess.
+            digest = keyed_name(Path(cells[0].config.paths.cache), content)[:8]
+        else:
+            digest = hashlib.sha256(content.encode()).hexdigest()[:8]
         presets = [word.partition("=")[2] for word in words if re.fullmatch(r"sweep=[\w-]+", word)]
         experiments = sorted({cell.config.experiment for cell in cells})
         name = "-".join([*presets, *(experiments if len(experiments) == 1 else []), digest])

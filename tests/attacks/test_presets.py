@@ -203,6 +203,22 @@ def test_no_pre_training_on_the_private_images(
     assert not list(place.root.glob("*.jsonl")) and not (place.root / "one").exists()
 
 
+def test_nor_by_a_model_that_is_there_already(place: Place, capsys: Any) -> None:
+    """The pre-training by itself sees no private images; the jobs that come to its model do."""
+    source, cache = a_copy(place.images), place.root / "new_cache"
+    more = ["model.pretrain.unet_steps=1", "model.pretrain.autoencoder_steps=1", f"paths.cache={cache}"]
+    given = place.words("one", *AS_PUBLIC_IMAGES, *more, f"public_data.source={source}")
+    assert dp_lora(*given, "stages=[pretrain]") == 0
+    shutil.rmtree(source)
+    (model,) = (path.parent for path in (cache / "models").glob("*/record.json"))
+    for named in ([], [f"model.pretrained={model}"]):
+        capsys.readouterr()
+        assert dp_lora(*given, "stages=[finetune]", *named) == 2
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dp-lora")]
+        assert len(said) == 1 and "of the private images are among the public ones" in said[0]
+    assert not list(place.root.glob("*.jsonl")) and not (place.root / "one").exists()
+
+
 def test_other_images_may_pre_train() -> None:
     config = Config(data=DataConfig("imagefolder", source="/a"), public_data=DataConfig("letters"))
     mine, yours = splits_of(pixels(1, 9)), splits_of(pixels(2, 9), public=True)

@@ -31,6 +31,7 @@ def a_job(directory: Path, *, train: int = 2, test: int = 2, public: bool = Fals
         config=SimpleNamespace(
             data=SimpleNamespace(name="digits", public=public),
             tracking=SimpleNamespace(progress="off"),
+            privacy=SimpleNamespace(adjacency="zero_out"),
             seed=0,
         ),
         images=SimpleNamespace(train=range(train), test=range(test)),
@@ -55,7 +56,7 @@ def test_two_bounds_hold_together_with_the_confidence_that_was_asked_for() -> No
 def test_the_noise_is_estimated_where_canaries_have_coordinates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(audit, "_model", lambda job: None)
+    monkeypatch.setattr(audit, "model_to_train", lambda job: None)
     monkeypatch.setattr(audit.adapters, "count", lambda model: 50)
     noise = SilentNoise(100)
     noise.add(0.5 * np.random.default_rng(0).standard_normal(100))
@@ -106,6 +107,21 @@ def test_losses_of_single_images_are_kept_for_the_owner_alone(
             "others_before": [0.5, 1.5, 2.5],
             "others_after": [0.0, 1 / 3, 2 / 3],
         }
+
+
+def test_under_add_or_remove_the_sizes_of_private_sets_are_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "checkpoint").mkdir()
+    job = a_job(tmp_path, train=5, test=3)
+    job.config.privacy.adjacency = "add_or_remove"
+    losses = Losses(np.arange(5.0), np.arange(5.0))
+    for name in ("model_before", "finetuned_model"):
+        monkeypatch.setattr(audit, name, lambda job: None)
+    monkeypatch.setattr(audit, "draw", lambda images, count, seed: images)
+    monkeypatch.setattr(audit, "losses_of", lambda *given, **settings: losses)
+    found = audit._membership(job, Options())["membership_inference"]
+    assert (found["members"], found["others"]) == (None, None)
 
 
 def test_a_curve_is_drawn_from_end_to_end_at_the_largest_rate_that_each_point_allows() -> None:

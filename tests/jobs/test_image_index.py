@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from dp_lora.config.schema import DataConfig, PathsConfig
 from dp_lora.data.digests import array_digests, pixel_digest
-from dp_lora.data.sets import ImageSplits
+from dp_lora.data.sets import ImageSplits, load
 from dp_lora.errors import UserError
 from dp_lora.jobs.image_index import ImageIndex, default_folder
 from dp_lora.privacy.ledger import Charge
@@ -61,6 +63,28 @@ def test_what_shares_an_image_is_together_and_so_is_what_shares_with_that(index:
         assert index.together(index.register(splits_of(images))) == {a, c, joined}
     (apart,) = names(index, pixels(13, 5))
     assert index.together(index.register(splits_of(pixels(13, 5)))) == {apart}
+
+
+def test_a_picture_that_is_held_in_another_way_is_the_same_one(index: ImageIndex, tmp_path: Path) -> None:
+    """Files with other values that are trained on as the same pixels: on a background, and inverted."""
+    folders = [tmp_path / name / "c0" for name in ("plain", "transparent", "inverted")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    for number, (image,) in enumerate(A):
+        grey = Image.fromarray(image)
+        alpha = Image.fromarray(np.where(image == 255, 0, 255).astype(np.uint8))
+        grey.save(folders[0] / f"{number}.png")
+        Image.merge("LA", (grey, alpha)).save(folders[1] / f"{number}.png")
+        # White is zero: the numbers in the file are 65535 less 257 times the picture's.
+        wide = Image.fromarray(65535 - 257 * image.astype(np.uint16))
+        wide.save(folders[2] / f"{number}.tif", tiffinfo={262: 0})
+    sets_ = [
+        load(DataConfig("imagefolder", source=str(folder.parent), image_size=8, channels=1), PathsConfig())
+        for folder in folders
+    ]
+    assert all((one.train.images == sets_[0].train.images).all() for one in sets_[1:])
+    names_ = {index.register(one).name for one in sets_}
+    assert index.together(index.register(sets_[0])) == names_ and len(names_) == 3
 
 
 def test_images_of_one_colour_connect_nothing(index: ImageIndex) -> None:
@@ -168,9 +192,11 @@ def test_who_registers_at_once_loses_nothing(index: ImageIndex) -> None:
 def test_the_place_depends_on_the_user_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     assert default_folder() == tmp_path / "dp_lora" / "image_index"
-    monkeypatch.delenv("XDG_DATA_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert default_folder() == tmp_path / ".local" / "share" / "dp_lora" / "image_index"
+    # A relative folder would be another one in each working directory.
+    for given in (None, "", "share"):
+        monkeypatch.delenv("XDG_DATA_HOME") if given is None else monkeypatch.setenv("XDG_DATA_HOME", given)
+        assert default_folder() == tmp_path / ".local" / "share" / "dp_lora" / "image_index"
 
 
 def test_a_set_knows_no_digest_by_its_name(index: ImageIndex) -> None:

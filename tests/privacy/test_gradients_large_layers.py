@@ -134,3 +134,28 @@ def test_a_contribution_of_50_million_entries_is_at_most_c(clipping: str, k: int
 def test_a_convolution_of_14_million_entries_contributes_at_most_c(k: int) -> None:
     layer, x = nn.Conv2d(1280, 1280, 3, padding=1, bias=False), torch.full((k, 1280, 8, 8), 0.1)
     assert 1 - 2e-5 <= contribution(layer, x, k=k) <= 1
+
+
+def changed_by_one(examples: int, width: int, at: int) -> float:
+    """What one of `examples` in a microbatch changes in the sum, if all gradients point one way; C is 1."""
+    sums = []
+    for null in (False, True):
+        layer = nn.Linear(width, 1, bias=False)
+        inputs = torch.full((examples, width), 3.7)
+        if null:
+            inputs[at] = 0.0
+        with detaching(ClippedGradientSum(layer, Clip(1, 1.0))) as engine:
+            engine.add(layer(inputs).squeeze(1))
+            sums.append(engine.total())
+    return float((sums[0] - sums[1]).norm())
+
+
+@pytest.mark.parametrize("examples", [128, 129, 512, 2048, 8192])
+@pytest.mark.parametrize("width", [100, 777])
+def test_one_of_many_examples_in_a_microbatch_changes_the_sum_by_at_most_c(examples: int, width: int) -> None:
+    assert all(0.99 < changed_by_one(examples, width, at) <= 1.0 for at in (5, examples - 1))
+
+
+def test_a_sum_of_many_examples_in_float32_would_pass_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradients, "_ROWS", 1 << 20)
+    assert changed_by_one(8192, 777, 5) > 1 + 1e-4

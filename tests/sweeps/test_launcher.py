@@ -27,7 +27,7 @@ from dp_lora.errors import Busy, UserError
 from dp_lora.storage.files import read_json, write_json
 from sweeps.cluster import node, slurm
 from sweeps.cluster.cells import Cell, Composer, code_version
-from sweeps.cluster.ledger import Ledger
+from sweeps.cluster.ledger import Ledger, sweep_folder
 from tests.builders.counting import counted, go, starts
 from tests.builders.forked import Forked, Nursery
 from tests.builders.tiny import TINY, composed, once, words
@@ -71,6 +71,19 @@ def loaders() -> Iterator[tuple[Any, Any]]:
             "config", ["hydra/launcher=slurm"], run_mode=RunMode.MULTIRUN
         )
         yield hydra.config_loader, master
+
+
+def test_the_name_of_a_sweep_confirms_no_guess_of_a_private_setting(tmp_path: Path) -> None:
+    """The queue of a cluster shows it to everybody."""
+
+    def name(cache: str, *given: str) -> str:
+        config = composed(*TINY, f"paths.cache={tmp_path / cache}")
+        return sweep_folder([Cell(0, given, config, tmp_path)], None, given).name
+
+    private = ("lora.rank=2,4", "privacy.insecure_seed=1", "data.source=/home/ann")
+    assert name("mine", *private) == name("mine", *private) != name("yours", *private)
+    assert name("mine", *private) != name("mine", *private[:2])
+    assert name("mine", private[0]) == name("yours", private[0])
 
 
 @pytest.mark.parametrize(

@@ -252,6 +252,18 @@ def test_what_a_given_noise_spends_is_known_where_the_number_of_images_is() -> N
     assert line.endswith("if all are released, what these spend")
 
 
+def test_a_plan_counts_the_releases_on_held_out_images_too() -> None:
+    """Each run makes one, also those that take the training of another."""
+    runs = [Config(data=DataConfig(name="mnist5k")) for _ in range(3)]
+    for guidance, run in enumerate(runs):
+        run.sampler.guidance, run.evaluation.release = 1.0 + guidance, "dp"
+    training, releases = plan.spending(runs)
+    assert "1 run at epsilon 10" in training
+    assert releases.startswith("3 releases of metrics on held-out images, epsilon 1 each, at most 3 together")
+    runs[0].stages, runs[1].data.public = ["finetune"], True
+    assert plan.spending(runs)[-1].startswith("1 release of metrics")
+
+
 def test_without_the_number_of_images_epsilons_add_up() -> None:
     own = [Config(data=DataConfig(name="imagefolder", source="/images"), seed=seed) for seed in range(3)]
     own[0].privacy.epsilon = 1.0

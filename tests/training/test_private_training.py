@@ -97,6 +97,8 @@ def test_a_training_that_is_ended_early_stays_as_it_ended(tmp_path: Path) -> Non
     private.finish()
     record = private.statement().record
     assert record["complete"] and record["steps"] == 3 < record["planned_steps"]
+    # Whoever ends it may have looked at what was released, and the bound for three steps is for no stop.
+    assert private.epsilon() < record["epsilon"] == private.plan.epsilon
     again = training(tmp_path / "run", ema_decay=0.9)
     assert again.finished == again.total == 3 and not list(again.steps())
     assert torch.equal(parameters(private), parameters(again))
