@@ -99,13 +99,13 @@ class SetBill:
             )
         if self.ledger_runs is not None and self.ledger_epsilon is not None:
             lines.append(
-                f"{self.ledger} counts {_count(self.ledger_runs, 'run')} over all time: epsilon "
+                f"the ledger counts {_count(self.ledger_runs, 'run')} over all time: epsilon "
                 f"{self.ledger_epsilon:.4g} at delta {self.delta:g}"
                 f"{self._adaptively(self.ledger_adaptive_epsilon)}"
             )
         if self.ledger_uncovered:
             lines.append(
-                f"{self.ledger} names {_count(self.ledger_uncovered, 'use')} of the images that no epsilon "
+                f"the ledger names {_count(self.ledger_uncovered, 'use')} of the images that no epsilon "
                 "covers: metrics without noise; no epsilon here counts them"
             )
         return [f"{self.private_set}: {line}" for line in lines]

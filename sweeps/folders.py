@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from dp_lora.config.identity import is_private
 from dp_lora.errors import UserError
 
 DEFAULT = Path("outputs") / "sweeps"
@@ -51,8 +52,21 @@ class Sweep:
         return set.intersection(*words) if len(words) > 1 else set()
 
     def asked(self, cell: Cell) -> tuple[str, ...]:
-        """The words of a cell that are not those of all cells."""
-        return tuple(word.replace("'", "") for word in cell.words if word not in self._common)
+        """The words of a cell that are not those of all cells.
+
+        Reports are shown to others, so the values of private settings are numbered, and places are left out.
+        """
+        own = [word.replace("'", "") for word in cell.words if word not in self._common]
+        return tuple(self._shown(word) for word in own if not word.startswith("paths."))
+
+    def _shown(self, word: str) -> str:
+        if not is_private(word):
+            return word
+        name = word.partition("=")[0]
+        each = sorted(
+            {w.replace("'", "") for cell in self.cells for w in cell.words if w.startswith(f"{name}=")}
+        )
+        return f"{name}=#{each.index(word) + 1}"
 
     def failure(self, cell: Cell) -> Path:
         """The file with the line that the cell's last start ended with; its text is for the owner only."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dp_lora.config.identity import is_private
 from dp_lora.storage.files import write_atomic, write_json
 from sweeps import figures, tables
 from sweeps.bill import bill
@@ -95,8 +96,12 @@ def _rebuild(sweeps: Sequence[Sweep], *, mixed: bool) -> str:
 
 
 def _without_places(command: str) -> str:
-    """A `dp-lora` command without the words that say where files lie, which no result depends on."""
-    return shlex.join(word for word in shlex.split(command) if not word.startswith("paths."))
+    """A `dp-lora` command without where files lie, and without the values of private settings.
+
+    A page is there to be shown, and its owner knows what belongs in their place.
+    """
+    words = [word for word in shlex.split(command) if not word.startswith("paths.")]
+    return shlex.join(f"{word.partition('=')[0]}=..." if is_private(word) else word for word in words)
 
 
 def _markdown(title: str, summary: Summary, table: tables.Table, spent: Sequence[str]) -> str:

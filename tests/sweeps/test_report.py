@@ -20,10 +20,11 @@ from dp_lora.errors import UserError
 from dp_lora.records import manifest
 from dp_lora.storage.files import read_json, write_json
 from sweeps import figures, published, tables
+from sweeps.bill import SetBill
 from sweeps.collect import collect
 from sweeps.curves import MOST_POINTS, Curve, curves
-from sweeps.folders import find, read
-from sweeps.report import FILES, build, write
+from sweeps.folders import Cell, Sweep, find, read
+from sweeps.report import FILES, _without_places, build, write
 from sweeps.summary import Group, Stat, Summary, summarise
 from tests.builders.sweep_folder import SHA, grid, write_sweep
 
@@ -356,3 +357,28 @@ def test_a_sweep_of_which_nothing_is_done_has_a_page(tmp_path: Path) -> None:
     text = build(find([folder]), tmp_path / "out")
     assert "mine: 0 of 2 runs" in text and not (tmp_path / "out" / "figure.pdf").exists()
     assert "No run is done yet" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_what_is_shown_names_no_private_setting(tmp_path: Path) -> None:
+    """Neither the rows nor the commands; two sets stay two settings."""
+    cells = [
+        Cell(f"{i:08x}", ("lora.rank=2", f"data.source={place}", "paths.cache=/c"), tmp_path / str(i))
+        for i, place in enumerate(["/home/ann/patients", "/home/ann/others", "/home/ann/patients"])
+    ]
+    command = (
+        "dp-lora -m 'data.source=/home/ann/patients,/home/ann/others' paths.cache=/c privacy.insecure_seed=7"
+    )
+    sweep = Sweep(tmp_path, tuple(cells), command)
+    assert [sweep.asked(cell) for cell in cells] == [
+        ("data.source=#2",), ("data.source=#1",), ("data.source=#2",)
+    ]  # fmt: skip
+    assert _without_places(command) == "dp-lora -m data.source=... privacy.insecure_seed=..."
+
+
+def test_a_bill_does_not_name_the_folder_that_its_ledger_lies_beside(tmp_path: Path) -> None:
+    images = tmp_path / "anna_patients"
+    one = SetBill("imagefolder", 1, 0, 10, 1.0, 1.0, 1.0, 1e-5, "pld", "zero out", None, None,
+                  ledger=f"{images.name}.privacy_ledger.jsonl", ledger_runs=2, ledger_epsilon=2.0,
+                  ledger_uncovered=1)  # fmt: skip
+    lines = "\n".join(one.lines())
+    assert "the ledger counts 2 runs over all time" in lines and "anna" not in lines
