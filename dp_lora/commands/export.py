@@ -262,6 +262,11 @@ def _write(run: _Run, folder: Path, *, with_uncovered: bool) -> None:
     for name in ("samples.npz", "samples.png"):
         if (source / name).exists() or (source / name).is_symlink():
             _copy_file(source / name, folder / name)
+    if (source / "images").exists():
+        from dp_lora.jobs.drawing import write_images
+        from dp_lora.models.sample import load
+
+        write_images(load(folder), folder)  # of the samples that were copied, not of what lies there
     with _named(source / "privacy.json"):
         write_json(folder / "privacy.json", manifest.privacy(run.privacy))
     rows = read_lines(source / "metrics.jsonl")

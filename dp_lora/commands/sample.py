@@ -30,6 +30,9 @@ TEXTS = {
 }
 """The words that take a text, and what it is."""
 
+_OTHERWISE = ("name", "classes", "export")
+"""Fields of the sampler that have other words here: `sampler`, `classes` and `format`."""
+
 
 def main() -> None:
     """Draws images. A user's mistake is one line and exit status 2."""
@@ -46,7 +49,9 @@ def _parse(words: Sequence[str]) -> tuple[Path, list[str]]:
     from dp_lora.config.schema import SamplerConfig
 
     fields = [
-        f"{field.name}={field.default}" for field in dataclasses.fields(SamplerConfig) if field.name != "name"
+        f"{field.name}={field.default}"
+        for field in dataclasses.fields(SamplerConfig)
+        if field.name not in _OTHERWISE
     ]
     listed = {
         "sampler=PRESET": "ddim or dpmsolver, with the steps, eta and guidance of the preset",
@@ -82,7 +87,8 @@ def asked_for(place: Path, words: Sequence[str]) -> Asked:
     sampler = _sampler(config.sampler, given)
     if {"num_samples", "classes"} <= given.keys():
         raise UserError("num_samples and classes: both say how many images; expected one of the two")
-    counts = _mapping(given["classes"]) if "classes" in given else None
+    counts = None if "num_samples" in given else sampler.counts
+    counts = _mapping(given["classes"]) if "classes" in given else counts
     seed = _number("seed", given.pop("seed", str(config.seed)), int)
     if seed < 0:
         raise UserError(f"seed={seed}: expected 0 or more")
@@ -102,7 +108,7 @@ def _values(words: Sequence[str]) -> dict[str, str]:
     """
     from dp_lora.config.schema import SamplerConfig
 
-    fields = [field.name for field in dataclasses.fields(SamplerConfig) if field.name != "name"]
+    fields = [field.name for field in dataclasses.fields(SamplerConfig) if field.name not in _OTHERWISE]
     known = ["sampler", *fields, "classes", "seed", *TEXTS]
     spelt = {"sampler.name": "sampler", **{f"sampler.{name}": name for name in fields}}
     return values(words, known, spelt, several=["classes"])
@@ -121,14 +127,14 @@ def _sampler(of_run: SamplerConfig, given: dict[str, str]) -> SamplerConfig:
 
             text = (config_directory() / "sampler" / f"{preset}.yaml").read_text(encoding="utf-8")
             # The number of images is that of the run: a preset is chosen for how they are drawn.
-            own = {name: chosen[name] for name in ("num_samples", "batch_size")}
+            own = {name: chosen[name] for name in ("num_samples", "classes", "batch_size")}
             chosen = {**dataclasses.asdict(SamplerConfig()), **yaml.safe_load(text), **own}
         elif preset in SAMPLERS:
             chosen["name"] = preset
         else:
             raise UserError(f"sampler={preset}: expected one of {', '.join(presets('sampler'))}")
     for name, default in chosen.items():
-        if name in given and name != "name":
+        if name in given and name not in _OTHERWISE:
             chosen[name] = _number(name, given[name], type(default))
     return SamplerConfig(**chosen)
 

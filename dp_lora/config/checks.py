@@ -23,6 +23,7 @@ from dp_lora.config.schema import (
     COMPONENTS,
     CONDITIONINGS,
     DEVICES,
+    EXPORTS,
     EXTRACTORS,
     FEWEST_RESAMPLES,
     LARGEST_EPSILON,
@@ -160,6 +161,7 @@ def _check_choices(config: Config) -> None:
         ("model.pretrain.precision", [config.model.pretrain.precision], PRECISIONS),
         ("model.pretrain.reconstruction", [config.model.pretrain.reconstruction], ("mse", "l1")),
         ("sampler.name", [config.sampler.name], SAMPLERS),
+        ("sampler.export", [config.sampler.export], EXPORTS),
         ("evaluation.reference", [config.evaluation.reference], ("train", "validation", "test")),
         ("evaluation.release", [config.evaluation.release], ("none", "dp")),
         ("tracking.wandb", [config.tracking.wandb], WANDB_MODES),
@@ -310,6 +312,17 @@ def _check_counts(config: Config) -> None:
         raise UserError(
             f"sampler.guidance={config.sampler.guidance}: expected a number from 0 to {LARGEST_GUIDANCE:g}"
         )
+    asked = config.sampler.classes
+    if asked is not None and not (isinstance(asked, dict) and asked):
+        raise UserError(
+            f"sampler.classes={asked}: expected numbers of images by class, such as {{cat: 500, dog: 20}}, or "
+            "null"
+        )
+    for name, number in (asked or {}).items():
+        if type(number) is not int or number < 1:
+            raise UserError(
+                f"sampler.classes: {name}: {number}: expected a whole number of images, at least 1"
+            )
     if not 0 <= config.sampler.eta <= 1:
         raise UserError(f"sampler.eta={config.sampler.eta}: expected a number in [0, 1]")
 

@@ -66,6 +66,9 @@ def _values(config: Config) -> dict[str, Any]:
         del values["train"][name]
     del values["privacy"]["budget_epsilon"]
     del values["model"]["pretrain"]["samples_every"]
+    del values["sampler"]["export"]
+    if values["sampler"]["classes"] is None:
+        del values["sampler"]["classes"]
     # Where the published file lies: what is in it is fixed.
     del values["evaluation"]["inception_weights"]
     for group, name in (

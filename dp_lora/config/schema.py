@@ -21,6 +21,7 @@ ADJACENCIES = {
 """The relations of neighbours, in words; both have the same epsilon."""
 PRECISIONS = ("float32", "bfloat16")
 SAMPLERS = ("ddim", "dpmsolver++")
+EXPORTS = ("npz", "png")
 SCHEDULES = ("constant", "linear", "cosine")
 DEVICES = ("auto", "cpu", "cuda")
 RESAMPLINGS = ("pad", "box", "bilinear", "bicubic", "lanczos")
@@ -304,7 +305,22 @@ class SamplerConfig:
     guidance: float = 1.0
     """How far an image is pushed from the mean class towards its own; 1 is the paper's choice: not at all."""
     num_samples: int = 4000
+    classes: Any = None
+    """The number of images of each class, such as {cat: 500, dog: 20}, in place of `num_samples`; null: as
+    many of each. It is public: choose it without counting private images."""
+    export: str = "npz"
+    """npz, or png: also `images/`, a folder a class with `metadata.jsonl`, for other tools."""
     batch_size: int = 250
+
+    @property
+    def number(self) -> int:
+        """How many images are drawn."""
+        return self.num_samples if self.counts is None else sum(self.counts.values())
+
+    @property
+    def counts(self) -> dict[str, int] | None:
+        """`classes` with names as texts, which YAML reads as numbers where they look like some."""
+        return None if self.classes is None else {str(name): number for name, number in self.classes.items()}
 
 
 @dataclass

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from dp_lora.config.checks import check
 from dp_lora.config.load import WEIGHTS, read_config
 from dp_lora.config.schema import Config, DataConfig, SamplerConfig
-from dp_lora.errors import UserError, did_you_mean
+from dp_lora.errors import UserError
 from dp_lora.records.run_directory import check_records, is_whole, is_whole_archive
 from dp_lora.storage.files import check_writable, file_lock, read_json, write_atomic, write_json
 from dp_lora.storage.imports import uncollected
@@ -39,7 +39,13 @@ RECORD = "sampling.json"
 FOLDER = "samples"
 """In a run directory: a folder for each set of images that was drawn afterwards."""
 
+IMAGES = "images"
+"""The folder of PNG files beside samples.npz."""
+
 FORMATS = ("npz", "png")
+
+_NOT_RECORDED = ("num_samples", "batch_size", "classes", "export")
+"""Fields of the sampler that change no image, or that stand in `sampling.json` by themselves."""
 
 NOTE = (
     "Computed from the adapter, the pre-trained model and these settings alone: covered by the adapter's own "
@@ -126,13 +132,15 @@ def draw(asked: Asked) -> Drawn:
 
     source = source_of(asked.place)
     number = asked.sampler.num_samples if asked.classes is None else sum(asked.classes.values())
-    config = replace(source.config, sampler=replace(asked.sampler, num_samples=number), seed=asked.seed)
+    config = replace(
+        source.config, sampler=replace(asked.sampler, num_samples=number, classes=None), seed=asked.seed
+    )
     config.resources.device = asked.device
     check(config)
     device = device_of(config)
     base = base_of(source, asked.pretrained)
     model = _model(source, asked, base)
-    labels = _labels(model, asked)
+    labels = sample.labels_of(model.classes, asked.sampler.num_samples, asked.classes, "classes")
     record = _record(source, base, model, asked, labels)
     folder = _folder(source, asked, record)
     if not _is_drawn(folder, record, len(labels)):
@@ -170,7 +178,7 @@ def _is_drawn(folder: Path, record: Mapping[str, Any], number: int) -> bool:
             f"{folder}: holds something else than these images; expected a new or an empty folder"
         )
     pictures = (
-        len(list((folder / "images").rglob("*.png"))) if record["settings"]["format"] == "png" else number
+        len(list((folder / IMAGES).rglob("*.png"))) if record["settings"]["format"] == "png" else number
     )
     return (
         pictures == number
@@ -310,26 +318,6 @@ def _class_names(source: Source) -> tuple[str, ...] | None:
     return tuple(read_json(record)["classes"]) if record.exists() else None
 
 
-def _labels(model: LatentDiffusion, asked: Asked) -> Tensor:
-    """int64 [N]: the class of each image, by the numbers asked for or as many of each."""
-    import torch
-
-    from dp_lora.models.diffusion import class_balanced
-
-    if asked.classes is None:
-        return class_balanced(asked.sampler.num_samples, len(model.classes))
-    for name, number in asked.classes.items():
-        if name not in model.classes:
-            raise UserError(
-                f"classes: {name!r} is none of the adapter's; expected some of "
-                f"{', '.join(model.classes[:12])}{did_you_mean(name, model.classes)}"
-            )
-        if number < 1:
-            raise UserError(f"classes: {name}: {number}: expected a whole number of images, at least 1")
-    counts = [asked.classes.get(name, 0) for name in model.classes]
-    return torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-
-
 def _record(
     source: Source, base: Path, model: LatentDiffusion, asked: Asked, labels: Tensor
 ) -> dict[str, Any]:
@@ -340,7 +328,7 @@ def _record(
     from dp_lora.records.provenance import versions
 
     counts = torch.bincount(labels, minlength=len(model.classes)).tolist()
-    sampler = {k: v for k, v in asdict(asked.sampler).items() if k not in ("num_samples", "batch_size")}
+    sampler = {k: v for k, v in asdict(asked.sampler).items() if k not in _NOT_RECORDED}
     settings = {
         "adapter_sha256": digest_of(source.adapter),
         "model_sha256": sha256_of_weights(base),
@@ -407,6 +395,21 @@ def one_name(name: str) -> str:
     return name
 
 
+def export_images(run: Path) -> None:
+    """Writes `images/` of the run's samples, unless it is there as a whole."""
+    from dp_lora.models import sample
+
+    samples = sample.load(run)
+    folder, partial = run / IMAGES, run / f"{IMAGES}.partial"
+    if len(list(folder.rglob("*.png"))) == len(samples.labels) and (folder / "metadata.jsonl").exists():
+        return
+    for place in (folder, partial):
+        shutil.rmtree(place, ignore_errors=True)
+    write_images(samples, partial)
+    (partial / IMAGES).replace(folder)
+    partial.rmdir()
+
+
 def write_images(samples: Samples, folder: Path) -> None:
     """Writes `images/<class>/<number>.png`, and `images/metadata.jsonl` with each file's label.
 
@@ -421,11 +424,11 @@ def write_images(samples: Samples, folder: Path) -> None:
         buffer = io.BytesIO()
         pixels = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
         Image.fromarray(pixels).save(buffer, "PNG")
-        path = folder / "images" / file
+        path = folder / IMAGES / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(buffer.getvalue())
         lines.append(json.dumps({"file_name": file, "label": name}, ensure_ascii=False))
-    write_atomic(folder / "images" / "metadata.jsonl", "\n".join(lines) + "\n")
+    write_atomic(folder / IMAGES / "metadata.jsonl", "\n".join(lines) + "\n")
 
 
 def _as_folder(name: str, label: int) -> str:

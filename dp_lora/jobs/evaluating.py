@@ -308,7 +308,7 @@ def _before(
     n, labels = len(samples.labels), torch.from_numpy(samples.labels)
     drawing = replace(
         config,
-        sampler=replace(images.sampler, num_samples=n),
+        sampler=replace(images.sampler, num_samples=n, classes=None),
         seed=images.seed,
         model=replace(config.model, prompt=images.prompt),
     )

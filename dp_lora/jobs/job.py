@@ -121,6 +121,7 @@ def prepare(config: Config, directory: Path) -> Job:
     _check_directory(config, directory)
     with uncollected():
         from dp_lora.jobs.settings import check_settings
+        from dp_lora.models.sample import labels_of
 
     if wandb_mode(config.tracking.wandb) != "disabled":
         config = replace(config, tracking=named(config.tracking, config.experiment))
@@ -138,6 +139,8 @@ def prepare(config: Config, directory: Path) -> Job:
     _check_budget(config, plan, directory, images)
     device = device_of(config)
     _check_model(config, images)
+    if config.sampler.classes is not None:
+        labels_of(images.train.classes, 0, config.sampler.counts)
     _check_stages(config, directory)
     _check_evaluation(config, images)
     pretrained = pretrained_model(config, private=images)
@@ -326,7 +329,7 @@ def _check_evaluation(config: Config, images: ImageSplits) -> None:
     from dp_lora.evaluation import evaluate
     from dp_lora.jobs import release
 
-    evaluate.check(config.evaluation, images, config.sampler.num_samples)
+    evaluate.check(config.evaluation, images, config.sampler.number)
     if config.evaluation.release == "dp":
         release.check(config, images)
 

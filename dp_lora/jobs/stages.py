@@ -20,6 +20,7 @@ from dp_lora.config.identity import absolute_paths, run_directory
 from dp_lora.config.schema import Config
 from dp_lora.errors import Busy, UserError, recorded
 from dp_lora.jobs import reuse
+from dp_lora.jobs.drawing import IMAGES, export_images
 from dp_lora.jobs.job import Job, device_of, prepare, pretrained_model, say
 from dp_lora.jobs.spending import charged, refusal
 from dp_lora.jobs.start import first_values, keep, with_classes
@@ -123,6 +124,8 @@ def _lead(config: Config, directory: Path, team: Team, shown_name: str) -> dict[
                 for name in left:
                     tracker.status("running", stage=name)
                     stages[name](job, tracker)
+        if "sample" in asked and job.config.sampler.export == "png":
+            export_images(job.directory)
     team.tell("finished")
     found = result(job.directory)
     print(summary(job, found))
@@ -325,6 +328,7 @@ def _export(job: Job, model: LatentDiffusion, record: Mapping[str, Any]) -> None
 def _sample(job: Job, tracker: Tracker) -> None:
     from dp_lora.models import sample
 
+    shutil.rmtree(job.directory / IMAGES, ignore_errors=True)
     with _timed(job, "sample"):
         samples = sample.generate(finetuned_model(job), job.config)
         sample.save(samples, job.directory)
@@ -368,11 +372,13 @@ def images_before(
         "before": digest(model),
         "classes": list(model.classes),
         "prompt": config.model.prompt,
-        "sampler": asdict(config.sampler),
+        "sampler": {k: v for k, v in asdict(config.sampler).items() if k not in ("classes", "export")},
         "seed": config.seed,
         "device": device.type,
         "versions": {name: packages[name] for name in ("dp-lora", "torch", "diffusers")},
     }
+    if labels is None and config.sampler.classes is not None:
+        labels = sample.labels_of(model.classes, 0, config.sampler.counts)
     if labels is not None:
         key["labels"] = labels.tolist()
 

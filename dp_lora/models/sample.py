@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import zipfile
 import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dp_lora.config.schema import Config, SamplerConfig
-from dp_lora.errors import UserError
+from dp_lora.errors import UserError, did_you_mean
 from dp_lora.models.diffusion import class_balanced, in_batches, sample_latents
 from dp_lora.models.folders import LatentDiffusion
 from dp_lora.models.latents import to_bytes
@@ -37,9 +38,37 @@ class Samples:
 
 
 def generate(model: LatentDiffusion, config: Config, description: str = "sample") -> Samples:
-    """`config.sampler.num_samples` images, every class as often as the others."""
-    labels = class_balanced(config.sampler.num_samples, len(model.classes))
+    """The images that `config.sampler` asks for, by default of every class as many."""
+    labels = labels_of(model.classes, config.sampler.num_samples, config.sampler.counts)
     return draw(model, labels, config.sampler, config.seed, config.tracking.progress, description)
+
+
+def labels_of(
+    classes: Sequence[str], number: int, counts: Mapping[str, int] | None, field: str = "sampler.classes"
+) -> Tensor:
+    """int64 [N]: the class of each image: `counts` of each, in the order of `classes`, or as many of each.
+
+    Args:
+        classes: of the model.
+        number: N, without counts.
+        counts: a public choice.
+        field: the setting that gives the counts, for errors.
+
+    Raises UserError for a class that the model does not have.
+    """
+    if counts is None:
+        return class_balanced(number, len(classes))
+    for name, count in counts.items():
+        if name not in classes:
+            raise UserError(
+                f"{field}: {name!r} is none of the adapter's; expected some of {', '.join(classes[:12])}"
+                f"{did_you_mean(name, classes)}"
+            )
+        if count < 1:
+            raise UserError(f"{field}: {name}: {count}: expected a whole number of images, at least 1")
+    return torch.repeat_interleave(
+        torch.arange(len(classes)), torch.tensor([counts.get(name, 0) for name in classes])
+    )
 
 
 @torch.inference_mode()

@@ -53,6 +53,7 @@ FILES: Mapping[str, Why] = {
     "adapter": Why.NOISED,
     "samples.npz": Why.GENERATED,
     "samples.png": Why.GENERATED,
+    "images": Why.GENERATED,
     "privacy.json": Why.SETTING,
     "metrics.jsonl": Why.NOISED,
     "result.json": Why.GENERATED,

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,14 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from dp_lora.commands.export import export
 from dp_lora.commands.sample import main
 from dp_lora.config.identity import pretrained_fingerprint
 from dp_lora.config.load import read_config
+from dp_lora.config.schema import Config
+from dp_lora.errors import UserError
+from dp_lora.jobs.stages import run as run_job
+from dp_lora.models.sample import load as samples_of
 from dp_lora.records.card import no_guarantee
 from dp_lora.storage.files import read_json
 from tests.builders.architectures import stable_diffusion
@@ -337,3 +343,50 @@ def test_places_without_an_adapter_that_fits(
     tensors = load_file(part)
     save_file({name: value + 1 for name, value in tensors.items()}, part)
     assert "was trained on the model tiny8-" in refused(run, f"pretrained={other}")
+
+
+# In a job
+
+
+def test_a_job_draws_as_many_images_of_each_class_as_it_is_told(tiny: Callable[..., Config]) -> None:
+    words = ("sampler.classes={3:5,0:2}", "stages=[finetune,sample]", "train.max_steps=1")
+    directory = Path(run_job(tiny(*words))["directory"])
+    assert samples_of(directory).labels.tolist() == [0, 0, 3, 3, 3, 3, 3]
+    with pytest.raises(
+        UserError, match=r"^sampler\.classes: 'cat' is none of the adapter's; expected some of 0"
+    ):
+        run_job(tiny("sampler.classes={cat:5}", *words[1:]))
+    for given, line in (
+        ("{3:0}", "3: 0: expected a whole number"),
+        ("{}", "expected numbers of images by class"),
+    ):
+        with pytest.raises(UserError, match=line):
+            tiny(f"sampler.classes={given}")
+
+
+def test_a_job_exports_its_images_for_other_tools(tiny: Callable[..., Config], tmp_path: Path) -> None:
+    """Also those of a finished run, whose directory and samples stay what they are."""
+    from datasets import load_dataset
+
+    words = ("sampler.num_samples=12", "stages=[finetune,sample]", "train.max_steps=1")
+    directory = Path(run_job(tiny(*words))["directory"])
+    before = (directory / "samples.npz").read_bytes()
+    assert not (directory / "images").exists()
+    assert Path(run_job(tiny(*words, "sampler.export=png"))["directory"]) == directory
+    assert (directory / "samples.npz").read_bytes() == before
+    samples = samples_of(directory)
+    found = load_dataset(
+        "imagefolder", data_dir=str(directory / "images"), split="train", cache_dir=str(tmp_path)
+    )
+    for label in range(10):
+        mine = [np.asarray(row["image"]).tobytes() for row in found if row["label"] == str(label)]
+        assert mine == [image.tobytes() for image in samples.images[samples.labels == label]]
+    # An image that is lost is written again; an export has them, and only them.
+    next((directory / "images" / "3").iterdir()).unlink()
+    run_job(tiny(*words, "sampler.export=png"))
+    (directory / "images" / "3" / "private.png").write_bytes(b"x")
+    folder = export(directory, tmp_path / "out", with_uncovered=True)
+    names = sorted(str(path.relative_to(folder)) for path in (folder / "images").rglob("*.png"))
+    assert names == sorted(
+        f"images/{label}/{number:06}.png" for number in range(12) for label in [number % 10]
+    )
