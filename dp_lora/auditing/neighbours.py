@@ -135,7 +135,7 @@ def _extraction(config: Config, extractor: str) -> Any:
     from dataclasses import replace
 
     from dp_lora.evaluation.features import extract_features, load_extractors
-    from dp_lora.jobs.job import device_of
+    from dp_lora.jobs.device import device_of
 
     device = device_of(config)
     evaluation = replace(config.evaluation, extractors=[extractor])

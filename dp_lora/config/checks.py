@@ -315,8 +315,8 @@ def _check_counts(config: Config) -> None:
     asked = config.sampler.classes
     if asked is not None and not (isinstance(asked, dict) and asked):
         raise UserError(
-            f"sampler.classes={asked}: expected numbers of images by class, such as {{cat: 500, dog: 20}}, or "
-            "null"
+            f"sampler.classes={asked}: expected numbers of images by class, such as {{cat: 500, dog: 20}}, "
+            "or null"
         )
     for name, number in (asked or {}).items():
         if type(number) is not int or number < 1:

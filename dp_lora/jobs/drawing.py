@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dp_lora.config.checks import check
 from dp_lora.config.load import WEIGHTS, read_config
-from dp_lora.config.schema import Config, DataConfig, SamplerConfig
+from dp_lora.config.schema import EXPORTS, Config, DataConfig, SamplerConfig
 from dp_lora.errors import UserError
 from dp_lora.records.run_directory import check_records, is_whole, is_whole_archive
 from dp_lora.storage.files import check_writable, file_lock, read_json, write_atomic, write_json
@@ -42,7 +42,7 @@ FOLDER = "samples"
 IMAGES = "images"
 """The folder of PNG files beside samples.npz."""
 
-FORMATS = ("npz", "png")
+FORMATS = EXPORTS
 
 _NOT_RECORDED = ("num_samples", "batch_size", "classes", "export")
 """Fields of the sampler that change no image, or that stand in `sampling.json` by themselves."""
@@ -125,7 +125,7 @@ def draw(asked: Asked) -> Drawn:
 
     Raises UserError for what does not fit the adapter or the model, before anything is written.
     """
-    from dp_lora.jobs.job import device_of
+    from dp_lora.jobs.device import device_of
 
     with uncollected():
         from dp_lora.models import sample

@@ -244,7 +244,7 @@ def _found(path: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _measured(source: Source, images: _Images, config: Config, asked: Asked, identity: str) -> dict[str, Any]:
     """The metrics, the metadata and what covers them."""
-    from dp_lora.jobs.job import device_of
+    from dp_lora.jobs.device import device_of
 
     with uncollected():
         from dp_lora.models import sample

@@ -6,7 +6,6 @@ Everything that can be wrong with what the user asked for is found here, before 
 from __future__ import annotations
 
 import math
-import os
 import re
 import sys
 from contextlib import ExitStack
@@ -20,6 +19,7 @@ from dp_lora.config.load import read_config
 from dp_lora.config.schema import Config
 from dp_lora.config.wandb_settings import named, wandb_mode
 from dp_lora.errors import PlanError, UserError
+from dp_lora.jobs.device import device_of
 from dp_lora.privacy.collectives import agreed, rank
 from dp_lora.records import manifest
 from dp_lora.records.run_directory import OUTPUTS, WAY_OUT, check_records, is_whole
@@ -245,35 +245,6 @@ def _check_budget(config: Config, plan: PrivacyPlan, directory: Path, images: Im
     reason = agreed(spending.refusal(config, plan, directory, images) if rank() == 0 else None)
     if reason is not None:
         raise UserError(reason)
-
-
-def device_of(config: Config) -> torch.device:
-    """The device of this process: of several GPUs the one with the process's number on its node.
-
-    Raises UserError when the machine has none.
-    """
-    import torch
-
-    if config.resources.threads is not None:
-        torch.set_num_threads(config.resources.threads)
-    wanted = config.resources.device
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "resources.device=cuda: this machine has no GPU that torch can use; expected auto or cpu"
-        )
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
-    if name == "cuda" and config.train.precision == "bfloat16" and not torch.cuda.is_bf16_supported():
-        raise UserError("train.precision=bfloat16: this GPU has no bfloat16; expected float32")
-    if name == "cuda" and torch.cuda.device_count() > 1:
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        if local >= torch.cuda.device_count():
-            raise UserError(
-                f"resources.processes: process {local + 1} of this node finds {torch.cuda.device_count()} "
-                "GPUs; expected one a process"
-            )
-        torch.cuda.set_device(local)
-        return torch.device("cuda", local)
-    return torch.device(name)
 
 
 def _check_model(config: Config, images: ImageSplits) -> None:

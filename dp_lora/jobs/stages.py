@@ -20,8 +20,9 @@ from dp_lora.config.identity import absolute_paths, run_directory
 from dp_lora.config.schema import Config
 from dp_lora.errors import Busy, UserError, recorded
 from dp_lora.jobs import reuse
+from dp_lora.jobs.device import device_of
 from dp_lora.jobs.drawing import IMAGES, export_images
-from dp_lora.jobs.job import Job, device_of, prepare, pretrained_model, say
+from dp_lora.jobs.job import Job, prepare, pretrained_model, say
 from dp_lora.jobs.spending import charged, refusal
 from dp_lora.jobs.start import first_values, keep, with_classes
 from dp_lora.jobs.statement import epsilon_so_far, privacy_record
