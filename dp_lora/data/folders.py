@@ -1,14 +1,17 @@
 """Images in folders: a folder a class, or train/, validation/ and test/ with a folder a class in each.
 
+All images directly in one folder are one class. A zip archive of any of these is read like the folder that it
+holds, and one folder around everything is left out.
+
 What could be read in two ways is an error that names both: tables beside class folders, two folders of one
-role, images directly in train/ and test/, two folders that are the same place by a link. Hidden files, and
-what Windows, macOS and network drives leave behind, are passed over.
+role, images directly in train/ and test/, two folders that are the same place by a link.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -23,22 +26,22 @@ from dp_lora.data.images import (
     Source,
     Unread,
     check_class_names,
-    identity_of,
+    identity_of_places,
     prepare_roles,
 )
 from dp_lora.data.pixels import Content, Unreadable, check_file, shown
-from dp_lora.errors import UserError, did_you_mean
+from dp_lora.data.places import Archive, Member, Place, Visible, is_seen
+from dp_lora.errors import PrivateRefusal, UserError, did_you_mean
 
-LITTER = (
-    *("thumbs.db", "ehthumbs.db", "desktop.ini", "picasa.ini", "icon\r", "__macosx", "__pycache__", "@eadir"),
-    *("#recycle", "$recycle.bin", "system volume information", "lost+found"),
-)
-"""Left behind by operating systems; in lower case."""
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+"""The tables beside images that name each image (`dp_lora.data.metadata`)."""
 TABLES = (".parquet", ".csv", ".tsv", ".json", ".jsonl", ".xlsx", ".arrow")
 PICTURES = (
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".avif", ".jp2"),
-    *(".j2k", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".heic", ".svg"),
+    *(".j2k", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".heic", ".svg", ".dcm", ".dicom"),
 )
+NO_CLASS = "image"
+"""The name of the class of images without classes."""
 
 
 class Survey(NamedTuple):
@@ -64,8 +67,8 @@ def survey(location: Path) -> Survey:
             below.clear()
             continue
         walked.add(real)
-        below[:] = sorted(name for name in below if _is_seen(name))
-        for name in filter(_is_seen, names):
+        below[:] = sorted(name for name in below if is_seen(name))
+        for name in filter(is_seen, names):
             if name.endswith(".parquet"):
                 parquet.append(Path(folder) / name)
             elif picture is None and name.lower().endswith(PICTURES):
@@ -94,24 +97,55 @@ def parquet_files(location: Path, request: Request) -> list[Path]:
         )
     if layout == "folders":
         return []
-    if layout is None and found.parquet and found.picture is not None:
+    if layout is None and found.picture is not None:
+        tables_alone = [file for file in found.parquet if file.name not in METADATA]
+        if not tables_alone:
+            return []
         raise UserError(
-            f"{field}.source={shown(location)}: holds the table {_below(found.parquet[0], location)} and "
+            f"{field}.source={shown(location)}: holds the table {_below(tables_alone[0], location)} and "
             f"the image {_below(found.picture, location)}; expected {field}.layout=tables, which reads the "
             f"parquet files, or {field}.layout=folders, which reads the class folders"
         )
     return found.parquet
 
 
-def read_folders(root: Path, request: Request, preprocessing: Preprocessing) -> Source:
-    """The images of the class folders in `root`, or in the folders of its roles.
+def opened(location: Path, visible: Visible, request: Request) -> Place:
+    """The folder of the set: `location`, or the folder in a zip archive; or the one folder around everything.
+
+    Raises PrivateRefusal for an archive that cannot be read.
+    """
+    place: Place = location
+    where = f"{request.field}.source={shown(location)}"
+    if location.is_file():
+        try:
+            place = Member(Archive(location), "")
+        except (OSError, zipfile.BadZipFile, ValueError) as error:
+            raise PrivateRefusal(
+                f"{where}: cannot be read ({error}); expected a folder or a zip archive"
+            ) from error
+    inside = _listed(place, visible, request.field)
+    if len(inside) != 1 or not visible.is_dir(inside[0]) or inside[0].name.lower() in tables.SPLITS:
+        return place
+    below = _listed(inside[0], visible, request.field)
+    if any(visible.is_dir(path) or path.name in METADATA for path in below):
+        request.tell(f"{where}: read from {shown(inside[0].name)}, the one folder in it")
+        return inside[0]
+    return place
+
+
+def read_folders(root: Place, visible: Visible, request: Request, preprocessing: Preprocessing) -> Source:
+    """The images of the class folders in `root`, in the folders of its roles, or in `root` itself.
 
     Raises UserError for what is no such folder, and Damaged with all files that are no images.
     """
     field, data = request.field, request.data
-    reader = _Reader(root, field, tables_left_out=data.layout == "folders", classes_given=bool(data.classes))
+    reader = _Reader(
+        root, visible, field, tables_left_out=data.layout == "folders", classes_given=bool(data.classes)
+    )
     roles = reader.roles()
-    if roles is None:
+    if reader.is_flat():
+        files = {"train": {NO_CLASS: reader.flat()}}
+    elif roles is None:
         files = {"train": reader.classes(root)}
     else:
         for role in roles.values():
@@ -127,6 +161,7 @@ def read_folders(root: Path, request: Request, preprocessing: Preprocessing) -> 
             raise UserError(
                 f"{field}.source: class {unknown[0]!r} of {shown(root / role)} has no training images"
             )
+    visible.tell_skipped(request.tell, field)
     unread = {role: _unread(of_role, classes) for role, of_role in files.items()}
     parts = prepare_roles(unread, preprocessing, request)
     if data.name == "imagenet" and "test" not in parts and "validation" in parts:
@@ -137,17 +172,19 @@ def read_folders(root: Path, request: Request, preprocessing: Preprocessing) -> 
 class _Reader:
     """The folders of one set."""
 
-    def __init__(self, root: Path, field: str, *, tables_left_out: bool, classes_given: bool) -> None:
-        self.root, self.field = root, field
+    def __init__(
+        self, root: Place, visible: Visible, field: str, *, tables_left_out: bool, classes_given: bool
+    ) -> None:
+        self.root, self.visible, self.field = root, visible, field
         self.tables_left_out, self.classes_given = tables_left_out, classes_given
-        self._places: dict[tuple[int, int], Path] = {}
+        self._places: dict[tuple[int, int], Place] = {}
 
     def roles(self) -> dict[str, str] | None:
         """The folder of each role; None where the folders are classes.
 
         A folder with the name of a role is one where folders lie in it; else it is a class of that name.
         """
-        names = [path.name for path in self._visible(self.root) if path.is_dir()]
+        names = [path.name for path in self._visible(self.root) if self.visible.is_dir(path)]
         named = [name for name in names if name.lower() in tables.SPLITS and self._has_folders(name)]
         if not named:
             self._refuse_nearly_roles(names)
@@ -170,8 +207,27 @@ class _Reader:
         where = f"{self.field}.source={shown(self.root)}"
         return tables.one_of_each([path.name for path in self._folders(self.root)], where, "folders")
 
-    def once(self, folder: Path) -> None:
+    def is_flat(self) -> bool:
+        """Whether images lie directly in the folder, and no folders beside them."""
+        inside = self._visible(self.root)
+        return not any(map(self.visible.is_dir, inside)) and any(map(_is_picture, inside))
+
+    def flat(self) -> list[Place]:
+        """The sorted files of a folder without classes. Raises UserError for tables or texts beside them."""
+        files = [path for path in self._visible(self.root) if not self._is_left_out(path)]
+        if (table := next((path for path in files if path.suffix.lower() in TABLES), None)) is not None:
+            raise PrivateRefusal(
+                f"{self.field}.source: {shown(table)} is a table beside images, which may say their classes; "
+                f"expected {', '.join(METADATA[:-1])} or {METADATA[-1]} with a column file_name, or "
+                f"{self.field}.layout=folders, which leaves it out"
+            )
+        self._refuse_beside(self.root, files)
+        return files
+
+    def once(self, folder: Place) -> None:
         """Raises UserError for a folder that was read under another name: links, and mounts of one place."""
+        if not isinstance(folder, Path):
+            return
         status = folder.stat()
         other = self._places.setdefault((status.st_dev, status.st_ino), folder)
         if other != folder:
@@ -211,7 +267,7 @@ class _Reader:
                 "they are classes"
             )
 
-    def classes(self, folder: Path) -> dict[str, list[Path]]:
+    def classes(self, folder: Place) -> dict[str, list[Place]]:
         """Sorted files of each class, classes sorted by name."""
         folders = self._folders(folder)
         self._refuse_wrapped(folder, folders)
@@ -231,35 +287,36 @@ class _Reader:
             self._refuse_beside(path, files[name])
         return files
 
-    def _refuse_beside(self, folder: Path, files: Sequence[Path]) -> None:
+    def _refuse_beside(self, folder: Place, files: Sequence[Place]) -> None:
         """Refuses folders in a class folder, and texts with the name of an image."""
-        inner = next((file for file in files if file.is_dir()), None)
+        inner = next((file for file in files if self.visible.is_dir(file)), None)
         if inner is not None:
             raise UserError(
                 f"{self.field}.source: class folder {shown(folder)} holds the folder {shown(inner.name)}; "
                 "expected images directly in each class folder"
             )
-        images = {file.stem for file in files if file.suffix.lower() in PICTURES}
+        images = {file.stem for file in files if _is_picture(file)}
         texts = [f for f in files if f.suffix.lower() in (".txt", ".caption") and f.stem in images]
         if texts:
             raise UserError(
                 f"{self.field}.source: {shown(texts[0])}: captions beside images are not read; expected "
-                f"images alone, or a parquet file with {self.field}.caption_column"
+                f"images alone, or metadata.csv or a parquet file with {self.field}.caption_column"
             )
 
-    def _folders(self, folder: Path) -> list[Path]:
+    def _folders(self, folder: Place) -> list[Place]:
         """The sorted folders in `folder`, which may hold nothing else."""
-        paths = [path for path in self._visible(folder) if path.is_dir() or not self.tables_left_out]
+        is_dir = self.visible.is_dir
+        paths = [path for path in self._visible(folder) if is_dir(path) or not self.tables_left_out]
         if not paths:
             raise UserError(
                 f"{self.field}.source: {shown(folder)} is empty; expected a folder of images for each class"
             )
         for path in paths:
-            if not path.is_dir():
-                raise self._beside(path, any(other.is_dir() for other in paths))
+            if not is_dir(path):
+                raise self._beside(path, any(map(is_dir, paths)))
         return paths
 
-    def _beside(self, path: Path, has_folders: bool) -> UserError:
+    def _beside(self, path: Place, has_folders: bool) -> UserError:
         """The error for a file where class folders were expected; `has_folders` if some are beside it."""
         try:
             check_file(path)
@@ -282,40 +339,45 @@ class _Reader:
             f"{self.field}.source: {shown(path)} is a file; expected only class folders there, or {layout}"
         )
 
-    def _refuse_wrapped(self, folder: Path, folders: Sequence[Path]) -> None:
+    def _refuse_wrapped(self, folder: Place, folders: Sequence[Place]) -> None:
         """A single folder with folders in it is not a class, but the set in one more folder."""
-        if len(folders) == 1 and (inside := self._visible(folders[0])) and all(p.is_dir() for p in inside):
+        inside = self._visible(folders[0]) if len(folders) == 1 else []
+        if inside and all(map(self.visible.is_dir, inside)):
             raise UserError(
                 f"{self.field}.source={shown(folder)}: holds only the folder {shown(folders[0].name)} with "
                 f"folders in it; did you mean {self.field}.source={shown(folders[0])}?"
             )
 
     def _has_folders(self, name: str) -> bool:
-        return any(path.is_dir() for path in self._visible(self.root / name))
+        return any(map(self.visible.is_dir, self._visible(self.root / name)))
 
-    def _is_left_out(self, path: Path) -> bool:
+    def _is_left_out(self, path: Place) -> bool:
         return self.tables_left_out and path.suffix.lower() in TABLES
 
-    def _visible(self, folder: Path) -> list[Path]:
-        try:
-            return sorted(path for path in folder.iterdir() if _is_seen(path.name))
-        except OSError as error:
-            raise UserError(f"{self.field}.source: {shown(folder)} is no folder that can be read") from error
+    def _visible(self, folder: Place) -> list[Place]:
+        return _listed(folder, self.visible, self.field)
 
 
-def _is_seen(name: str) -> bool:
-    return not name.startswith(".") and name.lower() not in LITTER
+def _listed(folder: Place, visible: Visible, field: str) -> list[Place]:
+    try:
+        return visible(folder)
+    except OSError as error:
+        raise UserError(f"{field}.source: {shown(folder)} is no folder that can be read") from error
+
+
+def _is_picture(path: Place) -> bool:
+    return path.suffix.lower() in PICTURES
 
 
 def _below(path: Path, location: Path) -> str:
     return shown(path.relative_to(location))
 
 
-def _unread(files: Mapping[str, Sequence[Path]], classes: tuple[str, ...]) -> Unread:
+def _unread(files: Mapping[str, Sequence[Place]], classes: tuple[str, ...]) -> Unread:
     paths = [path for of_class in files.values() for path in of_class]
     labels = [classes.index(name) for name, of_class in files.items() for _ in of_class]
 
     def contents() -> Iterator[tuple[Content, str]]:
         return ((path, shown(path)) for path in paths)
 
-    return Unread(np.array(labels, np.int64), contents, identity_of(paths))
+    return Unread(np.array(labels, np.int64), contents, identity_of_places(paths))
