@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,13 @@ def decode(content: Path | bytes, name: str, field: str, decoding: Decoding) -> 
             f"{field}.source: {name} is DICOM, and reading it needs pydicom; get it by `pip install "
             "'dp-lora[dicom]'`"
         )
+    with warnings.catch_warnings():
+        # pydicom warns of every field that is written in an odd way; what an image needs is checked here.
+        warnings.simplefilter("ignore")
+        return _decoded(content, decoding)
+
+
+def _decoded(content: Path | bytes, decoding: Decoding) -> Decoded:
     import pydicom
     from PIL import Image
 
@@ -136,9 +144,8 @@ def _whole(file: Any, values: np.ndarray, bits: int) -> np.ndarray:
             "floating-point numbers, which have no range of their own",
             "expected the values of black and white, such as data.value_range=[0,1]",
         )
-    slope, intercept = (
-        float(file.get(name, usual)) for name, usual in (("RescaleSlope", 1), ("RescaleIntercept", 0))
-    )
+    rescaled = "RescaleSlope" in file and "RescaleIntercept" in file  # neither counts alone
+    slope, intercept = (float(file.RescaleSlope), float(file.RescaleIntercept)) if rescaled else (1.0, 0.0)
     first = -(2 ** (bits - 1)) if file.get("PixelRepresentation") else 0
     ends = sorted(slope * end + intercept for end in (first, first + 2**bits - 1))
     return to_bytes(values, *ends)
