@@ -31,7 +31,7 @@ from dp_lora.data import dicom, pixels
 from dp_lora.data.digests import SIZE
 from dp_lora.data.pixels import Content, Damaged, Decoded, Decoding, NoRange, Unfit, shown
 from dp_lora.data.places import Member, Place
-from dp_lora.errors import UserError, did_you_mean
+from dp_lora.errors import PrivateRefusal, UserError, did_you_mean
 from dp_lora.storage import arrays
 from dp_lora.storage.keyed import keyed_name
 
@@ -97,6 +97,8 @@ class Request(NamedTuple):
     """What tells the owner a line; no record of a job holds it."""
     prepare: Prepare | None = None
     """What reads the images of all roles in place of `prepare_roles`; null for a job."""
+    refuse: Callable[[PrivateRefusal], None] | None = None
+    """What takes a refusal after which the rest of the set can be read; null for a job, which ends."""
 
 
 def wanted_classes(classes: tuple[str, ...], request: Request) -> tuple[str, ...]:

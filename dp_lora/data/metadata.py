@@ -279,44 +279,54 @@ def _matched(metadata: Sequence[_Metadata], files: Mapping[str, Place], request:
     a row or with several.
     """
     column, label = request.data.image_column or _FILE_NAME, request.data.label_column
-    wrong: list[str] = []
-    rows: dict[str, list[_Row]] = {}
+    wrong: list[tuple[str, str]] = []
+    rows: dict[str, _Row] = {}
+    seen: dict[str, list[_Row]] = {}
     # macOS stores the names of files in another of Unicode's forms than most programs write.
     normal = {unicodedata.normalize("NFC", path): path for path in files}
     for of_one in metadata:
         for row in of_one.rows:
-            path, problem = _path_of(row.values.get(column), of_one.name)
+            value = row.values.get(column)
+            path, problem = _path_of(value, of_one.name)
             path = path if path in files else normal.get(unicodedata.normalize("NFC", path), path)
+            name = shown(path or str(value))
             if problem is None and path not in files:
-                problem = f"{shown(path)}: no such file"
+                problem = "no such file"
             if problem is not None:
-                wrong.append(f"{problem} ({row.where})")
+                wrong.append((name, f"{problem} ({row.where})"))
                 continue
-            rows.setdefault(path, []).append(row)
-            if label not in (None, "none") and row.values.get(label) is None:
-                wrong.append(f"{shown(path)}: no value of {label} ({row.where})")
+            seen.setdefault(path, []).append(row)
+            if label in (None, "none") or row.values.get(label) is not None:
+                rows.setdefault(path, row)
+            else:
+                wrong.append((shown(path), f"no value of {label} ({row.where})"))
     wrong += [
-        f"{shown(path)}: {len(several)} rows ({', '.join(row.where for row in several)})"
-        for path, several in rows.items()
+        (shown(path), f"{len(several)} rows ({', '.join(row.where for row in several)})")
+        for path, several in seen.items()
         if len(several) > 1
     ]
-    known = set(rows) | _named_elsewhere(metadata)
-    wrong += [f"{shown(path)}: no row" for path in files if _is_picture(path) and path not in known]
+    known = set(seen) | _named_elsewhere(metadata)
+    wrong += [(shown(path), "no row") for path in files if _is_picture(path) and path not in known]
     if wrong:
-        raise _Unmatched(wrong, request.field)
-    return {path: several[0] for path, several in rows.items()}
+        error = Unmatched(wrong, request.field)
+        if request.refuse is None:
+            raise error
+        request.refuse(error)
+    return rows
 
 
-class _Unmatched(PrivateRefusal):
+class Unmatched(PrivateRefusal):
     """Rows and images that do not match, all of them."""
 
-    def __init__(self, wrong: Sequence[str], field: str) -> None:
-        expected = "expected one row for each image"
-        if len(wrong) == 1:
-            super().__init__(f"{field}.source: {wrong[0]}; {expected}")
+    def __init__(self, wrong: Sequence[tuple[str, str]], field: str) -> None:
+        self.wrong = wrong
+        """Each file, or what a row has for one, and the reason."""
+        expected, lines = "expected one row for each image", [f"{name}: {why}" for name, why in wrong]
+        if len(lines) == 1:
+            super().__init__(f"{field}.source: {lines[0]}; {expected}")
         else:
-            head = f"{field}.source: {len(wrong)} images and rows of metadata do not match; {expected}:"
-            super().__init__("\n".join([head, *(f"  {line}" for line in wrong)]))
+            head = f"{field}.source: {len(lines)} images and rows of metadata do not match; {expected}:"
+            super().__init__("\n".join([head, *(f"  {line}" for line in lines)]))
 
 
 def _path_of(value: Any, metadata: str) -> tuple[str, str | None]:
@@ -325,7 +335,7 @@ def _path_of(value: Any, metadata: str) -> tuple[str, str | None]:
         return "", "no name of a file"
     path = os.path.normpath(value.replace("\\", "/"))
     if "://" in value or path.startswith("/") or path.split("/")[0] in ("..", "."):
-        return "", f"{shown(value)}: leads out of the folder of {metadata}"
+        return "", f"leads out of the folder of {metadata}"
     return (PurePosixPath(metadata).parent / path).as_posix(), None
 
 

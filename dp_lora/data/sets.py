@@ -15,7 +15,7 @@ out, its slot in its role stays and contributes nothing: the numbers of images a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,6 +94,7 @@ def load(
     *,
     tell: Callable[[str], None] = say,
     prepare: Prepare | None = None,
+    refuse: Callable[[PrivateRefusal], None] | None = None,
 ) -> ImageSplits:
     """The three roles of the data set that `data` names, as images of `data.image_size` and `data.channels`.
 
@@ -108,6 +109,7 @@ def load(
         field: where `data` stands in the configuration, for error messages.
         tell: what tells the owner a line; on stderr unless it is given.
         prepare: what reads the files of a set in place of `images.prepare_roles`.
+        refuse: what takes the rows and files that do not match, in place of an end with all of them.
 
     Raises:
         UserError: for an unknown name or class, an impossible size, or files that are absent or damaged.
@@ -117,7 +119,7 @@ def load(
         raise UserError(f"{field}.name={data.name!r}: expected one of {', '.join(LOADERS)}{hint}")
     check_fields(data, field)
     folders = (Path(paths.data).expanduser(), Path(paths.cache).expanduser())
-    request = Request(data, field, *folders, tell, prepare)
+    request = Request(data, field, *folders, tell, prepare, refuse)
     source = _held_out(LOADERS[data.name](request))
     if data.caption_column is not None and source.train.captions is None:
         raise UserError(
@@ -150,8 +152,19 @@ def refuse_flat(images: ImageSet, field: str = "data") -> None:
     image fills is counted from its 1st to its 99th percentile. Looks at no more than 4,096 images, evenly
     spaced, and tells the owner on stderr of some flat ones, and of nearly all filling under a quarter.
     """
-    chosen = np.unique(np.linspace(0, len(images) - 1, 4096).astype(np.int64))
-    low, high = np.array([_filled(images.images[index]) for index in chosen]).T
+    refuse_flat_ones([filled(images.images[index]) for index in looked_at(len(images))], field)
+
+
+def looked_at(count: int) -> np.ndarray:
+    """The indices of those of `count` images that `refuse_flat` looks at."""
+    return np.unique(np.linspace(0, count - 1, 4096).astype(np.int64))
+
+
+def refuse_flat_ones(
+    found: Sequence[tuple[int, int]], field: str = "data", tell: Callable[[str], None] = say
+) -> None:
+    """`refuse_flat` for images of which `filled` is known."""
+    low, high = np.array(found).T
     spread = high - low
     flat = float((spread < FLAT).mean())
     asked = f"{field}.value_range=[black,white] of the files"
@@ -166,15 +179,15 @@ def refuse_flat(images: ImageSet, field: str = "data") -> None:
         )
     narrow = float((spread < NARROW).mean())
     if narrow >= NEARLY_ALL:
-        say(
+        tell(
             f"{field}: {narrow:.0%} of the images fill less than a quarter of the scale (99% of the pixels "
             f"of each are at most {high.max()} of 255); if the files hold 13 or 14 bits in 16, give {asked}"
         )
     elif flat > 1 - NEARLY_ALL:
-        say(f"{field}: {flat:.0%} of the images are nearly constant; is {field}.value_range right for all?")
+        tell(f"{field}: {flat:.0%} of the images are nearly constant; is {field}.value_range right for all?")
 
 
-def _filled(image: np.ndarray) -> tuple[int, int]:
+def filled(image: np.ndarray) -> tuple[int, int]:
     """The darkest and the brightest value of uint8 `image`, but for `TAIL` of its pixels at either end."""
     counts = np.bincount(image.reshape(-1), minlength=256)
     left_out = int(TAIL * image.size)
