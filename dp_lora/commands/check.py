@@ -24,7 +24,7 @@ beside data is checked and makes no difference."""
 
 
 def main() -> None:
-    """Checks one set. A user's mistake is one line and exit status 2, as is a set that cannot be trained on."""
+    """Checks one set. A user's mistake ends with one line and status 2, as does a set that cannot train."""
     with ending("dp-lora-check", interrupted="nothing was written"):
         config = asked_for(*_parse(sys.argv[1:]))
         from dp_lora.data.inspection import inspect
@@ -38,9 +38,9 @@ def main() -> None:
 def _parse(words: Sequence[str]) -> tuple[list[str], Path | None]:
     parser = Parser(
         prog="dp-lora-check",
-        description="Reads a whole set of images as a job would. Lists every file with what is wrong, roles,\n"
-        "classes, sizes, modes and values, constant images and copies. It trains, logs and writes\n"
-        "nothing. What it prints is as private as the images.",
+        description="Reads a whole set of images as a job would, and lists every file with what is wrong,\n"
+        "roles, classes, sizes, modes and values, constant images and copies. It trains, logs\n"
+        "and writes nothing. What it prints is as private as the images.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -69,16 +69,19 @@ def asked_for(words: Sequence[str], presets: Path | None = None) -> Config:
     from dp_lora.config.load import config_directory, from_omegaconf
     from dp_lora.config.schema import Config
 
+    if (path := next((word for word in words if "=" not in word and Path(word).exists()), None)) is not None:
+        raise UserError(f"{path}: expected data=imagefolder data.source={path}")
     flag = [] if presets is None else [f"--config-dir={presets}"]
-    check_words([*words, *flag])
     ConfigStore.instance().store(name="schema", node=Config)
     own = [] if presets is None else [f"hydra.searchpath=['file://{presets.absolute()}']"]
     try:
+        check_words([*words, *flag])
         with initialize_config_dir(config_dir=str(config_directory()), version_base="1.3"):
             composed = compose("config", overrides=[*hydra_words(words), *own])
         return from_omegaconf(composed)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(error)) from error
+    except (HydraException, OmegaConfBaseException, UserError) as error:
+        reason, several, _ = explain(error).partition("several values; expected ")
+        raise UserError(f"{reason}{several}one" if several else reason) from error
 
 
 def _print(sections: Sequence[tuple[str, Sequence[str]]]) -> None:

@@ -219,7 +219,7 @@ def _seen(prepared: Prepared, name: str) -> Seen:
         decoded.mode,
         float(values.min()),
         float(values.max()),
-        bool((values == values[0, 0]).all()),
+        bool((values[-1, -1] == values[0, 0]).all() and (values == values[0, 0]).all()),
         decoded.digest,
         sets.filled(prepared.pixels),
     )
