@@ -322,6 +322,11 @@ class _Reader:
             check_file(path)
         except Unreadable as error:
             return UserError(f"{self.field}.source: {shown(path)} is {error}; expected a class folder")
+        if path.suffix.lower() == ".zip":
+            return PrivateRefusal(
+                f"{self.field}.source: {shown(path)} is a zip archive; expected {self.field}.source="
+                f"{shown(path)}, if it holds the set, or its files unpacked"
+            )
         if not has_folders:
             table = f", or a parquet file as {self.field}.source" if path.suffix.lower() in TABLES else ""
             return UserError(

@@ -28,7 +28,7 @@ from dp_lora.data.images import ROLES, Preprocessing, Request, Source, identity_
 from dp_lora.data.pixels import shown
 from dp_lora.data.places import Place, Visible
 from dp_lora.data.tables import CELEBA, LABEL_COLUMNS, SPLITS, Table, refuse_lone
-from dp_lora.errors import PrivateRefusal, did_you_mean
+from dp_lora.errors import PrivateRefusal, UserError, did_you_mean
 
 _FILE_NAME = "file_name"
 
@@ -78,7 +78,12 @@ def read_metadata(
         role = folders[path.split("/")[0]] if folders else "train"
         by_role.setdefault(role, []).append((of_set[path], row))
     visible.tell_skipped(request.tell, field)
-    return tables.source_of(_tables(by_role, metadata, request), request, preprocessing)
+    try:
+        return tables.source_of(_tables(by_role, metadata, request), request, preprocessing)
+    except PrivateRefusal:
+        raise
+    except UserError as error:  # which a file of the private set decided
+        raise PrivateRefusal(str(error)) from error
 
 
 def _refuse_two_kinds(found: Mapping[str, Place], field: str) -> None:

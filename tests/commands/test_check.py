@@ -12,7 +12,9 @@ import pytest
 from PIL import Image
 
 from dp_lora.commands.check import main
+from tests.builders.commands import FOLDER, dp_lora, state_of
 from tests.builders.image_folders import put
+from tests.builders.tiny import words
 
 
 def check(*given: object) -> int:
@@ -124,6 +126,25 @@ def test_presets_of_ones_own(folder: Path, tmp_path: Path, capsys: pytest.Captur
     put(tmp_path / "presets/data/mine.yaml", preset)
     assert check("data=mine", f"--config-dir={tmp_path / 'presets'}") == 0
     assert "classes    1\n           dog: train 2\n" in capsys.readouterr().out
+
+
+def test_a_job_on_rows_that_do_not_match_lists_them_and_writes_nothing(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(folder / "metadata.jsonl", '{"file_name": "cat/0.png"}\n{"file_name": "dog/9.png"}\n')
+    before = state_of(tmp_path)
+    given = [*words(tmp_path / "cache", tmp_path / "outputs"), *FOLDER, f"data.source={folder}"]
+    assert dp_lora(*given) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err[shown.err.index("dp-lora: ") :].splitlines() == [
+        "dp-lora: data.source: 4 images and rows of metadata do not match; expected one row for each image:",
+        "  dog/9.png: no such file (line 2 of metadata.jsonl)",
+        "  cat/1.png: no row",
+        "  dog/0.png: no row",
+        "  dog/1.png: no row",
+    ]
+    assert state_of(tmp_path) == before
 
 
 def test_nothing_is_written_anywhere(folder: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +174,19 @@ def test_many_sizes_are_summed_up(tmp_path: Path) -> None:
     (line,) = section(looked(tmp_path), "sizes")
     assert line.count(" x ") == 8
     assert line.endswith(", 4 other sizes; widths 1 to 12, heights 2 to 24")
+
+
+@pytest.mark.slow
+def test_ten_thousand_images_take_less_than_twenty_seconds(tmp_path: Path) -> None:
+    """Of one processor, whatever else it does."""
+    random = np.random.default_rng(0)
+    for i in range(10_000):
+        saved(tmp_path / f"{'ab'[i % 2]}/{i}.png", random.integers(0, 256, (64, 64, 3), np.uint8))
+    start = time.process_time()
+    found = looked(tmp_path, test_size=0.2)
+    assert time.process_time() - start < 20
+    assert section(found, "sizes") == ["64 x 64: 10000"]
+    found.verdict()
 
 
 def test_no_image_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
