@@ -88,8 +88,6 @@ def _stored(file: Any) -> np.ndarray:
     except (RuntimeError, NotImplementedError) as error:  # pydicom's words for a decoder that is not there
         syntax = getattr(file.file_meta.TransferSyntaxUID, "name", "an unknown syntax")
         raise Unreadable(f"DICOM in {syntax}, which pydicom cannot unpack here") from error
-    if values.dtype.kind == "u" and str(file.PhotometricInterpretation) in _GREY:
-        values = values & values.dtype.type(2 ** int(file.BitsStored) - 1)  # drawings may lie above them
     return values
 
 

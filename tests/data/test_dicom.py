@@ -196,6 +196,14 @@ def test_a_palette_has_colours(tmp_path: Path) -> None:
     assert image[:, 0, 7].tolist() == [255, 0, 9]
 
 
+def test_luminance_and_chrominance_become_colours(tmp_path: Path) -> None:
+    """ITU-R BT.601: pure red has the luminance 76 and the chrominances 85 and 255, rounded."""
+    values = np.full((8, 8, 3), (76, 85, 255), np.uint8)
+    write_dicom(tmp_path / "set/us/0.dcm", values, PhotometricInterpretation="YBR_FULL")
+    (image,) = load(config(tmp_path / "set"), PathsConfig()).train.images
+    assert np.abs(image[:, 4, 4].astype(int) - (255, 0, 0)).max() <= 1
+
+
 def test_an_image_draws_its_role_by_its_stored_values(tmp_path: Path) -> None:
     """Not by its name, its window, its slope or the settings."""
     values = columns(0, 74, 75, 99, 100, 124, 125, 4095)
