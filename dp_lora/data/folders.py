@@ -139,18 +139,17 @@ def read_folders(root: Place, visible: Visible, request: Request, preprocessing:
     Raises UserError for what is no such folder, and Damaged with all files that are no images.
     """
     field, data = request.field, request.data
-    reader = _Reader(
-        root, visible, field, tables_left_out=data.layout == "folders", classes_given=bool(data.classes)
-    )
+    reader = _Reader(root, visible, request)
     roles = reader.roles()
+    inside = reader.without_classes if data.label_column == "none" else reader.classes
     if reader.is_flat():
-        files = {"train": {NO_CLASS: reader.flat()}}
+        files = {"train": reader.without_classes(root)}
     elif roles is None:
-        files = {"train": reader.classes(root)}
+        files = {"train": inside(root)}
     else:
         for role in roles.values():
             reader.once(root / role)
-        files = {role: reader.classes(root / roles[role]) for role in ROLES if role in roles}
+        files = {role: inside(root / roles[role]) for role in ROLES if role in roles}
     classes = tuple(files["train"])
     check_class_names(
         dict.fromkeys(name for of_role in files.values() for name in of_role), f"{field}.source"
@@ -172,23 +171,26 @@ def read_folders(root: Place, visible: Visible, request: Request, preprocessing:
 class _Reader:
     """The folders of one set."""
 
-    def __init__(
-        self, root: Place, visible: Visible, field: str, *, tables_left_out: bool, classes_given: bool
-    ) -> None:
-        self.root, self.visible, self.field = root, visible, field
-        self.tables_left_out, self.classes_given = tables_left_out, classes_given
+    def __init__(self, root: Place, visible: Visible, request: Request) -> None:
+        self.root, self.visible, self.field = root, visible, request.field
+        self.tables_left_out = request.data.layout == "folders"
+        self.classes_given = bool(request.data.classes)
+        self.one_class = request.data.label_column == "none"
         self._places: dict[tuple[int, int], Place] = {}
 
     def roles(self) -> dict[str, str] | None:
         """The folder of each role; None where the folders are classes.
 
-        A folder with the name of a role is one where folders lie in it; else it is a class of that name.
+        A folder with the name of a role is one where folders lie in it, or where there are no classes; else it
+        is a class of that name.
         """
         names = [path.name for path in self._visible(self.root) if self.visible.is_dir(path)]
-        named = [name for name in names if name.lower() in tables.SPLITS and self._has_folders(name)]
+        named = [name for name in names if name.lower() in tables.SPLITS]
+        named = [name for name in named if self.one_class or self._has_folders(name)]
         if not named:
             self._refuse_nearly_roles(names)
-            self._refuse_roles_without_classes(names)
+            if not self.one_class:
+                self._refuse_roles_without_classes(names)
             return None
         if all(tables.SPLITS[name.lower()] != "train" for name in named):
             if len(named) < len(names):
@@ -212,17 +214,19 @@ class _Reader:
         inside = self._visible(self.root)
         return not any(map(self.visible.is_dir, inside)) and any(map(_is_picture, inside))
 
-    def flat(self) -> list[Place]:
-        """The sorted files of a folder without classes. Raises UserError for tables or texts beside them."""
-        files = [path for path in self._visible(self.root) if not self._is_left_out(path)]
+    def without_classes(self, folder: Place) -> dict[str, list[Place]]:
+        """All files in a folder and below, as one class. Raises UserError for tables or texts beside them."""
+        files = [path for _, path in self.visible.files(folder) if not self._is_left_out(path)]
+        if not files:
+            raise UserError(f"{self.field}.source: {shown(folder)} is empty; expected images")
         if (table := next((path for path in files if path.suffix.lower() in TABLES), None)) is not None:
             raise PrivateRefusal(
                 f"{self.field}.source: {shown(table)} is a table beside images, which may say their classes; "
                 f"expected {', '.join(METADATA[:-1])} or {METADATA[-1]} with a column file_name, or "
                 f"{self.field}.layout=folders, which leaves it out"
             )
-        self._refuse_beside(self.root, files)
-        return files
+        self._refuse_beside(folder, files)
+        return {NO_CLASS: files}
 
     def once(self, folder: Place) -> None:
         """Raises UserError for a folder that was read under another name: links, and mounts of one place."""
@@ -241,11 +245,13 @@ class _Reader:
         nearly = [
             name
             for name in names
-            if set(re.split(r"[-_. ]", name.lower())) & set(tables.SPLITS) and self._has_folders(name)
+            if set(re.split(r"[-_. ]", name.lower())) & set(tables.SPLITS)
+            and (self.one_class or self._has_folders(name))
         ]
         if nearly:
+            what = "images" if self.one_class else "class folders"
             raise UserError(
-                f"{self.field}.source={shown(self.root)}: class folders lie in {shown(', '.join(nearly))}; "
+                f"{self.field}.source={shown(self.root)}: {what} lie in {shown(', '.join(nearly))}; "
                 f"if these are roles, rename them to {', '.join(ROLES)}"
             )
 
@@ -259,12 +265,14 @@ class _Reader:
         rests = {tuple(word for word in of_name if word not in tables.SPLITS) for of_name in words}
         all_of_them = all(roles) and len(rests) == 1 and len(names) > 1
         if all_of_them and {"train"} < set().union(*roles) and not self.classes_given:
+            exact = all(name.lower() in tables.SPLITS for name in names)
+            otherwise = f"or {self.field}.label_column=none, " if exact else ""
             one = shown(next(name for name, role in zip(names, roles, strict=True) if "train" in role))
             raise UserError(
                 f"{self.field}.source={shown(self.root)}: images lie directly in {shown(', '.join(names))}, "
                 "which may be roles or classes; expected a folder for each class in them, such as "
-                f"{one}/images, if they are roles, or {self.field}.classes=[{shown(','.join(names))}] if "
-                "they are classes"
+                f"{one}/images, {otherwise}if they are roles, or "
+                f"{self.field}.classes=[{shown(','.join(names))}] if they are classes"
             )
 
     def classes(self, folder: Place) -> dict[str, list[Place]]:

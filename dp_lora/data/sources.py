@@ -12,6 +12,7 @@ import importlib.util
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -378,7 +379,9 @@ def _read_own(location: Path, request: Request, preprocessing: Preprocessing) ->
         source = read_metadata(root, visible, request, preprocessing)
         if source is not None:
             return source
-    _refuse_columns(request.data, request.field)
+    one_class = request.data.label_column == "none"  # which folders can do without too
+    columns = replace(request.data, label_column=None) if one_class else request.data
+    _refuse_columns(columns, request.field)
     return folders.read_folders(root, visible, request, preprocessing)
 
 

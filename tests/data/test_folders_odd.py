@@ -246,14 +246,14 @@ REFUSED: dict[str, tuple[Make, dict[str, Any], str]] = {
     "train and test without classes": (
         lambda f: two(f, ("train", "test")), {},
         "data.source={}: images lie directly in test, train, which may be roles or classes; expected a "
-        "folder for each class in them, such as train/images, if they are roles, or "
-        "data.classes=[test,train] if they are classes",
+        "folder for each class in them, such as train/images, or data.label_column=none, if they are roles, "
+        "or data.classes=[test,train] if they are classes",
     ),
     "three roles without classes": (
         lambda f: two(f, ("Training", "Testing", "VAL")), {"test_size": 0.5},
         "data.source={}: images lie directly in Testing, Training, VAL, which may be roles or classes; "
-        "expected a folder for each class in them, such as Training/images, if they are roles, or "
-        "data.classes=[Testing,Training,VAL] if they are classes",
+        "expected a folder for each class in them, such as Training/images, or data.label_column=none, if "
+        "they are roles, or data.classes=[Testing,Training,VAL] if they are classes",
     ),
     "nearly roles without classes": (
         lambda f: two(f, ("train_images", "test_images")), {},
