@@ -181,8 +181,8 @@ class _Reader:
     def roles(self) -> dict[str, str] | None:
         """The folder of each role; None where the folders are classes.
 
-        A folder with the name of a role is one where folders lie in it, or where there are no classes; else it
-        is a class of that name.
+        A folder with the name of a role is one if folders lie in it, or if there are no classes; else it is a
+        class of that name.
         """
         names = [path.name for path in self._visible(self.root) if self.visible.is_dir(path)]
         named = [name for name in names if name.lower() in tables.SPLITS]

@@ -88,8 +88,8 @@ def test_folders_that_are_nearly_roles_are_not_one_class(tmp_path: Path) -> None
     write_image(tmp_path / "train_images/0.png", 1)
     write_image(tmp_path / "test_images/0.png", 2)
     assert refused(config(tmp_path, label_column="none")) == (
-        f"data.source={tmp_path}: images lie in test_images, train_images; if these are roles, rename them to "
-        "train, validation, test"
+        f"data.source={tmp_path}: images lie in test_images, train_images; if these are roles, rename them "
+        "to train, validation, test"
     )
 
 
