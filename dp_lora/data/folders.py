@@ -216,7 +216,8 @@ class _Reader:
 
     def without_classes(self, folder: Place) -> dict[str, list[Place]]:
         """All files in a folder and below, as one class. Raises UserError for tables or texts beside them."""
-        files = [path for _, path in self.visible.files(folder) if not self._is_left_out(path)]
+        below = files_below(folder, self.visible, self.field).values()
+        files = [path for path in below if not self._is_left_out(path)]
         if not files:
             raise UserError(f"{self.field}.source: {shown(folder)} is empty; expected images")
         if (table := next((path for path in files if path.suffix.lower() in TABLES), None)) is not None:
@@ -376,6 +377,15 @@ def _listed(folder: Place, visible: Visible, field: str) -> list[Place]:
         return visible(folder)
     except OSError as error:
         raise UserError(f"{field}.source: {shown(folder)} is no folder that can be read") from error
+
+
+def files_below(folder: Place, visible: Visible, field: str) -> dict[str, Place]:
+    """All files in `folder` and below, by their paths from there. Raises PrivateRefusal."""
+    try:
+        return dict(visible.files(folder))
+    except OSError as error:
+        unread = shown(str(error.filename))
+        raise PrivateRefusal(f"{field}.source: {unread} is no folder that can be read") from error
 
 
 def _is_picture(path: Place) -> bool:

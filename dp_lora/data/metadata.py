@@ -23,7 +23,7 @@ from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 from dp_lora.data import tables
-from dp_lora.data.folders import METADATA, PICTURES
+from dp_lora.data.folders import METADATA, PICTURES, files_below
 from dp_lora.data.images import ROLES, Preprocessing, Request, Source, identity_of_places
 from dp_lora.data.pixels import shown
 from dp_lora.data.places import Place, Visible
@@ -60,7 +60,7 @@ def read_metadata(
     Raises PrivateRefusal, with all files and rows that do not match, and for tables that cannot be read.
     """
     field = request.field
-    files = dict(visible.files(root))
+    files = files_below(root, visible, field)
     found = {path: place for path, place in files.items() if place.name in METADATA}
     if not found:
         return None
@@ -70,7 +70,8 @@ def read_metadata(
     metadata = [_read(path, place, field) for path, place in found.items()]
     request = _with_columns(request, metadata)
     rows = _matched(metadata, of_set, request)
-    if left_out := sorted(set(of_set) - set(rows) - _named_elsewhere(metadata)):
+    others = {path for path in of_set if not _is_picture(path)}
+    if left_out := sorted(others - set(rows) - _named_elsewhere(metadata)):
         named = ", ".join(map(shown, left_out[:5])) + (", ..." if len(left_out) > 5 else "")
         request.tell(f"{field}: left out {len(left_out)} files that are no images and have no row: {named}")
     by_role: dict[str, list[tuple[Place, _Row]]] = {}
@@ -255,7 +256,11 @@ def _file_column(metadata: Sequence[_Metadata], request: Request) -> str:
             column = known[0]
         if column is None:
             hint = did_you_mean(wanted or _FILE_NAME, of_one.columns)
-            what = f"one of {', '.join(known)}" if known else f"{_FILE_NAME}, with the path of each image"
+            what = (
+                f"one of {', '.join(known)}"
+                if known
+                else f"{_FILE_NAME}, with the path of each image, or the name of the column that has it"
+            )
             raise PrivateRefusal(
                 f"{field}.image_column={wanted or 'null'}: {of_one.name} has the columns "
                 f"{', '.join(of_one.columns)}; expected {what}{hint}"

@@ -17,7 +17,7 @@ import pytest
 
 from dp_lora.config.schema import DataConfig, PathsConfig
 from dp_lora.data.sets import ImageSplits, load
-from dp_lora.errors import PrivateRefusal
+from dp_lora.errors import PrivateRefusal, recorded
 from tests.builders.image_files import config, refused, write_image
 from tests.builders.image_folders import image, put
 
@@ -210,6 +210,20 @@ def test_other_files_without_a_row_are_left_out_and_told(
     ]
 
 
+def test_a_folder_that_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For root, who runs the tests in a container, any folder can be read."""
+    scan = os.scandir
+
+    def forbidden(folder: str | Path) -> object:
+        if Path(folder).name == "sub":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scan(folder)
+
+    (flat(tmp_path) / "sub").mkdir()
+    monkeypatch.setattr(os, "scandir", forbidden)
+    assert refused(config(tmp_path)) == f"data.source: {tmp_path}/sub is no folder that can be read"
+
+
 def test_a_name_may_be_written_in_either_of_unicodes_forms(tmp_path: Path) -> None:
     names = [unicodedata.normalize(form, f"m\u00fcde{i}.png") for i, form in enumerate(("NFC", "NFD", "NFD"))]
     pictures(tmp_path, *names)
@@ -250,7 +264,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], dict[str, Any], str]] = {
     "no column of files": (
         lambda f: flat(f, "filename,label\n0.png,x\n"), {},
         "data.image_column=null: metadata.csv has the columns filename, label; expected file_name, with the "
-        "path of each image; did you mean 'filename'?",
+        "path of each image, or the name of the column that has it; did you mean 'filename'?",
     ),
     "an attribute that is not there": (
         flat, {"attribute": "Smiling"},
@@ -359,6 +373,17 @@ def test_it_is_refused_in_one_line(tmp_path: Path, name: str) -> None:
     make, settings, said = REFUSED[name]
     make(tmp_path / "set")
     assert refused(config(tmp_path / "set", **settings)) == said.replace("{}", str(tmp_path / "set"))
+
+
+@pytest.mark.parametrize("name", sorted({*REFUSED} - {"a stray table of images"}))
+def test_no_record_of_a_job_says_what_its_owner_is_told(tmp_path: Path, name: str) -> None:
+    make, settings, _ = REFUSED[name]
+    make(tmp_path / "set")
+    with pytest.raises(PrivateRefusal) as caught:
+        read(tmp_path / "set", **settings)
+    assert (
+        recorded(caught.value) == "the private images were refused; the reason is on the job's own terminal"
+    )
 
 
 def test_a_damaged_parquet_file_is_refused_in_one_line(tmp_path: Path) -> None:
