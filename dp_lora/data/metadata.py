@@ -66,14 +66,15 @@ def read_metadata(
         return None
     _refuse_two_kinds(found, field)
     of_set = {path: place for path, place in files.items() if path not in found}
-    folders = _roles(of_set, found, root, field)
     metadata = [_read(path, place, field) for path, place in found.items()]
     request = _with_columns(request, metadata)
-    rows = _matched(metadata, of_set, request)
-    others = {path for path in of_set if not _is_picture(path)}
-    if left_out := sorted(others - set(rows) - _named_elsewhere(metadata)):
-        named = ", ".join(map(shown, left_out[:5])) + (", ..." if len(left_out) > 5 else "")
-        request.tell(f"{field}: left out {len(left_out)} files that are no images and have no row: {named}")
+    named = _named(metadata, request.data.image_column or _FILE_NAME, of_set)
+    images, others = _images(named, metadata, of_set)
+    folders = _roles(images, found, root, field)
+    rows = _matched(named, images, request)
+    if others:
+        told = ", ".join(map(shown, sorted(others)[:5])) + (", ..." if len(others) > 5 else "")
+        request.tell(f"{field}: left out {len(others)} files that are no images and have no row: {told}")
     by_role: dict[str, list[tuple[Place, _Row]]] = {}
     for path, row in rows.items():
         role = folders[path.split("/")[0]] if folders else "train"
@@ -98,14 +99,11 @@ def _refuse_two_kinds(found: Mapping[str, Place], field: str) -> None:
             )
 
 
-def _roles(
-    files: Mapping[str, Place], found: Mapping[str, Place], root: Place, field: str
-) -> dict[str, str] | None:
+def _roles(images: set[str], found: Mapping[str, Place], root: Place, field: str) -> dict[str, str] | None:
     """The role of each folder in `root`; None where all images train."""
-    pictures = [path for path in files if _is_picture(path)]
-    folders = sorted({path.split("/")[0] for path in (*pictures, *found) if "/" in path})
+    folders = sorted({path.split("/")[0] for path in (*images, *found) if "/" in path})
     said = {SPLITS[name.lower()] for name in folders if name.lower() in SPLITS}
-    if not said or any("/" not in path for path in pictures):
+    if not said or any("/" not in path for path in images):
         return None
     unknown = [name for name in folders if name.lower() not in SPLITS]
     if "train" not in said:
@@ -282,41 +280,71 @@ def _file_columns(columns: Sequence[str]) -> list[str]:
 # --- rows and files
 
 
-def _matched(metadata: Sequence[_Metadata], files: Mapping[str, Place], request: Request) -> dict[str, _Row]:
-    """The row of each image by its path in the set, in the order of the rows.
+class _Named(NamedTuple):
+    """The image that a row names."""
 
-    Raises PrivateRefusal with everything that does not match: rows without a file or a class, files without
-    a row or with several.
-    """
-    column, label = request.data.image_column or _FILE_NAME, request.data.label_column
-    wrong: list[tuple[str, str]] = []
-    rows: dict[str, _Row] = {}
-    seen: dict[str, list[_Row]] = {}
+    row: _Row
+    path: str
+    """Its path in the set, or what the row has in place of one."""
+    problem: str | None
+
+
+def _named(metadata: Sequence[_Metadata], column: str, files: Mapping[str, Place]) -> list[_Named]:
+    """What the rows of all metadata files with that column name in it."""
     # macOS stores the names of files in another of Unicode's forms than most programs write.
     normal = {unicodedata.normalize("NFC", path): path for path in files}
+    found = []
     for of_one in metadata:
-        for row in of_one.rows:
+        for row in of_one.rows if column in of_one.columns else ():
             value = row.values.get(column)
             path, problem = _path_of(value, of_one.name)
             path = path if path in files else normal.get(unicodedata.normalize("NFC", path), path)
-            name = shown(path or str(value))
             if problem is None and path not in files:
                 problem = "no such file"
-            if problem is not None:
-                wrong.append((name, f"{problem} ({row.where})"))
-                continue
-            seen.setdefault(path, []).append(row)
-            if label in (None, "none") or row.values.get(label) is not None:
-                rows.setdefault(path, row)
-            else:
-                wrong.append((shown(path), f"no value of {label} ({row.where})"))
+            found.append(_Named(row, path or str(value), problem))
+    return found
+
+
+def _images(
+    named: Sequence[_Named], metadata: Sequence[_Metadata], files: Mapping[str, Place]
+) -> tuple[set[str], set[str]]:
+    """The paths of the images that belong to the set, with a row or without, and of all other files.
+
+    Masks, for instance, which a column of their own names, are no images of the set.
+    """
+    with_row = {one.path for one in named if one.problem is None}
+    elsewhere: set[str] = set()
+    for column in dict.fromkeys(name for of_one in metadata for name in _file_columns(of_one.columns)):
+        elsewhere |= {one.path for one in _named(metadata, column, files)}
+    images = with_row | {path for path in files if _is_picture(path) and path not in elsewhere}
+    return images, set(files) - images - elsewhere
+
+
+def _matched(named: Sequence[_Named], images: set[str], request: Request) -> dict[str, _Row]:
+    """The row of each image by its path in the set, in the order of the rows.
+
+    Raises PrivateRefusal with everything that does not match: rows without a file or a class, images without
+    a row or with several.
+    """
+    label = request.data.label_column
+    wrong: list[tuple[str, str]] = []
+    rows: dict[str, _Row] = {}
+    seen: dict[str, list[_Row]] = {}
+    for row, path, problem in named:
+        if problem is not None:
+            wrong.append((shown(path), f"{problem} ({row.where})"))
+            continue
+        seen.setdefault(path, []).append(row)
+        if label in (None, "none") or row.values.get(label) is not None:
+            rows.setdefault(path, row)
+        else:
+            wrong.append((shown(path), f"no value of {label} ({row.where})"))
     wrong += [
         (shown(path), f"{len(several)} rows ({', '.join(row.where for row in several)})")
         for path, several in seen.items()
         if len(several) > 1
     ]
-    known = set(seen) | _named_elsewhere(metadata)
-    wrong += [(shown(path), "no row") for path in files if _is_picture(path) and path not in known]
+    wrong += [(shown(path), "no row") for path in sorted(images - set(seen))]
     if wrong:
         error = Unmatched(wrong, request.field)
         if request.refuse is None:
@@ -347,15 +375,6 @@ def _path_of(value: Any, metadata: str) -> tuple[str, str | None]:
     if "://" in value or path.startswith("/") or path.split("/")[0] in ("..", "."):
         return "", f"leads out of the folder of {metadata}"
     return (PurePosixPath(metadata).parent / path).as_posix(), None
-
-
-def _named_elsewhere(metadata: Sequence[_Metadata]) -> set[str]:
-    """The files that any column of file names names: masks, for instance, which are no images of the set."""
-    named = set()
-    for of_one in metadata:
-        for column in _file_columns(of_one.columns):
-            named |= {_path_of(row.values.get(column), of_one.name)[0] for row in of_one.rows}
-    return named
 
 
 def _is_picture(path: str) -> bool:

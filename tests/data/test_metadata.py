@@ -157,6 +157,18 @@ def test_one_table_above_all_roles(tmp_path: Path) -> None:
     assert labels(splits) == [["dog", "cat", "dog", "cat"], ["dog"], ["cat"]]
 
 
+def test_roles_are_those_of_images_without_an_ending_too(tmp_path: Path) -> None:
+    """And masks, which lie beside them, have none."""
+    rows = []
+    for number, name in enumerate(("train/a", "train/b", "test/c", "val/d")):
+        pictures(tmp_path, f"masks/{number}.png")
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(tmp_path / f"masks/{number}.png", tmp_path / name)
+        rows.append({"file_name": name, "mask_file_name": f"masks/{number}.png"})
+    put(tmp_path / "metadata.jsonl", lines(*rows))
+    assert reds(read(tmp_path)) == [[0, 10], [30], [20]]
+
+
 def test_a_table_in_each_role(tmp_path: Path) -> None:
     flat(tmp_path / "train")
     pictures(tmp_path / "test", "4.png", "5.png")
