@@ -72,6 +72,13 @@ def test_images_without_classes_in_folders_of_their_roles(tmp_path: Path) -> Non
     assert [part.images[:, 0, 4, 4].tolist() for part in splits] == [[1, 2], [4], [3]]
 
 
+def test_images_alone_in_train_and_test_are_roles_without_classes(tmp_path: Path) -> None:
+    write_image(tmp_path / "train/0.png", 1)
+    write_image(tmp_path / "test/0.png", 2)
+    splits = load(config(tmp_path, label_column="none"), PathsConfig())
+    assert [part.images[:, 0, 4, 4].tolist() for part in splits] == [[1], [], [2]]
+
+
 def test_class_folders_can_be_read_as_one_class(folder: Path) -> None:
     train = load(config(folder, label_column="none"), PathsConfig()).train
     assert train.classes == ("image",)
