@@ -124,6 +124,8 @@ def opened(location: Path, visible: Visible, request: Request) -> Place:
                 f"{where}: cannot be read ({error}); expected a folder or a zip archive"
             ) from error
     inside = _listed(place, visible, request.field)
+    if request.data.layout == "folders" and not any(map(_is_picture, inside)):
+        inside = [path for path in inside if visible.is_dir(path)]  # other files are left out
     if len(inside) != 1 or not visible.is_dir(inside[0]) or inside[0].name.lower() in tables.SPLITS:
         return place
     below = _listed(inside[0], visible, request.field)

@@ -79,6 +79,12 @@ def test_images_alone_in_train_and_test_are_roles_without_classes(tmp_path: Path
     assert [part.images[:, 0, 4, 4].tolist() for part in splits] == [[1], [], [2]]
 
 
+def test_a_readme_beside_the_one_folder_is_left_out_if_folders_are_chosen(folder: Path) -> None:
+    (folder.parent / "README.md").write_text("hello")
+    assert load(config(folder.parent, layout="folders"), PathsConfig()).train.classes == ("cat", "dog")
+    assert "README.md is a file" in refused(config(folder.parent))
+
+
 def test_class_folders_can_be_read_as_one_class(folder: Path) -> None:
     train = load(config(folder, label_column="none"), PathsConfig()).train
     assert train.classes == ("image",)
