@@ -110,18 +110,22 @@ def parquet_files(location: Path, request: Request) -> list[Path]:
 
 
 def opened(location: Path, visible: Visible, request: Request) -> Place:
-    """The folder of the set: `location`, or the folder in a zip archive; or the one folder around everything.
+    """The folder of the set: `location`, or that in a zip archive; or the one folder around everything.
+
+    In a folder of zip archives alone, each stands for a folder of its name.
 
     Raises PrivateRefusal for an archive that cannot be read.
     """
     place: Place = location
     where = f"{request.field}.source={shown(location)}"
-    if location.is_file():
+    several = [] if location.is_file() else _listed(location, visible, request.field)
+    each = {path.stem: path for path in several if isinstance(path, Path) and path.suffix.lower() == ".zip"}
+    if location.is_file() or (each and len(each) == len(several)):
         try:
-            place = Member(Archive(location), "")
+            place = Member(Archive(location, each or None), "")
         except (OSError, zipfile.BadZipFile, ValueError) as error:
             raise PrivateRefusal(
-                f"{where}: cannot be read ({error}); expected a folder or a zip archive"
+                f"{where}: cannot be read ({error}); expected a folder, a zip archive or several"
             ) from error
     inside = _listed(place, visible, request.field)
     if request.data.layout == "folders" and not any(map(_is_picture, inside)):

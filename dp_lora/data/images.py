@@ -230,7 +230,8 @@ def identity_of(files: Sequence[Path]) -> str:
 
 def identity_of_places(places: Sequence[Place]) -> str:
     """`identity_of` of files in folders and in archives, with the names of the latter."""
-    archives = {place.archive.path: None for place in places if isinstance(place, Member)}
+    members = [place for place in places if isinstance(place, Member)]
+    archives = {path: None for place in members for path in place.archive.paths.values()}
     loose = [place for place in places if isinstance(place, Path)]
     identity = identity_of([*archives, *loose])
     if not archives:

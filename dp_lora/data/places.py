@@ -9,8 +9,7 @@ import os
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 _LITTER = frozenset(
@@ -74,7 +73,7 @@ class Member:
         return Member(self.archive, f"{self.inside}/{name}" if self.inside else name)
 
     def __str__(self) -> str:
-        return f"{self.archive.path}/{self.inside}" if self.inside else str(self.archive.path)
+        return self.archive.place(self.inside)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Member) and (self.archive, self.inside) == (other.archive, other.inside)
@@ -90,36 +89,64 @@ Place = Path | Member
 
 
 class Archive:
-    """A zip archive. Raises OSError or BadZipFile where it is none, or needs a password."""
+    """A zip archive, or several that lie in one folder, each of which stands for a folder of its name.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: the archive, or the folder of several.
+        several: the archives in it by the names of the folders that they stand for. If an archive holds one
+            folder of the same name, this is that folder.
+
+    Raises OSError or BadZipFile for what is no archive, or needs a password.
+    """
+
+    def __init__(self, path: Path, several: Mapping[str, Path] | None = None) -> None:
         self.path = path
         self.folders: dict[str, dict[str, None]] = {"": {}}
         """The names in each folder."""
-        self._members: dict[str, zipfile.ZipInfo] = {}
-        for member in self._opened.infolist():
-            # Windows' own tools write backslashes.
-            parts = [part for part in member.filename.replace("\\", "/").split("/") if part not in ("", ".")]
+        self.paths: dict[str, Path] = {"": path} if several is None else dict(several)
+        """Each archive by the name of the folder that it stands for; empty for the only one."""
+        self._members: dict[str, tuple[zipfile.ZipFile, zipfile.ZipInfo]] = {}
+        for name, one in self.paths.items():
+            self._add(name, zipfile.ZipFile(one))
+
+    def _add(self, name: str, opened: zipfile.ZipFile) -> None:
+        members = [(_parts(member.filename), member) for member in opened.infolist()]
+        members = [(parts, member) for parts, member in members if parts]
+        first = {parts[0] for parts, _ in members if is_seen(parts[0])}
+        same = len(first) == 1 and first.pop().lower() == name.lower()
+        for parts, member in members:
             if member.flag_bits & 1:
                 raise OSError("it needs a password")
+            if same and is_seen(parts[0]):
+                parts[0] = name
+            elif name:
+                parts.insert(0, name)
             for depth, part in enumerate(parts):
                 self.folders.setdefault("/".join(parts[:depth]), {})[part] = None
-            name = "/".join(parts)
             if member.filename.endswith(("/", "\\")):
-                self.folders.setdefault(name, {})
+                self.folders.setdefault("/".join(parts), {})
             else:
-                self._members[name] = member
+                self._members["/".join(parts)] = (opened, member)
 
-    @cached_property
-    def _opened(self) -> zipfile.ZipFile:
-        return zipfile.ZipFile(self.path)
+    def place(self, inside: str) -> str:
+        """The path of a member as an error shows it: that of its archive, and that in it."""
+        if "" in self.paths:
+            return f"{self.path}/{inside}" if inside else str(self.path)
+        name, _, rest = inside.partition("/")
+        return f"{self.paths.get(name, self.path)}/{rest}" if rest else str(self.paths.get(name, self.path))
 
     def read(self, inside: str) -> bytes:
         """The content of a member. Raises OSError where it is damaged, or packed in an unknown way."""
+        opened, member = self._members[inside]
         try:
-            return self._opened.read(self._members[inside])
+            return opened.read(member)
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
             raise OSError(f"damaged in the archive ({error})") from error
+
+
+def _parts(name: str) -> list[str]:
+    """The parts of a member's path. Windows' own tools write backslashes."""
+    return [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
 
 
 class Visible:

@@ -81,7 +81,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "an archive": (lambda f: None, "data.source={}.tgz: an archive, which has to be unpacked; expected a "),
     "no zip archive": (
-        lambda f: None, "data.source={}.zip: cannot be read (File is not a zip file); expected a folder or a "
+        lambda f: None, "data.source={}.zip: cannot be read (File is not a zip file); expected a folder, a "
     ),
     "one image": (lambda f: None, "data.source={}.png: one image; expected a folder of class folders"),
     "an address": (

@@ -216,8 +216,8 @@ REFUSED: dict[str, tuple[Make, dict[str, Any], str]] = {
         "data.source: {}/0.txt: captions beside images are not read; expected images alone, or metadata.csv "
         "or a parquet file with data.caption_column",
     ),
-    "a zip archive in the folder": (
-        lambda f: put(f / "images.zip"), {},
+    "a zip archive beside class folders": (
+        both(two, lambda f: put(f / "images.zip")), {},
         "data.source: {}/images.zip is a zip archive; expected data.source={}/images.zip, if it holds the "
         "set, or its files unpacked",
     ),

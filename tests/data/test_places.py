@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -69,6 +70,50 @@ def test_an_archive_is_read_as_its_folder(tmp_path: Path, layout: str, below: st
         assert np.array_equal(ours.digests, theirs.digests)
 
 
+@pytest.mark.parametrize("below", [False, True], ids=["", "each with its folder"])
+def test_archives_in_a_folder_stand_for_folders(tmp_path: Path, below: bool) -> None:
+    """As `imagefolder` of Hugging Face's datasets: train.zip and test.zip, with metadata in each."""
+    numbered(tmp_path / "parts/Train", LABELS)
+    numbered(tmp_path / "parts/test", LABELS)
+    for name in ("Train", "test"):
+        zipped(tmp_path / "parts" / name, below=f"{name}/" if below else "")
+        (tmp_path / "set").mkdir(exist_ok=True)
+        (tmp_path / "parts" / f"{name}.zip").rename(tmp_path / "set" / f"{name}.zip")
+    put(tmp_path / "set/Thumbs.db")
+    splits = load(config(tmp_path / "set"), PathsConfig())
+    for part in (splits.train, splits.test):
+        assert part.images[:, 0, 4, 4].tolist() == [10, 0, 30, 20]
+        assert [part.classes[label] for label in part.labels] == ["dog", "cat", "dog", "cat"]
+    with zipfile.ZipFile(tmp_path / "set/test.zip", "a") as archive:
+        archive.writestr("test/9.png" if below else "9.png", "")
+    assert (
+        refused(config(tmp_path / "set"))
+        == "data.source: test/9.png: no row; expected one row for each image"
+    )
+
+
+def test_archives_of_classes(tmp_path: Path) -> None:
+    two(tmp_path / "set")
+    for name in ("cat", "dog"):
+        zipped(tmp_path / "set" / name)
+        shutil.rmtree(tmp_path / "set" / name)
+    train = load(config(tmp_path / "set"), PathsConfig()).train
+    assert train.classes == ("cat", "dog")
+    assert len(train) == 6
+    with zipfile.ZipFile(tmp_path / "set/dog.zip", "a") as archive:
+        archive.writestr("9.png", "")
+    assert refused(config(tmp_path / "set")) == (
+        f"data.source: {tmp_path}/set/dog.zip/9.png is no image that can be read: empty (0 bytes)"
+    )
+
+
+def test_a_folder_that_holds_the_archive_of_the_set(tmp_path: Path) -> None:
+    two(tmp_path / "parts/images")
+    (tmp_path / "set").mkdir()
+    zipped(tmp_path / "parts/images").rename(tmp_path / "set/images.zip")
+    assert load(config(tmp_path / "set"), PathsConfig()).train.classes == ("cat", "dog")
+
+
 def test_the_pixels_and_classes_of_an_archive(tmp_path: Path) -> None:
     numbered(tmp_path / "set", LABELS)
     train = load(config(zipped(tmp_path / "set")), PathsConfig()).train
@@ -120,7 +165,7 @@ def test_an_archive_with_a_password_is_refused_in_one_line(tmp_path: Path) -> No
             content[place + 8] |= 1
     path.write_bytes(content)
     assert refused(config(path)) == (
-        f"data.source={path}: cannot be read (it needs a password); expected a folder or a zip archive"
+        f"data.source={path}: cannot be read (it needs a password); expected a folder, a zip archive or several"
     )
 
 
