@@ -139,6 +139,21 @@ def test_many_images_of_an_archive_are_prepared_once(tmp_path: Path, monkeypatch
     assert load(config(zipped(tmp_path / "set")), paths).train.images[0, 0, 4, 4] == 77
 
 
+def test_images_of_several_archives_are_read_again_when_one_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for value, name in ((10, "a"), (20, "b"), (30, "c")):
+        write_image(tmp_path / "parts" / name / "0.png", value)
+        (tmp_path / "set").mkdir(exist_ok=True)
+        content = zipped(tmp_path / "parts" / name).read_bytes()
+        (tmp_path / ("other" if name == "c" else f"set/{name}.zip")).write_bytes(content)
+    paths = PathsConfig(cache=str(tmp_path / "cache"))
+    monkeypatch.setattr(images, "STORED_BYTES", 100)
+    assert load(config(tmp_path / "set"), paths).train.images[:, 0, 4, 4].tolist() == [10, 20]
+    (tmp_path / "set/b.zip").write_bytes((tmp_path / "other").read_bytes())
+    assert load(config(tmp_path / "set"), paths).train.images[:, 0, 4, 4].tolist() == [10, 30]
+
+
 def test_damaged_members_are_listed(tmp_path: Path) -> None:
     two(tmp_path / "set")
     put(tmp_path / "set/cat/a.png", "<html>")
@@ -165,7 +180,8 @@ def test_an_archive_with_a_password_is_refused_in_one_line(tmp_path: Path) -> No
             content[place + 8] |= 1
     path.write_bytes(content)
     assert refused(config(path)) == (
-        f"data.source={path}: cannot be read (it needs a password); expected a folder, a zip archive or several"
+        f"data.source={path}: cannot be read (it needs a password); expected a folder, a zip archive or "
+        "several"
     )
 
 
