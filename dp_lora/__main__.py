@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 import traceback
 from contextlib import suppress
@@ -128,9 +129,12 @@ def _of_the_user(error: Exception) -> str | None:
 
 
 def _say(line: str) -> None:
-    """Prints `line` as one line, whatever a value in it holds."""
-    shown = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
-    print(f"dp-lora: {shown}", file=sys.stderr, flush=True)
+    """Prints `line` as one line, whatever a value in it holds; a list, which is indented, as one."""
+    lines = re.split(r"\n(?=  \S)", line)
+    shown = [
+        "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in one) for one in lines
+    ]
+    print("dp-lora: " + "\n".join(shown), file=sys.stderr, flush=True)
 
 
 def _stop(line: str, status: int) -> NoReturn:

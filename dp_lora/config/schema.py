@@ -54,7 +54,7 @@ class DataConfig:
     public: bool = False
     """Whether anybody may see it: only then may losses on it be logged."""
     source: str | None = None
-    """Folder, archive, parquet file or hub name, for loaders that read one; null takes what lies in
+    """Folder, zip archive, parquet file or hub name, for loaders that read one; null takes what lies in
     `<paths.data>/<name>`."""
     image_size: int = 32
     """Side of the square images given to the model, in pixels."""
@@ -70,12 +70,12 @@ class DataConfig:
     background: str = "white"
     """The colour behind images with transparency: white, grey, black, or a colour such as '#f0f0f0'."""
     layout: str | None = None
-    """How a folder with both parquet tables and images is read: folders (a folder a class, whatever files lie
-    beside them) or tables; null refuses what can be read in two ways."""
+    """How a folder with both tables and images is read: folders (a folder a class, whatever files lie beside
+    them, metadata.csv too) or tables (of parquet); null refuses what can be read in two ways."""
     attribute: str | None = None
     """CelebA and CelebA-HQ: the attribute that says the class, such as Male; null gives one class."""
     image_column: str | None = None
-    """Tables: the column of the images; null takes `image` or `img`."""
+    """Tables: the column of the images; null takes `image` or `img`, or `file_name` of metadata.csv."""
     label_column: str | None = None
     """Tables: the column of the classes; null takes `attribute`, `label` or `labels`; none: one class."""
     caption_column: str | None = None

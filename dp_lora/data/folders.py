@@ -1,14 +1,17 @@
 """Images in folders: a folder a class, or train/, validation/ and test/ with a folder a class in each.
 
+All images directly in one folder are one class. A zip archive of any of these is read like the folder that it
+holds, and one folder around everything is left out.
+
 What could be read in two ways is an error that names both: tables beside class folders, two folders of one
-role, images directly in train/ and test/, two folders that are the same place by a link. Hidden files, and
-what Windows, macOS and network drives leave behind, are passed over.
+role, images directly in train/ and test/, two folders that are the same place by a link.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -23,22 +26,22 @@ from dp_lora.data.images import (
     Source,
     Unread,
     check_class_names,
-    identity_of,
+    identity_of_places,
     prepare_roles,
 )
 from dp_lora.data.pixels import Content, Unreadable, check_file, shown
-from dp_lora.errors import UserError, did_you_mean
+from dp_lora.data.places import Archive, Member, Place, Visible, is_seen
+from dp_lora.errors import PrivateRefusal, UserError, did_you_mean
 
-LITTER = (
-    *("thumbs.db", "ehthumbs.db", "desktop.ini", "picasa.ini", "icon\r", "__macosx", "__pycache__", "@eadir"),
-    *("#recycle", "$recycle.bin", "system volume information", "lost+found"),
-)
-"""Left behind by operating systems; in lower case."""
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+"""The tables beside images that name each image (`dp_lora.data.metadata`)."""
 TABLES = (".parquet", ".csv", ".tsv", ".json", ".jsonl", ".xlsx", ".arrow")
 PICTURES = (
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".avif", ".jp2"),
-    *(".j2k", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".heic", ".svg"),
+    *(".j2k", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".heic", ".svg", ".dcm", ".dicom"),
 )
+NO_CLASS = "image"
+"""The name of the class of images without classes."""
 
 
 class Survey(NamedTuple):
@@ -64,8 +67,8 @@ def survey(location: Path) -> Survey:
             below.clear()
             continue
         walked.add(real)
-        below[:] = sorted(name for name in below if _is_seen(name))
-        for name in filter(_is_seen, names):
+        below[:] = sorted(name for name in below if is_seen(name))
+        for name in filter(is_seen, names):
             if name.endswith(".parquet"):
                 parquet.append(Path(folder) / name)
             elif picture is None and name.lower().endswith(PICTURES):
@@ -94,29 +97,65 @@ def parquet_files(location: Path, request: Request) -> list[Path]:
         )
     if layout == "folders":
         return []
-    if layout is None and found.parquet and found.picture is not None:
+    if layout is None and found.picture is not None:
+        tables_alone = [file for file in found.parquet if file.name not in METADATA]
+        if not tables_alone:
+            return []
         raise UserError(
-            f"{field}.source={shown(location)}: holds the table {_below(found.parquet[0], location)} and "
+            f"{field}.source={shown(location)}: holds the table {_below(tables_alone[0], location)} and "
             f"the image {_below(found.picture, location)}; expected {field}.layout=tables, which reads the "
             f"parquet files, or {field}.layout=folders, which reads the class folders"
         )
     return found.parquet
 
 
-def read_folders(root: Path, request: Request, preprocessing: Preprocessing) -> Source:
-    """The images of the class folders in `root`, or in the folders of its roles.
+def opened(location: Path, visible: Visible, request: Request) -> Place:
+    """The folder of the set: `location`, or that in a zip archive; or the one folder around everything.
+
+    In a folder of zip archives alone, each stands for a folder of its name.
+
+    Raises PrivateRefusal for an archive that cannot be read.
+    """
+    place: Place = location
+    where = f"{request.field}.source={shown(location)}"
+    several = [] if location.is_file() else _listed(location, visible, request.field)
+    each = {path.stem: path for path in several if isinstance(path, Path) and path.suffix.lower() == ".zip"}
+    if location.is_file() or (each and len(each) == len(several)):
+        try:
+            place = Member(Archive(location, each or None), "")
+        except (OSError, zipfile.BadZipFile, ValueError) as error:
+            raise PrivateRefusal(
+                f"{where}: cannot be read ({error}); expected a folder, a zip archive or several"
+            ) from error
+    inside = _listed(place, visible, request.field)
+    if request.data.layout == "folders" and not any(map(_is_picture, inside)):
+        inside = [path for path in inside if visible.is_dir(path)]  # other files are left out
+    if len(inside) != 1 or not visible.is_dir(inside[0]) or inside[0].name.lower() in tables.SPLITS:
+        return place
+    below = _listed(inside[0], visible, request.field)
+    if any(visible.is_dir(path) or path.name in METADATA for path in below):
+        request.tell(f"{where}: read from {shown(inside[0].name)}, the one folder in it")
+        return inside[0]
+    return place
+
+
+def read_folders(root: Place, visible: Visible, request: Request, preprocessing: Preprocessing) -> Source:
+    """The images of the class folders in `root`, in the folders of its roles, or in `root` itself.
 
     Raises UserError for what is no such folder, and Damaged with all files that are no images.
     """
     field, data = request.field, request.data
-    reader = _Reader(root, field, tables_left_out=data.layout == "folders", classes_given=bool(data.classes))
+    reader = _Reader(root, visible, request)
     roles = reader.roles()
-    if roles is None:
-        files = {"train": reader.classes(root)}
+    inside = reader.without_classes if data.label_column == "none" else reader.classes
+    if reader.is_flat():
+        files = {"train": reader.without_classes(root)}
+    elif roles is None:
+        files = {"train": inside(root)}
     else:
         for role in roles.values():
             reader.once(root / role)
-        files = {role: reader.classes(root / roles[role]) for role in ROLES if role in roles}
+        files = {role: inside(root / roles[role]) for role in ROLES if role in roles}
     classes = tuple(files["train"])
     check_class_names(
         dict.fromkeys(name for of_role in files.values() for name in of_role), f"{field}.source"
@@ -127,6 +166,7 @@ def read_folders(root: Path, request: Request, preprocessing: Preprocessing) -> 
             raise UserError(
                 f"{field}.source: class {unknown[0]!r} of {shown(root / role)} has no training images"
             )
+    visible.tell_skipped(request.tell, field)
     unread = {role: _unread(of_role, classes) for role, of_role in files.items()}
     parts = prepare_roles(unread, preprocessing, request)
     if data.name == "imagenet" and "test" not in parts and "validation" in parts:
@@ -137,21 +177,26 @@ def read_folders(root: Path, request: Request, preprocessing: Preprocessing) -> 
 class _Reader:
     """The folders of one set."""
 
-    def __init__(self, root: Path, field: str, *, tables_left_out: bool, classes_given: bool) -> None:
-        self.root, self.field = root, field
-        self.tables_left_out, self.classes_given = tables_left_out, classes_given
-        self._places: dict[tuple[int, int], Path] = {}
+    def __init__(self, root: Place, visible: Visible, request: Request) -> None:
+        self.root, self.visible, self.field = root, visible, request.field
+        self.tables_left_out = request.data.layout == "folders"
+        self.classes_given = bool(request.data.classes)
+        self.one_class = request.data.label_column == "none"
+        self._places: dict[tuple[int, int], Place] = {}
 
     def roles(self) -> dict[str, str] | None:
         """The folder of each role; None where the folders are classes.
 
-        A folder with the name of a role is one where folders lie in it; else it is a class of that name.
+        A folder with the name of a role is one if folders lie in it, or if there are no classes; else it is a
+        class of that name.
         """
-        names = [path.name for path in self._visible(self.root) if path.is_dir()]
-        named = [name for name in names if name.lower() in tables.SPLITS and self._has_folders(name)]
+        names = [path.name for path in self._visible(self.root) if self.visible.is_dir(path)]
+        named = [name for name in names if name.lower() in tables.SPLITS]
+        named = [name for name in named if self.one_class or self._has_folders(name)]
         if not named:
             self._refuse_nearly_roles(names)
-            self._refuse_roles_without_classes(names)
+            if not self.one_class:
+                self._refuse_roles_without_classes(names)
             return None
         if all(tables.SPLITS[name.lower()] != "train" for name in named):
             if len(named) < len(names):
@@ -170,8 +215,30 @@ class _Reader:
         where = f"{self.field}.source={shown(self.root)}"
         return tables.one_of_each([path.name for path in self._folders(self.root)], where, "folders")
 
-    def once(self, folder: Path) -> None:
+    def is_flat(self) -> bool:
+        """Whether images lie directly in the folder, and no folders beside them."""
+        inside = self._visible(self.root)
+        return not any(map(self.visible.is_dir, inside)) and any(map(_is_picture, inside))
+
+    def without_classes(self, folder: Place) -> dict[str, list[Place]]:
+        """All files in a folder and below, as one class. Raises UserError for tables or texts beside them."""
+        below = files_below(folder, self.visible, self.field).values()
+        files = [path for path in below if not self._is_left_out(path)]
+        if not files:
+            raise UserError(f"{self.field}.source: {shown(folder)} is empty; expected images")
+        if (table := next((path for path in files if path.suffix.lower() in TABLES), None)) is not None:
+            raise PrivateRefusal(
+                f"{self.field}.source: {shown(table)} is a table beside images, which may say their classes; "
+                f"expected {', '.join(METADATA[:-1])} or {METADATA[-1]} with a column file_name, or "
+                f"{self.field}.layout=folders, which leaves it out"
+            )
+        self._refuse_beside(folder, files)
+        return {NO_CLASS: files}
+
+    def once(self, folder: Place) -> None:
         """Raises UserError for a folder that was read under another name: links, and mounts of one place."""
+        if not isinstance(folder, Path):
+            return
         status = folder.stat()
         other = self._places.setdefault((status.st_dev, status.st_ino), folder)
         if other != folder:
@@ -185,11 +252,13 @@ class _Reader:
         nearly = [
             name
             for name in names
-            if set(re.split(r"[-_. ]", name.lower())) & set(tables.SPLITS) and self._has_folders(name)
+            if set(re.split(r"[-_. ]", name.lower())) & set(tables.SPLITS)
+            and (self.one_class or self._has_folders(name))
         ]
         if nearly:
+            what = "images" if self.one_class else "class folders"
             raise UserError(
-                f"{self.field}.source={shown(self.root)}: class folders lie in {shown(', '.join(nearly))}; "
+                f"{self.field}.source={shown(self.root)}: {what} lie in {shown(', '.join(nearly))}; "
                 f"if these are roles, rename them to {', '.join(ROLES)}"
             )
 
@@ -203,15 +272,17 @@ class _Reader:
         rests = {tuple(word for word in of_name if word not in tables.SPLITS) for of_name in words}
         all_of_them = all(roles) and len(rests) == 1 and len(names) > 1
         if all_of_them and {"train"} < set().union(*roles) and not self.classes_given:
+            exact = all(name.lower() in tables.SPLITS for name in names)
+            otherwise = f"or {self.field}.label_column=none, " if exact else ""
             one = shown(next(name for name, role in zip(names, roles, strict=True) if "train" in role))
             raise UserError(
                 f"{self.field}.source={shown(self.root)}: images lie directly in {shown(', '.join(names))}, "
                 "which may be roles or classes; expected a folder for each class in them, such as "
-                f"{one}/images, if they are roles, or {self.field}.classes=[{shown(','.join(names))}] if "
-                "they are classes"
+                f"{one}/images, {otherwise}if they are roles, or "
+                f"{self.field}.classes=[{shown(','.join(names))}] if they are classes"
             )
 
-    def classes(self, folder: Path) -> dict[str, list[Path]]:
+    def classes(self, folder: Place) -> dict[str, list[Place]]:
         """Sorted files of each class, classes sorted by name."""
         folders = self._folders(folder)
         self._refuse_wrapped(folder, folders)
@@ -231,40 +302,46 @@ class _Reader:
             self._refuse_beside(path, files[name])
         return files
 
-    def _refuse_beside(self, folder: Path, files: Sequence[Path]) -> None:
+    def _refuse_beside(self, folder: Place, files: Sequence[Place]) -> None:
         """Refuses folders in a class folder, and texts with the name of an image."""
-        inner = next((file for file in files if file.is_dir()), None)
+        inner = next((file for file in files if self.visible.is_dir(file)), None)
         if inner is not None:
             raise UserError(
                 f"{self.field}.source: class folder {shown(folder)} holds the folder {shown(inner.name)}; "
                 "expected images directly in each class folder"
             )
-        images = {file.stem for file in files if file.suffix.lower() in PICTURES}
+        images = {file.stem for file in files if _is_picture(file)}
         texts = [f for f in files if f.suffix.lower() in (".txt", ".caption") and f.stem in images]
         if texts:
             raise UserError(
                 f"{self.field}.source: {shown(texts[0])}: captions beside images are not read; expected "
-                f"images alone, or a parquet file with {self.field}.caption_column"
+                f"images alone, or metadata.csv or a parquet file with {self.field}.caption_column"
             )
 
-    def _folders(self, folder: Path) -> list[Path]:
+    def _folders(self, folder: Place) -> list[Place]:
         """The sorted folders in `folder`, which may hold nothing else."""
-        paths = [path for path in self._visible(folder) if path.is_dir() or not self.tables_left_out]
+        is_dir = self.visible.is_dir
+        paths = [path for path in self._visible(folder) if is_dir(path) or not self.tables_left_out]
         if not paths:
             raise UserError(
                 f"{self.field}.source: {shown(folder)} is empty; expected a folder of images for each class"
             )
         for path in paths:
-            if not path.is_dir():
-                raise self._beside(path, any(other.is_dir() for other in paths))
+            if not is_dir(path):
+                raise self._beside(path, any(map(is_dir, paths)))
         return paths
 
-    def _beside(self, path: Path, has_folders: bool) -> UserError:
+    def _beside(self, path: Place, has_folders: bool) -> UserError:
         """The error for a file where class folders were expected; `has_folders` if some are beside it."""
         try:
             check_file(path)
         except Unreadable as error:
             return UserError(f"{self.field}.source: {shown(path)} is {error}; expected a class folder")
+        if path.suffix.lower() == ".zip":
+            return PrivateRefusal(
+                f"{self.field}.source: {shown(path)} is a zip archive; expected {self.field}.source="
+                f"{shown(path)}, if it holds the set, or its files unpacked"
+            )
         if not has_folders:
             table = f", or a parquet file as {self.field}.source" if path.suffix.lower() in TABLES else ""
             return UserError(
@@ -282,40 +359,54 @@ class _Reader:
             f"{self.field}.source: {shown(path)} is a file; expected only class folders there, or {layout}"
         )
 
-    def _refuse_wrapped(self, folder: Path, folders: Sequence[Path]) -> None:
+    def _refuse_wrapped(self, folder: Place, folders: Sequence[Place]) -> None:
         """A single folder with folders in it is not a class, but the set in one more folder."""
-        if len(folders) == 1 and (inside := self._visible(folders[0])) and all(p.is_dir() for p in inside):
+        inside = self._visible(folders[0]) if len(folders) == 1 else []
+        if inside and all(map(self.visible.is_dir, inside)):
             raise UserError(
                 f"{self.field}.source={shown(folder)}: holds only the folder {shown(folders[0].name)} with "
                 f"folders in it; did you mean {self.field}.source={shown(folders[0])}?"
             )
 
     def _has_folders(self, name: str) -> bool:
-        return any(path.is_dir() for path in self._visible(self.root / name))
+        return any(map(self.visible.is_dir, self._visible(self.root / name)))
 
-    def _is_left_out(self, path: Path) -> bool:
+    def _is_left_out(self, path: Place) -> bool:
         return self.tables_left_out and path.suffix.lower() in TABLES
 
-    def _visible(self, folder: Path) -> list[Path]:
-        try:
-            return sorted(path for path in folder.iterdir() if _is_seen(path.name))
-        except OSError as error:
-            raise UserError(f"{self.field}.source: {shown(folder)} is no folder that can be read") from error
+    def _visible(self, folder: Place) -> list[Place]:
+        return _listed(folder, self.visible, self.field)
 
 
-def _is_seen(name: str) -> bool:
-    return not name.startswith(".") and name.lower() not in LITTER
+def _listed(folder: Place, visible: Visible, field: str) -> list[Place]:
+    try:
+        return visible(folder)
+    except OSError as error:
+        raise UserError(f"{field}.source: {shown(folder)} is no folder that can be read") from error
+
+
+def files_below(folder: Place, visible: Visible, field: str) -> dict[str, Place]:
+    """All files in `folder` and below, by their paths from there. Raises PrivateRefusal."""
+    try:
+        return dict(visible.files(folder))
+    except OSError as error:
+        unread = shown(str(error.filename))
+        raise PrivateRefusal(f"{field}.source: {unread} is no folder that can be read") from error
+
+
+def _is_picture(path: Place) -> bool:
+    return path.suffix.lower() in PICTURES
 
 
 def _below(path: Path, location: Path) -> str:
     return shown(path.relative_to(location))
 
 
-def _unread(files: Mapping[str, Sequence[Path]], classes: tuple[str, ...]) -> Unread:
+def _unread(files: Mapping[str, Sequence[Place]], classes: tuple[str, ...]) -> Unread:
     paths = [path for of_class in files.values() for path in of_class]
     labels = [classes.index(name) for name, of_class in files.items() for _ in of_class]
 
     def contents() -> Iterator[tuple[Content, str]]:
         return ((path, shown(path)) for path in paths)
 
-    return Unread(np.array(labels, np.int64), contents, identity_of(paths))
+    return Unread(np.array(labels, np.int64), contents, identity_of_places(paths))

@@ -27,9 +27,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dp_lora.config.schema import DataConfig
-from dp_lora.data import pixels
+from dp_lora.data import dicom, pixels
 from dp_lora.data.digests import SIZE
-from dp_lora.data.pixels import Content, Damaged, Decoding, NoRange, shown
+from dp_lora.data.pixels import Content, Damaged, Decoded, Decoding, NoRange, Unfit, shown
+from dp_lora.data.places import Member, Place
 from dp_lora.errors import PrivateRefusal, UserError, did_you_mean
 from dp_lora.storage import arrays
 from dp_lora.storage.keyed import keyed_name
@@ -79,6 +80,12 @@ class Source(NamedTuple):
     own: bool = False
 
 
+def say(line: str) -> None:
+    """Tells the owner a line on stderr, by the first process of a job alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
+
+
 class Request(NamedTuple):
     """A `DataConfig`, where it stands in the configuration, and `paths.data` and `paths.cache`."""
 
@@ -86,6 +93,12 @@ class Request(NamedTuple):
     field: str
     folder: Path
     cache: Path
+    tell: Callable[[str], None] = say
+    """What tells the owner a line; no record of a job holds it."""
+    prepare: Prepare | None = None
+    """What reads the images of all roles in place of `prepare_roles`; null for a job."""
+    refuse: Callable[[PrivateRefusal], None] | None = None
+    """What takes a refusal after which the rest of the set can be read; null for a job, which ends."""
 
 
 def wanted_classes(classes: tuple[str, ...], request: Request) -> tuple[str, ...]:
@@ -166,17 +179,23 @@ class Unread(NamedTuple):
                 damaged += error.files
                 continue
             image[:] = prepared.pixels
-            digest[:] = np.frombuffer(prepared.digest, np.uint8)
-            transparent |= prepared.transparent
+            digest[:] = np.frombuffer(prepared.decoded.digest, np.uint8)
+            transparent |= prepared.decoded.transparent
         if damaged:
             raise Damaged(damaged, field)
         return transparent
+
+
+Prepare = Callable[[Mapping[str, Unread], "Preprocessing", Request], dict[str, Part]]
+"""The images of each role, read and prepared."""
 
 
 def prepare_roles(
     unread: Mapping[str, Unread], preprocessing: Preprocessing, request: Request
 ) -> dict[str, Part]:
     """The prepared images of each role. Raises Damaged with the files of all roles that cannot be read."""
+    if request.prepare is not None:
+        return request.prepare(unread, preprocessing, request)
     parts: dict[str, Part] = {}
     damaged: list[tuple[str, str]] = []
     transparent = False
@@ -190,14 +209,10 @@ def prepare_roles(
         raise Damaged(damaged, request.field)
     if transparent:
         colour = pixels.name_of(preprocessing.decoding.background)
-        say(f"{request.field}: images with transparency are laid on {colour} ({request.field}.background)")
+        request.tell(
+            f"{request.field}: images with transparency are laid on {colour} ({request.field}.background)"
+        )
     return parts
-
-
-def say(line: str) -> None:
-    """Tells the owner a line on stderr, by the first process of a job alone."""
-    if os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr, flush=True)
 
 
 def identity_of(files: Sequence[Path]) -> str:
@@ -213,12 +228,23 @@ def identity_of(files: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
+def identity_of_places(places: Sequence[Place]) -> str:
+    """`identity_of` of files in folders and in archives, with the names of the latter."""
+    members = [place for place in places if isinstance(place, Member)]
+    archives = {path: None for place in members for path in place.archive.paths.values()}
+    loose = [place for place in places if isinstance(place, Path)]
+    identity = identity_of([*archives, *loose])
+    if not archives:
+        return identity
+    names = "\n".join(shown(place) for place in places)
+    return f"{identity} {hashlib.sha256(names.encode()).hexdigest()}"
+
+
 class Prepared(NamedTuple):
-    """One image: uint8 [C, size, size], and of `pixels.Decoded` the digest and whether it was transparent."""
+    """One image: uint8 [C, size, size], and what it was made from."""
 
     pixels: np.ndarray
-    digest: bytes
-    transparent: bool
+    decoded: Decoded
 
 
 @dataclass(frozen=True)
@@ -242,12 +268,15 @@ class Preprocessing:
     def prepare(self, content: Content, name: str, field: str) -> Prepared:
         """The image in `content`.
 
-        Raises Damaged naming `name`, and PrivateRefusal where the file's values or size do not fit the
-        settings.
+        Raises Damaged naming `name`, Unfit where the file's values or size do not fit the settings, and
+        PrivateRefusal where what reads it is not installed.
         """
         from PIL import Image
 
         try:
+            if isinstance(content, Member):
+                pixels.check_file(content)
+                content = content.read_bytes()
             with warnings.catch_warnings():
                 # Pillow warns from 90 million pixels on, and refuses from 180 million.
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -255,33 +284,52 @@ class Preprocessing:
         except NoRange as error:
             holds, expected = error.args
             given = pixels.said(self.decoding.value_range)
-            raise PrivateRefusal(f"{field}.value_range={given}: {name} holds {holds}; {expected}") from error
+            raise Unfit(f"{field}.value_range={given}", name, f"holds {holds}; {expected}") from error
         except UserError:
             raise
         except Exception as error:  # a damaged file fails in every way there is
             raise Damaged([(name, pixels.reason(content, error))], field) from error
 
-    def _opened(self, content: Content, name: str, field: str) -> Prepared:
-        from PIL import Image
+    def _opened(self, content: Path | bytes | np.ndarray, name: str, field: str) -> Prepared:
+        from PIL import Image, UnidentifiedImageError
 
         if isinstance(content, np.ndarray):
-            return self._prepared(Image.fromarray(content))
+            return self._prepared(pixels.decode(Image.fromarray(content), self.decoding))
         if isinstance(content, Path):
             pixels.check_file(content)
-        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
+        # A file of both kinds begins as a TIFF, with DICOM behind it.
+        if name.lower().endswith(dicom.ENDINGS) and dicom.is_dicom(content):
+            return self._of_dicom(content, name, field)
+        try:
+            opened = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content)
+        except UnidentifiedImageError:
+            if dicom.is_dicom(content):
+                return self._of_dicom(content, name, field)
+            raise
+        with opened as image:
             pixels.to_the_image(image)
             if self.resample == "pad" and max(image.size) > self.size:
-                raise PrivateRefusal(
-                    f"{field}.resample=pad: {name} has {image.size[0]} x {image.size[1]} pixels, "
-                    f"expected at most {self.size} x {self.size}, or a filter such as bicubic"
-                )
-            return self._prepared(image)
+                raise self._too_large(image.size, name, field)
+            return self._prepared(pixels.decode(image, self.decoding))
 
-    def _prepared(self, opened: Any) -> Prepared:
-        decoded = pixels.decode(opened, self.decoding)
+    def _of_dicom(self, content: Path | bytes, name: str, field: str) -> Prepared:
+        decoded = dicom.decode(content, name, field, self.decoding)
+        if self.resample == "pad" and max(decoded.image.size) > self.size:
+            raise self._too_large(decoded.image.size, name, field)
+        return self._prepared(decoded)
+
+    def _too_large(self, size: tuple[int, int], name: str, field: str) -> Unfit:
+        return Unfit(
+            f"{field}.resample=pad",
+            name,
+            f"has {size[0]} x {size[1]} pixels, expected at most {self.size} x {self.size}, or a filter such "
+            "as bicubic",
+        )
+
+    def _prepared(self, decoded: Decoded) -> Prepared:
         image = decoded.image.convert("L" if self.channels == 1 else "RGB")
         square = np.asarray(self._square(image)).reshape(self.size, self.size, self.channels)
-        return Prepared(square.transpose(2, 0, 1), decoded.digest, decoded.transparent)
+        return Prepared(square.transpose(2, 0, 1), decoded)
 
     def _square(self, image: Any) -> Any:
         from PIL import Image, ImageOps

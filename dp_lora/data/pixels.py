@@ -28,10 +28,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dp_lora.data.digests import pixel_digest
+from dp_lora.data.places import Member, Place
 from dp_lora.errors import PrivateRefusal
 
 BACKGROUNDS = {"white": (255, 255, 255), "grey": (128, 128, 128), "black": (0, 0, 0)}
-Content = Path | bytes | np.ndarray
+Content = Place | bytes | np.ndarray
 """An image file, its bytes, or pixels uint8 [H, W] or [H, W, C]."""
 
 _PHOTOMETRIC, _BITS, _SAMPLE_FORMAT = 262, 258, 339
@@ -69,6 +70,10 @@ class Decoded(NamedTuple):
     """SHA-256 of the pixels as they are in the file, upright, before range, background and size."""
     transparent: bool
     """Whether the background can be seen."""
+    mode: str
+    """What the file holds: Pillow's mode, or a word for it."""
+    values: np.ndarray
+    """The pixels that the digest is of."""
 
 
 def background_of(name: str) -> tuple[int, int, int] | None:
@@ -127,18 +132,20 @@ def decode(opened: Any, decoding: Decoding) -> Decoded:
     if isinstance(opened, StubImageFile):  # HDF5 and the like, which Pillow knows and does not read
         raise OSError("no pixels that can be read")
     deep = _deep_range(opened, decoding)
+    mode = opened.mode
     image = _upright(opened)
     if deep is None:
         eight = _eight_bits(image)
         laid, transparent = _on_background(_stretched(eight, decoding), decoding)
-        return Decoded(laid, pixel_digest(np.asarray(eight)), transparent)
+        values = np.asarray(eight)
+        return Decoded(laid, pixel_digest(values), transparent, mode, values)
     values = np.asarray(image)
     if deep.unsigned:
         values = values.view(np.uint32)
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise Unreadable("values that are no finite numbers")
     laid, transparent = _on_background(_grey(values, deep, opened), decoding)
-    return Decoded(laid, pixel_digest(values), transparent)
+    return Decoded(laid, pixel_digest(values), transparent, mode, values)
 
 
 def to_bytes(values: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -322,9 +329,9 @@ def _on_background(image: Any, decoding: Decoding) -> tuple[Any, bool]:
 # --- what is wrong with a file
 
 
-def shown(path: Path | str) -> str:
+def shown(path: Place | str) -> str:
     """A name as it can be printed: bytes that are not UTF-8, and what no terminal shows, escaped."""
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    text = os.fsencode(str(path)).decode("utf-8", "backslashreplace")
     return "".join(char if char.isprintable() else _escaped(ord(char)) for char in text)
 
 
@@ -332,16 +339,17 @@ def _escaped(code: int) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
-def check_file(path: Path) -> None:
+def check_file(path: Place) -> None:
     """Raises Unreadable for what is no regular file: a folder, a link to nothing, a pipe."""
-    try:
-        mode = path.stat().st_mode
-    except OSError as error:
-        raise Unreadable(_REASONS.get(error.errno or 0, str(error.strerror))) from error
-    if stat.S_ISDIR(mode):
-        raise Unreadable("a folder")
-    if not stat.S_ISREG(mode):
-        raise Unreadable("no regular file")
+    if isinstance(path, Path):
+        try:
+            mode = path.stat().st_mode
+        except OSError as error:
+            raise Unreadable(_REASONS.get(error.errno or 0, str(error.strerror))) from error
+        if stat.S_ISDIR(mode):
+            raise Unreadable("a folder")
+        if not stat.S_ISREG(mode):
+            raise Unreadable("no regular file")
     if path.suffix.lower() in _RAW:  # of which Pillow would read the small picture inside
         raise Unreadable("a raw file of a camera; expected PNG or JPEG")
 
@@ -354,7 +362,7 @@ _REASONS = {
 _RAW = (".dng", ".nef", ".arw", ".cr2", ".cr3", ".orf", ".rw2", ".raf", ".pef", ".srw")
 _POSTSCRIPT = "a drawing (PostScript); expected pixels"
 _BEGINNINGS = (
-    (rb".{128}DICM", "DICOM; expected its pixels as PNG or TIFF"),
+    (rb".{128}DICM", "DICOM that is cut short or damaged"),
     (rb".{344}(n\+1|ni1)\0", "NIfTI, a volume; expected its slices as PNG or TIFF"),
     (rb"\x93NUMPY", "an array of NumPy (.npy); expected PNG or TIFF"),
     (rb"\x89HDF\r\n\x1a\n", "HDF5; expected PNG or TIFF, or a parquet file"),
@@ -385,7 +393,7 @@ def reason(content: Content, error: Exception) -> str:
         return str(error)
     if isinstance(error, Image.DecompressionBombError):
         return "too large: more pixels than an image has"
-    if isinstance(content, np.ndarray):
+    if isinstance(content, np.ndarray | Member):
         return str(error)
     try:
         beginning = content[:512] if isinstance(content, bytes) else _first_bytes(content)
@@ -426,6 +434,14 @@ def _floats_of_tiff(content: Path | bytes) -> str | None:
 def _first_bytes(path: Path) -> bytes:
     with path.open("rb") as file:
         return file.read(512)
+
+
+class Unfit(PrivateRefusal):
+    """A file that does not fit the settings: `why` says the setting, what it holds and what was expected."""
+
+    def __init__(self, setting: str, name: str, why: str) -> None:
+        self.name, self.why = name, f"{setting}: {why}"
+        super().__init__(f"{setting}: {name} {why}")
 
 
 class Damaged(PrivateRefusal):

@@ -15,6 +15,7 @@ out, its slot in its role stays and contributes nothing: the numbers of images a
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ import numpy as np
 from dp_lora.config.schema import DataConfig, PathsConfig
 from dp_lora.data import letters
 from dp_lora.data.digests import array_digests
-from dp_lora.data.images import ROLES, Part, Request, Source, say, wanted_classes
+from dp_lora.data.images import ROLES, Part, Prepare, Request, Source, say, wanted_classes
 from dp_lora.data.published import COUNTS
 from dp_lora.data.sources import LOADERS, check_fields
 from dp_lora.errors import PrivateRefusal, UserError, did_you_mean
@@ -86,7 +87,15 @@ class ImageSplits(NamedTuple):
     test: ImageSet
 
 
-def load(data: DataConfig, paths: PathsConfig, field: str = "data") -> ImageSplits:
+def load(
+    data: DataConfig,
+    paths: PathsConfig,
+    field: str = "data",
+    *,
+    tell: Callable[[str], None] = say,
+    prepare: Prepare | None = None,
+    refuse: Callable[[PrivateRefusal], None] | None = None,
+) -> ImageSplits:
     """The three roles of the data set that `data` names, as images of `data.image_size` and `data.channels`.
 
     Of a published set `validation_size` images are set aside from the training images first, stratified;
@@ -98,6 +107,9 @@ def load(data: DataConfig, paths: PathsConfig, field: str = "data") -> ImageSpli
         paths: `paths.data` holds what `make data` fetched or the user put there; `paths.cache` keeps prepared
             images of large sets.
         field: where `data` stands in the configuration, for error messages.
+        tell: what tells the owner a line; on stderr unless it is given.
+        prepare: what reads the files of a set in place of `images.prepare_roles`.
+        refuse: what takes the rows and files that do not match, in place of an end with all of them.
 
     Raises:
         UserError: for an unknown name or class, an impossible size, or files that are absent or damaged.
@@ -107,16 +119,16 @@ def load(data: DataConfig, paths: PathsConfig, field: str = "data") -> ImageSpli
         raise UserError(f"{field}.name={data.name!r}: expected one of {', '.join(LOADERS)}{hint}")
     check_fields(data, field)
     folders = (Path(paths.data).expanduser(), Path(paths.cache).expanduser())
-    request = Request(data, field, *folders)
+    request = Request(data, field, *folders, tell, prepare, refuse)
     source = _held_out(LOADERS[data.name](request))
     if data.caption_column is not None and source.train.captions is None:
         raise UserError(
             f"{field}.caption_column={data.caption_column}: {data.name} was not read from a table; expected "
-            "parquet files or a data set of the hub, or null"
+            "parquet files, a data set of the hub or images with metadata.csv, or null"
         )
     source = _split(_keep_classes(source, request), request)
     if source.own and not data.public:
-        _say_copies(source, request)
+        _tell_copies(source, request)
     size = _number(data.train_size, len(source.train.labels))
     if not source.own and size is not None and size != len(source.train.labels):
         source = source._replace(train=_balanced(source, size, field))
@@ -140,8 +152,19 @@ def refuse_flat(images: ImageSet, field: str = "data") -> None:
     image fills is counted from its 1st to its 99th percentile. Looks at no more than 4,096 images, evenly
     spaced, and tells the owner on stderr of some flat ones, and of nearly all filling under a quarter.
     """
-    chosen = np.unique(np.linspace(0, len(images) - 1, 4096).astype(np.int64))
-    low, high = np.array([_filled(images.images[index]) for index in chosen]).T
+    refuse_flat_ones([filled(images.images[index]) for index in looked_at(len(images))], field)
+
+
+def looked_at(count: int) -> np.ndarray:
+    """The indices of those of `count` images that `refuse_flat` looks at."""
+    return np.unique(np.linspace(0, count - 1, 4096).astype(np.int64))
+
+
+def refuse_flat_ones(
+    found: Sequence[tuple[int, int]], field: str = "data", tell: Callable[[str], None] = say
+) -> None:
+    """`refuse_flat` for images of which `filled` is known."""
+    low, high = np.array(found).T
     spread = high - low
     flat = float((spread < FLAT).mean())
     asked = f"{field}.value_range=[black,white] of the files"
@@ -156,15 +179,15 @@ def refuse_flat(images: ImageSet, field: str = "data") -> None:
         )
     narrow = float((spread < NARROW).mean())
     if narrow >= NEARLY_ALL:
-        say(
+        tell(
             f"{field}: {narrow:.0%} of the images fill less than a quarter of the scale (99% of the pixels "
             f"of each are at most {high.max()} of 255); if the files hold 13 or 14 bits in 16, give {asked}"
         )
     elif flat > 1 - NEARLY_ALL:
-        say(f"{field}: {flat:.0%} of the images are nearly constant; is {field}.value_range right for all?")
+        tell(f"{field}: {flat:.0%} of the images are nearly constant; is {field}.value_range right for all?")
 
 
-def _filled(image: np.ndarray) -> tuple[int, int]:
+def filled(image: np.ndarray) -> tuple[int, int]:
     """The darkest and the brightest value of uint8 `image`, but for `TAIL` of its pixels at either end."""
     counts = np.bincount(image.reshape(-1), minlength=256)
     left_out = int(TAIL * image.size)
@@ -321,7 +344,7 @@ def _drawn(source: Source, request: Request) -> tuple[Part, Part, Part]:
     train, validation, test = (
         found.take(np.flatnonzero(chosen)) for chosen in (is_train, is_validation, is_test)
     )
-    _say_sizes((train, validation, test), len(found.labels), request)
+    _tell_sizes((train, validation, test), len(found.labels), request)
     return train, source.validation or validation, source.test or test
 
 
@@ -341,7 +364,7 @@ def _check_own_size(role: str, size: int | float | None, source: Source, request
         )
 
 
-def _say_sizes(parts: tuple[Part, Part, Part], count: int, request: Request) -> None:
+def _tell_sizes(parts: tuple[Part, Part, Part], count: int, request: Request) -> None:
     """Tells the owner the size of each part beside what was expected. Raises UserError for an empty one."""
     data = request.data
     rest = 1 - data.test_size - data.validation_size
@@ -362,10 +385,12 @@ def _say_sizes(parts: tuple[Part, Part, Part], count: int, request: Request) -> 
             )
         if fraction:
             said.append(f"{size} {role} (expected {expected:.4g})")
-    say(f"{request.field}: of {count} images {', '.join(said)}; each image draws its role by its own pixels")
+    request.tell(
+        f"{request.field}: of {count} images {', '.join(said)}; each image draws its role by its own pixels"
+    )
 
 
-def _say_copies(source: Source, request: Request) -> None:
+def _tell_copies(source: Source, request: Request) -> None:
     """Tells the owner of test and validation images that train too, and of pictures in several classes.
 
     Whoever brings such a set may mean it, so it is not refused.
@@ -377,7 +402,7 @@ def _say_copies(source: Source, request: Request) -> None:
     for role in [role for role in found if role != "train"]:
         copies = int(np.isin(pictures[role], pictures["train"]).sum())
         if copies:
-            say(
+            request.tell(
                 f"{field}: {role} images that train too (the same pixels): {copies} of "
                 f"{len(pictures[role])}; what is measured on these says nothing about images that were not "
                 "trained on"
@@ -387,7 +412,7 @@ def _say_copies(source: Source, request: Request) -> None:
     classes = len(source.classes)
     several = int((np.bincount(np.unique(number * classes + labels) // classes) > 1).sum())
     if several:
-        say(f"{field}: pictures that stand in more than one class (the same pixels): {several}")
+        request.tell(f"{field}: pictures that stand in more than one class (the same pixels): {several}")
 
 
 def _picture(part: Part) -> np.ndarray:

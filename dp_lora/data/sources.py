@@ -12,6 +12,7 @@ import importlib.util
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,8 +32,11 @@ from dp_lora.data.images import (
     preprocessing_of,
     wanted_classes,
 )
+from dp_lora.data.metadata import read_metadata
 from dp_lora.data.pixels import said, shown
+from dp_lora.data.places import Visible
 from dp_lora.data.published import COUNTS
+from dp_lora.data.tables import CELEBA
 from dp_lora.errors import UserError
 
 DIGITS = tuple("0123456789")
@@ -70,8 +74,6 @@ _OWN_IMAGES = {
 """The sets that read no files of the user's."""
 _OF_FILES = ("value_range", "background", "layout")
 _OF_TABLES = ("attribute", "image_column", "label_column", "caption_column")
-_ATTRIBUTES = ("celeba", "celebahq")
-"""Sets whose own files say `data.attribute`."""
 
 
 def check_fields(data: DataConfig, field: str) -> None:
@@ -133,8 +135,8 @@ def _refuse_idx(data: DataConfig, field: str) -> None:
 
 def _refuse_columns(data: DataConfig, field: str) -> None:
     """Refuses, for images in folders or archives, what only tables have."""
-    names = [name for name in _OF_TABLES if name != "attribute" or data.name not in _ATTRIBUTES]
-    why = f"{data.name} was not read from a table (parquet files or a data set of the hub)"
+    names = [name for name in _OF_TABLES if name != "attribute" or data.name not in CELEBA]
+    why = f"{data.name} was not read from a table (parquet files, metadata.csv or a data set of the hub)"
     _refuse_unread(data, field, names, why)
 
 
@@ -364,17 +366,30 @@ def _found_at(location: Path, request: Request, preprocessing: Preprocessing) ->
                 _check_size(request, spec.sizes)
             _refuse_unread_of_archive(request)
             return official
-    if not location.is_dir():
+    if not location.is_dir() and location.suffix.lower() != ".zip":
         raise UserError(f"{field}.source={location}: expected {spec.files}, parquet files or class folders")
-    _refuse_columns(request.data, field)
-    return folders.read_folders(location, request, preprocessing)
+    return _read_own(location, request, preprocessing)
+
+
+def _read_own(location: Path, request: Request, preprocessing: Preprocessing) -> Source:
+    """A user's own folder or zip archive: as its metadata files say, else as its folders do."""
+    visible = Visible()
+    root = folders.opened(location, visible, request)
+    if request.data.layout != "folders":
+        source = read_metadata(root, visible, request, preprocessing)
+        if source is not None:
+            return source
+    one_class = request.data.label_column == "none"  # which folders can do without too
+    columns = replace(request.data, label_column=None) if one_class else request.data
+    _refuse_columns(columns, request.field)
+    return folders.read_folders(root, visible, request, preprocessing)
 
 
 def _refuse_unread_of_archive(request: Request) -> None:
     """Refuses what changes nothing in official files: columns and, of arrays of 8 bits, range and filter."""
     data, field = request.data, request.field
     _refuse_columns(data, field)
-    if data.name not in _ATTRIBUTES:
+    if data.name not in CELEBA:
         names = ["value_range", "background"]
         names += ["resample"] if PUBLISHED[data.name].sizes is not None else []
         _refuse_unread(data, field, names, f"{data.name} is read from arrays of 8 bits as published")
@@ -414,7 +429,7 @@ def _rendered(request: Request, name: str) -> int:
 
 
 def _load_imagefolder(request: Request) -> Source:
-    """A folder of class folders, of train/, validation/ and test/ with such folders in each, or of tables."""
+    """A user's own images: in folders or a zip archive, with or without metadata files, or in tables."""
     data, field = request.data, request.field
     if not data.source:
         raise UserError(
@@ -425,11 +440,13 @@ def _load_imagefolder(request: Request) -> Source:
     files = folders.parquet_files(root, request) if root.exists() else []
     if files:
         return tables.read_parquet(root, files, request, preprocessing)
-    if not root.is_dir():
+    if not root.is_dir() and not (root.is_file() and root.suffix.lower() == ".zip"):
         what = _no_folder(root)
-        raise UserError(f"{field}.source={shown(data.source)}: {what}; expected a folder of class folders")
-    _refuse_columns(data, field)
-    return folders.read_folders(root, request, preprocessing)
+        raise UserError(
+            f"{field}.source={shown(data.source)}: {what}; expected a folder of class folders, or a zip "
+            "archive of one"
+        )
+    return _read_own(root, request, preprocessing)
 
 
 def _no_folder(path: Path) -> str:
@@ -437,7 +454,7 @@ def _no_folder(path: Path) -> str:
     if not path.exists():
         return "no such folder"
     name = path.name.lower()
-    if name.endswith((".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")):
+    if name.endswith((".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")):
         return "an archive, which has to be unpacked"
     return "one image" if name.endswith(folders.PICTURES) else "a file"
 

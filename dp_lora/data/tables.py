@@ -25,13 +25,15 @@ from dp_lora.data.images import (
     check_class_names,
     identity_of,
     prepare_roles,
-    say,
 )
 from dp_lora.data.pixels import Content, shown
+from dp_lora.data.places import Place
 from dp_lora.errors import UserError, did_you_mean
 
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "labels")
+CELEBA = ("celeba", "celebahq")
+"""Sets whose own files say `data.attribute`, and whose presets set it."""
 SPLITS = {
     "train": "train",
     "training": "train",
@@ -87,7 +89,7 @@ def read_parquet(
     by_role = _by_role(files, location, request.field)
     try:
         tables = {role: _parquet_table(paths) for role, paths in by_role.items()}
-        return _source(tables, request, preprocessing)
+        return source_of(tables, request, preprocessing)
     except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are ValueErrors and KeyErrors
         raise UserError(
             f"{request.field}.source={location}: cannot be read as parquet ({_line(error)})"
@@ -120,8 +122,6 @@ def _parquet_table(files: Sequence[Path]) -> Table:
     from pyarrow import parquet
 
     schema = parquet.read_schema(files[0])
-    metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = metadata.get("info", {}).get("features", {})
 
     def column(name: str) -> list[Any]:
         return [
@@ -134,7 +134,13 @@ def _parquet_table(files: Sequence[Path]) -> Table:
                 for batch in opened.iter_batches(batch_size=256, columns=[name]):
                     yield from batch.column(0).to_pylist()
 
-    return Table(schema.names, _names(features), column, images, identity_of(files))
+    return Table(schema.names, class_names(schema), column, images, identity_of(files))
+
+
+def class_names(schema: Any) -> dict[str, list[str]]:
+    """The names of the classes that the schema of a parquet file says, by column."""
+    metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    return _names(metadata.get("info", {}).get("features", {}))
 
 
 def read_hub(source: str, request: Request, preprocessing: Preprocessing) -> Source:
@@ -156,9 +162,11 @@ def read_hub(source: str, request: Request, preprocessing: Preprocessing) -> Sou
         raise UserError(f"{field}.source={source!r}: cannot be loaded ({_line(error)}); {advice}") from error
     named = {name: rows for name, rows in splits.items() if name.lower() in SPLITS}
     if left_out := [name for name in splits if name not in named]:
-        say(f"{field}.source={source}: split {', '.join(left_out)} is left out; its name says no role")
+        request.tell(
+            f"{field}.source={source}: split {', '.join(left_out)} is left out; its name says no role"
+        )
     by_role = one_of_each(named, f"{field}.source={source}", "splits")
-    return _source(
+    return source_of(
         {role: _hub_table(splits[name], datasets) for role, name in by_role.items()}, request, preprocessing
     )
 
@@ -190,7 +198,8 @@ def _line(error: Exception) -> str:
 # --- from tables to a source
 
 
-def _source(tables: dict[str, Table], request: Request, preprocessing: Preprocessing) -> Source:
+def source_of(tables: dict[str, Table], request: Request, preprocessing: Preprocessing) -> Source:
+    """The classes, images, labels and captions of the rows of each role."""
     if "train" not in tables:
         raise UserError(f"{request.field}.source: no training rows, only {', '.join(tables)}")
     image = _image_column(tables["train"].columns, request)
@@ -237,6 +246,9 @@ def _captions(tables: dict[str, Table], request: Request) -> dict[str, np.ndarra
 def _reader(table: Table, column: str, role: str) -> Any:
     def contents() -> Iterable[tuple[Content, str]]:
         for number, value in enumerate(table.images(column)):
+            if isinstance(value, Place):
+                yield value, shown(value)
+                continue
             content = value.get("bytes") if isinstance(value, dict) else value
             if content is None and isinstance(value, dict) and value.get("path"):
                 content = Path(value["path"])
@@ -280,10 +292,22 @@ def _labels(tables: dict[str, Table], request: Request) -> tuple[tuple[str, ...]
     return _classes_of(tables, named[0], field)
 
 
+def refuse_lone(classes: int, images: int, kind: str, where: str) -> None:
+    """Raises UserError for classes that few images share.
+
+    The names of the classes are released with the adapter, and nothing protects them.
+    """
+    if 2 * classes > images:
+        raise UserError(
+            f"{where}: {classes} different {kind} for {images} images; expected classes that many images "
+            "share, since their names are released"
+        )
+
+
 def _refuse_attribute(request: Request, columns: Sequence[str]) -> None:
     """Refuses `data.attribute` where the classes are read from another column; CelebA's presets set it."""
     data, field = request.data, request.field
-    if data.attribute is None or data.name in ("celeba", "celebahq"):
+    if data.attribute is None or data.name in CELEBA:
         return
     if data.label_column is not None:
         raise UserError(
@@ -313,12 +337,7 @@ def _classes_of(
         said = ", ".join(sorted(kind.__name__ for kind in kinds))
         raise UserError(f"{field}.label_column={column}: values of {said}, expected whole numbers or names")
     classes = tuple(sorted(set(values["train"])))
-    if 2 * len(classes) > len(values["train"]):
-        # The names of the classes are released with the adapter, and nothing protects them.
-        raise UserError(
-            f"{field}.label_column={column}: {len(classes)} different names for {len(values['train'])} "
-            "images; expected classes that many images share, since their names are released"
-        )
+    refuse_lone(len(classes), len(values["train"]), "names", f"{field}.label_column={column}")
     number = {name: i for i, name in enumerate(classes)}
     for role, found in values.items():
         unknown = sorted(set(found) - set(classes))

@@ -326,7 +326,7 @@ def _with_training(training: Mapping[str, Any], releases: Sequence[Mechanism]) -
     parts = [*training.get("earlier_trainings", ()), training]
     trained = [Mechanism(float(one["noise_multiplier"]), one["sample_rate"], one["steps"]) for one in parts]
     delta = training["delta"]
-    if training["accountant"] == FILTER:
+    if training.get("accountant") == FILTER:
         budget = least_budget(renyi_divergences([*trained, *releases]), delta)
         return {"epsilon": budget, "delta": delta, "accountant": FILTER}
     both = accounting.epsilon([*trained, *releases], delta)

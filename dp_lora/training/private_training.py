@@ -296,16 +296,15 @@ class PrivateTraining:
     def statement(self) -> Statement:
         """The guarantee of what was trained so far: what was spent, and what that covers.
 
-        One that ended early states the epsilon of its whole plan: what was released may have decided when.
-        Raises UserError when there is none, because a tensor that is not trained changed in the training.
+        After an early end, which a release may have decided, it has the whole plan's epsilon. Raises
+        UserError if a tensor changed that is not trained.
         """
         if not self._ended:
             self._refuse_changed()
-        steps = self.sgd.executions.count
         return Statement.of(
             self.plan,
-            epsilon=self.plan.epsilon if self.complete or steps == self.plan.steps else self.epsilon(),
-            steps=steps,
+            epsilon=self.plan.epsilon if self.complete else self.epsilon(),
+            steps=self.sgd.executions.count,
             complete=self.complete,
             seeded=self._seeded,
             checked=self._synthetic_losses is not None,

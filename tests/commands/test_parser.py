@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from dp_lora.commands import audit, export, import_checkpoint, neighbours
+from dp_lora.commands import audit, check, export, import_checkpoint, neighbours
 from dp_lora.commands.parser import Parser, ending
 from dp_lora.errors import UserError
 
 COMMANDS: dict[str, tuple[Callable[[], None], list[str], str, str]] = {
     "dp-lora-audit": (audit.main, ["RUN"], "dp_lora.auditing.audit.audit", "the same command continues"),
+    "dp-lora-check": (
+        check.main, ["data=digits"], "dp_lora.data.inspection.inspect", "nothing was written",
+    ),
     "dp-lora export": (export.main, ["RUN", "NEW"], "dp_lora.commands.export.export", "nothing was written"),
     "dp-lora-neighbours": (
         neighbours.main, ["RUN"], "dp_lora.commands.neighbours.inspect", "nothing was written",

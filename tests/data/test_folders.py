@@ -63,6 +63,49 @@ def test_imagefolder_with_its_own_roles(tmp_path: Path) -> None:
     assert "did you mean 'test'" in refused(config(tmp_path))
 
 
+def test_images_without_classes_in_folders_of_their_roles(tmp_path: Path) -> None:
+    names = ("Train/0.png", "Train/a/1.png", "Testing/b/c/0.png", "val/0.png")
+    for value, name in enumerate(names, 1):
+        write_image(tmp_path / name, value)
+    splits = load(config(tmp_path, label_column="none"), PathsConfig())
+    assert splits.train.classes == ("image",)
+    assert [part.images[:, 0, 4, 4].tolist() for part in splits] == [[1, 2], [4], [3]]
+
+
+def test_images_alone_in_train_and_test_are_roles_without_classes(tmp_path: Path) -> None:
+    write_image(tmp_path / "train/0.png", 1)
+    write_image(tmp_path / "test/0.png", 2)
+    splits = load(config(tmp_path, label_column="none"), PathsConfig())
+    assert [part.images[:, 0, 4, 4].tolist() for part in splits] == [[1], [], [2]]
+
+
+def test_a_readme_beside_the_one_folder_is_left_out_if_folders_are_chosen(folder: Path) -> None:
+    (folder.parent / "README.md").write_text("hello")
+    assert load(config(folder.parent, layout="folders"), PathsConfig()).train.classes == ("cat", "dog")
+    assert "README.md is a file" in refused(config(folder.parent))
+
+
+def test_class_folders_can_be_read_as_one_class(folder: Path) -> None:
+    train = load(config(folder, label_column="none"), PathsConfig()).train
+    assert train.classes == ("image",)
+    assert train.images[:, 0, 4, 4].tolist() == [*range(10, 20), *range(100, 110)]
+    assert "data.label_column=kind: imagefolder was not read from a table" in refused(
+        config(folder, label_column="kind")
+    )
+    (folder / "cat/labels.csv").write_text("x")
+    assert "cat/labels.csv is a table beside images" in refused(config(folder, label_column="none"))
+
+
+def test_folders_that_are_nearly_roles_are_not_one_class(tmp_path: Path) -> None:
+    """The images to test with would train."""
+    write_image(tmp_path / "train_images/0.png", 1)
+    write_image(tmp_path / "test_images/0.png", 2)
+    assert refused(config(tmp_path, label_column="none")) == (
+        f"data.source={tmp_path}: images lie in test_images, train_images; if these are roles, rename them "
+        "to train, validation, test"
+    )
+
+
 def test_imagefolder_names_what_is_wrong(folder: Path, tmp_path: Path) -> None:
     assert "no such folder" in refused(config(tmp_path / "absent"))
     (tmp_path / "empty").mkdir()

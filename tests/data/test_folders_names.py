@@ -76,16 +76,24 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "captions": (
         both(two, lambda f: put(f / "cat/0.txt", "a cat")),
-        "data.source: {}/cat/0.txt: captions beside images are not read; expected images alone, or a parquet "
-        "file with data.caption_column",
+        "data.source: {}/cat/0.txt: captions beside images are not read; expected images alone, or "
+        "metadata.csv or a parquet file with data.caption_column",
     ),
-    "an archive": (lambda f: None, "data.source={}.zip: an archive, which has to be unpacked; expected a "),
+    "an archive": (lambda f: None, "data.source={}.tgz: an archive, which has to be unpacked; expected a "),
+    "no zip archive": (
+        lambda f: None, "data.source={}.zip: cannot be read (File is not a zip file); expected a folder, a "
+    ),
     "one image": (lambda f: None, "data.source={}.png: one image; expected a folder of class folders"),
     "an address": (
         lambda f: None, "data.source=https://x.org/a.zip: an address, from which nothing is fetched; "
     ),
 }  # fmt: skip
-ELSEWHERE = {"an archive": "{}.zip", "one image": "{}.png", "an address": "https://x.org/a.zip"}
+ELSEWHERE = {
+    "an archive": "{}.tgz",
+    "no zip archive": "{}.zip",
+    "one image": "{}.png",
+    "an address": "https://x.org/a.zip",
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -94,6 +102,7 @@ def test_it_is_refused_in_one_line(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "set"
     make(folder)
     put(Path(f"{folder}.zip"))
+    put(Path(f"{folder}.tgz"))
     put(Path(f"{folder}.png"))
     source = ELSEWHERE.get(name, "{}").replace("{}", str(folder))
     found = refused(DataConfig("imagefolder", source=source, image_size=8))
@@ -129,7 +138,6 @@ def tiff_of(bits: int, colours: int = 1) -> bytes:
 
 
 KINDS = {
-    "DICOM": (bytes(128) + b"DICM\2\0" + bytes(range(200)), "DICOM; expected its pixels as PNG or TIFF"),
     "NIfTI": (
         struct.pack("<I", 348) + bytes(340) + b"n+1\0\xff",
         "NIfTI, a volume; expected its slices as PNG or TIFF"

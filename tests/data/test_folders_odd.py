@@ -81,6 +81,17 @@ READ: dict[str, tuple[Make, dict[str, Any], tuple[str, ...], tuple[int, int, int
         {}, ("dog's, etc", "my cats"), (6, 0, 0),
     ),
     "one class": (lambda f: two(f, ("cat",)), {}, ("cat",), (3, 0, 0)),
+    "no classes": (lambda f: [image(f / f"{i}.png") for i in range(3)], {}, ("image",), (3, 0, 0)),
+    "no classes, and a table that is left out": (
+        lambda f: [image(f / "0.png"), put(f / "labels.csv")], {"layout": "folders"}, ("image",), (1, 0, 0)
+    ),
+    "wrapped": (lambda f: two(f / "images"), {}, ("cat", "dog"), (6, 0, 0)),
+    "wrapped roles": (lambda f: roles(f / "chest_xray", "Train", "Test"), {}, ("cat", "dog"), (6, 0, 6)),
+    "wrapped beside what macOS leaves": (
+        both(lambda f: roles(f / "set", "train", "VALID"), lambda f: put(f / "__MACOSX/set/._x")),
+        {}, ("cat", "dog"), (6, 6, 0),
+    ),
+    "one role": (lambda f: roles(f, "train"), {}, ("cat", "dog"), (6, 0, 0)),
     "one image": (lambda f: two(f, ("cat",), 1), {}, ("cat",), (1, 0, 0)),
     "a link to an image": (
         both(two, lambda f: link(f, str(f / "cat/0.png"), "dog/9.png")), {}, ("cat", "dog"), (7, 0, 0)
@@ -179,20 +190,41 @@ REFUSED: dict[str, tuple[Make, dict[str, Any], str]] = {
         both(lambda f: roles(f, "train", "test"), lambda f: image(f / "test/cow/0.png")), {},
         "data.source: class 'cow' of {}/test has no training images",
     ),
-    "wrapped": (
-        lambda f: two(f / "images"), {},
-        "data.source={}: holds only the folder images with folders in it; did you mean "
-        "data.source={}/images?",
+    "wrapped twice": (
+        lambda f: two(f / "set" / "images"), {},
+        "data.source={}/set: holds only the folder images with folders in it; did you mean "
+        "data.source={}/set/images?",
+    ),
+    "roles that are wrapped": (
+        lambda f: two(f / "train" / "images"), {},
+        "data.source={}/train: holds only the folder images with folders in it; did you mean "
+        "data.source={}/train/images?",
     ),
     "nested": (
         both(lambda f: image(f / "cat/siamese/0.png"), lambda f: image(f / "dog/0.png")), {},
         "data.source: class folder {}/cat holds the folder siamese; expected images directly in each "
         "class folder",
     ),
-    "flat": (
-        lambda f: image(f / "0.png"), {},
-        "data.source: {}/0.png is a file, and no class folders are beside it; expected a folder of images "
-        "for each class",
+    "a table beside images": (
+        lambda f: (image(f / "0.png"), put(f / "labels.csv")), {},
+        "data.source: {}/labels.csv is a table beside images, which may say their classes; expected "
+        "metadata.csv, metadata.jsonl or metadata.parquet with a column file_name, or data.layout=folders, "
+        "which leaves it out",
+    ),
+    "captions beside images": (
+        lambda f: (image(f / "0.png"), put(f / "0.txt")), {},
+        "data.source: {}/0.txt: captions beside images are not read; expected images alone, or metadata.csv "
+        "or a parquet file with data.caption_column",
+    ),
+    "a zip archive beside class folders": (
+        both(two, lambda f: put(f / "images.zip")), {},
+        "data.source: {}/images.zip is a zip archive; expected data.source={}/images.zip, if it holds the "
+        "set, or its files unpacked",
+    ),
+    "images beside class folders": (
+        both(two, lambda f: image(f / "0.png")), {},
+        "data.source: {}/0.png is a file; expected only class folders there, or data.layout=folders, which "
+        "takes the classes from the folders and leaves it out",
     ),
     "a table alone": (
         lambda f: put(f / "labels.csv"), {},
@@ -214,14 +246,14 @@ REFUSED: dict[str, tuple[Make, dict[str, Any], str]] = {
     "train and test without classes": (
         lambda f: two(f, ("train", "test")), {},
         "data.source={}: images lie directly in test, train, which may be roles or classes; expected a "
-        "folder for each class in them, such as train/images, if they are roles, or "
-        "data.classes=[test,train] if they are classes",
+        "folder for each class in them, such as train/images, or data.label_column=none, if they are roles, "
+        "or data.classes=[test,train] if they are classes",
     ),
     "three roles without classes": (
         lambda f: two(f, ("Training", "Testing", "VAL")), {"test_size": 0.5},
         "data.source={}: images lie directly in Testing, Training, VAL, which may be roles or classes; "
-        "expected a folder for each class in them, such as Training/images, if they are roles, or "
-        "data.classes=[Testing,Training,VAL] if they are classes",
+        "expected a folder for each class in them, such as Training/images, or data.label_column=none, if "
+        "they are roles, or data.classes=[Testing,Training,VAL] if they are classes",
     ),
     "nearly roles without classes": (
         lambda f: two(f, ("train_images", "test_images")), {},
@@ -248,14 +280,6 @@ REFUSED: dict[str, tuple[Make, dict[str, Any], str]] = {
         "the folders; expected data.layout=folders, which takes the classes from the folders and leaves it "
         "out, "
         "or a parquet file as data.source",
-    ),
-    "metadata.jsonl": (
-        both(two, lambda f: put(f / "metadata.jsonl")), {},
-        "data.source: {}/metadata.jsonl is a file beside class folders: the classes may be in it or in the "
-        "names "
-        "of the folders; expected data.layout=folders, which takes the classes from the folders and leaves "
-        "it "
-        "out, or a parquet file as data.source",
     ),
     "a stray parquet file": (
         both(two, lambda f: write_parquet(f / "x.parquet", 4)), {},
@@ -390,11 +414,12 @@ REFUSED: dict[str, tuple[Make, dict[str, Any], str]] = {
         "data.source: class folder {}/m\\xfcde has a name that is not UTF-8, or characters that cannot be "
         "printed; expected text, since the names of classes are released",
     ),
-    "absent": (lambda f: None, {}, "data.source={}: no such folder; expected a folder of class folders"),
+    "absent": (lambda f: None, {}, "data.source={}: no such folder; expected a folder of class folders, "
+               "or a zip archive of one"),
     "a zip of the set": (
         both(two, lambda f: shutil.make_archive(f"{f}.zip.parts", "zip", f), shutil.rmtree, lambda f: put(f)),
         {},
-        "data.source={}: a file; expected a folder of class folders",
+        "data.source={}: a file; expected a folder of class folders, or a zip archive of one",
     ),
 }  # fmt: skip
 

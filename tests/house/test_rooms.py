@@ -25,6 +25,7 @@ LIGHT = (
     "dp_lora",
     "dp_lora.__main__",
     "dp_lora.commands.audit",
+    "dp_lora.commands.check",
     "dp_lora.commands.command_line",
     "dp_lora.commands.evaluate",
     "dp_lora.commands.explain",

@@ -67,8 +67,8 @@ def test_class_folders_have_no_columns(tmp_path: Path, name: str) -> None:
     for i in range(4):
         write_image(tmp_path / "ab"[i % 2] / f"{i}.png", i)
     assert refused(config(tmp_path, **{name: "text"})) == (
-        f"data.{name}=text: imagefolder was not read from a table (parquet files or a data set of the "
-        "hub); expected null"
+        f"data.{name}=text: imagefolder was not read from a table (parquet files, metadata.csv or a data set "
+        "of the hub); expected null"
     )
 
 
