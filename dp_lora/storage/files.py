@@ -291,10 +291,14 @@ def check_writable(folder: Path, field: str) -> None:
 
 
 def check_file(path: Path, field: str) -> None:
-    """Raises UserError naming `field` unless `path` is, or can be made, a regular file."""
+    """Raises UserError naming `field` unless `path` is, or can be made, a regular file that can be written."""
     check_writable(path.parent, field)
-    if _nearest(path.absolute(), field) == path.absolute() and not path.is_file():
+    if _nearest(path.absolute(), field) != path.absolute():
+        return
+    if not path.is_file():
         raise UserError(f"{field}: no regular file; expected what this program wrote, or a new name for it")
+    if not os.access(path, os.R_OK | os.W_OK):
+        raise UserError(f"{field}: cannot be read and written; expected a file with the permission to do so")
 
 
 def _nearest(path: Path, field: str) -> Path:

@@ -29,6 +29,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> Refu
     (tmp_path / "dangling").symlink_to("nowhere/at/all")
     (tmp_path / "loop").symlink_to("loop")
     os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "read-only.jsonl").touch()
     before = contents(tmp_path)
 
     def call(*given: str, command: Callable[[], Any] = main) -> str:
@@ -131,3 +132,16 @@ def test_a_netrc_that_is_no_utf_8_holds_no_key(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     (tmp_path / "netrc").write_bytes(b"machine api.wandb.ai login m\xfcller password x\n")
     assert wandb_mode("auto") == "offline"
+
+
+def test_a_ledger_that_may_not_be_written_is_one_line(
+    tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found before a run directory is made. A process of root may write everything, so the system is asked."""
+    ledger, allowed = tmp_path / "read-only.jsonl", os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != ledger and allowed(path, mode))
+    line = refused(
+        *words(tmp_path / "cache", tmp_path / "outputs"), "privacy.epsilon=inf", f"paths.ledger={ledger}"
+    )
+    assert line.startswith(f"dp-lora: paths.ledger={ledger}: cannot be read and written; expected a file")
+    assert not (tmp_path / "outputs").exists()
