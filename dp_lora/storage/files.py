@@ -291,7 +291,7 @@ def check_writable(folder: Path, field: str) -> None:
 
 
 def check_file(path: Path, field: str) -> None:
-    """Raises UserError naming `field` unless `path` is, or can be made, a regular file that can be written."""
+    """Raises UserError naming `field` unless `path` is, or can be made, a file that can be written."""
     check_writable(path.parent, field)
     if _nearest(path.absolute(), field) != path.absolute():
         return

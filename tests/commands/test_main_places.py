@@ -137,7 +137,7 @@ def test_a_netrc_that_is_no_utf_8_holds_no_key(tmp_path: Path, monkeypatch: pyte
 def test_a_ledger_that_may_not_be_written_is_one_line(
     tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Found before a run directory is made. A process of root may write everything, so the system is asked."""
+    """Found before a run directory is made. Root may write everything, so the answer is given here."""
     ledger, allowed = tmp_path / "read-only.jsonl", os.access
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != ledger and allowed(path, mode))
     line = refused(
