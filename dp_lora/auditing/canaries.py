@@ -105,17 +105,18 @@ class GradientCanaries(LatentDiffusion):
         coordinate = (answer - answer.detach()).sum(1, keepdim=True)
         return torch.cat([inner.flatten(1), mask.to(inner), coordinate.to(inner)], 1)
 
-    def predict_noise_of(self, noisy_latents: Tensor, timesteps: Tensor, conditions: Tensor | None) -> Tensor:
-        """The noise that the model predicts; for a canary the noise itself and an error with one gradient."""
+    def predict_of(self, noisy_latents: Tensor, timesteps: Tensor, conditions: Tensor | None) -> Tensor:
+        """What the network predicts; for a canary what it should, and an error with one gradient."""
         assert conditions is not None
         inner, canary, coordinate = conditions[:, :-2], conditions[:, -2], conditions[:, -1]
         shape = (-1, 1, 1, 1)
-        predicted = super().predict_noise_of(noisy_latents, timesteps, inner.unflatten(1, self._tokens))
-        a: Tensor = self.scheduler.alphas_cumprod.to(noisy_latents)[timesteps].view(shape)
+        predicted = super().predict_of(noisy_latents, timesteps, inner.unflatten(1, self._tokens))
+        signal, level = self.process.levels(timesteps.view(shape), noisy_latents)
         # Of zero latents the noise is known. The mean squared error is e^2 (1 + x)^2, its gradient 2 e^2.
-        noise = noisy_latents / (1 - a).sqrt()
+        noise = noisy_latents / level
+        target = self.process.target(torch.zeros_like(noise), noise, signal, level)
         error = self._error * (1 + coordinate.float().view(shape))
-        return torch.where(canary.view(shape) > 0, noise + error, predicted.float())
+        return torch.where(canary.view(shape) > 0, target + error, predicted.float())
 
 
 @dataclass(frozen=True)

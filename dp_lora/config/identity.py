@@ -28,6 +28,13 @@ PRIVATE_SETTINGS = (
 take the noise away."""
 
 _CANNOT_CHANGE_THE_RESULT = ("experiment", "stages", "tracking", "resources", "paths")
+_SAY_NOTHING_NEW = (
+    ("model", "prompt_length", None),
+    ("train", "timesteps", None),
+    ("train", "timestep_shift", None),
+    ("train", "snr_gamma", None),
+    ("train", "noise_offset", 0.0),
+)
 _NOR_CAN = ("microbatch", "channels_last", "compile", "checkpoint_minutes")
 """Fields of `train`."""
 
@@ -74,6 +81,10 @@ def _values(config: Config) -> dict[str, Any]:
         values[group][name] = _one_spelling(values[group][name])
     pretrain = values["model"]["pretrain"]
     pretrain["perceptual_network"] = _one_spelling(pretrain["perceptual_network"])
+    # Where they say what was done before they were there, runs stay what they are.
+    for group, name, value in _SAY_NOTHING_NEW:
+        if values[group][name] == value:
+            del values[group][name]
     return values
 
 
@@ -92,7 +103,7 @@ def _one_spelling(place: str | None) -> str | None:
 def pretrained_fingerprint(config: Config) -> str:
     """Eight hexadecimal digits of what can change the weights of a public pre-training."""
     model = dataclasses.asdict(config.model)
-    del model["pretrained"], model["prompt"], model["pretrain"]["samples_every"]
+    del model["pretrained"], model["prompt"], model["prompt_length"], model["pretrain"]["samples_every"]
     public = dataclasses.asdict(config.public_data)
     public["source"] = _one_spelling(public["source"])
     pretrain = model["pretrain"]

@@ -20,6 +20,7 @@ ADJACENCIES = {
 """The relations of neighbours, in words; both have the same epsilon."""
 PRECISIONS = ("float32", "bfloat16")
 SAMPLERS = ("ddim", "dpmsolver++")
+DISTRIBUTIONS = ("uniform", "logit_normal")
 SCHEDULES = ("constant", "linear", "cosine")
 DEVICES = ("auto", "cpu", "cuda")
 RESAMPLINGS = ("pad", "box", "bilinear", "bicubic", "lanczos")
@@ -189,6 +190,8 @@ class ModelConfig:
     the result in `paths.cache`."""
     prompt: str = PROMPT
     """The prompt of a text-to-image model for an image, with {} for the name of its class."""
+    prompt_length: int | None = None
+    """Tokens to which every prompt is padded or cut; null: as many as the pipeline. CLIP has its own 77."""
     conditioning: str = "class"
     """class: one learnt token a class; none: the model is unconditional."""
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
@@ -272,6 +275,14 @@ class TrainConfig:
     """Decay of the moving average of the released weights, once per batch; 0 releases the last ones."""
     stratified_timesteps: bool = True
     """Spread an example's k timesteps over k equal parts of the range; false draws them independently."""
+    timesteps: str | None = None
+    """Their distribution: uniform or logit_normal; null: that of diffusers' training script for the model."""
+    timestep_shift: float | None = None
+    """Moves timesteps towards more noise: u -> s u / (1 + (s - 1) u); null: as the model's scheduler does."""
+    snr_gamma: float | None = None
+    """Weighs a timestep's loss by min(snr, gamma) / snr (Hang et al. 2023); null: by 1. Not for flows."""
+    noise_offset: float = 0.0
+    """Standard deviation of what is added to the diffusion noise of a whole channel; 0: nothing."""
     precision: str = "float32"
     microbatch: int | str = "auto"
     """Examples per forward and backward, or 'auto': the largest that fits and is worth it."""

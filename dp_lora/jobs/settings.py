@@ -75,6 +75,11 @@ def check_fit(config: Config, model: LatentDiffusion, found: Sequence[int]) -> N
             f"data.caption_column={config.data.caption_column}: the model has no text encoder; expected null "
             "or a text-to-image pipeline as model.pretrained"
         )
+    if config.train.snr_gamma is not None and model.process.flows:
+        raise UserError(
+            f"train.snr_gamma={config.train.snr_gamma}: the model is a flow, whose loss has no such weights; "
+            "expected null"
+        )
     if tuple(found) != tuple(model.image_shape):
         raise UserError(
             f"data.name={config.data.name}: images of {_by(found)}, expected {_by(model.image_shape)}, which "

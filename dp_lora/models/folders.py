@@ -169,7 +169,13 @@ def _load(folder: Path, prompt: str, *, weights: bool) -> LatentDiffusion:
         return load_pipeline(folder, prompt, weights=weights).eval()
     autoencoder = _load_part(folder, "autoencoder", weights)
     unet = _load_part(folder, "unet", weights)
-    config = _read_config(folder / "scheduler" / "scheduler_config.json")
+    place = folder / "scheduler" / "scheduler_config.json"
+    config = _read_config(place)
+    named = config.get("_class_name"), config.get("prediction_type", "epsilon")
+    if named != ("DDPMScheduler", "epsilon"):
+        raise UserError(
+            f"model.pretrained: {place} has {named}, expected a DDPMScheduler, which predicts epsilon"
+        )
     with torch.device("cpu"):
         scheduler = DDPMScheduler.from_config(config)
     if isinstance(unet, UNet2DModel):

@@ -5,7 +5,7 @@ Shapes, ranges and dtypes at the boundaries:
     latents    float32 [B, c, h, w], scaled to unit variance over the public set
     labels     int64   [B], an index into `classes`
     conditions float32 [B, tokens, d]; no tokens for an unconditional model
-    timesteps  int64   [B] in [0, num_train_timesteps)
+    timesteps  int64   [B] in [0, T), see `process`
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
-    DDPMScheduler,
     DiTTransformer2DModel,
     UNet2DConditionModel,
     UNet2DModel,
@@ -26,6 +25,7 @@ from diffusers import (
 from torch import Tensor, nn
 
 from dp_lora.models.networks import shorten_cross_attention
+from dp_lora.models.process import Process, Scheduler
 from dp_lora.models.prompts import Prompts
 
 UNCONDITIONAL = ("image",)
@@ -33,18 +33,18 @@ UNCONDITIONAL = ("image",)
 
 
 class LatentDiffusion(nn.Module):
-    """An autoencoder, a network that predicts noise, what it is conditioned on, and the forward process.
+    """An autoencoder, a denoising network, what it is conditioned on, and the forward process.
 
     Args:
         autoencoder: with a Gaussian posterior, or quantised.
         unet: a UNet conditioned on tokens, one that takes class embeddings [B, d] beside the timestep or is
             unconditional, or a DiT that takes class embeddings: see `networks.take_class_table`.
         class_embedder: one row a class, and perhaps one more: see `null_class`. None without classes.
-        scheduler: the betas; its network predicts eps, see `predicts_v`.
+        scheduler: of the forward process.
         classes: their names, in the order of the labels.
         prompts: of a text-to-image model, in place of `class_embedder`.
         null_class: whether the last row of `class_embedder` stands for "no class".
-        predicts_v: whether the network was trained to predict v = sqrt(a) eps - sqrt(1 - a) z_0.
+        predicts_v: whether the network of a diffusion predicts v in place of eps.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class LatentDiffusion(nn.Module):
         autoencoder: AutoencoderKL | VQModel,
         unet: UNet2DConditionModel | UNet2DModel | DiTTransformer2DModel,
         class_embedder: nn.Embedding | None,
-        scheduler: DDPMScheduler,
+        scheduler: Scheduler,
         classes: Sequence[str],
         *,
         prompts: Prompts | None = None,
@@ -65,6 +65,8 @@ class LatentDiffusion(nn.Module):
         self.class_embedder = class_embedder
         self.prompts = prompts
         self.scheduler = scheduler
+        self.process = Process.of(scheduler, predicts_v)
+        self.distribution = "uniform"
         self.classes = tuple(classes)
         self.predicts_v = predicts_v
         self.null_embedding: Tensor | None
@@ -164,13 +166,15 @@ class LatentDiffusion(nn.Module):
 
         An unconditional model takes None too.
         """
+        predicted = self.predict_of(noisy_latents, timesteps, conditions)
+        signal, level = self.process.levels(timesteps[:, None, None, None], noisy_latents)
+        return self.process.noise_of(predicted, noisy_latents, signal, level)
+
+    def predict_of(self, noisy_latents: Tensor, timesteps: Tensor, conditions: Tensor | None) -> Tensor:
+        """What the network itself predicts: eps, v or the velocity, see `process`."""
         predicted = self._network(noisy_latents, timesteps, conditions)
         # A network that predicts the variance too has its channels behind those of the mean.
-        predicted = predicted[:, : noisy_latents.shape[1]]
-        if not self.predicts_v:
-            return predicted
-        a: Tensor = self.scheduler.alphas_cumprod.to(noisy_latents)[timesteps][:, None, None, None]
-        return a.sqrt() * predicted + (1 - a).sqrt() * noisy_latents
+        return predicted[:, : noisy_latents.shape[1]]
 
     def _network(self, noisy_latents: Tensor, timesteps: Tensor, conditions: Tensor | None) -> Tensor:
         if isinstance(self.unet, UNet2DConditionModel):

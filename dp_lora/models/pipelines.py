@@ -29,6 +29,7 @@ from torch import nn
 from dp_lora.errors import UserError
 from dp_lora.models.latent_diffusion import UNCONDITIONAL, LatentDiffusion
 from dp_lora.models.networks import take_class_table
+from dp_lora.models.process import Scheduler, scheduler_of
 from dp_lora.models.prompts import Prompts
 
 _NETWORKS = {kind.__name__: kind for kind in (UNet2DConditionModel, UNet2DModel, DiTTransformer2DModel)}
@@ -94,7 +95,11 @@ def load_pipeline(folder: Path, prompt: str, *, weights: bool) -> LatentDiffusio
     vae = "vqvae" if "vqvae" in index else "vae"
     unet = _part(folder, index, network, _NETWORKS, weights)
     autoencoder = _part(folder, index, vae, _AUTOENCODERS, weights)
-    scheduler, predicts_v = _scheduler(folder)
+    scheduler, predicts_v = _scheduler(folder, index)
+    if not isinstance(scheduler, DDPMScheduler):
+        raise UserError(
+            f"model.pretrained: {folder / 'scheduler'} is {type(scheduler).__name__}, expected one with betas"
+        )
     _check_fit(folder, unet, autoencoder)
     if isinstance(unet, UNet2DConditionModel):
         prompts = _prompts(folder, index, unet, prompt, weights)
@@ -162,24 +167,11 @@ def _check_fit(folder: Path, unet: Any, autoencoder: Any) -> None:
         )
 
 
-def _scheduler(folder: Path) -> tuple[DDPMScheduler, bool]:
+def _scheduler(folder: Path, index: dict[str, Any]) -> tuple[Scheduler, bool]:
     """The forward process, and whether the network predicts v."""
     config = _read(folder / "scheduler" / "scheduler_config.json")
-    prediction = config.get("prediction_type", "epsilon")
-    if prediction not in ("epsilon", "v_prediction"):
-        raise UserError(
-            f"model.pretrained: {folder / 'scheduler'} has prediction_type {prediction!r}, expected epsilon "
-            "or v_prediction"
-        )
-    betas = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
-    known = ("num_train_timesteps", *betas)
-    values = {key: config[key] for key in known if config.get(key) is not None}
-    try:
-        with torch.device("cpu"):
-            scheduler = DDPMScheduler(**values, clip_sample=False)
-    except (NotImplementedError, TypeError, ValueError) as error:
-        raise UserError(f"model.pretrained: {folder / 'scheduler'}: {error}; expected betas") from error
-    return scheduler, prediction == "v_prediction"
+    named = str((index.get("scheduler") or [None, None])[1])
+    return scheduler_of({"_class_name": named, **config}, folder / "scheduler")
 
 
 def _prompts(folder: Path, index: dict[str, Any], unet: Any, template: str, weights: bool) -> Prompts:

@@ -57,7 +57,7 @@ def _plain(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _constants(model: LatentDiffusion, captions: Sequence[str] | None) -> Iterable[Tensor]:
-    yield model.scheduler.alphas_cumprod
+    yield model.process.table
     if model.prompts is not None:
         yield model.prompts.ids
         if captions:
