@@ -19,7 +19,7 @@ ADJACENCIES = {
 }
 """The relations of neighbours, in words; both have the same epsilon."""
 PRECISIONS = ("float32", "bfloat16")
-SAMPLERS = ("ddim", "dpmsolver++")
+SAMPLERS = ("ddim", "dpmsolver++", "pipeline")
 DISTRIBUTIONS = ("uniform", "logit_normal")
 SCHEDULES = ("constant", "linear", "cosine")
 DEVICES = ("auto", "cpu", "cuda")
@@ -299,6 +299,7 @@ class SamplerConfig:
     """How images are drawn from the fine-tuned model."""
 
     name: str = "dpmsolver++"
+    """ddim, dpmsolver++, or pipeline: the scheduler and the call of a text-to-image pipeline's own."""
     steps: int = 15
     eta: float = 0.0
     """DDIM only: 0 is deterministic, 1 is the paper's choice."""

@@ -222,7 +222,9 @@ def _model(source: Source, asked: Asked, base: Path) -> LatentDiffusion:
     from dp_lora.models.folders import load
 
     prompt = source.config.model.prompt if asked.prompt is None else asked.prompt
-    model = load(base, prompt)
+    # Without its run, nothing says the size that an adapter was trained at: the published one.
+    size = None if source.run is None else source.config.data.image_size
+    model = load(base, prompt, image_size=size, prompt_length=source.config.model.prompt_length)
     if asked.prompt is not None and model.prompts is None:
         raise UserError(f"prompt={asked.prompt}: the model takes no prompts; expected none")
     names = adapters.class_names(source.adapter) or _class_names(source) or model.classes

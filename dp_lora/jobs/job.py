@@ -72,7 +72,9 @@ class Job:
         """
         from dp_lora.models.folders import load
 
-        return load(self.pretrained, self.config.model.prompt)
+        model = self.config.model
+        size = self.config.data.image_size
+        return load(self.pretrained, model.prompt, image_size=size, prompt_length=model.prompt_length)
 
     @property
     def base_model(self) -> str:

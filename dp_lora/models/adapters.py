@@ -46,6 +46,8 @@ _LORA_LAYERS = (nn.Linear, nn.Conv2d)
 _NORMS = (nn.GroupNorm, nn.LayerNorm)
 _FUSED = "to_qkv"
 _SPLIT = ("to_q", "to_k", "to_v")
+_JOINT, _JOINT_OUT = ("add_q_proj", "add_k_proj", "add_v_proj"), "to_add_out"
+"""The projections of the text in a joint attention."""
 
 
 def attach(model: LatentDiffusion, components: Sequence[str], lora: LoraConfig, *, seed: int) -> None:
@@ -110,19 +112,25 @@ def _layers(unet: nn.Module) -> dict[str, _Layer]:
                 if inner in layers:
                     layers[inner] = _Layer(layers[inner].sides, frozenset({"conv"}))
     for name, attention in attentions(unet):
-        kind = "cross" if attention.is_cross_attention else "self"
-        out = f"{name}.to_out.0"
-        layers[out] = _Layer(layers[out].sides, frozenset({"proj", kind}))
+        joint = [f"{name}.{end}" for end in (*_JOINT, _JOINT_OUT) if f"{name}.{end}" in layers]
+        cross = getattr(attention, "is_cross_attention", False)
+        # Joint attention of image and text is neither of the two.
+        kind = set() if joint else {"cross" if cross else "self"}
+        for inner in joint:
+            group = "proj" if inner.endswith(_JOINT_OUT) else "qkv"
+            layers[inner] = _Layer(layers[inner].sides, frozenset({group}))
+        if (out := f"{name}.to_out.0") in layers:
+            layers[out] = _Layer(layers[out].sides, frozenset({"proj", *kind}))
         three = [f"{name}.{end}" for end in _SPLIT]
         if three[0] not in layers:
             fused = f"{name}.{_FUSED}"
-            layers[fused] = _Layer(layers[fused].sides, frozenset({"qkv", kind}))
+            layers[fused] = _Layer(layers[fused].sides, frozenset({"qkv", *kind}))
         elif fuses(unet):
             width_in, width_out = layers[three[0]].sides
-            layers[f"{name}.{_FUSED}"] = _Layer((width_in, 3 * width_out), frozenset({"qkv", kind}))
+            layers[f"{name}.{_FUSED}"] = _Layer((width_in, 3 * width_out), frozenset({"qkv", *kind}))
         else:
             for inner in three:
-                layers[inner] = _Layer(layers[inner].sides, frozenset({"qkv", kind}))
+                layers[inner] = _Layer(layers[inner].sides, frozenset({"qkv", *kind}))
     return layers
 
 

@@ -11,6 +11,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
 from dp_lora.config.schema import SamplerConfig
+from dp_lora.models.families import Conditions
 from dp_lora.models.folders import LatentDiffusion
 
 
@@ -40,18 +41,24 @@ def per_example_loss(
     k = timesteps.shape[1]
     signal, level = model.process.levels(timesteps[:, :, None, None, None], latents)
     noisy = signal * latents[:, None] + level * noise
-    condition = model.condition(labels)
-    if condition.requires_grad:
-        # A row each: the engine sees M k rows of every layer that is trained.
-        condition = model.condition(labels.repeat_interleave(k))
-    else:
-        condition = condition.repeat_interleave(k, 0)
+    condition = _repeated(model, labels, k)
     predicted = model.predict_of(noisy.flatten(0, 1), timesteps.flatten(), condition)
     target = model.process.target(latents[:, None], noise, signal, level)
     errors = (predicted.float().view_as(noise) - target).square()
     if weights is not None:
         errors = errors * weights.to(errors)[timesteps][:, :, None, None, None]
     return errors.flatten(1).mean(1)
+
+
+def _repeated(model: LatentDiffusion, labels: Tensor, k: int) -> Tensor | Conditions:
+    """The conditions of `labels`, k rows of each."""
+    condition = model.condition(labels)
+    parts = condition if isinstance(condition, dict) else {"": condition}
+    if any(part.requires_grad for part in parts.values()):
+        # A row each: the engine sees M k rows of every layer that is trained.
+        return model.condition(labels.repeat_interleave(k))
+    repeated = {name: part.repeat_interleave(k, 0) for name, part in parts.items()}
+    return repeated if isinstance(condition, dict) else repeated[""]
 
 
 def initial_noise(seed: int, first: int, count: int, shape: tuple[int, ...]) -> Tensor:

@@ -107,7 +107,8 @@ def digest(model: nn.Module) -> str:
     hashed = hashlib.sha256()
     for name, value in model.state_dict().items():
         hashed.update(name.encode())
-        hashed.update(value.detach().cpu().contiguous().numpy().data)
+        # As bytes: numpy knows no bfloat16.
+        hashed.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return hashed.hexdigest()
 
 
@@ -143,30 +144,40 @@ def sha256_of_weights(folder: Path) -> str:
     return hashlib.sha256("\n".join(sha256(path) for path in files).encode()).hexdigest()
 
 
-def load(folder: Path, prompt: str = PROMPT) -> LatentDiffusion:
+def load(
+    folder: Path, prompt: str = PROMPT, *, image_size: int | None = None, prompt_length: int | None = None
+) -> LatentDiffusion:
     """The model in `folder`, on the CPU, in float32 and in evaluation mode.
 
     Args:
         folder: of ours, or of a diffusers pipeline.
         prompt: of a class, with {} for its name: for text-to-image pipelines.
+        image_size: of a pipeline that takes several; None: the published one.
+        prompt_length: tokens of a prompt; None: as many as the pipeline.
 
     Raises UserError naming the part that is missing, truncated or of another shape.
     """
-    return _load(folder, prompt, weights=True)
+    return _load(folder, prompt, weights=True, image_size=image_size, prompt_length=prompt_length)
 
 
-def outline(folder: Path) -> LatentDiffusion:
+def outline(
+    folder: Path, *, image_size: int | None = None, prompt_length: int | None = None
+) -> LatentDiffusion:
     """The model in `folder` without its weights, on torch's meta device: its names, shapes and classes.
 
     Raises UserError as `load` does, as far as that can be told from the headers of the files.
     """
     with torch.device("meta"):
-        return _load(folder, PROMPT, weights=False)
+        return _load(folder, PROMPT, weights=False, image_size=image_size, prompt_length=prompt_length)
 
 
-def _load(folder: Path, prompt: str, *, weights: bool) -> LatentDiffusion:
+def _load(
+    folder: Path, prompt: str, *, weights: bool, image_size: int | None, prompt_length: int | None
+) -> LatentDiffusion:
     if is_pipeline(folder):
-        return load_pipeline(folder, prompt, weights=weights).eval()
+        return load_pipeline(
+            folder, prompt, weights=weights, image_size=image_size, prompt_length=prompt_length
+        ).eval()
     autoencoder = _load_part(folder, "autoencoder", weights)
     unet = _load_part(folder, "unet", weights)
     place = folder / "scheduler" / "scheduler_config.json"

@@ -51,15 +51,19 @@ class SingleTokenAttention:
         return value.expand(-1, hidden_states.shape[1], -1)
 
 
-def attentions(network: nn.Module) -> Iterator[tuple[str, Attention]]:
-    """Every attention of `network` with its name."""
-    return ((name, part) for name, part in network.named_modules() if isinstance(part, Attention))
+def attentions(network: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Every attention of `network` with its name: diffusers' own class, or one of a transformer's."""
+    return (
+        (name, part)
+        for name, part in network.named_modules()
+        if isinstance(part, Attention) or all(hasattr(part, end) for end in ("to_q", "to_k", "to_v"))
+    )
 
 
 def shorten_cross_attention(unet: nn.Module) -> None:
     """Gives every cross-attention of a network conditioned on one token the exact shortcut."""
     for _, attention in attentions(unet):
-        if attention.is_cross_attention:
+        if getattr(attention, "is_cross_attention", False):
             attention.set_processor(SingleTokenAttention())
 
 

@@ -1,0 +1,224 @@
+"""A tiny random pipeline of each family, as diffusers saves it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
+
+from dp_lora.models.folders import LatentDiffusion, load
+from tests.builders.architectures import CLASSES, shaken
+
+SIDE = 16
+"""Of the images, in pixels; the latents' is 8."""
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+CAPTIONS = ["a", "a red fox", "", "b c d e f g", "fox fox fox"]
+"""Of different lengths."""
+
+
+def autoencoder(channels: int, **config: Any) -> Any:
+    sizes: dict[str, Any] = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "block_out_channels": (8, 16),
+        "norm_num_groups": 4,
+        "sample_size": SIDE,
+        "scaling_factor": 0.3,
+    }
+    return shaken(diffusers.AutoencoderKL(latent_channels=channels, **{**sizes, **config}))
+
+
+def clip(kind: Any = CLIPTextModel, width: int = 12) -> Any:
+    config = CLIPTextConfig(
+        vocab_size=64,
+        hidden_size=width,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=8,
+        projection_dim=width,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    return shaken(kind(config))
+
+
+def t5(width: int = 16) -> Any:
+    config = T5Config(vocab_size=40, d_model=width, d_kv=4, d_ff=16, num_layers=2, num_heads=2)
+    return shaken(T5EncoderModel(config))
+
+
+def clip_tokenizer(folder: Path, **config: Any) -> CLIPTokenizer:
+    """A tokenizer of single letters, as CLIP's files say them."""
+    words = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
+    files = folder.with_name(f"{folder.name}-tokens")
+    files.mkdir(exist_ok=True)
+    (files / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (files / "merges.txt").write_text("#version: 0.2\n")
+    special = ("<|startoftext|>", *("<|endoftext|>",) * 3)
+    names = ("bos_token", "eos_token", "unk_token", "pad_token")
+    return CLIPTokenizer.from_pretrained(
+        files, **{"model_max_length": 8, **dict(zip(names, special, strict=True)), **config}
+    )
+
+
+def t5_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of words, letter by letter, that pads and ends as T5's does."""
+    words = {word: i for i, word in enumerate(("<pad>", "</s>", "<unk>", "<bos>", *LETTERS))}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A $B </s>", special_tokens=[("</s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        bos_token="<bos>",
+        model_max_length=32,
+    )
+
+
+def flow(**config: Any) -> Any:
+    return diffusers.FlowMatchEulerDiscreteScheduler(**config)
+
+
+def sdxl(folder: Path, prediction_type: str = "epsilon") -> Any:
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        transformer_layers_per_block=(1, 2),
+        use_linear_projection=True,
+        cross_attention_dim=24,
+        attention_head_dim=2,
+        norm_num_groups=4,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=4 * 6 + 12,
+    )
+    scheduler = diffusers.EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        timestep_spacing="leading",
+        prediction_type=prediction_type,
+    )
+    return diffusers.StableDiffusionXLPipeline(
+        vae=autoencoder(4),
+        text_encoder=clip(),
+        text_encoder_2=clip(CLIPTextModelWithProjection),
+        tokenizer=clip_tokenizer(folder),
+        tokenizer_2=clip_tokenizer(folder),
+        unet=shaken(unet),
+        scheduler=scheduler,
+        add_watermarker=False,
+    )
+
+
+def sd3(folder: Path, **config: Any) -> Any:
+    sizes: dict[str, Any] = {
+        "sample_size": 8,
+        "patch_size": 2,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 2,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 32,
+        "caption_projection_dim": 16,
+        "pooled_projection_dim": 24,
+        "pos_embed_max_size": 12,
+    }
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=shaken(diffusers.SD3Transformer2DModel(**{**sizes, **config})),
+        scheduler=flow(shift=3.0),
+        vae=autoencoder(4, shift_factor=0.06),
+        text_encoder=clip(CLIPTextModelWithProjection),
+        tokenizer=clip_tokenizer(folder),
+        text_encoder_2=clip(CLIPTextModelWithProjection),
+        tokenizer_2=clip_tokenizer(folder),
+        text_encoder_3=t5(32),
+        tokenizer_3=t5_tokenizer(),
+    )
+
+
+def sd35(folder: Path) -> Any:
+    return sd3(folder, qk_norm="rms_norm", dual_attention_layers=(0,))
+
+
+def flux(folder: Path, guidance_embeds: bool = True) -> Any:
+    transformer = diffusers.FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=12,
+        axes_dims_rope=(2, 2, 4),
+        guidance_embeds=guidance_embeds,
+    )
+    return diffusers.FluxPipeline(
+        scheduler=flow(shift=3.0, use_dynamic_shifting=True),
+        vae=autoencoder(4, shift_factor=0.1),
+        text_encoder=clip(),
+        tokenizer=clip_tokenizer(folder),
+        text_encoder_2=t5(),
+        tokenizer_2=t5_tokenizer(),
+        transformer=shaken(transformer),
+    )
+
+
+PIPELINES: dict[str, Callable[[Path], Any]] = {
+    "sdxl": sdxl,
+    "sdxl_v": lambda folder: sdxl(folder, "v_prediction"),
+    "sd3": sd3,
+    "sd35": sd35,
+    "flux": flux,
+    "flux_schnell": lambda folder: flux(folder, guidance_embeds=False),
+}
+
+
+def written(kind: str, folder: Path) -> Path:
+    """The folder of a fresh pipeline below `folder`, written once."""
+    place = folder / kind
+    if not place.exists():
+        torch.manual_seed(0)
+        PIPELINES[kind](place).save_pretrained(place)
+    return place
+
+
+def model_of(kind: str, folder: Path, prompts: list[str] | None = None) -> LatentDiffusion:
+    """The model of a fresh pipeline, which knows `prompts`, or some classes."""
+    length = None if kind.startswith("sdxl") else 12
+    model = load(written(kind, folder), prompt="{}", image_size=SIDE, prompt_length=length)
+    assert model.prompts is not None
+    model.new_classes(CLASSES, torch.Generator())
+    if prompts is not None:
+        model.prompts.use(prompts)
+    return model
