@@ -262,7 +262,7 @@ def _connected(family: Family, folder: Path, index: dict[str, Any], parts: dict[
     for name, entry in index.items():
         if isinstance(entry, list) and entry[0] not in (None, "diffusers", "transformers"):
             raise UserError(
-                f"model.pretrained: {folder / 'model_index.json'} has {entry} for {name}; expected classes of "
+                f"model.pretrained: {folder / 'model_index.json'} has {entry} for {name}; expected those of "
                 "diffusers and transformers, since no other code is run"
             )
     for name in (name for name in index if name.startswith("text_encoder") and index[name][1] is not None):
@@ -332,7 +332,7 @@ def _check_length(tokenizer: Any, folder: Path) -> None:
 
 
 def _refuse_conditions(folder: Path, unet: UNet2DConditionModel, added: str | None) -> None:
-    """Refuses a UNet with conditions that would be left out: of classes, guidance (LCM), places (GLIGEN) ..."""
+    """Refuses a UNet with conditions that would be left out: of classes, guidance or places."""
     known = {
         "addition_embed_type": added,
         "class_embed_type": None,

@@ -1,0 +1,90 @@
+"""A job on captioned images from a tiny pipeline of each family: two private steps, images, export."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dp_lora.config.schema import Config
+from dp_lora.errors import UserError
+from dp_lora.jobs.stages import run
+from tests.builders.exported import export
+from tests.builders.families import SIDE, written
+from tests.builders.image_files import write_parquet
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch_dtype.*:FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A parquet file of captioned images."""
+    path = tmp_path_factory.mktemp("captioned") / "captioned.parquet"
+    texts = [f"zebra {'very ' * (i % 4)}striped" for i in range(40)]
+    write_parquet(path, 40, label=[i % 2 for i in range(40)], text=texts)
+    return path
+
+
+@pytest.fixture
+def job(tiny: Callable[..., Config], table: Path, tmp_path: Path) -> Callable[..., Config]:
+    def build(kind: str, *words: str) -> Config:
+        return tiny(
+            f"model.pretrained={written(kind, tmp_path)}",
+            "data=imagefolder",
+            f"data.source={table}",
+            "data.caption_column=text",
+            f"data.image_size={SIDE}",
+            "data.channels=3",
+            "data.test_size=0.2",
+            "train.expected_batch_size=10",
+            "train.max_steps=2",
+            "lora.rank=2",
+            "sampler=pipeline",
+            "sampler.steps=2",
+            "sampler.num_samples=4",
+            "stages=[finetune,sample]",
+            *words,
+        )
+
+    return build
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "sd35", "flux"])
+def test_a_family_goes_through_the_stages(kind: str, job: Callable[..., Config], tmp_path: Path) -> None:
+    words = [] if kind == "sdxl" else ["model.prompt_length=12"]
+    directory = Path(run(job(kind, "privacy.noise_multiplicity=2", *words))["directory"])
+    privacy = json.loads((directory / "privacy.json").read_text())
+    assert privacy["complete"] is True and privacy["steps"] == 2
+    samples = np.load(directory / "samples.npz")
+    assert samples["images"].shape == (4, 3, SIDE, SIDE) and samples["labels"].tolist() == [0, 1, 0, 1]
+    assert samples["images"].std() > 5
+    for path in directory.rglob("*"):
+        assert not path.is_file() or b"zebra" not in path.read_bytes(), path
+    out = export(directory, tmp_path / "out")
+    assert (out / "adapter" / "adapter_model.safetensors").stat().st_size > 1000
+
+
+REFUSED: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "a sampler of diffusion": ("flux", ("sampler=ddim",), "sampler.name=ddim: the model is a flow"),
+    "weights of another loss": ("sd3", ("train.snr_gamma=5",), "train.snr_gamma=5.0: the model is a flow"),
+    "a length that CLIP has": ("sdxl", ("model.prompt_length=12",), "model.prompt_length=12: "),
+    "a size between": (
+        "flux",
+        ("data.image_size=18",),
+        "data.image_size=18: expected a multiple of 4 for the FluxPipeline that model.pretrained names",
+    ),
+    "grey images": ("sd3", ("data.channels=1",), "which the StableDiffusion3Pipeline that model.pretrained"),
+    "a target of no layer": ("sd3", ("lora.target_modules=[to_x]",), "SD3Transformer2DModel"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_a_family_cannot_do_is_one_line(case: str, job: Callable[..., Any]) -> None:
+    kind, words, said = REFUSED[case]
+    with pytest.raises(UserError) as caught:
+        run(job(kind, *words))
+    assert said in str(caught.value) and "\n" not in str(caught.value) and "expected" in str(caught.value)

@@ -1,0 +1,190 @@
+"""Every family on a tiny random pipeline: loss, gradients, conditions and images, against plain diffusers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor
+
+from dp_lora.config.schema import LoraConfig, SamplerConfig
+from dp_lora.models import adapters, sample
+from dp_lora.models.diffusion import initial_noise, per_example_loss
+from dp_lora.models.families import packed
+from dp_lora.models.folders import LatentDiffusion
+from dp_lora.privacy.gradients import ClippedGradientSum
+from dp_lora.privacy.plan import Clip
+from tests.builders import scripts
+from tests.builders.families import CAPTIONS, PIPELINES, SIDE, model_of, written
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch_dtype.*:FutureWarning")
+
+Draws = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the pipelines are written, once."""
+    return tmp_path_factory.mktemp("families")
+
+
+def plain(kind: str, pipelines: Path) -> Any:
+    return diffusers.DiffusionPipeline.from_pretrained(written(kind, pipelines))
+
+
+def draws(model: LatentDiffusion, examples: int, k: int) -> Draws:
+    generator = torch.Generator().manual_seed(3)
+    shape = model.latent_shape
+    return (
+        torch.randn(examples, *shape, generator=generator),
+        torch.arange(examples),
+        torch.randint(1000, (examples, k), generator=generator),
+        torch.randn(examples, k, *shape, generator=generator),
+    )
+
+
+def with_adapter(model: LatentDiffusion, targets: Sequence[str] = ("qkv", "proj")) -> LatentDiffusion:
+    """The model with a LoRA that is not zero."""
+    adapters.attach(model, ["lora"], LoraConfig(rank=2, target_modules=list(targets)), seed=0)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in adapters.trainable_parameters(model).values():
+        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("kind", PIPELINES)
+@torch.inference_mode()
+def test_the_loss_is_that_of_diffusers_training_script(kind: str, pipelines: Path) -> None:
+    model, pipe = model_of(kind, pipelines, CAPTIONS), plain(kind, pipelines)
+    latents, labels, timesteps, noise = draws(model, len(CAPTIONS), 2)
+    losses = per_example_loss(model, latents, labels, timesteps, noise)
+    for i, caption in enumerate(CAPTIONS):
+        one = latents[i : i + 1]
+        expected = [
+            scripts.loss(pipe, one, caption, int(timesteps[i, j]), noise[i : i + 1, j], SIDE)
+            for j in range(2)
+        ]
+        assert float(losses[i]) == pytest.approx(float(sum(expected)) / 2, rel=2e-5)
+        # The broken twin: another caption.
+        other = scripts.loss(pipe, one, "xyz", int(timesteps[i, 0]), noise[i : i + 1, 0], SIDE)
+        assert float(other) != pytest.approx(float(expected[0]), rel=2e-5)
+
+
+@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("kind", PIPELINES)
+def test_gradients_are_those_of_a_loop_over_single_examples(
+    kind: str, k: int, pipelines: Path, one_by_one: Callable[..., Tensor]
+) -> None:
+    model = with_adapter(model_of(kind, pipelines, CAPTIONS), ("qkv", "proj", *_feed_forward(kind)))
+    given = draws(model, len(CAPTIONS), k)
+    rows = one_by_one(model, lambda i: per_example_loss(model, *_only(given, i)), len(CAPTIONS))
+    norms = rows.norm(dim=1)
+    assert (norms > 0).all()
+    bound = float(norms.median())
+    clipped = rows * (bound / norms).clamp(max=1.0)[:, None]
+    engine = ClippedGradientSum(model, Clip(k, bound))
+    engine.add(per_example_loss(model, *given))
+    assert torch.allclose(engine.total().float(), clipped.sum(0), rtol=1e-3, atol=5e-5 * bound)
+    engine.detach()
+    # One example adds at most C, to the last digit: here every one is clipped.
+    bound = float(norms.min()) / 2
+    engine = ClippedGradientSum(model, Clip(k, bound))
+    for i in range(len(CAPTIONS)):
+        before = engine.total()
+        engine.add(per_example_loss(model, *_only(given, i)))
+        assert 0.999 * bound < float((engine.total() - before).norm()) <= bound
+    engine.detach()
+
+
+def _feed_forward(kind: str) -> list[str]:
+    return ["ff.net.2"] if kind[:2] == "sd" else ["proj_mlp"]
+
+
+def _only(given: Draws, i: int) -> Draws:
+    latents, labels, timesteps, noise = given
+    one = slice(i, i + 1)
+    return latents[one], labels[one], timesteps[one], noise[one]
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "sd3", "flux"])
+@torch.inference_mode()
+def test_a_condition_does_not_depend_on_other_prompts(kind: str, pipelines: Path) -> None:
+    alone, together = model_of(kind, pipelines), model_of(kind, pipelines, CAPTIONS)
+    assert alone.prompts is not None
+    conditions: Any = together.condition(torch.arange(len(CAPTIONS)))
+    for i, caption in enumerate(CAPTIONS):
+        alone.prompts.use([caption])
+        one: Any = alone.condition(torch.zeros(1, dtype=torch.int64))
+        for name, value in one.items():
+            assert torch.equal(value, conditions[name][i : i + 1]), name
+    # More prompts than are kept: they are encoded when they are asked for, with the same bits.
+    alone.prompts.use(CAPTIONS * 40)
+    again: Any = alone.condition(torch.arange(7, 7 + len(CAPTIONS)))
+    order = [(7 + i) % len(CAPTIONS) for i in range(len(CAPTIONS))]
+    for name, value in again.items():
+        assert torch.equal(value, conditions[name][order])
+
+
+def test_no_word_of_a_caption_is_logged(
+    pipelines: Path, caplog: pytest.LogCaptureFixture, capsys: Any
+) -> None:
+    secret = "s e c r e t " * 20
+    with caplog.at_level(logging.DEBUG):
+        model_of("flux", pipelines, [secret])
+    said = capsys.readouterr()
+    assert "s e c r e t" not in caplog.text + said.out + said.err
+    # The broken twin: diffusers itself warns, with the words.
+    plain("flux", pipelines).encode_prompt(secret, None, max_sequence_length=12)
+    assert "s e c r e t" in caplog.text + capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", PIPELINES)
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_images_are_those_of_the_pipeline_s_own_call(kind: str, guidance: float, pipelines: Path) -> None:
+    model, pipe = model_of(kind, pipelines), plain(kind, pipelines)
+    sampler = SamplerConfig(name="pipeline", steps=3, guidance=guidance, batch_size=2)
+    drawn = sample.draw(model, torch.arange(3), sampler, 5, "off").images
+    noise = initial_noise(5, 0, 3, model.latent_shape)
+    given: dict[str, Any] = {"height": SIDE, "width": SIDE, "num_inference_steps": 3, "output_type": "pt"}
+    if kind == "flux_schnell" and guidance > 1:
+        given |= {"true_cfg_scale": guidance, "negative_prompt": [""] * 3}
+    if not kind.startswith("sdxl"):
+        given["max_sequence_length"] = 12
+    latents = packed(noise) if kind.startswith("flux") else noise
+    expected = pipe(list(model.classes), latents=latents, guidance_scale=guidance, **given).images
+    pixels = (expected * 255).round().numpy()
+    assert abs(pixels - drawn).max() <= 1
+    assert drawn.std() > 5 and abs(drawn[0] - drawn[1].astype(float)).max() > 1
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "sd3", "flux"])
+def test_plain_diffusers_predicts_the_same_with_the_adapter(
+    kind: str, pipelines: Path, tmp_path: Path
+) -> None:
+    model = with_adapter(model_of(kind, pipelines, CAPTIONS))
+    pipe = plain(kind, pipelines)
+    adapters.export(model, tmp_path / "adapter", base_model=kind, card="card\n")
+    latents, labels, timesteps, noise = draws(model, 1, 1)
+
+    def of_script() -> Tensor:
+        with torch.inference_mode():
+            return scripts.loss(pipe, latents, CAPTIONS[0], int(timesteps[0, 0]), noise[:, 0], SIDE)
+
+    before = of_script()
+    network = pipe.unet if kind == "sdxl" else pipe.transformer
+    network.load_lora_adapter(
+        tmp_path / "adapter", weight_name="adapter_model.safetensors", prefix="base_model.model"
+    )
+    with torch.inference_mode():
+        ours = per_example_loss(model, latents, labels, timesteps, noise)[0]
+    assert torch.allclose(of_script(), ours, rtol=2e-5)
+    assert not torch.allclose(before, ours, rtol=1e-3)
+    restored = model_of(kind, pipelines)
+    adapters.restore(restored, tmp_path / "adapter", CAPTIONS)
+    with torch.inference_mode():
+        assert torch.allclose(per_example_loss(restored, latents, labels, timesteps, noise)[0], ours)
