@@ -156,6 +156,69 @@ def _flux(network: Any, given: Inputs) -> Tensor:
     return unpacked(out, height, width)
 
 
+def _masked(given: Inputs) -> dict[str, Tensor]:
+    """The text and its mask, as most transformers call them."""
+    return {
+        "encoder_hidden_states": given.conditions["prompt_embeds"],
+        "encoder_attention_mask": given.conditions["prompt_attention_mask"],
+    }
+
+
+def _pixart(network: Any, given: Inputs) -> Tensor:
+    added: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
+    if network.use_additional_conditions:
+        count = len(given.noisy)
+        size = torch.tensor([given.side, given.side], dtype=given.noisy.dtype, device=given.noisy.device)
+        added = {
+            "resolution": size.expand(count, -1),
+            "aspect_ratio": torch.ones_like(size[:1]).expand(count, -1),
+        }
+    out: Tensor = network(
+        given.noisy, timestep=given.times, added_cond_kwargs=added, return_dict=False, **_masked(given)
+    )[0]
+    return out
+
+
+def _sana(network: Any, given: Inputs) -> Tensor:
+    times = given.times * network.config["timestep_scale"]
+    out: Tensor = network(given.noisy, timestep=times, return_dict=False, **_masked(given))[0]
+    return out
+
+
+def _lumina2(network: Any, given: Inputs) -> Tensor:
+    # Its time runs from the noise to the image, and so does its velocity.
+    times = 1 - given.times / given.scale
+    out: Tensor = network(given.noisy, timestep=times, return_dict=False, **_masked(given))[0]
+    return -out
+
+
+def _aura_flow(network: Any, given: Inputs) -> Tensor:
+    out: Tensor = network(
+        given.noisy,
+        timestep=given.times / given.scale,
+        encoder_hidden_states=given.conditions["prompt_embeds"],
+        return_dict=False,
+    )[0]
+    return out
+
+
+def _chroma(network: Any, given: Inputs) -> Tensor:
+    height, width = given.noisy.shape[2:]
+    text, mask = given.conditions["prompt_embeds"], given.conditions["prompt_attention_mask"]
+    tokens = packed(given.noisy)
+    seen = torch.ones(tokens.shape[:2], dtype=torch.bool, device=mask.device)
+    out: Tensor = network(
+        hidden_states=tokens,
+        timestep=given.times / given.scale,
+        encoder_hidden_states=text,
+        txt_ids=torch.zeros(text.shape[1], 3).to(given.noisy),
+        img_ids=places(height, width, given.noisy),
+        attention_mask=torch.cat([mask, seen], dim=1),
+        return_dict=False,
+    )[0]
+    return unpacked(out, height, width)
+
+
 # The records
 
 _POOLED = ("prompt_embeds", "pooled_prompt_embeds")
@@ -165,6 +228,9 @@ _WITH_NEGATIVE = (
     "pooled_prompt_embeds",
     "negative_pooled_prompt_embeds",
 )
+
+_MASKED = ("prompt_embeds", "prompt_attention_mask")
+_WITH_MASKS = (*_MASKED, "negative_prompt_embeds", "negative_prompt_attention_mask")
 
 FAMILIES = {
     family.pipeline: family
@@ -198,6 +264,68 @@ FAMILIES = {
             length=512,
             sample_size=128,
             neutral="empty",
+        ),
+        Family(
+            pipeline="ChromaPipeline",
+            network="ChromaTransformer2DModel",
+            predict=_chroma,
+            returns=(
+                *("prompt_embeds", "text_ids", "prompt_attention_mask"),
+                *("negative_prompt_embeds", "negative_text_ids", "negative_prompt_attention_mask"),
+            ),
+            conditions=_MASKED,
+            packing=2,
+            patch=2,
+            length=512,
+            sample_size=128,
+        ),
+        Family(
+            pipeline="PixArtAlphaPipeline",
+            network="PixArtTransformer2DModel",
+            predict=_pixart,
+            returns=_WITH_MASKS,
+            conditions=_MASKED,
+            patch=2,
+            length=120,
+            call={"use_resolution_binning": False},
+        ),
+        Family(
+            pipeline="PixArtSigmaPipeline",
+            network="PixArtTransformer2DModel",
+            predict=_pixart,
+            returns=_WITH_MASKS,
+            conditions=_MASKED,
+            patch=2,
+            length=300,
+            call={"use_resolution_binning": False},
+        ),
+        Family(
+            pipeline="SanaPipeline",
+            network="SanaTransformer2DModel",
+            autoencoder="AutoencoderDC",
+            predict=_sana,
+            returns=_WITH_MASKS,
+            conditions=_MASKED,
+            length=300,
+            call={"use_resolution_binning": False},
+        ),
+        Family(
+            pipeline="Lumina2Pipeline",
+            network="Lumina2Transformer2DModel",
+            predict=_lumina2,
+            returns=_WITH_MASKS,
+            conditions=_MASKED,
+            patch=2,
+            length=256,
+        ),
+        Family(
+            pipeline="AuraFlowPipeline",
+            network="AuraFlowTransformer2DModel",
+            predict=_aura_flow,
+            returns=_WITH_MASKS,
+            conditions=_MASKED,
+            patch=2,
+            length=256,
         ),
     )
 }

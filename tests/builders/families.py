@@ -15,21 +15,37 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
     PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from dp_lora.models.folders import LatentDiffusion, load
+from tests.builders import scripts
 from tests.builders.architectures import CLASSES, shaken
 
 SIDE = 16
 """Of the images, in pixels; the latents' is 8."""
 
+
+def side_of(kind: str) -> int:
+    """The side of the images of a kind: Sana's pipeline takes multiples of 32."""
+    return 32 if kind == "sana" else SIDE
+
+
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 CAPTIONS = ["a", "a red fox", "", "b c d e f g", "fox fox fox"]
 """Of different lengths."""
+
+
+def length_of(kind: str) -> int | None:
+    """The tokens of a prompt, where the pipeline asks."""
+    return {"sdxl": None, "sdxl_v": None, "lumina2": scripts.LUMINA_LENGTH}.get(kind, scripts.LENGTH)
 
 
 def autoencoder(channels: int, **config: Any) -> Any:
@@ -194,6 +210,160 @@ def flux(folder: Path, guidance_embeds: bool = True) -> Any:
     )
 
 
+def chroma(folder: Path) -> Any:
+    transformer = diffusers.ChromaTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(2, 2, 4),
+        approximator_num_channels=8,
+        approximator_hidden_dim=8,
+        approximator_layers=1,
+    )
+    return diffusers.ChromaPipeline(
+        scheduler=flow(),
+        vae=autoencoder(4, shift_factor=0.1),
+        text_encoder=t5(),
+        tokenizer=t5_tokenizer(),
+        transformer=shaken(transformer),
+    )
+
+
+def pixart(kind: Any, **config: Any) -> Any:
+    sizes: dict[str, Any] = {
+        "sample_size": 8,
+        "num_layers": 2,
+        "patch_size": 2,
+        "attention_head_dim": 12,
+        "num_attention_heads": 2,
+        "cross_attention_dim": 24,
+        "caption_channels": 16,
+        "in_channels": 4,
+        "out_channels": 8,
+        "norm_type": "ada_norm_single",
+    }
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        beta_schedule="linear", beta_start=0.0001, beta_end=0.02
+    )
+    return kind(
+        tokenizer=t5_tokenizer(),
+        text_encoder=t5(),
+        vae=autoencoder(4),
+        transformer=shaken(diffusers.PixArtTransformer2DModel(**{**sizes, **config})),
+        scheduler=scheduler,
+    )
+
+
+def gemma() -> Any:
+    config = Gemma2Config(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=3,
+    )
+    return shaken(Gemma2Model(config))
+
+
+def sana(folder: Path) -> Any:
+    transformer = diffusers.SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=16,
+        sample_size=8,
+    )
+    vae = diffusers.AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=4,
+        encoder_block_types="ResBlock",
+        decoder_block_types="ResBlock",
+        encoder_block_out_channels=(8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8),
+        encoder_layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1),
+        encoder_qkv_multiscales=((), (), ()),
+        decoder_qkv_multiscales=((), (), ()),
+        scaling_factor=0.41,
+    )
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    return diffusers.SanaPipeline(
+        tokenizer=t5_tokenizer(),
+        text_encoder=gemma(),
+        vae=shaken(vae),
+        transformer=shaken(transformer),
+        scheduler=scheduler,
+    )
+
+
+def lumina2(folder: Path) -> Any:
+    transformer = diffusers.Lumina2Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=16,
+        num_layers=1,
+        num_refiner_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=8,
+        axes_dim_rope=(4, 2, 2),
+        axes_lens=(256, 16, 16),
+        cap_feat_dim=16,
+    )
+    return diffusers.Lumina2Pipeline(
+        transformer=shaken(transformer),
+        scheduler=flow(shift=6.0),
+        vae=autoencoder(4, shift_factor=0.1),
+        text_encoder=gemma(),
+        tokenizer=t5_tokenizer(),
+    )
+
+
+def aura_flow(folder: Path) -> Any:
+    transformer = diffusers.AuraFlowTransformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        caption_projection_dim=16,
+        out_channels=4,
+        pos_embed_max_size=64,
+    )
+    # Otherwise a caption hardly changes what so small a network predicts.
+    for block in transformer.joint_transformer_blocks:
+        for layer in (block.attn.add_v_proj, block.attn.to_out[0]):
+            layer.weight.data *= 10
+    text = UMT5Config(vocab_size=40, d_model=16, d_kv=4, d_ff=16, num_layers=2, num_heads=2)
+    return diffusers.AuraFlowPipeline(
+        tokenizer=t5_tokenizer(),
+        text_encoder=shaken(UMT5EncoderModel(text)),
+        vae=autoencoder(4),
+        transformer=shaken(transformer),
+        scheduler=flow(shift=1.73),
+    )
+
+
 PIPELINES: dict[str, Callable[[Path], Any]] = {
     "sdxl": sdxl,
     "sdxl_v": lambda folder: sdxl(folder, "v_prediction"),
@@ -201,6 +371,12 @@ PIPELINES: dict[str, Callable[[Path], Any]] = {
     "sd35": sd35,
     "flux": flux,
     "flux_schnell": lambda folder: flux(folder, guidance_embeds=False),
+    "chroma": chroma,
+    "pixart_alpha": lambda folder: pixart(diffusers.PixArtAlphaPipeline, sample_size=128),
+    "pixart_sigma": lambda folder: pixart(diffusers.PixArtSigmaPipeline),
+    "sana": sana,
+    "lumina2": lumina2,
+    "aura_flow": aura_flow,
 }
 
 
@@ -215,8 +391,7 @@ def written(kind: str, folder: Path) -> Path:
 
 def model_of(kind: str, folder: Path, prompts: list[str] | None = None) -> LatentDiffusion:
     """The model of a fresh pipeline, which knows `prompts`, or some classes."""
-    length = None if kind.startswith("sdxl") else 12
-    model = load(written(kind, folder), prompt="{}", image_size=SIDE, prompt_length=length)
+    model = load(written(kind, folder), prompt="{}", image_size=side_of(kind), prompt_length=length_of(kind))
     assert model.prompts is not None
     model.new_classes(CLASSES, torch.Generator())
     if prompts is not None:

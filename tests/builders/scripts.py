@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import ChromaPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from torch import Tensor
 
-LENGTH = 12
-"""Tokens of a prompt, where the pipeline asks."""
+LENGTH, LUMINA_LENGTH = 12, 200
+"""Tokens of a prompt, where the pipeline asks; Lumina's begin with an instruction of 160 letters."""
 
 
 def loss(pipe: Any, latents: Tensor, prompt: str, timestep: int, noise: Tensor, side: int) -> Tensor:
@@ -17,7 +17,11 @@ def loss(pipe: Any, latents: Tensor, prompt: str, timestep: int, noise: Tensor, 
     name = type(pipe).__name__
     if name == "StableDiffusionXLPipeline":
         return _sdxl(pipe, latents, prompt, timestep, noise, side)
+    if name.startswith("PixArt"):
+        return _pixart(pipe, latents, prompt, timestep, noise, side)
     config = dict(pipe.scheduler.config)
+    # Sana's script reads the shift of its sampler of diffusion as none; the model was trained with it.
+    config = {"shift": config.get("flow_shift", 1.0), **config}
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
     # examples/dreambooth/train_dreambooth_lora_{sd3,flux,sana}.py; SD3's with precondition_outputs=0
     index = torch.tensor([len(scheduler.timesteps) - 1 - timestep])
@@ -67,4 +71,65 @@ def _flux(pipe: Any, noisy: Tensor, prompt: str, timesteps: Tensor) -> Tensor:
     return unpacked
 
 
-_PREDICT = {"StableDiffusion3Pipeline": _sd3, "FluxPipeline": _flux}
+def _masked(pipe: Any, prompt: str, length: int = LENGTH) -> dict[str, Tensor]:
+    embeds, mask, _, _ = pipe.encode_prompt(prompt, max_sequence_length=length)
+    return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
+
+
+def _pixart(pipe: Any, latents: Tensor, prompt: str, timestep: int, noise: Tensor, side: int) -> Tensor:
+    """examples/research_projects/pixart/train_pixart_controlnet_hf.py, without the control"""
+    scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+    timesteps = torch.tensor([timestep])
+    noisy = scheduler.add_noise(latents, noise, timesteps)
+    added: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
+    if pipe.transformer.use_additional_conditions:
+        added = {"resolution": torch.tensor([[side, side]]).float(), "aspect_ratio": torch.tensor([[1.0]])}
+    predicted = pipe.transformer(noisy, timestep=timesteps, added_cond_kwargs=added, **_masked(pipe, prompt))
+    return (predicted.sample.chunk(2, dim=1)[0] - noise).square().mean()
+
+
+def _sana(pipe: Any, noisy: Tensor, prompt: str, timesteps: Tensor) -> Tensor:
+    predicted: Tensor = pipe.transformer(noisy, timestep=timesteps, **_masked(pipe, prompt)).sample
+    return predicted
+
+
+def _lumina2(pipe: Any, noisy: Tensor, prompt: str, timesteps: Tensor) -> Tensor:
+    # examples/dreambooth/train_dreambooth_lora_lumina2.py; it flips noise and image, so signs are other.
+    times = 1 - timesteps / 1000
+    text = _masked(pipe, prompt, LUMINA_LENGTH)
+    predicted: Tensor = pipe.transformer(noisy, timestep=times, **text).sample
+    return -predicted
+
+
+def _aura_flow(pipe: Any, noisy: Tensor, prompt: str, timesteps: Tensor) -> Tensor:
+    text = _masked(pipe, prompt)["encoder_hidden_states"]
+    predicted: Tensor = pipe.transformer(noisy, timestep=timesteps / 1000, encoder_hidden_states=text).sample
+    return predicted
+
+
+def _chroma(pipe: Any, noisy: Tensor, prompt: str, timesteps: Tensor) -> Tensor:
+    embeds, text_ids, mask, *_ = pipe.encode_prompt(prompt, max_sequence_length=LENGTH)
+    count, channels, height, width = noisy.shape
+    tokens = ChromaPipeline._pack_latents(noisy, count, channels, height, width)
+    ids = ChromaPipeline._prepare_latent_image_ids(count, height // 2, width // 2, noisy.device, noisy.dtype)
+    predicted = pipe.transformer(
+        hidden_states=tokens,
+        timestep=timesteps / 1000,
+        encoder_hidden_states=embeds,
+        txt_ids=text_ids,
+        img_ids=ids,
+        attention_mask=pipe._prepare_attention_mask(count, tokens.shape[1], noisy.dtype, mask),
+    ).sample
+    factor = pipe.vae_scale_factor
+    unpacked: Tensor = ChromaPipeline._unpack_latents(predicted, height * factor, width * factor, factor)
+    return unpacked
+
+
+_PREDICT = {
+    "StableDiffusion3Pipeline": _sd3,
+    "FluxPipeline": _flux,
+    "ChromaPipeline": _chroma,
+    "SanaPipeline": _sana,
+    "Lumina2Pipeline": _lumina2,
+    "AuraFlowPipeline": _aura_flow,
+}

@@ -17,7 +17,7 @@ from tests.builders.exported import export
 from tests.builders.families import SIDE, written
 from tests.builders.image_files import write_parquet
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch_dtype.*:FutureWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
 @pytest.fixture(scope="module")

@@ -20,9 +20,9 @@ from dp_lora.models.folders import LatentDiffusion
 from dp_lora.privacy.gradients import ClippedGradientSum
 from dp_lora.privacy.plan import Clip
 from tests.builders import scripts
-from tests.builders.families import CAPTIONS, PIPELINES, SIDE, model_of, written
+from tests.builders.families import CAPTIONS, PIPELINES, SIDE, length_of, model_of, side_of, written
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch_dtype.*:FutureWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 Draws = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -66,12 +66,12 @@ def test_the_loss_is_that_of_diffusers_training_script(kind: str, pipelines: Pat
     for i, caption in enumerate(CAPTIONS):
         one = latents[i : i + 1]
         expected = [
-            scripts.loss(pipe, one, caption, int(timesteps[i, j]), noise[i : i + 1, j], SIDE)
+            scripts.loss(pipe, one, caption, int(timesteps[i, j]), noise[i : i + 1, j], side_of(kind))
             for j in range(2)
         ]
         assert float(losses[i]) == pytest.approx(float(sum(expected)) / 2, rel=2e-5)
         # The broken twin: another caption.
-        other = scripts.loss(pipe, one, "xyz", int(timesteps[i, 0]), noise[i : i + 1, 0], SIDE)
+        other = scripts.loss(pipe, one, "xyz", int(timesteps[i, 0]), noise[i : i + 1, 0], side_of(kind))
         assert float(other) != pytest.approx(float(expected[0]), rel=2e-5)
 
 
@@ -102,7 +102,9 @@ def test_gradients_are_those_of_a_loop_over_single_examples(
 
 
 def _feed_forward(kind: str) -> list[str]:
-    return ["ff.net.2"] if kind[:2] == "sd" else ["proj_mlp"]
+    """The end of the name of a linear layer outside of the attention."""
+    ends = {"sana": "linear_2", "lumina2": "linear_3", "aura_flow": "linear_2"}
+    return [ends.get(kind, "proj_mlp" if kind.startswith(("flux", "chroma")) else "ff.net.2")]
 
 
 def _only(given: Draws, i: int) -> Draws:
@@ -150,12 +152,21 @@ def test_images_are_those_of_the_pipeline_s_own_call(kind: str, guidance: float,
     sampler = SamplerConfig(name="pipeline", steps=3, guidance=guidance, batch_size=2)
     drawn = sample.draw(model, torch.arange(3), sampler, 5, "off").images
     noise = initial_noise(5, 0, 3, model.latent_shape)
-    given: dict[str, Any] = {"height": SIDE, "width": SIDE, "num_inference_steps": 3, "output_type": "pt"}
+    given: dict[str, Any] = {
+        "height": side_of(kind),
+        "width": side_of(kind),
+        "num_inference_steps": 3,
+        "output_type": "pt",
+    }
     if kind == "flux_schnell" and guidance > 1:
         given |= {"true_cfg_scale": guidance, "negative_prompt": [""] * 3}
-    if not kind.startswith("sdxl"):
-        given["max_sequence_length"] = 12
-    latents = packed(noise) if kind.startswith("flux") else noise
+    if length_of(kind) is not None:
+        given["max_sequence_length"] = length_of(kind)
+    if kind.startswith(("pixart", "sana")):
+        given["use_resolution_binning"] = False
+    if kind == "sana":
+        given["complex_human_instruction"] = None
+    latents = packed(noise) if kind.startswith(("flux", "chroma")) else noise
     expected = pipe(list(model.classes), latents=latents, guidance_scale=guidance, **given).images
     pixels = (expected * 255).round().numpy()
     assert abs(pixels - drawn).max() <= 1

@@ -15,7 +15,7 @@ from tests.builders.families import CAPTIONS, PIPELINES, model_of
 from tests.builders.finetuning import SEEDED, SHORT
 from tests.builders.tiny import TINY, composed
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch_dtype.*:FutureWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
 @pytest.mark.parametrize("kind", PIPELINES)
