@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,15 @@ import torch
 from torch import Tensor
 
 from dp_lora.config.schema import LoraConfig, SamplerConfig
+from dp_lora.errors import UserError
 from dp_lora.models import adapters, sample
 from dp_lora.models.diffusion import initial_noise, per_example_loss
 from dp_lora.models.families import packed
-from dp_lora.models.folders import LatentDiffusion
+from dp_lora.models.folders import LatentDiffusion, load, outline
 from dp_lora.privacy.gradients import ClippedGradientSum
 from dp_lora.privacy.plan import Clip
 from tests.builders import scripts
+from tests.builders.architectures import one_tensor_less
 from tests.builders.families import CAPTIONS, PIPELINES, SIDE, length_of, model_of, side_of, written
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -171,6 +175,70 @@ def test_images_are_those_of_the_pipeline_s_own_call(kind: str, guidance: float,
     pixels = (expected * 255).round().numpy()
     assert abs(pixels - drawn).max() <= 1
     assert drawn.std() > 5 and abs(drawn[0] - drawn[1].astype(float)).max() > 1
+
+
+def _edit(path: Path, **values: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_a_family_s_folder_of_one_variant_is_read(pipelines: Path, tmp_path: Path) -> None:
+    plain("flux", pipelines).to(torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
+    expected, found = model_of("flux", pipelines).state_dict(), load(tmp_path / "half").state_dict()
+    assert expected.keys() == found.keys()
+    for name, value in found.items():
+        assert value.dtype == expected[name].dtype, name
+        wanted = expected[name].half().float() if value.is_floating_point() else expected[name]
+        assert torch.equal(value, wanted), name
+
+
+def _outline_and_load(folder: Path) -> None:
+    outline(folder)
+    load(folder)
+
+
+BROKEN: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "another scheduler": (
+        "flux",
+        lambda f: _edit(f / "scheduler" / "scheduler_config.json", _class_name="EDMEulerScheduler"),
+        "EDMEulerScheduler",
+    ),
+    "code of its own": (
+        "sd3",
+        lambda f: _edit(f / "model_index.json", text_encoder_3=["my_module", "MyEncoder"]),
+        "my_module",
+    ),
+    "no text encoder": ("flux", lambda f: shutil.rmtree(f / "text_encoder_2"), "text_encoder_2 is missing"),
+    "a missing tensor of the text encoder": (
+        "flux",
+        lambda f: one_tensor_less(f / "text_encoder" / "model.safetensors"),
+        "1 missing tensors",
+    ),
+    "a missing tensor of the network": (
+        "sd3",
+        lambda f: one_tensor_less(f / "transformer" / "diffusion_pytorch_model.safetensors"),
+        "1 missing tensors",
+    ),
+    "guidance as an input (LCM)": (
+        "sdxl",
+        lambda f: _edit(f / "unet" / "config.json", time_cond_proj_dim=8),
+        "time_cond_proj_dim=8",
+    ),
+    "latents that do not fit": (
+        "sd3",
+        lambda f: _edit(f / "vae" / "config.json", latent_channels=8),
+        "channels",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_family_is_one_clear_line(case: str, pipelines: Path, tmp_path: Path) -> None:
+    kind, break_it, words = BROKEN[case]
+    folder = shutil.copytree(written(kind, pipelines), tmp_path / "broken")
+    break_it(folder)
+    with pytest.raises(UserError, match=r"^model\.pretrained: ") as caught:
+        _outline_and_load(folder)
+    assert words in str(caught.value) and "\n" not in str(caught.value) and "expected" in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["sdxl", "sd3", "flux"])
