@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dp_lora.config.schema import PROMPT
 from dp_lora.models.families import Conditions
 
-KEPT = 128
+_KEPT = 128
 """Prompts up to which their embeddings are computed once and kept: 30 MB at 77 tokens of 768 channels."""
 
 
@@ -48,7 +48,7 @@ class Prompts(nn.Module):
         # The first is the empty prompt, which guidance moves away from.
         self.ids = self.tokens(["", *prompts]).to(self.ids.device)
         self.embeddings = None
-        if len(prompts) <= KEPT:
+        if len(prompts) <= _KEPT:
             self.embeddings = self._encode(self.ids)
 
     def tokens(self, prompts: Sequence[str]) -> Tensor:

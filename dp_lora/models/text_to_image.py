@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dp_lora.config.schema import PROMPT, SamplerConfig
 from dp_lora.models.families import Conditions, Family, Inputs, packed
-from dp_lora.models.prompts import KEPT, Prompts
+from dp_lora.models.prompts import Prompts
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,13 @@ class PipelinePrompts(Prompts):
         pipe: None on the meta device, where nothing is encoded.
         template: the prompt of a class, with {} for its name.
         length: tokens of a prompt; None: the family's.
+
+    Attributes:
+        kept_bytes: up to which the conditions of all prompts are computed once and kept. Beyond it they are
+            computed whenever they are asked for.
     """
+
+    kept_bytes = 8 << 30
 
     def __init__(self, family: Family, pipe: Any, template: str = PROMPT, length: int | None = None) -> None:
         self.family, self.pipe, self.length = family, pipe, length or family.length
@@ -132,8 +138,10 @@ class PipelinePrompts(Prompts):
         self.texts, self._conditions, self._neutral = list(prompts), None, None
         if self.pipe is None or not prompts:
             return
-        if len(prompts) <= KEPT:
-            self._conditions = _joined([self._encoded(text) for text in prompts])
+        first = self._encoded(prompts[0])
+        if len(prompts) * sum(value.nbytes for value in first.values()) <= self.kept_bytes:
+            rest = [self._encoded(text) for text in prompts[1:]]
+            self._conditions = _joined([first, *rest])
 
     def forward(self, indices: Tensor) -> Conditions:
         """The conditions of the prompts `indices` [B]."""

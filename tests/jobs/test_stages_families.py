@@ -14,10 +14,15 @@ from dp_lora.config.schema import Config
 from dp_lora.errors import UserError
 from dp_lora.jobs.stages import run
 from tests.builders.exported import export
-from tests.builders.families import SIDE, written
+from tests.builders.families import length_of, side_of, written
 from tests.builders.image_files import write_parquet
+from tests.builders.tiny import composed
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+EXPERIMENTS = {"sdxl": "sdxl", "sd35": "sd35", "flux": "flux", "sana": "sana"}
+"""The presets, by the tiny pipeline that takes the place of the published one."""
 
 
 @pytest.fixture(scope="module")
@@ -33,34 +38,38 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def job(tiny: Callable[..., Config], table: Path, tmp_path: Path) -> Callable[..., Config]:
     def build(kind: str, *words: str) -> Config:
         return tiny(
-            f"model.pretrained={written(kind, tmp_path)}",
+            f"experiment={EXPERIMENTS[kind]}",
             "data=imagefolder",
+            f"model.pretrained={written(kind, tmp_path)}",
             f"data.source={table}",
             "data.caption_column=text",
-            f"data.image_size={SIDE}",
-            "data.channels=3",
+            f"data.image_size={side_of(kind)}",
             "data.test_size=0.2",
             "train.expected_batch_size=10",
             "train.max_steps=2",
             "lora.rank=2",
-            "sampler=pipeline",
             "sampler.steps=2",
             "sampler.num_samples=4",
-            "stages=[finetune,sample]",
+            "privacy.noise_multiplicity=2",
+            *([] if length_of(kind) is None else [f"model.prompt_length={length_of(kind)}"]),
             *words,
         )
 
     return build
 
 
-@pytest.mark.parametrize("kind", ["sdxl", "sd35", "flux"])
+@pytest.mark.parametrize("kind", EXPERIMENTS)
 def test_a_family_goes_through_the_stages(kind: str, job: Callable[..., Config], tmp_path: Path) -> None:
-    words = [] if kind == "sdxl" else ["model.prompt_length=12"]
-    directory = Path(run(job(kind, "privacy.noise_multiplicity=2", *words))["directory"])
+    directory = Path(run(job(kind))["directory"])
     privacy = json.loads((directory / "privacy.json").read_text())
     assert privacy["complete"] is True and privacy["steps"] == 2
     samples = np.load(directory / "samples.npz")
-    assert samples["images"].shape == (4, 3, SIDE, SIDE) and samples["labels"].tolist() == [0, 1, 0, 1]
+    assert samples["images"].shape == (4, 3, side_of(kind), side_of(kind)) and samples["labels"].tolist() == [
+        0,
+        1,
+        0,
+        1,
+    ]
     assert samples["images"].std() > 5
     for path in directory.rglob("*"):
         assert not path.is_file() or b"zebra" not in path.read_bytes(), path
@@ -68,17 +77,25 @@ def test_a_family_goes_through_the_stages(kind: str, job: Callable[..., Config],
     assert (out / "adapter" / "adapter_model.safetensors").stat().st_size > 1000
 
 
+@pytest.mark.parametrize("experiment", EXPERIMENTS.values())
+def test_a_preset_is_for_its_family(experiment: str) -> None:
+    config = composed(f"experiment={experiment}", "data.source=x")
+    assert config.experiment == config.model.name == experiment and config.sampler.name == "pipeline"
+    assert config.data.channels == 3 and config.data.image_size % 32 == 0 and not config.data.public
+    assert config.trainable.components == ["lora"] and config.stages == ["finetune", "sample"]
+
+
 REFUSED: dict[str, tuple[str, tuple[str, ...], str]] = {
     "a sampler of diffusion": ("flux", ("sampler=ddim",), "sampler.name=ddim: the model is a flow"),
-    "weights of another loss": ("sd3", ("train.snr_gamma=5",), "train.snr_gamma=5.0: the model is a flow"),
+    "weights of another loss": ("sd35", ("train.snr_gamma=5",), "train.snr_gamma=5.0: the model is a flow"),
     "a length that CLIP has": ("sdxl", ("model.prompt_length=12",), "model.prompt_length=12: "),
     "a size between": (
         "flux",
         ("data.image_size=18",),
         "data.image_size=18: expected a multiple of 4 for the FluxPipeline that model.pretrained names",
     ),
-    "grey images": ("sd3", ("data.channels=1",), "which the StableDiffusion3Pipeline that model.pretrained"),
-    "a target of no layer": ("sd3", ("lora.target_modules=[to_x]",), "SD3Transformer2DModel"),
+    "grey images": ("sd35", ("data.channels=1",), "which the StableDiffusion3Pipeline that model.pretrained"),
+    "a target of no layer": ("sd35", ("lora.target_modules=[to_x]",), "SD3Transformer2DModel"),
 }
 
 
