@@ -48,6 +48,7 @@ _FUSED = "to_qkv"
 _SPLIT = ("to_q", "to_k", "to_v")
 _JOINT, _JOINT_OUT = ("add_q_proj", "add_k_proj", "add_v_proj"), "to_add_out"
 """The projections of the text in a joint attention."""
+_PARALLEL = ".to_qkv_mlp_proj"
 
 
 def attach(model: LatentDiffusion, components: Sequence[str], lora: LoraConfig, *, seed: int) -> None:
@@ -131,6 +132,11 @@ def _layers(unet: nn.Module) -> dict[str, _Layer]:
         else:
             for inner in three:
                 layers[inner] = _Layer(layers[inner].sides, frozenset({"qkv", *kind}))
+    for name in [name for name in layers if name.endswith(_PARALLEL)]:
+        # FLUX.2: one matrix for the attention and the layer beside it.
+        out = f"{name.removesuffix(_PARALLEL)}.to_out"
+        layers[name] = _Layer(layers[name].sides, frozenset({"qkv"}))
+        layers[out] = _Layer(layers[out].sides, frozenset({"proj"}))
     return layers
 
 

@@ -58,6 +58,7 @@ class Family:
         sample_size: side of the published latents, where the network's configuration does not say it.
         neutral: what an image is conditioned on that guidance moves away from: the pipeline's own negative
             conditions, or those of the empty prompt.
+        true_guidance: whether the pipeline's call has a number of its own for guidance by neutral conditions.
         call: further arguments of the pipeline's call.
     """
 
@@ -74,6 +75,7 @@ class Family:
     distribution: str = "uniform"
     sample_size: int | None = None
     neutral: str = "negative"
+    true_guidance: bool = False
     call: dict[str, Any] = field(default_factory=dict)
 
     def drawing(self, network: Any, conditions: Conditions, neutral: Conditions, guidance: float) -> Any:
@@ -81,8 +83,8 @@ class Family:
         given: dict[str, Any] = {**self.call, **conditions, "guidance_scale": guidance}
         if network.config.get("guidance_embeds"):
             return given
-        if self.neutral == "empty":
-            given |= {"true_cfg_scale": guidance}
+        if self.true_guidance:
+            given["true_cfg_scale"] = guidance
         if guidance > 1:
             given |= {f"negative_{name}": value for name, value in neutral.items()}
         return given
@@ -219,6 +221,28 @@ def _chroma(network: Any, given: Inputs) -> Tensor:
     return unpacked(out, height, width)
 
 
+def _flux2(network: Any, given: Inputs) -> Tensor:
+    count, _, height, width = given.noisy.shape
+    text, noisy = given.conditions["prompt_embeds"], given.noisy
+    guidance = None
+    if network.config["guidance_embeds"]:
+        guidance = torch.full((count,), TRAINING_GUIDANCE, device=noisy.device)
+    zero, length = torch.zeros(1, dtype=torch.int64), torch.arange(text.shape[1])
+    text_places = torch.cartesian_prod(zero, zero, zero, length)
+    image_places = torch.cartesian_prod(zero, torch.arange(height), torch.arange(width), zero)
+    out: Tensor = network(
+        hidden_states=noisy.flatten(2).transpose(1, 2),
+        timestep=given.times / given.scale,
+        guidance=guidance,
+        encoder_hidden_states=text,
+        txt_ids=text_places.to(noisy.device).expand(count, -1, -1),
+        img_ids=image_places.to(noisy.device).expand(count, -1, -1),
+        return_dict=False,
+    )[0]
+    latents: Tensor = out.transpose(1, 2).reshape(count, -1, height, width)
+    return latents
+
+
 # The records
 
 _POOLED = ("prompt_embeds", "pooled_prompt_embeds")
@@ -263,6 +287,18 @@ FAMILIES = {
             patch=2,
             length=512,
             sample_size=128,
+            neutral="empty",
+            true_guidance=True,
+        ),
+        Family(
+            pipeline="Flux2KleinPipeline",
+            network="Flux2Transformer2DModel",
+            autoencoder="AutoencoderKLFlux2",
+            predict=_flux2,
+            returns=("prompt_embeds", "text_ids"),
+            conditions=("prompt_embeds",),
+            length=512,
+            sample_size=64,
             neutral="empty",
         ),
         Family(

@@ -15,11 +15,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import UNet2DConditionModel, VQModel
 from torch import Tensor, nn
 
 from dp_lora.models.families import Conditions
-from dp_lora.models.networks import shorten_cross_attention
+from dp_lora.models.networks import Statistics, shorten_cross_attention
 from dp_lora.models.process import Process, Scheduler
 from dp_lora.models.prompts import Prompts
 from dp_lora.models.text_to_image import TextToImage
@@ -134,18 +135,31 @@ class LatentDiffusion(nn.Module):
             latents = encoded.latents if isinstance(self.autoencoder, VQModel) else encoded.latent
             return latents * scale, torch.zeros_like(latents)
         mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
+        if self._in_squares:
+            mean, std = F.pixel_unshuffle(mean, 2), F.pixel_unshuffle(std, 2)
         return (mean if shift is None else mean - shift) * scale, std * scale
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images [B, C, H, W] in [-1, 1] of scaled latents."""
         shift, scale = self._scaling()
-        plain = latents / scale
-        images: Tensor = self.autoencoder.decode(plain if shift is None else plain + shift).sample
+        plain = latents / scale if shift is None else latents / scale + shift
+        if self._in_squares:
+            plain = F.pixel_shuffle(plain, 2)
+        images: Tensor = self.autoencoder.decode(plain).sample
         return images.clamp(-1, 1)
+
+    @property
+    def _in_squares(self) -> bool:
+        """Whether latents are squares of four of the autoencoder's, scaled by statistics of it (FLUX.2)."""
+        return isinstance(getattr(self.autoencoder, "bn", None), Statistics)
 
     def _scaling(self) -> tuple[Any, Any]:
         """The shift and the scale of latents, each a number or [1, c, 1, 1]; no shift: None."""
         config = self.autoencoder.config
+        if self._in_squares:
+            mean, variance = self.autoencoder.bn.running_mean, self.autoencoder.bn.running_var
+            std = torch.sqrt(variance + config["batch_norm_eps"])
+            return mean.view(1, -1, 1, 1), 1 / std.view(1, -1, 1, 1)
         mean, std = config.get("latents_mean"), config.get("latents_std")
         if mean is None or std is None:
             return config.get("shift_factor"), config["scaling_factor"]

@@ -250,6 +250,27 @@ class _ResnetUpBlock(CrossAttnUpBlock2D):  # type: ignore[misc]
         return hidden_states
 
 
+# The statistics of FLUX.2's autoencoder
+
+
+class Statistics(nn.Module):
+    """The means and variances that a BatchNorm kept, as constants: nothing of a batch enters."""
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        super().__init__()
+        for name, value in norm.named_buffers():
+            self.register_buffer(name, value)
+
+
+def keep_statistics(autoencoder: nn.Module) -> None:
+    """Puts `Statistics` in the place of the BatchNorm whose means and variances scale FLUX.2's latents."""
+    if isinstance(norm := getattr(autoencoder, "bn", None), nn.BatchNorm2d):
+        autoencoder.bn = Statistics(norm)
+
+
 # A table of class embeddings inside of a network
 
 

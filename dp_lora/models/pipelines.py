@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from torch import nn
 from dp_lora.errors import UserError
 from dp_lora.models.families import FAMILIES, Family
 from dp_lora.models.latent_diffusion import UNCONDITIONAL, LatentDiffusion
-from dp_lora.models.networks import take_class_table
+from dp_lora.models.networks import keep_statistics, take_class_table
 from dp_lora.models.process import Scheduler, scheduler_of
 from dp_lora.models.prompts import Prompts
 from dp_lora.models.text_to_image import PipelinePrompts, TextToImage, sides, silent
@@ -229,8 +230,10 @@ def _of_family(
     kinds = {name: {name: getattr(diffusers, name)} for name in (family.network, family.autoencoder)}
     network = _part(folder, index, family.component, kinds[family.network], weights)
     autoencoder = _part(folder, index, "vae", kinds[family.autoencoder], weights)
+    keep_statistics(autoencoder)
     scheduler, predicts_v = _scheduler(folder, index)
-    channels = network.config["in_channels"], autoencoder.config["latent_channels"] * family.packing**2
+    squares = math.prod(autoencoder.config.get("patch_size") or (1,)) * family.packing**2
+    channels = network.config["in_channels"], autoencoder.config["latent_channels"] * squares
     if channels[0] != channels[1]:
         raise UserError(
             f"model.pretrained: {folder}: a network for {channels[0]} channels on latents of {channels[1]}; "

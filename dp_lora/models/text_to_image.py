@@ -212,7 +212,7 @@ def sides(network: Any, autoencoder: Any, family: Family, asked: int | None) -> 
     """
     config = autoencoder.config
     blocks = config.get("block_out_channels") or config["encoder_block_out_channels"]
-    factor = 2 ** (len(blocks) - 1)
+    factor = 2 ** (len(blocks) - 1) * (config.get("patch_size") or (1, 1))[0]
     published = network.config.get("sample_size") or family.sample_size
     side = int(published or 0) * factor if asked is None else asked
     multiple = factor * math.lcm(family.patch, family.packing)

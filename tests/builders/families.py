@@ -18,6 +18,8 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
     UMT5Config,
@@ -210,6 +212,61 @@ def flux(folder: Path, guidance_embeds: bool = True) -> Any:
     )
 
 
+def _read_text(blocks: Any) -> None:
+    """Otherwise a caption hardly changes what so small a network predicts."""
+    for block in blocks:
+        for layer in (block.attn.add_v_proj, block.attn.to_out[0]):
+            layer.weight.data *= 10
+
+
+def flux2_klein(folder: Path) -> Any:
+    transformer = diffusers.Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=48,
+        timestep_guidance_channels=8,
+        axes_dims_rope=(2, 2, 2, 2),
+        guidance_embeds=False,
+    )
+    vae = diffusers.AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",),
+        block_out_channels=(8,),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=SIDE,
+    )
+    shaken(transformer)
+    _read_text(transformer.transformer_blocks)
+    vae.bn.running_mean += 0.1 * torch.randn(16)
+    vae.bn.running_var += torch.rand(16)
+    text = Qwen3Config(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=28,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=3,
+    )
+    tokenizer = t5_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    return diffusers.Flux2KleinPipeline(
+        scheduler=flow(shift=3.0, use_dynamic_shifting=True),
+        vae=shaken(vae),
+        text_encoder=shaken(Qwen3ForCausalLM(text)),
+        tokenizer=tokenizer,
+        transformer=transformer,
+    )
+
+
 def chroma(folder: Path) -> Any:
     transformer = diffusers.ChromaTransformer2DModel(
         patch_size=1,
@@ -350,16 +407,14 @@ def aura_flow(folder: Path) -> Any:
         out_channels=4,
         pos_embed_max_size=64,
     )
-    # Otherwise a caption hardly changes what so small a network predicts.
-    for block in transformer.joint_transformer_blocks:
-        for layer in (block.attn.add_v_proj, block.attn.to_out[0]):
-            layer.weight.data *= 10
+    shaken(transformer)
+    _read_text(transformer.joint_transformer_blocks)
     text = UMT5Config(vocab_size=40, d_model=16, d_kv=4, d_ff=16, num_layers=2, num_heads=2)
     return diffusers.AuraFlowPipeline(
         tokenizer=t5_tokenizer(),
         text_encoder=shaken(UMT5EncoderModel(text)),
         vae=autoencoder(4),
-        transformer=shaken(transformer),
+        transformer=transformer,
         scheduler=flow(shift=1.73),
     )
 
@@ -371,6 +426,7 @@ PIPELINES: dict[str, Callable[[Path], Any]] = {
     "sd35": sd35,
     "flux": flux,
     "flux_schnell": lambda folder: flux(folder, guidance_embeds=False),
+    "flux2_klein": flux2_klein,
     "chroma": chroma,
     "pixart_alpha": lambda folder: pixart(diffusers.PixArtAlphaPipeline, sample_size=128),
     "pixart_sigma": lambda folder: pixart(diffusers.PixArtSigmaPipeline),

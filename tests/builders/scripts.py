@@ -107,6 +107,21 @@ def _aura_flow(pipe: Any, noisy: Tensor, prompt: str, timesteps: Tensor) -> Tens
     return predicted
 
 
+def _flux2(pipe: Any, noisy: Tensor, prompt: str, timesteps: Tensor) -> Tensor:
+    embeds, text_ids = pipe.encode_prompt(prompt, max_sequence_length=LENGTH)
+    ids = pipe._prepare_latent_ids(noisy)
+    predicted = pipe.transformer(
+        hidden_states=pipe._pack_latents(noisy),
+        timestep=timesteps / 1000,
+        guidance=None,
+        encoder_hidden_states=embeds,
+        txt_ids=text_ids,
+        img_ids=ids,
+    ).sample
+    unpacked: Tensor = pipe._unpack_latents_with_ids(predicted, ids)
+    return unpacked
+
+
 def _chroma(pipe: Any, noisy: Tensor, prompt: str, timesteps: Tensor) -> Tensor:
     embeds, text_ids, mask, *_ = pipe.encode_prompt(prompt, max_sequence_length=LENGTH)
     count, channels, height, width = noisy.shape
@@ -128,6 +143,7 @@ def _chroma(pipe: Any, noisy: Tensor, prompt: str, timesteps: Tensor) -> Tensor:
 _PREDICT = {
     "StableDiffusion3Pipeline": _sd3,
     "FluxPipeline": _flux,
+    "Flux2KleinPipeline": _flux2,
     "ChromaPipeline": _chroma,
     "SanaPipeline": _sana,
     "Lumina2Pipeline": _lumina2,

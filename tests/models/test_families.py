@@ -12,6 +12,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from peft import PeftModel
 from torch import Tensor
 
 from dp_lora.config.schema import LoraConfig, SamplerConfig
@@ -107,7 +108,7 @@ def test_gradients_are_those_of_a_loop_over_single_examples(
 
 def _feed_forward(kind: str) -> list[str]:
     """The end of the name of a linear layer outside of the attention."""
-    ends = {"sana": "linear_2", "lumina2": "linear_3", "aura_flow": "linear_2"}
+    ends = {"sana": "linear_2", "lumina2": "linear_3", "aura_flow": "linear_2", "flux2_klein": "linear_out"}
     return [ends.get(kind, "proj_mlp" if kind.startswith(("flux", "chroma")) else "ff.net.2")]
 
 
@@ -171,8 +172,8 @@ def test_images_are_those_of_the_pipeline_s_own_call(kind: str, guidance: float,
         given["use_resolution_binning"] = False
     if kind == "sana":
         given["complex_human_instruction"] = None
-    latents = packed(noise) if kind.startswith(("flux", "chroma")) else noise
-    expected = pipe(list(model.classes), latents=latents, guidance_scale=guidance, **given).images
+    latents = packed(noise) if kind in ("flux", "flux_schnell", "chroma") else noise
+    expected = pipe(prompt=list(model.classes), latents=latents, guidance_scale=guidance, **given).images
     pixels = (expected * 255).round().numpy()
     assert abs(pixels - drawn).max() <= 1
     assert drawn.std() > 5 and abs(drawn[0] - drawn[1].astype(float)).max() > 1
@@ -242,7 +243,7 @@ def test_a_broken_family_is_one_clear_line(case: str, pipelines: Path, tmp_path:
     assert words in str(caught.value) and "\n" not in str(caught.value) and "expected" in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ["sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("kind", PIPELINES)
 def test_plain_diffusers_predicts_the_same_with_the_adapter(
     kind: str, pipelines: Path, tmp_path: Path
 ) -> None:
@@ -256,14 +257,16 @@ def test_plain_diffusers_predicts_the_same_with_the_adapter(
             return scripts.loss(pipe, latents, CAPTIONS[0], int(timesteps[0, 0]), noise[:, 0], SIDE)
 
     before = of_script()
-    network = pipe.unet if kind == "sdxl" else pipe.transformer
-    network.load_lora_adapter(
-        tmp_path / "adapter", weight_name="adapter_model.safetensors", prefix="base_model.model"
-    )
+    network = pipe.unet if kind.startswith("sdxl") else pipe.transformer
+    if hasattr(network, "load_lora_adapter"):
+        weights = {"weight_name": "adapter_model.safetensors", "prefix": "base_model.model"}
+        network.load_lora_adapter(tmp_path / "adapter", **weights)
+    else:  # PixArt: peft puts the adapter into the network
+        PeftModel.from_pretrained(network, str(tmp_path / "adapter"))
     with torch.inference_mode():
         ours = per_example_loss(model, latents, labels, timesteps, noise)[0]
     assert torch.allclose(of_script(), ours, rtol=2e-5)
-    assert not torch.allclose(before, ours, rtol=1e-3)
+    assert not torch.allclose(before, ours, rtol=1e-4)
     restored = model_of(kind, pipelines)
     adapters.restore(restored, tmp_path / "adapter", CAPTIONS)
     with torch.inference_mode():

@@ -87,6 +87,14 @@ PUBLISHED = {
     "FLUX.1-dev": Published(
         "FluxPipeline", {"guidance_embeds": True}, 11_901_408_320, {(3072, 3072): 8 * 19 + 3 * 38}
     ),
+    # 8 blocks with eight projections; 48 with one matrix into queries, keys, values and both halves of the
+    # gated layer (3 x 6,144 and 2 x 18,432), and one out of them.
+    "FLUX.2-dev": Published(
+        "Flux2KleinPipeline",
+        {},
+        32_223_281_152,
+        {(6144, 6144): 8 * 8, (6144, 55296): 48, (24576, 6144): 48},
+    ),
     "Chroma1-HD": Published("ChromaPipeline", {}, 8_899_983_424, {(3072, 3072): 8 * 19 + 3 * 38}),
     "PixArt-Sigma-XL-2-1024-MS": Published(
         "PixArtSigmaPipeline",
