@@ -291,6 +291,17 @@ FAMILIES = {
             true_guidance=True,
         ),
         Family(
+            pipeline="Flux2Pipeline",
+            network="Flux2Transformer2DModel",
+            autoencoder="AutoencoderKLFlux2",
+            predict=_flux2,
+            returns=("prompt_embeds", "text_ids"),
+            conditions=("prompt_embeds",),
+            length=512,
+            sample_size=64,
+            neutral="empty",
+        ),
+        Family(
             pipeline="Flux2KleinPipeline",
             network="Flux2Transformer2DModel",
             autoencoder="AutoencoderKLFlux2",

@@ -186,6 +186,8 @@ class PipelinePrompts(Prompts):
         names = [name for name in self.pipe.components if name.startswith("tokenizer")]
         for tokenizer in (getattr(self.pipe, name) for name in names):
             if tokenizer is not None:
+                # A processor has its tokenizer inside.
+                tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
                 with silent():
                     ids = tokenizer(texts)["input_ids"] if texts else []
                 yield torch.tensor([len(row) for row in ids])

@@ -17,6 +17,8 @@ from transformers import (
     CLIPTokenizer,
     Gemma2Config,
     Gemma2Model,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -219,7 +221,8 @@ def _read_text(blocks: Any) -> None:
             layer.weight.data *= 10
 
 
-def flux2_klein(folder: Path) -> Any:
+def _flux2(text_encoder: Any, guidance_embeds: bool) -> dict[str, Any]:
+    """The parts of a FLUX.2 pipeline, with the given text encoder."""
     transformer = diffusers.Flux2Transformer2DModel(
         in_channels=16,
         num_layers=1,
@@ -229,7 +232,7 @@ def flux2_klein(folder: Path) -> Any:
         joint_attention_dim=48,
         timestep_guidance_channels=8,
         axes_dims_rope=(2, 2, 2, 2),
-        guidance_embeds=False,
+        guidance_embeds=guidance_embeds,
     )
     vae = diffusers.AutoencoderKLFlux2(
         down_block_types=("DownEncoderBlock2D",),
@@ -244,27 +247,47 @@ def flux2_klein(folder: Path) -> Any:
     _read_text(transformer.transformer_blocks)
     vae.bn.running_mean += 0.1 * torch.randn(16)
     vae.bn.running_var += torch.rand(16)
-    text = Qwen3Config(
-        vocab_size=40,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=28,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=3,
-    )
     tokenizer = t5_tokenizer()
-    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    return diffusers.Flux2KleinPipeline(
-        scheduler=flow(shift=3.0, use_dynamic_shifting=True),
-        vae=shaken(vae),
-        text_encoder=shaken(Qwen3ForCausalLM(text)),
-        tokenizer=tokenizer,
-        transformer=transformer,
+    # The words of the user alone.
+    tokenizer.chat_template = (
+        "{% for message in messages if message['role'] == 'user' %}{% if message['content'] is string %}"
+        "{{ message['content'] }}{% else %}{{ message['content'][0]['text'] }}{% endif %}{% endfor %}"
     )
+    return {
+        "scheduler": flow(shift=3.0, use_dynamic_shifting=True),
+        "vae": shaken(vae),
+        "text_encoder": shaken(text_encoder),
+        "tokenizer": tokenizer,
+        "transformer": transformer,
+    }
+
+
+_SMALL: dict[str, Any] = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 3,
+}
+
+
+def flux2_klein(folder: Path) -> Any:
+    text = Qwen3ForCausalLM(Qwen3Config(num_hidden_layers=28, **_SMALL))
+    return diffusers.Flux2KleinPipeline(**_flux2(text, guidance_embeds=False))
+
+
+def flux2(folder: Path) -> Any:
+    sight = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Mistral3Config(
+        text_config={"model_type": "mistral", "num_hidden_layers": 31, **_SMALL},
+        vision_config={"model_type": "pixtral", "image_size": 8, "patch_size": 4, **sight},
+    )
+    text = Mistral3ForConditionalGeneration(config)
+    return diffusers.Flux2Pipeline(**_flux2(text, guidance_embeds=True))
 
 
 def chroma(folder: Path) -> Any:
@@ -426,6 +449,7 @@ PIPELINES: dict[str, Callable[[Path], Any]] = {
     "sd35": sd35,
     "flux": flux,
     "flux_schnell": lambda folder: flux(folder, guidance_embeds=False),
+    "flux2": flux2,
     "flux2_klein": flux2_klein,
     "chroma": chroma,
     "pixart_alpha": lambda folder: pixart(diffusers.PixArtAlphaPipeline, sample_size=128),

@@ -113,7 +113,7 @@ def _flux2(pipe: Any, noisy: Tensor, prompt: str, timesteps: Tensor) -> Tensor:
     predicted = pipe.transformer(
         hidden_states=pipe._pack_latents(noisy),
         timestep=timesteps / 1000,
-        guidance=None,
+        guidance=torch.tensor([1.0]) if pipe.transformer.config.guidance_embeds else None,
         encoder_hidden_states=embeds,
         txt_ids=text_ids,
         img_ids=ids,
@@ -143,6 +143,7 @@ def _chroma(pipe: Any, noisy: Tensor, prompt: str, timesteps: Tensor) -> Tensor:
 _PREDICT = {
     "StableDiffusion3Pipeline": _sd3,
     "FluxPipeline": _flux,
+    "Flux2Pipeline": _flux2,
     "Flux2KleinPipeline": _flux2,
     "ChromaPipeline": _chroma,
     "SanaPipeline": _sana,

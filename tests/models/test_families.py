@@ -108,7 +108,13 @@ def test_gradients_are_those_of_a_loop_over_single_examples(
 
 def _feed_forward(kind: str) -> list[str]:
     """The end of the name of a linear layer outside of the attention."""
-    ends = {"sana": "linear_2", "lumina2": "linear_3", "aura_flow": "linear_2", "flux2_klein": "linear_out"}
+    ends = {
+        "sana": "linear_2",
+        "lumina2": "linear_3",
+        "aura_flow": "linear_2",
+        "flux2": "linear_out",
+        "flux2_klein": "linear_out",
+    }
     return [ends.get(kind, "proj_mlp" if kind.startswith(("flux", "chroma")) else "ff.net.2")]
 
 

@@ -90,7 +90,7 @@ PUBLISHED = {
     # 8 blocks with eight projections; 48 with one matrix into queries, keys, values and both halves of the
     # gated layer (3 x 6,144 and 2 x 18,432), and one out of them.
     "FLUX.2-dev": Published(
-        "Flux2KleinPipeline",
+        "Flux2Pipeline",
         {},
         32_223_281_152,
         {(6144, 6144): 8 * 8, (6144, 55296): 48, (24576, 6144): 48},
@@ -115,7 +115,9 @@ PUBLISHED = {
 
 
 def test_every_family_has_a_published_network() -> None:
-    assert {published.pipeline for published in PUBLISHED.values()} | {"PixArtAlphaPipeline"} == set(FAMILIES)
+    # These two have the network of another one.
+    others = {"PixArtAlphaPipeline", "Flux2KleinPipeline"}
+    assert {published.pipeline for published in PUBLISHED.values()} | others == set(FAMILIES)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
