@@ -156,6 +156,7 @@ def _check_choices(config: Config) -> None:
         ("privacy.clipping", [config.privacy.clipping], CLIPPINGS),
         ("privacy.adjacency", [config.privacy.adjacency], tuple(ADJACENCIES)),
         ("train.precision", [config.train.precision], PRECISIONS),
+        ("model.base_precision", [config.model.base_precision], PRECISIONS),
         ("train.schedule", [config.train.schedule], SCHEDULES),
         ("model.conditioning", [config.model.conditioning], CONDITIONINGS),
         ("model.autoencoder.kind", [config.model.autoencoder.kind], AUTOENCODERS),

@@ -30,6 +30,7 @@ take the noise away."""
 _CANNOT_CHANGE_THE_RESULT = ("experiment", "stages", "tracking", "resources", "paths")
 _SAY_NOTHING_NEW = (
     ("model", "prompt_length", None),
+    ("model", "base_precision", "float32"),
     ("train", "timesteps", None),
     ("train", "timestep_shift", None),
     ("train", "snr_gamma", None),
@@ -103,7 +104,8 @@ def _one_spelling(place: str | None) -> str | None:
 def pretrained_fingerprint(config: Config) -> str:
     """Eight hexadecimal digits of what can change the weights of a public pre-training."""
     model = dataclasses.asdict(config.model)
-    del model["pretrained"], model["prompt"], model["prompt_length"], model["pretrain"]["samples_every"]
+    del model["pretrained"], model["prompt"], model["pretrain"]["samples_every"]
+    del model["prompt_length"], model["base_precision"]
     public = dataclasses.asdict(config.public_data)
     public["source"] = _one_spelling(public["source"])
     pretrain = model["pretrain"]

@@ -224,7 +224,8 @@ def _model(source: Source, asked: Asked, base: Path) -> LatentDiffusion:
     prompt = source.config.model.prompt if asked.prompt is None else asked.prompt
     # Without its run, nothing says the size that an adapter was trained at: the published one.
     size = None if source.run is None else source.config.data.image_size
-    model = load(base, prompt, image_size=size, prompt_length=source.config.model.prompt_length)
+    own = source.config.model
+    model = load(base, prompt, image_size=size, prompt_length=own.prompt_length, precision=own.base_precision)
     if asked.prompt is not None and model.prompts is None:
         raise UserError(f"prompt={asked.prompt}: the model takes no prompts; expected none")
     names = adapters.class_names(source.adapter) or _class_names(source) or model.classes

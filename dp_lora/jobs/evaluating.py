@@ -300,9 +300,14 @@ def _before(
     from dp_lora.models.diffusion import class_balanced
     from dp_lora.models.folders import load
 
-    size, length = config.data.image_size, config.model.prompt_length
-    base = base_of(source, asked.pretrained)
-    model = load(base, images.prompt, image_size=size, prompt_length=length)
+    own = config.model
+    model = load(
+        base_of(source, asked.pretrained),
+        images.prompt,
+        image_size=config.data.image_size,
+        prompt_length=own.prompt_length,
+        precision=own.base_precision,
+    )
     if model.classes != samples.classes:
         # As the job does, whatever the images were drawn by.
         model.new_classes(samples.classes, torch.Generator().manual_seed(config.seed))

@@ -74,7 +74,13 @@ class Job:
 
         model = self.config.model
         size = self.config.data.image_size
-        return load(self.pretrained, model.prompt, image_size=size, prompt_length=model.prompt_length)
+        return load(
+            self.pretrained,
+            model.prompt,
+            image_size=size,
+            prompt_length=model.prompt_length,
+            precision=model.base_precision,
+        )
 
     @property
     def base_model(self) -> str:

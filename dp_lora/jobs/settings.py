@@ -83,6 +83,13 @@ def check_fit(config: Config, model: LatentDiffusion, found: Sequence[int]) -> N
             f"train.snr_gamma={config.train.snr_gamma}: the model is a flow, whose loss has no such weights; "
             "expected null"
         )
+    if config.model.base_precision != "float32" and (
+        model.source is None or config.trainable.components != ["lora"]
+    ):
+        raise UserError(
+            f"model.base_precision={config.model.base_precision}: expected float32, or a text-to-image "
+            "pipeline with trainable.components=[lora]"
+        )
     if "sample" in config.stages:
         refuse_sampler(model, config.sampler.name)
     if tuple(found) != tuple(model.image_shape):

@@ -226,7 +226,15 @@ def _add_lora(model: LatentDiffusion, lora: LoraConfig, seed: int) -> None:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        inject_adapter_in_model(config, model.unet)
+        _inject(config, model.unet)
+
+
+def _inject(config: PeftLoraConfig, unet: nn.Module) -> None:
+    """Adapters in float32, whatever the precision of the frozen weights."""
+    inject_adapter_in_model(config, unet)
+    for name, parameter in unet.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()
 
 
 def _fuse_for(unet: nn.Module, names: Iterable[str]) -> None:
@@ -384,7 +392,7 @@ def _restore_lora(model: LatentDiffusion, folder: Path) -> None:
     try:
         config = PeftLoraConfig.from_pretrained(str(folder))
         config.base_model_name_or_path = None  # peft would look it up on the hub
-        inject_adapter_in_model(config, model.unet)
+        _inject(config, model.unet)
         fits = {name: value.shape for name, value in get_peft_model_state_dict(model.unet).items()}
     except (OSError, ValueError, TypeError) as error:
         raise _unreadable(folder, error) from error

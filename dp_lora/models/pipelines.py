@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -103,29 +104,35 @@ def _not_fetched(name: str, error: Exception) -> UserError:
     )
 
 
-def load_pipeline(
-    folder: Path,
-    prompt: str,
-    *,
-    weights: bool,
-    image_size: int | None = None,
-    prompt_length: int | None = None,
-) -> LatentDiffusion:
-    """The pipeline in `folder` as a model.
+@dataclass(frozen=True)
+class Given:
+    """How a pipeline is to be loaded.
 
-    Args:
-        folder: with `model_index.json`.
+    Fields:
         prompt: of a class, with {} for its name.
         weights: false leaves the model on the meta device, as torch's default then has to be.
         image_size: of a model that takes several; None: the published one.
         prompt_length: tokens of a prompt; None: as many as the pipeline.
+        dtype: of the weights of a pipeline of `families`.
+    """
+
+    prompt: str
+    weights: bool
+    image_size: int | None = None
+    prompt_length: int | None = None
+    dtype: torch.dtype = torch.float32
+
+
+def load_pipeline(folder: Path, given: Given) -> LatentDiffusion:
+    """The pipeline in `folder`, with `model_index.json`, as a model.
 
     Raises UserError for a pipeline of another kind, or a part that is missing or broken.
     """
+    prompt, weights, prompt_length = given.prompt, given.weights, given.prompt_length
     index = _read(folder / "model_index.json")
     family = FAMILIES.get(str(index.get("_class_name")))
     if family is not None:
-        return _of_family(family, folder, index, prompt, weights, image_size, prompt_length)
+        return _of_family(family, folder, index, given)
     if index.get("_class_name", _PIPELINES[0]) not in _PIPELINES:
         raise UserError(f"model.pretrained: {folder} is a {index['_class_name']}; expected {_WANTED}")
     if prompt_length is not None:
@@ -158,7 +165,14 @@ def load_pipeline(
     )
 
 
-def _part(folder: Path, index: dict[str, Any], name: str, kinds: dict[str, Any], weights: bool) -> Any:
+def _part(
+    folder: Path,
+    index: dict[str, Any],
+    name: str,
+    kinds: dict[str, Any],
+    weights: bool,
+    dtype: torch.dtype = torch.float32,
+) -> Any:
     """A network of the pipeline, by diffusers' own loader: it knows old names, several files and formats."""
     kind = kinds.get(str((index.get(name) or [None, None])[1]))
     if kind is None:
@@ -174,8 +188,9 @@ def _part(folder: Path, index: dict[str, Any], name: str, kinds: dict[str, Any],
             return kind.from_config(kind.load_config(folder / name, local_files_only=True))
         module, report = kind.from_pretrained(
             folder / name,
-            torch_dtype=torch.float32,
-            low_cpu_mem_usage=False,
+            torch_dtype=dtype,
+            # Without it some classes stay in float32.
+            low_cpu_mem_usage=dtype != torch.float32,
             local_files_only=True,
             output_loading_info=True,
             variant=_variant(folder / name),
@@ -213,22 +228,15 @@ def _refuse_not_finite(module: nn.Module, folder: Path) -> None:
             )
 
 
-def _of_family(
-    family: Family,
-    folder: Path,
-    index: dict[str, Any],
-    prompt: str,
-    weights: bool,
-    image_size: int | None,
-    prompt_length: int | None,
-) -> LatentDiffusion:
+def _of_family(family: Family, folder: Path, index: dict[str, Any], given: Given) -> LatentDiffusion:
     """A pipeline of a family: diffusers loads and connects its parts."""
-    if prompt_length is not None and family.length is None:
+    if given.prompt_length is not None and family.length is None:
         raise UserError(
-            f"model.prompt_length={prompt_length}: {family.pipeline} has a length of its own; expected null"
+            f"model.prompt_length={given.prompt_length}: {family.pipeline} has its own length; expected null"
         )
     kinds = {name: {name: getattr(diffusers, name)} for name in (family.network, family.autoencoder)}
-    network = _part(folder, index, family.component, kinds[family.network], weights)
+    weights = given.weights
+    network = _part(folder, index, family.component, kinds[family.network], weights, given.dtype)
     autoencoder = _part(folder, index, "vae", kinds[family.autoencoder], weights)
     keep_statistics(autoencoder)
     scheduler, predicts_v = _scheduler(folder, index)
@@ -242,23 +250,25 @@ def _of_family(
     if isinstance(network, UNet2DConditionModel):
         _refuse_conditions(folder, network, "text_time")
     try:
-        side, factor = sides(network, autoencoder, family, image_size)
+        side, factor = sides(network, autoencoder, family, given.image_size)
     except ValueError as error:
         raise UserError(
-            f"data.image_size={image_size}: expected a multiple of {error} for the {family.pipeline} that "
-            "model.pretrained names"
+            f"data.image_size={given.image_size}: expected a multiple of {error} for the {family.pipeline} "
+            "that model.pretrained names"
         ) from error
     parts = {family.component: network, "vae": autoencoder}
-    pipe = _connected(family, folder, index, parts) if weights else None
-    prompts = PipelinePrompts(family, pipe, prompt, prompt_length)
-    source = TextToImage(family, side, factor, pipe)
+    pipe = _connected(family, folder, index, parts, given.dtype) if weights else None
+    prompts = PipelinePrompts(family, pipe, given.prompt, given.prompt_length)
+    source = TextToImage(family, side, factor, pipe, low=given.dtype != torch.float32)
     return LatentDiffusion(
         autoencoder, network, None, scheduler, (), prompts=prompts, predicts_v=predicts_v, source=source
     )
 
 
-def _connected(family: Family, folder: Path, index: dict[str, Any], parts: dict[str, nn.Module]) -> Any:
-    """The pipeline of diffusers with `parts`, and its text encoders in float32."""
+def _connected(
+    family: Family, folder: Path, index: dict[str, Any], parts: dict[str, nn.Module], dtype: torch.dtype
+) -> Any:
+    """The pipeline of diffusers with `parts`, and its text encoders in `dtype`."""
     import transformers
     from diffusers.utils import logging
 
@@ -272,7 +282,7 @@ def _connected(family: Family, folder: Path, index: dict[str, Any], parts: dict[
         kind = getattr(transformers, str(index[name][1]), None)
         if kind is None or not (folder / name).is_dir():
             raise UserError(f"model.pretrained: {folder / name} is missing, expected {index[name][1]}")
-        parts[name] = _text_encoder(kind, folder / name)
+        parts[name] = _text_encoder(kind, folder / name, dtype)
     kind = getattr(diffusers, family.pipeline)
     unused = {
         name: None for name in ("image_encoder", "feature_extractor") if name in kind._optional_components
@@ -290,7 +300,7 @@ def _connected(family: Family, folder: Path, index: dict[str, Any], parts: dict[
     return pipe
 
 
-def _text_encoder(kind: Any, folder: Path) -> Any:
+def _text_encoder(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
     """A text encoder with all of its weights."""
     from transformers.utils import logging
 
@@ -300,7 +310,7 @@ def _text_encoder(kind: Any, folder: Path) -> Any:
             module, report = kind.from_pretrained(
                 folder,
                 local_files_only=True,
-                dtype=torch.float32,
+                dtype=dtype,
                 output_loading_info=True,
                 variant=_variant(folder),
             )

@@ -6,7 +6,7 @@ import inspect
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,12 +28,19 @@ class TextToImage:
         side: of the images, in pixels.
         factor: by which the autoencoder divides it.
         pipe: the pipeline of diffusers with the model's own network and autoencoder; None without weights.
+        low: whether the frozen weights of network and text encoders are in bfloat16; the network computes in
+            it too then.
     """
 
     family: Family
     side: int
     factor: int
     pipe: Any
+    low: bool = False
+
+    def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        """What the network computes in; autocast that is on stays on."""
+        return torch.autocast(device.type, torch.bfloat16) if self.low else nullcontext()
 
     def latent_shape(self, network: Any) -> tuple[int, int, int]:
         """(c, h, w) of the latents of one image."""
@@ -44,7 +51,9 @@ class TextToImage:
         self, network: Any, noisy: Tensor, times: Tensor, conditions: Conditions, scale: int
     ) -> Tensor:
         """What the network predicts, see `families.Inputs`."""
-        return self.family.predict(network, Inputs(noisy, times, conditions, scale, self.side))
+        with self._autocast(noisy.device):
+            predicted = self.family.predict(network, Inputs(noisy, times, conditions, scale, self.side))
+        return predicted.float() if self.low else predicted
 
     @torch.inference_mode()
     def draw(
@@ -77,9 +86,9 @@ class TextToImage:
         known = inspect.signature(self.pipe.__call__).parameters
         if "negative_prompt" in known:
             given["negative_prompt"] = None
-        with silent():
+        with silent(), self._autocast(noise.device):
             images: Tensor = self.pipe(**given).images
-        return images.clamp(0, 1) * 2 - 1
+        return images.float().clamp(0, 1) * 2 - 1
 
 
 def seeds(seed: int, first: int, count: int) -> list[int]:
@@ -178,7 +187,8 @@ class PipelinePrompts(Prompts):
         with silent():
             found = self.pipe.encode_prompt(**{name: v for name, v in options.items() if name in known})
         named = dict(zip(self.family.returns, found, strict=True))
-        return {name: named[f"negative_{name}" if negative else name] for name in self.family.conditions}
+        kept = {name: named[f"negative_{name}" if negative else name] for name in self.family.conditions}
+        return {name: value.float() if value.is_floating_point() else value for name, value in kept.items()}
 
     def constants(self, captions: Sequence[str] | None) -> Iterable[Tensor]:
         """What decides the conditions beside the captions and the encoders' weights."""

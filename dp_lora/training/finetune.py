@@ -328,7 +328,8 @@ def check_engine(config: Config, model: LatentDiffusion, plan: PrivacyPlan) -> N
     """
     examples, device = 4, next(model.unet.parameters()).device
     losses = tuning.synthetic_losses(model, examples, plan.noise_multiplicity, config.seed)
-    preflight(model, losses, plan, examples)
+    low = model.source is not None and model.source.low
+    preflight(model, losses, plan, examples, **({"tolerance": _BFLOAT16_TOLERANCE} if low else {}))
     if config.train.precision == "bfloat16":
 
         def in_bfloat16(chosen: slice) -> Tensor:

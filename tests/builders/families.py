@@ -469,9 +469,17 @@ def written(kind: str, folder: Path) -> Path:
     return place
 
 
-def model_of(kind: str, folder: Path, prompts: list[str] | None = None) -> LatentDiffusion:
+def model_of(
+    kind: str, folder: Path, prompts: list[str] | None = None, precision: str = "float32"
+) -> LatentDiffusion:
     """The model of a fresh pipeline, which knows `prompts`, or some classes."""
-    model = load(written(kind, folder), prompt="{}", image_size=side_of(kind), prompt_length=length_of(kind))
+    model = load(
+        written(kind, folder),
+        prompt="{}",
+        image_size=side_of(kind),
+        prompt_length=length_of(kind),
+        precision=precision,
+    )
     assert model.prompts is not None
     model.new_classes(CLASSES, torch.Generator())
     if prompts is not None:

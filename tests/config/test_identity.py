@@ -35,6 +35,7 @@ from tests.builders.tiny import composed
         "train.snr_gamma=5",
         "train.noise_offset=0.1",
         "model.prompt_length=64",
+        "model.base_precision=bfloat16",
         "sampler.steps=3",
         "evaluation.reference=train",
         "evaluation.bootstrap=50",

@@ -77,6 +77,12 @@ def test_a_family_goes_through_the_stages(kind: str, job: Callable[..., Config],
     assert (out / "adapter" / "adapter_model.safetensors").stat().st_size > 1000
 
 
+def test_a_base_in_bfloat16_goes_through_the_stages(job: Callable[..., Config]) -> None:
+    directory = Path(run(job("flux", "model.base_precision=bfloat16"))["directory"])
+    assert json.loads((directory / "privacy.json").read_text())["complete"] is True
+    assert np.load(directory / "samples.npz")["images"].std() > 5
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS.values())
 def test_a_preset_is_for_its_family(experiment: str) -> None:
     config = composed(f"experiment={experiment}", "data.source=x")
@@ -95,6 +101,11 @@ REFUSED: dict[str, tuple[str, tuple[str, ...], str]] = {
         "data.image_size=18: expected a multiple of 4 for the FluxPipeline that model.pretrained names",
     ),
     "grey images": ("sd35", ("data.channels=1",), "which the StableDiffusion3Pipeline that model.pretrained"),
+    "biases in bfloat16": (
+        "flux",
+        ("model.base_precision=bfloat16", "trainable=lora_bias"),
+        "model.base_precision=bfloat16: expected float32, or a text-to-image pipeline",
+    ),
     "a target of no layer": ("sd35", ("lora.target_modules=[to_x]",), "SD3Transformer2DModel"),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -104,6 +105,40 @@ def test_gradients_are_those_of_a_loop_over_single_examples(
         engine.add(per_example_loss(model, *_only(given, i)))
         assert 0.999 * bound < float((engine.total() - before).norm()) <= bound
     engine.detach()
+
+
+@pytest.mark.parametrize("kind", PIPELINES)
+def test_a_base_in_bfloat16_has_adapters_in_float32(
+    kind: str, pipelines: Path, tmp_path: Path, one_by_one: Callable[..., Tensor]
+) -> None:
+    exact = with_adapter(model_of(kind, pipelines, CAPTIONS))
+    model = with_adapter(model_of(kind, pipelines, CAPTIONS, precision="bfloat16"))
+    given, examples = draws(model, len(CAPTIONS), 2), len(CAPTIONS)
+    for name, parameter in model.unet.named_parameters():
+        assert parameter.dtype == torch.float32 if "lora_" in name else not parameter.requires_grad
+    sizes = {True: 0, False: 0}
+    for parameter in model.unet.parameters():
+        sizes[parameter.dtype == torch.bfloat16] += parameter.numel() * (not parameter.requires_grad)
+    # Norms of queries and keys, and the like, may stay in float32.
+    assert sizes[True] > 20 * sizes[False]
+    with torch.no_grad():
+        wanted, losses = per_example_loss(exact, *given), per_example_loss(model, *given)
+    assert losses.dtype == torch.float32
+    assert torch.allclose(losses, wanted, rtol=0.02) and not torch.equal(losses, wanted)
+    # The engine and a loop over single examples, both in bfloat16.
+    rows = one_by_one(model, lambda i: per_example_loss(model, *_only(given, i)), examples)
+    engine = ClippedGradientSum(model, Clip(2, math.inf))
+    engine.add(per_example_loss(model, *given))
+    error = (engine.total() - rows.sum(0).double()).norm() / rows.sum(0).norm()
+    assert float(error) < 0.05
+    engine.detach()
+    images = sample.draw(model, torch.arange(2), SamplerConfig(name="pipeline", steps=2), 0, "off").images
+    assert images.std() > 5
+    adapters.export(model, tmp_path / "adapter", base_model=kind, card="card\n")
+    again = model_of(kind, pipelines, precision="bfloat16")
+    adapters.restore(again, tmp_path / "adapter", CAPTIONS)
+    for name, parameter in adapters.trainable_parameters(model).items():
+        assert torch.equal(again.get_parameter(name), parameter)
 
 
 def _feed_forward(kind: str) -> list[str]:

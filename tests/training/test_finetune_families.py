@@ -18,11 +18,17 @@ from tests.builders.tiny import TINY, composed
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
-@pytest.mark.parametrize("kind", PIPELINES)
-def test_frozen_weights_keep_their_bits(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "precision"),
+    [*((kind, "float32") for kind in PIPELINES), ("sdxl", "bfloat16"), ("flux", "bfloat16")],
+)
+def test_frozen_weights_keep_their_bits(kind: str, precision: str, tmp_path: Path) -> None:
     config = composed(*TINY, *SHORT, SEEDED, "trainable=lora_alone", "train.max_steps=2")
-    before = {name: value.clone() for name, value in model_of(kind, tmp_path).state_dict().items()}
-    model = model_of(kind, tmp_path)
+    before = {
+        name: value.clone()
+        for name, value in model_of(kind, tmp_path, precision=precision).state_dict().items()
+    }
+    model = model_of(kind, tmp_path, precision=precision)
     adapters.attach(model, config.trainable.components, config.lora, seed=0)
     trained = {name: value.detach().clone() for name, value in adapters.trainable_parameters(model).items()}
     captions, shape = CAPTIONS * 4, (len(CAPTIONS) * 4, *model.latent_shape)
