@@ -284,9 +284,10 @@ def _connected(
             raise UserError(f"model.pretrained: {folder / name} is missing, expected {index[name][1]}")
         parts[name] = _text_encoder(kind, folder / name, dtype)
     kind = getattr(diffusers, family.pipeline)
-    unused = {
-        name: None for name in ("image_encoder", "feature_extractor") if name in kind._optional_components
-    }
+    optional = ("image_encoder", "feature_extractor")
+    unused = {name: None for name in optional if name in kind._optional_components}
+    # SD 3 without its third encoder, for one.
+    unused |= {name: None for name, entry in index.items() if isinstance(entry, list) and entry[0] is None}
     logging.disable_progress_bar()
     with silent():
         try:

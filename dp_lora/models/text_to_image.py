@@ -155,10 +155,8 @@ class PipelinePrompts(Prompts):
     def forward(self, indices: Tensor) -> Conditions:
         """The conditions of the prompts `indices` [B]."""
         if self._conditions is not None:
-            return {
-                name: value[indices.to(value.device)].to(indices.device)
-                for name, value in self._conditions.items()
-            }
+            chosen = indices.cpu()
+            return {name: value[chosen].to(indices.device) for name, value in self._conditions.items()}
         found = _joined([self._encoded(self.texts[i]) for i in indices.tolist()])
         return {name: value.to(indices.device) for name, value in found.items()}
 
@@ -188,7 +186,11 @@ class PipelinePrompts(Prompts):
             found = self.pipe.encode_prompt(**{name: v for name, v in options.items() if name in known})
         named = dict(zip(self.family.returns, found, strict=True))
         kept = {name: named[f"negative_{name}" if negative else name] for name in self.family.conditions}
-        return {name: value.float() if value.is_floating_point() else value for name, value in kept.items()}
+        # Kept in the machine's memory: those of many captions would fill a GPU's.
+        return {
+            name: (value.float() if value.is_floating_point() else value).cpu()
+            for name, value in kept.items()
+        }
 
     def constants(self, captions: Sequence[str] | None) -> Iterable[Tensor]:
         """What decides the conditions beside the captions and the encoders' weights."""

@@ -159,7 +159,7 @@ def sdxl(folder: Path, prediction_type: str = "epsilon") -> Any:
     )
 
 
-def sd3(folder: Path, **config: Any) -> Any:
+def sd3(folder: Path, *, with_t5: bool = True, **config: Any) -> Any:
     sizes: dict[str, Any] = {
         "sample_size": 8,
         "patch_size": 2,
@@ -181,8 +181,8 @@ def sd3(folder: Path, **config: Any) -> Any:
         tokenizer=clip_tokenizer(folder),
         text_encoder_2=clip(CLIPTextModelWithProjection),
         tokenizer_2=clip_tokenizer(folder),
-        text_encoder_3=t5(32),
-        tokenizer_3=t5_tokenizer(),
+        text_encoder_3=t5(32) if with_t5 else None,
+        tokenizer_3=t5_tokenizer() if with_t5 else None,
     )
 
 
@@ -446,6 +446,7 @@ PIPELINES: dict[str, Callable[[Path], Any]] = {
     "sdxl": sdxl,
     "sdxl_v": lambda folder: sdxl(folder, "v_prediction"),
     "sd3": sd3,
+    "sd3_without_t5": lambda folder: sd3(folder, with_t5=False),
     "sd35": sd35,
     "flux": flux,
     "flux_schnell": lambda folder: flux(folder, guidance_embeds=False),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from pathlib import Path
 
 import pytest
 
+from dp_lora.config import identity as settings
 from dp_lora.config.identity import fingerprint, pretrained_fingerprint, run_directory
 from dp_lora.config.schema import Config
 from tests.builders.tiny import composed
@@ -44,6 +46,16 @@ from tests.builders.tiny import composed
 )
 def test_the_fingerprint_changes_with_what_can_change_the_result(override: str, default: Config) -> None:
     assert fingerprint(composed(*override.split())) != fingerprint(default)
+
+
+def test_a_new_setting_that_says_what_was_done_before_is_left_out(
+    default: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = fingerprint(default), pretrained_fingerprint(default)
+    assert dataclasses.asdict(default)["train"]["snr_gamma"] is None
+    monkeypatch.setattr(settings, "_SAY_NOTHING_NEW", ())
+    assert fingerprint(default) != before[0], "the list is of settings that would change it"
+    assert pretrained_fingerprint(default) == before[1]
 
 
 @pytest.mark.parametrize(

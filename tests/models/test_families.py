@@ -40,7 +40,8 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plain(kind: str, pipelines: Path) -> Any:
-    return diffusers.DiffusionPipeline.from_pretrained(written(kind, pipelines))
+    absent = {"text_encoder_3": None, "tokenizer_3": None} if kind == "sd3_without_t5" else {}
+    return diffusers.DiffusionPipeline.from_pretrained(written(kind, pipelines), **absent)
 
 
 def draws(model: LatentDiffusion, examples: int, k: int) -> Draws:
