@@ -145,7 +145,7 @@ def target_names(
 ) -> list[str]:
     """Full names of the modules that get an adapter: those of a group, or whose name ends in a target.
 
-    Queries and keys of the cross-attention to one token are left out: they have no effect.
+    Layers without an effect are left out, such as queries and keys of the cross-attention to one token.
 
     Args:
         unet: the network; its attention may still have to be fused for a name that ends in `to_qkv`.

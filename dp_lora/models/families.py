@@ -59,6 +59,7 @@ class Family:
         neutral: what an image is conditioned on that guidance moves away from: the pipeline's own negative
             conditions, or those of the empty prompt.
         true_guidance: whether the pipeline's call has a number of its own for guidance by neutral conditions.
+        pads: whether `encode_prompt` leaves a prompt at its own length: it is padded here, with a mask.
         call: further arguments of the pipeline's call.
     """
 
@@ -76,6 +77,7 @@ class Family:
     sample_size: int | None = None
     neutral: str = "negative"
     true_guidance: bool = False
+    pads: bool = False
     call: dict[str, Any] = field(default_factory=dict)
 
     def drawing(self, network: Any, conditions: Conditions, neutral: Conditions, guidance: float) -> Any:
@@ -243,6 +245,19 @@ def _flux2(network: Any, given: Inputs) -> Tensor:
     return latents
 
 
+def _qwen(network: Any, given: Inputs) -> Tensor:
+    count, _, height, width = given.noisy.shape
+    out: Tensor = network(
+        hidden_states=packed(given.noisy),
+        timestep=given.times / given.scale,
+        encoder_hidden_states=given.conditions["prompt_embeds"],
+        encoder_hidden_states_mask=given.conditions["prompt_embeds_mask"],
+        img_shapes=[[(1, height // 2, width // 2)]] * count,
+        return_dict=False,
+    )[0]
+    return unpacked(out, height, width)
+
+
 # The records
 
 _POOLED = ("prompt_embeds", "pooled_prompt_embeds")
@@ -325,6 +340,21 @@ FAMILIES = {
             patch=2,
             length=512,
             sample_size=128,
+        ),
+        Family(
+            pipeline="QwenImagePipeline",
+            network="QwenImageTransformer2DModel",
+            autoencoder="AutoencoderKLQwenImage",
+            predict=_qwen,
+            returns=("prompt_embeds", "prompt_embeds_mask"),
+            conditions=("prompt_embeds", "prompt_embeds_mask"),
+            packing=2,
+            patch=2,
+            length=512,
+            sample_size=128,
+            neutral="empty",
+            true_guidance=True,
+            pads=True,
         ),
         Family(
             pipeline="PixArtAlphaPipeline",

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel, VQModel
+from diffusers import AutoencoderKLQwenImage, UNet2DConditionModel, VQModel
 from torch import Tensor, nn
 
 from dp_lora.models.families import Conditions
@@ -108,7 +108,8 @@ class LatentDiffusion(nn.Module):
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one image."""
         if self.source is not None:
-            return int(self.autoencoder.config["in_channels"]), self.source.side, self.source.side
+            channels = self.autoencoder.config.get("in_channels", 3)
+            return int(channels), self.source.side, self.source.side
         factor = 2 ** (len(self.autoencoder.config["block_out_channels"]) - 1)
         _, height, width = self.latent_shape
         return int(self.autoencoder.config["in_channels"]), height * factor, width * factor
@@ -130,11 +131,13 @@ class LatentDiffusion(nn.Module):
         `decode` does, as in CompVis latent diffusion.
         """
         shift, scale = self._scaling()
-        encoded = self.autoencoder.encode(images)
+        encoded = self.autoencoder.encode(images.unsqueeze(2) if self._of_frames else images)
         if not hasattr(encoded, "latent_dist"):
             latents = encoded.latents if isinstance(self.autoencoder, VQModel) else encoded.latent
             return latents * scale, torch.zeros_like(latents)
         mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
+        if self._of_frames:
+            mean, std = mean.squeeze(2), std.squeeze(2)
         if self._in_squares:
             mean, std = F.pixel_unshuffle(mean, 2), F.pixel_unshuffle(std, 2)
         return (mean if shift is None else mean - shift) * scale, std * scale
@@ -145,13 +148,19 @@ class LatentDiffusion(nn.Module):
         plain = latents / scale if shift is None else latents / scale + shift
         if self._in_squares:
             plain = F.pixel_shuffle(plain, 2)
-        images: Tensor = self.autoencoder.decode(plain).sample
+        images: Tensor = self.autoencoder.decode(plain.unsqueeze(2) if self._of_frames else plain).sample
+        images = images.squeeze(2) if self._of_frames else images
         return images.clamp(-1, 1)
 
     @property
     def _in_squares(self) -> bool:
         """Whether latents are squares of four of the autoencoder's, scaled by statistics of it (FLUX.2)."""
         return isinstance(getattr(self.autoencoder, "bn", None), Statistics)
+
+    @property
+    def _of_frames(self) -> bool:
+        """Whether the autoencoder takes films, of which an image is one frame (Qwen-Image)."""
+        return isinstance(self.autoencoder, AutoencoderKLQwenImage)
 
     def _scaling(self) -> tuple[Any, Any]:
         """The shift and the scale of latents, each a number or [1, c, 1, 1]; no shift: None."""
@@ -164,7 +173,7 @@ class LatentDiffusion(nn.Module):
         if mean is None or std is None:
             return config.get("shift_factor"), config["scaling_factor"]
         shape, device = (1, -1, 1, 1), self.autoencoder.device
-        scale = config["scaling_factor"] / torch.tensor(std, device=device).view(shape)
+        scale = config.get("scaling_factor", 1.0) / torch.tensor(std, device=device).view(shape)
         return torch.tensor(mean, device=device).view(shape), scale
 
     def condition(self, labels: Tensor) -> Tensor | Conditions:

@@ -14,6 +14,8 @@ from typing import Any
 from diffusers import (
     AutoencoderKL,
     DiTTransformer2DModel,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
     UNet2DConditionModel,
     UNet2DModel,
     VQModel,
@@ -68,13 +70,30 @@ def shorten_cross_attention(unet: nn.Module) -> None:
 
 
 def without_effect(unet: nn.Module) -> set[str]:
-    """Names of the modules that feed only the queries and keys of attention to one token."""
-    names: set[str] = set()
+    """Names of the modules that change nothing of what the network predicts.
+
+    They feed only the queries and keys of attention to one token, or the text after the last block.
+    """
+    names = _text_at_the_end(unet)
     for name, attention in attentions(unet):
         if isinstance(attention.processor, SingleTokenAttention):
             block = name.rpartition(".")[0]
             names |= {f"{name}.to_q", f"{name}.to_k", f"{block}.norm2"}
     return names
+
+
+def _text_at_the_end(network: nn.Module) -> set[str]:
+    """Names of the modules of the last block that only the text passes, where it goes no further."""
+    ends = {
+        SD3Transformer2DModel: ("attn.add_q_proj",),
+        QwenImageTransformer2DModel: ("attn.add_q_proj", "attn.to_add_out", "txt_mlp"),
+    }.get(type(network))
+    if ends is None:
+        return set()
+    blocks = list(network.get_submodule("transformer_blocks").children())
+    last = f"transformer_blocks.{len(blocks) - 1}"
+    parts = {f"{last}.{end}": network.get_submodule(f"{last}.{end}") for end in ends}
+    return {name for root, part in parts.items() for name, _ in part.named_modules(prefix=root)}
 
 
 def fuses(unet: nn.Module) -> bool:

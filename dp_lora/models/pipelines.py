@@ -241,7 +241,8 @@ def _of_family(family: Family, folder: Path, index: dict[str, Any], given: Given
     keep_statistics(autoencoder)
     scheduler, predicts_v = _scheduler(folder, index)
     squares = math.prod(autoencoder.config.get("patch_size") or (1,)) * family.packing**2
-    channels = network.config["in_channels"], autoencoder.config["latent_channels"] * squares
+    latents = autoencoder.config.get("latent_channels") or autoencoder.config["z_dim"]
+    channels = network.config["in_channels"], latents * squares
     if channels[0] != channels[1]:
         raise UserError(
             f"model.pretrained: {folder}: a network for {channels[0]} channels on latents of {channels[1]}; "

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dp_lora.config.schema import PROMPT, SamplerConfig
@@ -185,6 +186,8 @@ class PipelinePrompts(Prompts):
         with silent():
             found = self.pipe.encode_prompt(**{name: v for name, v in options.items() if name in known})
         named = dict(zip(self.family.returns, found, strict=True))
+        if self.family.pads:
+            named = _padded(named, self.length or 0)
         kept = {name: named[f"negative_{name}" if negative else name] for name in self.family.conditions}
         # Kept in the machine's memory: those of many captions would fill a GPU's.
         return {
@@ -215,6 +218,14 @@ class PipelinePrompts(Prompts):
         }
 
 
+def _padded(named: Mapping[str, Any], length: int) -> dict[str, Tensor]:
+    """The text [1, length, d] and its mask [1, length] of one prompt, whose mask may be None for all ones."""
+    (text_name, text), (mask_name, mask) = named.items()
+    mask = torch.ones(text.shape[:2], dtype=torch.int64, device=text.device) if mask is None else mask
+    rest = length - text.shape[1]
+    return {text_name: F.pad(text, (0, 0, 0, rest)), mask_name: F.pad(mask, (0, rest))}
+
+
 def _joined(parts: Sequence[Conditions]) -> Conditions:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
@@ -225,7 +236,8 @@ def sides(network: Any, autoencoder: Any, family: Family, asked: int | None) -> 
     Raises ValueError with the number that the side has to be a multiple of.
     """
     config = autoencoder.config
-    blocks = config.get("block_out_channels") or config["encoder_block_out_channels"]
+    names = ("block_out_channels", "encoder_block_out_channels", "dim_mult")
+    blocks = next(config[name] for name in names if config.get(name))
     factor = 2 ** (len(blocks) - 1) * (config.get("patch_size") or (1, 1))[0]
     published = network.config.get("sample_size") or family.sample_size
     side = int(published or 0) * factor if asked is None else asked

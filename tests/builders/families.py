@@ -20,6 +20,8 @@ from transformers import (
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
     T5Config,
@@ -49,7 +51,9 @@ CAPTIONS = ["a", "a red fox", "", "b c d e f g", "fox fox fox"]
 
 def length_of(kind: str) -> int | None:
     """The tokens of a prompt, where the pipeline asks."""
-    return {"sdxl": None, "sdxl_v": None, "lumina2": scripts.LUMINA_LENGTH}.get(kind, scripts.LENGTH)
+    return {"sdxl": None, "sdxl_v": None, "lumina2": scripts.LUMINA_LENGTH, "qwen": scripts.QWEN_LENGTH}.get(
+        kind, scripts.LENGTH
+    )
 
 
 def autoencoder(channels: int, **config: Any) -> Any:
@@ -442,6 +446,40 @@ def aura_flow(folder: Path) -> Any:
     )
 
 
+def qwen(folder: Path) -> Any:
+    transformer = diffusers.QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(2, 2, 4),
+    )
+    vae = diffusers.AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.1, 0.0, -0.1, 0.2],
+        latents_std=[1.0, 2.0, 1.5, 0.5],
+    )
+    sight = {"hidden_size": 16, "intermediate_size": 16, "depth": 1, "num_heads": 2, "out_hidden_size": 16}
+    text = {**_SMALL, "num_hidden_layers": 1, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=sight)
+    shaken(transformer)
+    _read_text(transformer.transformer_blocks)
+    return diffusers.QwenImagePipeline(
+        scheduler=flow(shift=3.0, use_dynamic_shifting=True),
+        vae=shaken(vae),
+        text_encoder=shaken(Qwen2_5_VLForConditionalGeneration(config)),
+        tokenizer=t5_tokenizer(),
+        transformer=transformer,
+    )
+
+
 PIPELINES: dict[str, Callable[[Path], Any]] = {
     "sdxl": sdxl,
     "sdxl_v": lambda folder: sdxl(folder, "v_prediction"),
@@ -453,6 +491,7 @@ PIPELINES: dict[str, Callable[[Path], Any]] = {
     "flux2": flux2,
     "flux2_klein": flux2_klein,
     "chroma": chroma,
+    "qwen": qwen,
     "pixart_alpha": lambda folder: pixart(diffusers.PixArtAlphaPipeline, sample_size=128),
     "pixart_sigma": lambda folder: pixart(diffusers.PixArtSigmaPipeline),
     "sana": sana,

@@ -5,11 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import ChromaPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import (
+    ChromaPipeline,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    QwenImagePipeline,
+)
 from torch import Tensor
 
-LENGTH, LUMINA_LENGTH = 12, 200
-"""Tokens of a prompt, where the pipeline asks; Lumina's begin with an instruction of 160 letters."""
+LENGTH, LUMINA_LENGTH, QWEN_LENGTH = 12, 200, 280
+"""Tokens of a prompt, where the pipeline asks; those of two have an instruction around them."""
 
 
 def loss(pipe: Any, latents: Tensor, prompt: str, timestep: int, noise: Tensor, side: int) -> Tensor:
@@ -122,6 +128,23 @@ def _flux2(pipe: Any, noisy: Tensor, prompt: str, timesteps: Tensor) -> Tensor:
     return unpacked
 
 
+def _qwen(pipe: Any, noisy: Tensor, prompt: str, timesteps: Tensor) -> Tensor:
+    # Its prompt has its own length and no mask.
+    embeds, mask = pipe.encode_prompt(prompt)
+    count, channels, height, width = noisy.shape
+    predicted = pipe.transformer(
+        hidden_states=QwenImagePipeline._pack_latents(noisy, count, channels, height, width),
+        timestep=timesteps / 1000,
+        encoder_hidden_states=embeds,
+        encoder_hidden_states_mask=mask,
+        img_shapes=[(1, height // 2, width // 2)] * count,
+    ).sample
+    factor = pipe.vae_scale_factor
+    unpacked = QwenImagePipeline._unpack_latents(predicted, height * factor, width * factor, factor)
+    latents: Tensor = unpacked[:, :, 0]
+    return latents
+
+
 def _chroma(pipe: Any, noisy: Tensor, prompt: str, timesteps: Tensor) -> Tensor:
     embeds, text_ids, mask, *_ = pipe.encode_prompt(prompt, max_sequence_length=LENGTH)
     count, channels, height, width = noisy.shape
@@ -146,6 +169,7 @@ _PREDICT = {
     "Flux2Pipeline": _flux2,
     "Flux2KleinPipeline": _flux2,
     "ChromaPipeline": _chroma,
+    "QwenImagePipeline": _qwen,
     "SanaPipeline": _sana,
     "Lumina2Pipeline": _lumina2,
     "AuraFlowPipeline": _aura_flow,

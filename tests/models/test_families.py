@@ -149,6 +149,7 @@ def _feed_forward(kind: str) -> list[str]:
         "lumina2": "linear_3",
         "aura_flow": "linear_2",
         "flux2": "linear_out",
+        "qwen": "img_mlp.net.2",
         "flux2_klein": "linear_out",
     }
     return [ends.get(kind, "proj_mlp" if kind.startswith(("flux", "chroma")) else "ff.net.2")]
@@ -206,7 +207,7 @@ def test_images_are_those_of_the_pipeline_s_own_call(kind: str, guidance: float,
         "num_inference_steps": 3,
         "output_type": "pt",
     }
-    if kind == "flux_schnell" and guidance > 1:
+    if kind in ("flux_schnell", "qwen") and guidance > 1:
         given |= {"true_cfg_scale": guidance, "negative_prompt": [""] * 3}
     if length_of(kind) is not None:
         given["max_sequence_length"] = length_of(kind)
@@ -214,7 +215,7 @@ def test_images_are_those_of_the_pipeline_s_own_call(kind: str, guidance: float,
         given["use_resolution_binning"] = False
     if kind == "sana":
         given["complex_human_instruction"] = None
-    latents = packed(noise) if kind in ("flux", "flux_schnell", "chroma") else noise
+    latents = packed(noise) if kind in ("flux", "flux_schnell", "chroma", "qwen") else noise
     expected = pipe(prompt=list(model.classes), latents=latents, guidance_scale=guidance, **given).images
     pixels = (expected * 255).round().numpy()
     assert abs(pixels - drawn).max() <= 1

@@ -60,13 +60,14 @@ PUBLISHED = {
         2_567_463_684,
         {(640, 640): 6 * 10, (2048, 640): 2 * 10, (1280, 1280): 6 * 60, (2048, 1280): 2 * 60},
     ),
-    # Four projections of the image and four of the text a block; the text does not leave the last one.
+    # Four projections of the image and four of the text a block. The text does not leave the last one,
+    # which has no projection out of it, and whose queries of the text have no effect.
     "stable-diffusion-3-medium": Published(
         "StableDiffusion3Pipeline",
         {**_SD3, "num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536,
          "pos_embed_max_size": 192},
         2_028_328_000,
-        {(1536, 1536): 8 * 24 - 1},
+        {(1536, 1536): 8 * 24 - 2},
     ),
     # 13 blocks have a second attention to the image.
     "stable-diffusion-3.5-medium": Published(
@@ -74,14 +75,14 @@ PUBLISHED = {
         {**_SD3, "num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536,
          "pos_embed_max_size": 384, "qk_norm": "rms_norm", "dual_attention_layers": tuple(range(13))},
         2_243_171_520,
-        {(1536, 1536): 8 * 24 - 1 + 4 * 13},
+        {(1536, 1536): 8 * 24 - 2 + 4 * 13},
     ),
     "stable-diffusion-3.5-large": Published(
         "StableDiffusion3Pipeline",
         {**_SD3, "num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432,
          "pos_embed_max_size": 192, "qk_norm": "rms_norm"},
         8_056_627_520,
-        {(2432, 2432): 8 * 38 - 1},
+        {(2432, 2432): 8 * 38 - 2},
     ),
     # 19 blocks with eight projections, 38 with three.
     "FLUX.1-dev": Published(
@@ -96,6 +97,8 @@ PUBLISHED = {
         {(6144, 6144): 8 * 8, (6144, 55296): 48, (24576, 6144): 48},
     ),
     "Chroma1-HD": Published("ChromaPipeline", {}, 8_899_983_424, {(3072, 3072): 8 * 19 + 3 * 38}),
+    # As SD 3, but the last block has a projection out of the text, without an effect.
+    "Qwen-Image": Published("QwenImagePipeline", {}, 20_430_401_088, {(3072, 3072): 8 * 60 - 2}),
     "PixArt-Sigma-XL-2-1024-MS": Published(
         "PixArtSigmaPipeline",
         {"caption_channels": 4096, "cross_attention_dim": 1152, "use_additional_conditions": False},
