@@ -161,6 +161,19 @@ def _only(given: Draws, i: int) -> Draws:
     return latents[one], labels[one], timesteps[one], noise[one]
 
 
+@pytest.mark.parametrize("kind", PIPELINES)
+@torch.inference_mode()
+def test_an_example_does_not_depend_on_the_others(kind: str, pipelines: Path) -> None:
+    model = model_of(kind, pipelines, CAPTIONS)
+    latents, labels, timesteps, noise = draws(model, len(CAPTIONS), 2)
+    loss = per_example_loss(model, latents, labels, timesteps, noise)[0]
+    assert model.prompts is not None
+    model.prompts.use([CAPTIONS[0], *("much longer than it was" for _ in CAPTIONS[1:])])
+    latents[1:] *= 100.0
+    noise[1:] = noise[1:].flip(1)
+    assert torch.allclose(per_example_loss(model, latents, labels, timesteps, noise)[0], loss, rtol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["sdxl", "sd3", "flux"])
 @torch.inference_mode()
 def test_a_condition_does_not_depend_on_other_prompts(kind: str, pipelines: Path) -> None:
