@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
     CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    Gemma2Config,
-    Gemma2Model,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
-    PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
-    T5Config,
-    T5EncoderModel,
     UMT5Config,
     UMT5EncoderModel,
 )
@@ -33,17 +23,23 @@ from transformers import (
 from dp_lora.models.folders import LatentDiffusion, load
 from tests.builders import scripts
 from tests.builders.architectures import CLASSES, shaken
-
-SIDE = 16
-"""Of the images, in pixels; the latents' is 8."""
+from tests.builders.pipeline_parts import (
+    SIDE,
+    SMALL,
+    autoencoder,
+    clip,
+    clip_tokenizer,
+    flow,
+    gemma,
+    t5,
+    t5_tokenizer,
+)
 
 
 def side_of(kind: str) -> int:
     """The side of the images of a kind: Sana's pipeline takes multiples of 32."""
     return 32 if kind == "sana" else SIDE
 
-
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 CAPTIONS = ["a", "a red fox", "", "b c d e f g", "fox fox fox"]
 """Of different lengths."""
@@ -54,75 +50,6 @@ def length_of(kind: str) -> int | None:
     return {"sdxl": None, "sdxl_v": None, "lumina2": scripts.LUMINA_LENGTH, "qwen": scripts.QWEN_LENGTH}.get(
         kind, scripts.LENGTH
     )
-
-
-def autoencoder(channels: int, **config: Any) -> Any:
-    sizes: dict[str, Any] = {
-        "down_block_types": ("DownEncoderBlock2D",) * 2,
-        "up_block_types": ("UpDecoderBlock2D",) * 2,
-        "block_out_channels": (8, 16),
-        "norm_num_groups": 4,
-        "sample_size": SIDE,
-        "scaling_factor": 0.3,
-    }
-    return shaken(diffusers.AutoencoderKL(latent_channels=channels, **{**sizes, **config}))
-
-
-def clip(kind: Any = CLIPTextModel, width: int = 12) -> Any:
-    config = CLIPTextConfig(
-        vocab_size=64,
-        hidden_size=width,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=8,
-        projection_dim=width,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-    return shaken(kind(config))
-
-
-def t5(width: int = 16) -> Any:
-    config = T5Config(vocab_size=40, d_model=width, d_kv=4, d_ff=16, num_layers=2, num_heads=2)
-    return shaken(T5EncoderModel(config))
-
-
-def clip_tokenizer(folder: Path, **config: Any) -> CLIPTokenizer:
-    """A tokenizer of single letters, as CLIP's files say them."""
-    words = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
-    files = folder.with_name(f"{folder.name}-tokens")
-    files.mkdir(exist_ok=True)
-    (files / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
-    (files / "merges.txt").write_text("#version: 0.2\n")
-    special = ("<|startoftext|>", *("<|endoftext|>",) * 3)
-    names = ("bos_token", "eos_token", "unk_token", "pad_token")
-    return CLIPTokenizer.from_pretrained(
-        files, **{"model_max_length": 8, **dict(zip(names, special, strict=True)), **config}
-    )
-
-
-def t5_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of words, letter by letter, that pads and ends as T5's does."""
-    words = {word: i for i, word in enumerate(("<pad>", "</s>", "<unk>", "<bos>", *LETTERS))}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A </s>", pair="$A $B </s>", special_tokens=[("</s>", 1)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        bos_token="<bos>",
-        model_max_length=32,
-    )
-
-
-def flow(**config: Any) -> Any:
-    return diffusers.FlowMatchEulerDiscreteScheduler(**config)
 
 
 def sdxl(folder: Path, prediction_type: str = "epsilon") -> Any:
@@ -266,28 +193,15 @@ def _flux2(text_encoder: Any, guidance_embeds: bool) -> dict[str, Any]:
     }
 
 
-_SMALL: dict[str, Any] = {
-    "vocab_size": 40,
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "bos_token_id": 3,
-}
-
-
 def flux2_klein(folder: Path) -> Any:
-    text = Qwen3ForCausalLM(Qwen3Config(num_hidden_layers=28, **_SMALL))
+    text = Qwen3ForCausalLM(Qwen3Config(num_hidden_layers=28, **SMALL))
     return diffusers.Flux2KleinPipeline(**_flux2(text, guidance_embeds=False))
 
 
 def flux2(folder: Path) -> Any:
     sight = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = Mistral3Config(
-        text_config={"model_type": "mistral", "num_hidden_layers": 31, **_SMALL},
+        text_config={"model_type": "mistral", "num_hidden_layers": 31, **SMALL},
         vision_config={"model_type": "pixtral", "image_size": 8, "patch_size": 4, **sight},
     )
     text = Mistral3ForConditionalGeneration(config)
@@ -340,22 +254,6 @@ def pixart(kind: Any, **config: Any) -> Any:
         transformer=shaken(diffusers.PixArtTransformer2DModel(**{**sizes, **config})),
         scheduler=scheduler,
     )
-
-
-def gemma() -> Any:
-    config = Gemma2Config(
-        vocab_size=40,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=3,
-    )
-    return shaken(Gemma2Model(config))
 
 
 def sana(folder: Path) -> Any:
@@ -467,7 +365,7 @@ def qwen(folder: Path) -> Any:
         latents_std=[1.0, 2.0, 1.5, 0.5],
     )
     sight = {"hidden_size": 16, "intermediate_size": 16, "depth": 1, "num_heads": 2, "out_hidden_size": 16}
-    text = {**_SMALL, "num_hidden_layers": 1, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
+    text = {**SMALL, "num_hidden_layers": 1, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
     config = Qwen2_5_VLConfig(text_config=text, vision_config=sight)
     shaken(transformer)
     _read_text(transformer.transformer_blocks)
