@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dp_lora.commands.sample import main as draw_more
 from dp_lora.config.schema import Config
 from dp_lora.errors import UserError
 from dp_lora.jobs.stages import run
@@ -89,8 +91,29 @@ def test_a_family_goes_through_the_stages(kind: str, job: Callable[..., Config],
     assert (out / "adapter" / "adapter_model.safetensors").stat().st_size > 1000
 
 
+def test_more_images_are_drawn_from_a_finished_run(
+    job: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = Path(run(job("sd35"))["directory"])
+    drawn = {}
+    for name, words in {"again": [], "guided": ["guidance=4"], "asked": ["prompt=a fox"]}.items():
+        monkeypatch.setattr(sys, "argv", ["dp-lora-sample", str(directory), f"name={name}", *words])
+        draw_more()
+        drawn[name] = np.load(directory / "samples" / name / "samples.npz")["images"]
+    assert np.array_equal(drawn["again"], np.load(directory / "samples.npz")["images"])
+    assert not np.array_equal(drawn["again"], drawn["guided"])
+    assert not np.array_equal(drawn["again"], drawn["asked"])
+
+
 def test_a_base_in_bfloat16_goes_through_the_stages(job: Callable[..., Config]) -> None:
-    directory = Path(run(job("flux", "model.base_precision=bfloat16"))["directory"])
+    evaluated = (
+        "stages=[finetune,sample,evaluate]",
+        "evaluation.classifier_epochs=1",
+        "sampler.num_samples=8",
+    )
+    result = run(job("flux", "model.base_precision=bfloat16", *evaluated))
+    directory = Path(result["directory"])
+    assert "fd_lite0" in result
     assert json.loads((directory / "privacy.json").read_text())["complete"] is True
     assert np.load(directory / "samples.npz")["images"].std() > 5
 
