@@ -28,6 +28,7 @@ from dp_lora.auditing.noise_tests import TESTS, ReleasedNoise, SilentNoise, larg
 from dp_lora.auditing.updates import Followed
 from dp_lora.config.schema import Config
 from dp_lora.models.diffusion import in_batches
+from dp_lora.models.families import Conditions
 from dp_lora.models.latent_diffusion import LatentDiffusion
 from dp_lora.models.latents import Latents, to_unit_range
 from dp_lora.privacy.executions import Executions
@@ -46,6 +47,9 @@ EMPTY = 512
 
 SILENT_STEPS = 4
 """Steps on no example at all, of which every trained coordinate is looked at."""
+
+_TOKENS, _CANARY, _COORDINATE = "tokens", "canary", "coordinate"
+"""The parts of a condition."""
 
 _PULL = 100.0
 """Norm of a gradient canary before the clip, in units of max(C, 1): far beyond what may pass."""
@@ -75,6 +79,7 @@ class GradientCanaries(LatentDiffusion):
             model.classes,
             prompts=model.prompts,
             predicts_v=model.predicts_v,
+            source=model.source,
         )
         self.null_embedding = model.null_embedding
         self.count, self.first_label = count, len(model.classes)
@@ -84,16 +89,14 @@ class GradientCanaries(LatentDiffusion):
         nn.init.zeros_(self.canaries.weight)
         self.to(model.unet.device)
         self._error = math.sqrt(_PULL * max(max_grad_norm, 1.0) / 2)
-        with torch.no_grad():
-            self._tokens = super().condition(torch.zeros(1, dtype=torch.int64, device=self.device)).shape[1:]
 
     @property
     def device(self) -> torch.device:
         """The device of the parameters."""
         return self.canaries.weight.device
 
-    def condition(self, labels: Tensor) -> Tensor:
-        """[B, tokens d + 2]: the model's own condition, whether it is a canary, the canary's coordinate."""
+    def condition(self, labels: Tensor) -> Conditions:
+        """The model's own condition, and [B, 1] each: whether it is a canary, the canary's coordinate."""
         own = labels < self.first_label
         inner = super().condition(labels.where(own, 0))
         number = (labels - self.first_label).clamp(min=0)
@@ -103,19 +106,24 @@ class GradientCanaries(LatentDiffusion):
         answer = self.canaries(chosen) * F.one_hot(number // columns, rows) * mask
         # Zero, with the gradient of the coordinate.
         coordinate = (answer - answer.detach()).sum(1, keepdim=True)
-        return torch.cat([inner.flatten(1), mask.to(inner), coordinate.to(inner)], 1)
+        own_parts = inner if isinstance(inner, dict) else {_TOKENS: inner}
+        return {**own_parts, _CANARY: mask, _COORDINATE: coordinate}
 
-    def predict_noise_of(self, noisy_latents: Tensor, timesteps: Tensor, conditions: Tensor | None) -> Tensor:
-        """The noise that the model predicts; for a canary the noise itself and an error with one gradient."""
-        assert conditions is not None
-        inner, canary, coordinate = conditions[:, :-2], conditions[:, -2], conditions[:, -1]
+    def predict_of(
+        self, noisy_latents: Tensor, timesteps: Tensor, conditions: Tensor | Conditions | None
+    ) -> Tensor:
+        """What the network predicts; for a canary what it should, and an error with one gradient."""
+        assert isinstance(conditions, dict)
+        inner: Any = dict(conditions)
+        canary, coordinate = inner.pop(_CANARY), inner.pop(_COORDINATE)
         shape = (-1, 1, 1, 1)
-        predicted = super().predict_noise_of(noisy_latents, timesteps, inner.unflatten(1, self._tokens))
-        a: Tensor = self.scheduler.alphas_cumprod.to(noisy_latents)[timesteps].view(shape)
+        predicted = super().predict_of(noisy_latents, timesteps, inner.get(_TOKENS, inner))
+        signal, level = self.process.levels(timesteps.view(shape), noisy_latents)
         # Of zero latents the noise is known. The mean squared error is e^2 (1 + x)^2, its gradient 2 e^2.
-        noise = noisy_latents / (1 - a).sqrt()
+        noise = noisy_latents / level
+        target = self.process.target(torch.zeros_like(noise), noise, signal, level)
         error = self._error * (1 + coordinate.float().view(shape))
-        return torch.where(canary.view(shape) > 0, noise + error, predicted.float())
+        return torch.where(canary.view(shape) > 0, target + error, predicted.float())
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def losses(
         progress: told the number of finished examples, and nothing else.
     """
     device = next(model.unet.parameters()).device
-    total = len(model.scheduler.alphas_cumprod)
+    total = model.process.num_timesteps
     timesteps = ((torch.arange(draws) + 0.5) / draws * total).long().to(device)
     noise = torch.randn(draws, *model.latent_shape, generator=torch.Generator().manual_seed(seed)).to(device)
     model.eval()

@@ -54,7 +54,7 @@ def _parse(words: Sequence[str]) -> tuple[Path, list[str]]:
         if field.name not in _OTHERWISE
     ]
     listed = {
-        "sampler=PRESET": "ddim or dpmsolver, with the steps, eta and guidance of the preset",
+        "sampler=PRESET": "ddim, dpmsolver or pipeline, with the steps, eta and guidance of the preset",
         **dict.fromkeys(fields, "of the sampler; as in the run if it is not given"),
         "classes=cat:500,dog:20": "images of each class, instead of num_samples",
         "seed=0": "of the images; as in the run if it is not given",

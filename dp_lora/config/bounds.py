@@ -30,6 +30,8 @@ LARGEST_ALPHA = 1e6
 """The largest alpha of LoRA: gradients grow with alpha / rank, and are computed in float32."""
 LARGEST_GUIDANCE = 1e4
 """Latents grow with it in each step of the sampler, and are float32."""
+LARGEST_SHIFT = 1e6
+"""Beyond it all timesteps are the last one, and every weight of a loss is 1."""
 LARGEST_DECAY = 1.0
 """Weight decay takes the share (learning rate x weight decay) of each weight in a step: at most all of it."""
 
@@ -40,6 +42,7 @@ _NUMBERS: dict[str, tuple[int, int]] = {
     "train.max_steps": (1, MOST_STEPS),
     "train.expected_batch_size": (1, 10**9),
     "train.warmup_steps": (0, MOST_STEPS),
+    "model.prompt_length": (1, WIDEST),
     "sampler.steps": (1, 10**6),
     "sampler.num_samples": (1, MOST_IMAGES),
     "sampler.batch_size": (1, MOST_IMAGES),
@@ -85,11 +88,15 @@ _ABOVE_0: dict[str, float] = {
     "lora.alpha": LARGEST_ALPHA,
     "train.epochs": MOST_STEPS,
     "train.learning_rate": LARGEST_RATE,
+    "train.timestep_shift": LARGEST_SHIFT,
+    "train.snr_gamma": LARGEST_SHIFT,
     "model.pretrain.autoencoder_learning_rate": LARGEST_RATE,
     "model.pretrain.unet_learning_rate": LARGEST_RATE,
     "resources.memory_gb": 1e6,
 }
 """The largest number that a field takes, which has to be above 0."""
+
+_MAY_BE_NULL = ("lora.alpha", "train.epochs", "train.timestep_shift", "train.snr_gamma")
 
 
 def check_bounds(config: Config) -> None:
@@ -141,7 +148,7 @@ def _check_rates(config: Config) -> None:
     if not 0 < factor < math.inf:
         raise UserError(f"trainable.learning_rate_factor={factor}: expected a finite number above 0")
     own = train.embedder_learning_rate_factor
-    for name in ("weight_decay", "checkpoint_minutes", "embedder_learning_rate_factor"):
+    for name in ("weight_decay", "checkpoint_minutes", "embedder_learning_rate_factor", "noise_offset"):
         if not 0 <= getattr(train, name) < math.inf:
             raise UserError(f"train.{name}={getattr(train, name)}: expected a finite number, at least 0")
     for field, value in (
@@ -164,7 +171,7 @@ def _check_rates(config: Config) -> None:
 
 
 def _or_null(name: str) -> str:
-    return ", or null" if name in ("lora.alpha", "train.epochs") else ""
+    return ", or null" if name in _MAY_BE_NULL else ""
 
 
 def _value(config: Config, name: str) -> Any:

@@ -31,6 +31,14 @@ PRIVATE_SETTINGS = (
 take the noise away."""
 
 _CANNOT_CHANGE_THE_RESULT = ("experiment", "stages", "optimize", "tracking", "resources", "paths")
+_SAY_NOTHING_NEW = (
+    ("model", "prompt_length", None),
+    ("model", "base_precision", "float32"),
+    ("train", "timesteps", None),
+    ("train", "timestep_shift", None),
+    ("train", "snr_gamma", None),
+    ("train", "noise_offset", 0.0),
+)
 _NOR_CAN = ("microbatch", "channels_last", "compile", "checkpoint_minutes")
 """Fields of `train`."""
 
@@ -89,6 +97,10 @@ def _values(config: Config) -> dict[str, Any]:
         )
     pretrain = values["model"]["pretrain"]
     pretrain["perceptual_network"] = _one_spelling(pretrain["perceptual_network"])
+    # Where they say what was done before they were there, runs stay what they are.
+    for group, name, value in _SAY_NOTHING_NEW:
+        if values[group][name] == value:
+            del values[group][name]
     return values
 
 
@@ -108,6 +120,7 @@ def pretrained_fingerprint(config: Config) -> str:
     """Eight hexadecimal digits of what can change the weights of a public pre-training."""
     model = dataclasses.asdict(config.model)
     del model["pretrained"], model["adapter"], model["prompt"], model["pretrain"]["samples_every"]
+    del model["prompt_length"], model["base_precision"]
     public = dataclasses.asdict(config.public_data)
     public["source"] = _one_spelling(public["source"])
     pretrain = model["pretrain"]

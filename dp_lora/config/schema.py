@@ -20,8 +20,9 @@ ADJACENCIES = {
 }
 """The relations of neighbours, in words; both have the same epsilon."""
 PRECISIONS = ("float32", "bfloat16")
-SAMPLERS = ("ddim", "dpmsolver++")
+SAMPLERS = ("ddim", "dpmsolver++", "pipeline")
 EXPORTS = ("npz", "png")
+DISTRIBUTIONS = ("uniform", "logit_normal")
 SCHEDULES = ("constant", "linear", "cosine")
 DEVICES = ("auto", "cpu", "cuda")
 RESAMPLINGS = ("pad", "box", "bilinear", "bicubic", "lanczos")
@@ -79,8 +80,9 @@ class DataConfig:
     label_column: str | None = None
     """Tables: the column of the classes; null takes `attribute`, `label` or `labels`; none: one class."""
     caption_column: str | None = None
-    """Tables: the column of the texts that a text-to-image model is trained with, each as private as its
-    image; null takes `model.prompt` with the name of the class. Images are drawn by `model.prompt`."""
+    """Tables: the column of the texts that a text-to-image model is trained with; class folders: txt or
+    caption, the ending of the files with each image's text. A text is as private as its image; null takes
+    `model.prompt` with the name of the class. Images are drawn by `model.prompt`."""
     classes: list[str] | None = None
     """Keep only these classes, in this order; null keeps all."""
     train_size: int | float | None = None
@@ -194,6 +196,11 @@ class ModelConfig:
     """The prompt of a text-to-image model for an image, with {} for the name of its class."""
     adapter: str | None = None
     """Run directory, or folder of an adapter, of other images, from whose values the training starts."""
+    prompt_length: int | None = None
+    """Tokens to which every prompt is padded or cut; null: as many as the pipeline. CLIP has its own 77."""
+    base_precision: str = "float32"
+    """Of the frozen weights of a text-to-image pipeline: bfloat16 halves their memory, and the network
+    computes in it; adapters, clip and noise stay float32."""
     conditioning: str = "class"
     """class: one learnt token a class; none: the model is unconditional."""
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
@@ -283,6 +290,14 @@ class TrainConfig:
     """Decay of the moving average of the released weights, once per batch; 0 releases the last ones."""
     stratified_timesteps: bool = True
     """Spread an example's k timesteps over k equal parts of the range; false draws them independently."""
+    timesteps: str | None = None
+    """Their distribution: uniform or logit_normal; null: that of diffusers' training script for the model."""
+    timestep_shift: float | None = None
+    """Moves timesteps towards more noise: u -> s u / (1 + (s - 1) u); null: as the model's scheduler does."""
+    snr_gamma: float | None = None
+    """Weighs a timestep's loss by min(snr, gamma) / snr (Hang et al. 2023); null: by 1. Not for flows."""
+    noise_offset: float = 0.0
+    """Standard deviation of what is added to the diffusion noise of a whole channel; 0: nothing."""
     precision: str = "float32"
     microbatch: int | str = "auto"
     """Examples per forward and backward, or 'auto': the largest that fits and is worth it."""
@@ -299,6 +314,7 @@ class SamplerConfig:
     """How images are drawn from the fine-tuned model."""
 
     name: str = "dpmsolver++"
+    """ddim, dpmsolver++, or pipeline: the scheduler and the call of a text-to-image pipeline's own."""
     steps: int = 15
     eta: float = 0.0
     """DDIM only: 0 is deterministic, 1 is the paper's choice."""

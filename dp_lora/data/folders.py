@@ -44,6 +44,10 @@ NO_CLASS = "image"
 """The name of the class of images without classes."""
 
 
+TEXTS = ("txt", "caption")
+"""The endings of captions beside images."""
+
+
 class Survey(NamedTuple):
     """The kinds of files that lie anywhere in a folder."""
 
@@ -145,6 +149,11 @@ def read_folders(root: Place, visible: Visible, request: Request, preprocessing:
     Raises UserError for what is no such folder, and Damaged with all files that are no images.
     """
     field, data = request.field, request.data
+    if data.caption_column is not None and data.caption_column not in TEXTS:
+        raise UserError(
+            f"{field}.caption_column={data.caption_column}: expected {' or '.join(TEXTS)}, the ending of the "
+            "texts beside the images of class folders, or metadata.csv or parquet files with such a column"
+        )
     reader = _Reader(root, visible, request)
     roles = reader.roles()
     inside = reader.without_classes if data.label_column == "none" else reader.classes
@@ -169,6 +178,9 @@ def read_folders(root: Place, visible: Visible, request: Request, preprocessing:
     visible.tell_skipped(request.tell, field)
     unread = {role: _unread(of_role, classes) for role, of_role in files.items()}
     parts = prepare_roles(unread, preprocessing, request)
+    if data.caption_column is not None:
+        captions = {role: reader.captions(of_role) for role, of_role in files.items()}
+        parts = {role: part._replace(captions=captions[role]) for role, part in parts.items()}
     if data.name == "imagenet" and "test" not in parts and "validation" in parts:
         parts["test"] = parts.pop("validation")  # ImageNet's own test labels are not public
     return Source(classes, parts["train"], parts.get("validation"), parts.get("test"), own=True)
@@ -182,6 +194,8 @@ class _Reader:
         self.tables_left_out = request.data.layout == "folders"
         self.classes_given = bool(request.data.classes)
         self.one_class = request.data.label_column == "none"
+        self.texts = request.data.caption_column
+        self._text_of: dict[Place, Place] = {}
         self._places: dict[tuple[int, int], Place] = {}
 
     def roles(self) -> dict[str, str] | None:
@@ -233,7 +247,7 @@ class _Reader:
                 f"{self.field}.layout=folders, which leaves it out"
             )
         self._refuse_beside(folder, files)
-        return {NO_CLASS: files}
+        return {NO_CLASS: files if self.texts is None else self._with_texts(files)}
 
     def once(self, folder: Place) -> None:
         """Raises UserError for a folder that was read under another name: links, and mounts of one place."""
@@ -300,7 +314,42 @@ class _Reader:
             if not files[name]:
                 raise UserError(f"{self.field}.source: class folder {shown(path)} is empty; expected images")
             self._refuse_beside(path, files[name])
+            if self.texts is not None:
+                files[name] = self._with_texts(files[name])
         return files
+
+    def captions(self, files: Mapping[str, Sequence[Place]]) -> np.ndarray:
+        """The captions str [N] of the images that `classes` found, in their order."""
+        captions = []
+        for place in (self._text_of[image] for of_class in files.values() for image in of_class):
+            try:
+                captions.append(place.read_bytes().decode("utf-8").strip())
+            except (OSError, UnicodeError) as error:
+                # Without the error's own words: those of the caption may be among them.
+                raise UserError(
+                    f"{self.field}.source: {shown(place)} cannot be read as text; expected UTF-8"
+                ) from error
+        return np.array(captions, dtype=object)
+
+    def _with_texts(self, files: Sequence[Place]) -> list[Place]:
+        """The images among `files`, each of which has a text of its own with its name."""
+        ending = f".{self.texts}"
+        texts = {_before_ending(file): file for file in files if file.suffix.lower() == ending}
+        images = [file for file in files if file.suffix.lower() != ending]
+        for image in images:
+            text = texts.pop(_before_ending(image), None)
+            if text is None:
+                raise UserError(
+                    f"{self.field}.source: {shown(image)} has no text of its own; expected "
+                    f"{shown(image.stem)}{ending} beside it"
+                )
+            self._text_of[image] = text
+        if texts:
+            raise UserError(
+                f"{self.field}.source: {shown(min(texts.values()))} belongs to no image; expected one with "
+                "its name"
+            )
+        return images
 
     def _refuse_beside(self, folder: Place, files: Sequence[Place]) -> None:
         """Refuses folders in a class folder, and texts with the name of an image."""
@@ -311,11 +360,13 @@ class _Reader:
                 "expected images directly in each class folder"
             )
         images = {file.stem for file in files if _is_picture(file)}
-        texts = [f for f in files if f.suffix.lower() in (".txt", ".caption") and f.stem in images]
+        endings = [f".{ending}" for ending in TEXTS if ending != self.texts]
+        texts = [f for f in files if f.suffix.lower() in endings and f.stem in images]
         if texts:
+            ending = texts[0].suffix.lower().removeprefix(".")
             raise UserError(
-                f"{self.field}.source: {shown(texts[0])}: captions beside images are not read; expected "
-                f"images alone, or metadata.csv or a parquet file with {self.field}.caption_column"
+                f"{self.field}.source: {shown(texts[0])}: a caption beside an image; expected images alone, "
+                f"or {self.field}.caption_column={ending}, with which a text-to-image model is trained"
             )
 
     def _folders(self, folder: Place) -> list[Place]:
@@ -410,3 +461,8 @@ def _unread(files: Mapping[str, Sequence[Place]], classes: tuple[str, ...]) -> U
         return ((path, shown(path)) for path in paths)
 
     return Unread(np.array(labels, np.int64), contents, identity_of_places(paths))
+
+
+def _before_ending(file: Place) -> str:
+    """The path of a file without its ending."""
+    return str(file).removesuffix(file.suffix)

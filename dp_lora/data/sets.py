@@ -123,8 +123,9 @@ def load(
     source = _held_out(LOADERS[data.name](request))
     if data.caption_column is not None and source.train.captions is None:
         raise UserError(
-            f"{field}.caption_column={data.caption_column}: {data.name} was not read from a table; expected "
-            "parquet files, a data set of the hub or images with metadata.csv, or null"
+            f"{field}.caption_column={data.caption_column}: {data.name} was not read from a table or from "
+            "images; expected parquet files, a data set of the hub, images with metadata.csv or with texts "
+            "beside them, or null"
         )
     source = _split(_keep_classes(source, request), request)
     if source.own and not data.public:

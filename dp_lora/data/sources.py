@@ -133,9 +133,10 @@ def _refuse_idx(data: DataConfig, field: str) -> None:
     _refuse_unread(data, field, names, f"{data.name} is read from IDX files of 8 bits")
 
 
-def _refuse_columns(data: DataConfig, field: str) -> None:
+def _refuse_columns(data: DataConfig, field: str, but: Sequence[str] = ()) -> None:
     """Refuses, for images in folders or archives, what only tables have."""
-    names = [name for name in _OF_TABLES if name != "attribute" or data.name not in CELEBA]
+    left = ("attribute", *but) if data.name in CELEBA else but
+    names = [name for name in _OF_TABLES if name not in left]
     why = f"{data.name} was not read from a table (parquet files, metadata.csv or a data set of the hub)"
     _refuse_unread(data, field, names, why)
 
@@ -381,7 +382,7 @@ def _read_own(location: Path, request: Request, preprocessing: Preprocessing) ->
             return source
     one_class = request.data.label_column == "none"  # which folders can do without too
     columns = replace(request.data, label_column=None) if one_class else request.data
-    _refuse_columns(columns, request.field)
+    _refuse_columns(columns, request.field, but=("caption_column",))
     return folders.read_folders(root, visible, request, preprocessing)
 
 

@@ -229,10 +229,12 @@ def _model(source: Source, asked: Asked, base: Path) -> LatentDiffusion:
     from dp_lora.models import adapters
     from dp_lora.models.folders import load
 
-    own = adapters.conditions(source.adapter)
-    usual = source.config.model.prompt if own is None else own[0]
+    known, own = adapters.conditions(source.adapter), source.config.model
+    usual = own.prompt if known is None else known[0]
     prompt = usual if asked.prompt is None else asked.prompt
-    model = load(base, prompt)
+    # Without its run, nothing says the size that an adapter was trained at: the published one.
+    size = None if source.run is None else source.config.data.image_size
+    model = load(base, prompt, image_size=size, prompt_length=own.prompt_length, precision=own.base_precision)
     if asked.prompt is not None and model.prompts is None:
         raise UserError(f"prompt={asked.prompt}: the model takes no prompts; expected none")
     names = adapters.class_names(source.adapter) or _class_names(source) or model.classes

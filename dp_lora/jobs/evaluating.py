@@ -301,10 +301,18 @@ def _before(
     from dp_lora.models.diffusion import class_balanced
     from dp_lora.models.folders import load
 
+    own = config.model
+    model = load(
+        base_of(source, asked.pretrained),
+        images.prompt,
+        image_size=config.data.image_size,
+        prompt_length=own.prompt_length,
+        precision=own.base_precision,
+    )
     # As the job does, whatever the images were drawn by.
     adapter = None if source.run is None else adapter_before(source.run)
     make = with_classes if adapter is None else first_values
-    model = make(load(base_of(source, asked.pretrained), images.prompt), config, samples.classes, adapter)
+    model = make(model, config, samples.classes, adapter)
     n, labels = len(samples.labels), torch.from_numpy(samples.labels)
     drawing = replace(
         config,

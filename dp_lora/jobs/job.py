@@ -79,7 +79,15 @@ class Job:
         """
         from dp_lora.models.folders import load
 
-        return load(self.pretrained, self.config.model.prompt)
+        model = self.config.model
+        size = self.config.data.image_size
+        return load(
+            self.pretrained,
+            model.prompt,
+            image_size=size,
+            prompt_length=model.prompt_length,
+            precision=model.base_precision,
+        )
 
     @property
     def adapter_digest(self) -> str | None:

@@ -18,6 +18,8 @@ from dp_lora.data.sets import expected_train_size
 from dp_lora.data.sources import check_fields
 from dp_lora.errors import UserError
 from dp_lora.models.folders import LatentDiffusion, build, find, outline
+from dp_lora.models.pipelines import is_pipeline, pipeline_name
+from dp_lora.models.sample import refuse_sampler
 
 
 def check_settings(config: Config) -> None:
@@ -50,7 +52,8 @@ def outline_of(config: Config) -> LatentDiffusion:
     other, and for a `model.pretrained` that is none.
     """
     if config.model.pretrained is not None:
-        return outline(find(config.model.pretrained))
+        size, length = config.data.image_size, config.model.prompt_length
+        return outline(find(config.model.pretrained), image_size=size, prompt_length=length)
     public = config.public_data
     return _built(json.dumps(dataclasses.asdict(config.model)), public.channels, public.image_size)
 
@@ -75,14 +78,37 @@ def check_fit(config: Config, model: LatentDiffusion, found: Sequence[int]) -> N
             f"data.caption_column={config.data.caption_column}: the model has no text encoder; expected null "
             "or a text-to-image pipeline as model.pretrained"
         )
+    if config.train.snr_gamma is not None and model.process.flows:
+        raise UserError(
+            f"train.snr_gamma={config.train.snr_gamma}: the model is a flow, whose loss has no such weights; "
+            "expected null"
+        )
+    if config.model.base_precision != "float32" and (
+        model.source is None or config.trainable.components != ["lora"]
+    ):
+        raise UserError(
+            f"model.base_precision={config.model.base_precision}: expected float32, or a text-to-image "
+            "pipeline with trainable.components=[lora]"
+        )
+    if "sample" in config.stages:
+        refuse_sampler(model, config.sampler.name)
     if tuple(found) != tuple(model.image_shape):
         raise UserError(
             f"data.name={config.data.name}: images of {_by(found)}, expected {_by(model.image_shape)}, which "
-            f"the autoencoder of model.name={config.model.name} takes{_way_out(config)}"
+            f"{_who(config)} takes{_way_out(config)}"
         )
     if "lora" in config.trainable.components:
         lora = config.lora
         target_names(model.unet, lora.target_modules, lora.rank, cap_rank=lora.cap_rank)
+
+
+def _who(config: Config) -> str:
+    """What takes images of one size: a pipeline, or the autoencoder of a model of ours."""
+    if config.model.pretrained is not None:
+        folder = find(config.model.pretrained)
+        if is_pipeline(folder):
+            return f"the {pipeline_name(folder)} that model.pretrained names"
+    return f"the autoencoder of model.name={config.model.name}"
 
 
 def _way_out(config: Config) -> str:

@@ -60,6 +60,8 @@ class Training:
     """That were begun."""
     private: bool
     """False without noise, and with noise from a seed."""
+    adjacency: str
+    """The relation of its guarantee: a value of `privacy.adjacency`."""
     same_images: bool
     """Whether it was on the images of the run that lists it, or on some of them."""
 
@@ -124,6 +126,13 @@ def start_of(
     if source.run is None:
         return start
     behind = _behind(source.run, config, images, plan, word, goes_on=goes_on)
+    if config.privacy.adjacency == "add_or_remove" and any(
+        one.same_images and one.adjacency == "zero_out" for one in behind
+    ):
+        raise UserError(
+            f"{word}: an earlier training on these images was under privacy.adjacency=zero_out, whose sample "
+            "rate and noise follow from the number of images; expected privacy.adjacency=zero_out here too"
+        )
     # What was known when the run began stays known.
     kept = {one.run for one in _kept(directory / "checkpoint") if one.same_images}
     return replace(
@@ -151,12 +160,12 @@ def first_values(
         classes: of its private images.
         adapter: the folder of the adapter that it starts from.
     """
-    from dp_lora.models import adapters
+    from dp_lora.models import adapter_start, adapters
 
     with_classes(model, config, classes, adapter)
     adapters.attach(model, config.trainable.components, config.lora, seed=config.seed)
     if adapter is not None:
-        adapters.start(model, adapter)
+        adapter_start.start(model, adapter)
     return model
 
 
@@ -166,10 +175,10 @@ def with_classes(
     """`model`, changed in place, conditioned on `classes`; see `first_values`."""
     import torch
 
-    from dp_lora.models import adapters
+    from dp_lora.models import adapter_start
 
     if adapter is not None:
-        adapters.start_classes(model, adapter)
+        adapter_start.start_classes(model, adapter)
     if model.classes != tuple(classes):
         model.new_classes(classes, torch.Generator().manual_seed(config.seed))
     return model
@@ -193,20 +202,17 @@ def adapter_before(run: Path) -> Path | None:
     return folder
 
 
-def total(start: Start, mechanism: Mechanism, delta: float, *, private: bool, fixed: bool) -> Spent:
-    """Epsilon of `mechanism` and of all earlier trainings on the same images, at `delta`.
+def total(start: Start, mechanism: Mechanism, delta: float, *, fixed: bool) -> Spent:
+    """Epsilon of `mechanism` and of all earlier trainings on the same images, at `delta`; inf without noise.
 
     Args:
         start: of the run.
         mechanism: the steps that the run has begun.
         delta: of the run.
-        private: whether the run's own noise protects anything.
         fixed: whether all plans were fixed before the first training began.
     """
-    charges = [
-        *(Charge(one.run, "", one.mechanism, delta, one.private) for one in start.before),
-        Charge("", "", mechanism, delta, private),
-    ]
+    mechanisms = [*(one.mechanism for one in start.before), mechanism]
+    charges = [Charge("", "", one, delta, private=one.noise_multiplier > 0) for one in mechanisms]
     if fixed or not all(charge.private for charge in charges):
         return spent(charges, delta)
     return Spent(spent_adaptively(charges, delta), FILTER)
@@ -224,8 +230,7 @@ def with_earlier(record: Mapping[str, Any], start: Start, *, fixed: bool) -> dic
     if not start.before:
         return stated
     mechanism = Mechanism(record["noise_multiplier"], record["sample_rate"], record["steps"])
-    own = bool(record["private"]) and record["reproducible_noise"] is False
-    found = total(start, mechanism, record["delta"], private=own, fixed=fixed)
+    found = total(start, mechanism, record["delta"], fixed=fixed)
     # By accountant there is only what this training alone spent.
     del stated["epsilon_by_accountant"]
     return stated | {
@@ -247,12 +252,12 @@ def _check_settings(config: Config, adapter: Path) -> None:
     import torch
 
     from dp_lora.jobs.settings import outline_of
-    from dp_lora.models import adapters
+    from dp_lora.models import adapter_start, adapters
 
     model = copy.deepcopy(outline_of(config))
     with torch.device("meta"):
         adapters.attach(model, config.trainable.components, config.lora, seed=config.seed)
-    adapters.check_start(adapter, model)
+    adapter_start.check_start(adapter, model)
 
 
 def _check_finished(run: Path) -> None:
@@ -292,8 +297,16 @@ def _of_run(run: Path) -> Training:
     own = float(record.get("epsilon_of_this_training", record["epsilon"]))
     steps = max(int(record["steps"]), begun(folder) if folder.is_dir() else 0)
     private = noise > 0 and own != float("inf") and record["reproducible_noise"] is False
-    number = "" if receipt is None else receipt.run
-    return Training(number, noise, float(record["sample_rate"]), steps, private, same_images=True)
+    relation = "add_or_remove" if str(record["adjacency"]).startswith("add or remove") else "zero_out"
+    return Training(
+        run="" if receipt is None else receipt.run,
+        noise_multiplier=noise,
+        sample_rate=float(record["sample_rate"]),
+        steps=steps,
+        private=private,
+        adjacency=relation,
+        same_images=True,
+    )
 
 
 def _numbers_on(config: Config, images: ImageSplits, plan: PrivacyPlan) -> set[str]:

@@ -19,9 +19,7 @@ def epsilon_so_far(job: Job, executions: int, epsilon: float) -> float:
     if job.start is None or not job.start.before:
         return epsilon
     mechanism = Mechanism(job.plan.noise_multiplier, job.plan.sample_rate, executions)
-    private = job.plan.private and job.config.privacy.insecure_seed is None
-    fixed = job.config.privacy.fixed_beforehand
-    return total(job.start, mechanism, job.plan.delta, private=private, fixed=fixed).epsilon
+    return total(job.start, mechanism, job.plan.delta, fixed=job.config.privacy.fixed_beforehand).epsilon
 
 
 def privacy_record(job: Job, *, epsilon: float, steps: int, complete: bool) -> dict[str, Any]:

@@ -38,26 +38,19 @@ ADAPTER = "adapter_model.safetensors"
 TRAINED = "trained.safetensors"
 """Parameters that were trained in place, by their name in the model: the class embedding among them."""
 
-_SAME = {
-    "r": "lora.rank",
-    "lora_alpha": "lora.alpha",
-    "target_modules": "lora.target_modules",
-    "rank_pattern": "lora.cap_rank",
-    "alpha_pattern": "lora.alpha",
-    "peft_type": "trainable.components",
-}
-"""Fields of adapter_config.json that are alike if a training can start from an adapter; their settings."""
-
 PROMPTS = "prompts.json"
 """Of a text-to-image model: the prompt of a class and the names of the classes."""
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 """The prefix that peft puts before the names of a model's parameters."""
 
 _LORA_LAYERS = (nn.Linear, nn.Conv2d)
 _NORMS = (nn.GroupNorm, nn.LayerNorm)
 _FUSED = "to_qkv"
 _SPLIT = ("to_q", "to_k", "to_v")
+_JOINT, _JOINT_OUT = ("add_q_proj", "add_k_proj", "add_v_proj"), "to_add_out"
+"""The projections of the text in a joint attention."""
+_PARALLEL = ".to_qkv_mlp_proj"
 
 
 def attach(model: LatentDiffusion, components: Sequence[str], lora: LoraConfig, *, seed: int) -> None:
@@ -122,19 +115,30 @@ def _layers(unet: nn.Module) -> dict[str, _Layer]:
                 if inner in layers:
                     layers[inner] = _Layer(layers[inner].sides, frozenset({"conv"}))
     for name, attention in attentions(unet):
-        kind = "cross" if attention.is_cross_attention else "self"
-        out = f"{name}.to_out.0"
-        layers[out] = _Layer(layers[out].sides, frozenset({"proj", kind}))
+        joint = [f"{name}.{end}" for end in (*_JOINT, _JOINT_OUT) if f"{name}.{end}" in layers]
+        cross = getattr(attention, "is_cross_attention", False)
+        # Joint attention of image and text is neither of the two.
+        kind = set() if joint else {"cross" if cross else "self"}
+        for inner in joint:
+            group = "proj" if inner.endswith(_JOINT_OUT) else "qkv"
+            layers[inner] = _Layer(layers[inner].sides, frozenset({group}))
+        if (out := f"{name}.to_out.0") in layers:
+            layers[out] = _Layer(layers[out].sides, frozenset({"proj", *kind}))
         three = [f"{name}.{end}" for end in _SPLIT]
         if three[0] not in layers:
             fused = f"{name}.{_FUSED}"
-            layers[fused] = _Layer(layers[fused].sides, frozenset({"qkv", kind}))
+            layers[fused] = _Layer(layers[fused].sides, frozenset({"qkv", *kind}))
         elif fuses(unet):
             width_in, width_out = layers[three[0]].sides
-            layers[f"{name}.{_FUSED}"] = _Layer((width_in, 3 * width_out), frozenset({"qkv", kind}))
+            layers[f"{name}.{_FUSED}"] = _Layer((width_in, 3 * width_out), frozenset({"qkv", *kind}))
         else:
             for inner in three:
-                layers[inner] = _Layer(layers[inner].sides, frozenset({"qkv", kind}))
+                layers[inner] = _Layer(layers[inner].sides, frozenset({"qkv", *kind}))
+    for name in [name for name in layers if name.endswith(_PARALLEL)]:
+        # FLUX.2: one matrix for the attention and the layer beside it.
+        out = f"{name.removesuffix(_PARALLEL)}.to_out"
+        layers[name] = _Layer(layers[name].sides, frozenset({"qkv"}))
+        layers[out] = _Layer(layers[out].sides, frozenset({"proj"}))
     return layers
 
 
@@ -143,7 +147,7 @@ def target_names(
 ) -> list[str]:
     """Full names of the modules that get an adapter: those of a group, or whose name ends in a target.
 
-    Queries and keys of the cross-attention to one token are left out: they have no effect.
+    Layers without an effect are left out, such as queries and keys of the cross-attention to one token.
 
     Args:
         unet: the network; its attention may still have to be fused for a name that ends in `to_qkv`.
@@ -224,7 +228,15 @@ def _add_lora(model: LatentDiffusion, lora: LoraConfig, seed: int) -> None:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        inject_adapter_in_model(config, model.unet)
+        _inject(config, model.unet)
+
+
+def _inject(config: PeftLoraConfig, unet: nn.Module) -> None:
+    """Adapters in float32, whatever the precision of the frozen weights."""
+    inject_adapter_in_model(config, unet)
+    for name, parameter in unet.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()
 
 
 def _fuse_for(unet: nn.Module, names: Iterable[str]) -> None:
@@ -268,33 +280,33 @@ def export(model: LatentDiffusion, folder: Path, *, base_model: str, card: str) 
         write_json(folder / PROMPTS, values)
     config: PeftLoraConfig | None = getattr(model.unet, "peft_config", {}).get("default")
     if config is not None:
-        state = _in_three(get_peft_model_state_dict(model.unet))
-        prefixed = {_PREFIX + name: value.cpu().contiguous() for name, value in state.items()}
-        values = _plain_values(config) | {"base_model_name_or_path": base_model, "inference_mode": True}
-        save_tensors(prefixed, folder / ADAPTER, metadata(values, _PREFIX))
+        state = in_three(get_peft_model_state_dict(model.unet))
+        prefixed = {PREFIX + name: value.cpu().contiguous() for name, value in state.items()}
+        values = plain_values(config) | {"base_model_name_or_path": base_model, "inference_mode": True}
+        save_tensors(prefixed, folder / ADAPTER, metadata(values, PREFIX))
         write_json(folder / "adapter_config.json", values)
         if model.prompts is not None:
             for_other_tools(state, values, model.unet, folder)
     trained = {
-        _plain_name(name): value.detach().cpu().contiguous()
+        plain_name(name): value.detach().cpu().contiguous()
         for name, value in trainable_parameters(model).items()
         if "lora_" not in name
     }
     if trained:
-        save_tensors(_in_three(trained), folder / TRAINED, {"classes": "\n".join(model.classes)})
+        save_tensors(in_three(trained), folder / TRAINED, {"classes": "\n".join(model.classes)})
     write_atomic(folder / "README.md", card)
 
 
-def _plain_values(config: PeftLoraConfig) -> dict[str, Any]:
+def plain_values(config: PeftLoraConfig) -> dict[str, Any]:
     """The fields of adapter_config.json, in an order that is the same in every process."""
     values = {
         name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()
     }
-    targets = [name for target in values["target_modules"] for name in _names_in_three(target)]
+    targets = [name for target in values["target_modules"] for name in names_in_three(target)]
     return values | {"target_modules": sorted(targets)}
 
 
-def _names_in_three(name: str) -> list[str]:
+def names_in_three(name: str) -> list[str]:
     """The names in diffusers' own model of what is called `name` in a fused one."""
     words = name.split(".")
     if _FUSED not in words:
@@ -302,18 +314,18 @@ def _names_in_three(name: str) -> list[str]:
     return [".".join(end if word == _FUSED else word for word in words) for end in _SPLIT]
 
 
-def _in_three(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def in_three(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a fused model as those of diffusers' own: W x + B A x by rows, so A is in all three."""
     split: dict[str, Tensor] = {}
     for name, value in tensors.items():
-        names = _names_in_three(name)
+        names = names_in_three(name)
         shared = len(names) == 1 or "lora_A" in name
         parts = [value] * len(names) if shared else value.chunk(len(names))
         split |= {name: part.clone() for name, part in zip(names, parts, strict=True)}
     return split
 
 
-def _plain_name(name: str) -> str:
+def plain_name(name: str) -> str:
     """The name that the parameter has in a model without adapters."""
     return name.replace(".base_layer.", ".")
 
@@ -348,92 +360,6 @@ def conditions(folder: Path) -> tuple[str, tuple[str, ...]] | None:
     return prompt, tuple(map(str, classes))
 
 
-def check_start(folder: Path, model: LatentDiffusion) -> None:
-    """Raises UserError unless what is trained of `model` can start from the adapter that `export` wrote."""
-    own = _plain_values(model.unet.peft_config["default"]) if hasattr(model.unet, "peft_config") else {}
-    path = folder / "adapter_config.json"
-    found = read_json(path) if path.exists() else {}
-    for name, field in _SAME.items():
-        if own.get(name) != found.get(name):
-            shown = [_short(values.get(name)) for values in (found, own)]
-            raise UserError(
-                f"{field}: the adapter in {folder} has {name} {shown[0]}, and this training {shown[1]}; "
-                "expected the settings with which the adapter was made"
-            )
-    mine = {_plain_name(name) for name in trainable_parameters(model) if ".lora_" not in name}
-    theirs = _trained(folder)
-    if left_out := sorted(theirs.keys() - _in_three({name: torch.empty(3) for name in mine}).keys()):
-        raise UserError(
-            f"trainable.components: the adapter in {folder} also holds {_short(left_out)}, which this "
-            "training leaves as in the pre-trained model; expected the components with which the adapter was "
-            "made"
-        )
-
-
-def _short(value: Any) -> str:
-    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return text if len(text) <= 120 else f"{text[:117]}..."
-
-
-def start(model: LatentDiffusion, folder: Path) -> None:
-    """Gives the trained parameters of a model the values of the adapter that `export` wrote, in place.
-
-    The class embedding is left as it is: see `start_classes`.
-
-    Args:
-        model: after `attach`.
-        folder: of an adapter that `check_start` lets through.
-
-    Raises UserError when a tensor has another shape.
-    """
-    check_start(folder, model)
-    if (folder / ADAPTER).exists():
-        given = {name.removeprefix(_PREFIX): value for name, value in _read(folder / ADAPTER).items()}
-        own = get_peft_model_state_dict(model.unet)
-        set_peft_model_state_dict(model.unet, _as_one(own, given, folder / ADAPTER))
-    trained = _trained(folder)
-    trained.pop("class_embedder.weight", None)
-    own = {_plain_name(n): p for n, p in trainable_parameters(model).items() if ".lora_" not in n}
-    chosen = {name: p for name, p in own.items() if set(_names_in_three(name)) <= trained.keys()}
-    for name, value in _as_one(chosen, trained, folder / TRAINED).items():
-        chosen[name].data.copy_(value)
-
-
-def start_classes(model: LatentDiffusion, folder: Path) -> None:
-    """Gives the model the class embedding of an adapter with its classes, where the adapter has one.
-
-    New classes then begin at the mean of its embeddings (`LatentDiffusion.new_classes`).
-
-    Raises UserError when the embedding does not fit the model.
-    """
-    trained = _trained(folder)
-    embedding, names = trained.get("class_embedder.weight"), class_names(folder)
-    if embedding is None or names is None or model.class_embedder is None:
-        return
-    if embedding.shape != (len(names), model.class_embedder.embedding_dim):
-        raise UserError(
-            f"{folder / TRAINED}: class_embedder.weight {tuple(embedding.shape)} does not fit the model; "
-            f"expected {(len(names), model.class_embedder.embedding_dim)}"
-        )
-    model.class_embedder = nn.Embedding.from_pretrained(embedding.clone(), freeze=False)
-    model.classes = names
-
-
-def _as_one(own: Mapping[str, Tensor], given: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The reverse of `_in_three`, for the names of `own`. Raises UserError when the shapes do not fit."""
-    joined = {}
-    for name, value in own.items():
-        parts = [given.get(one) for one in _names_in_three(name)]
-        if any(part is None for part in parts):
-            raise UserError(f"{path}: has no {name}; expected the tensors of this model")
-        shared = len(parts) == 1 or "lora_A" in name
-        found = parts[0] if shared else torch.cat([part for part in parts if part is not None])
-        if found is None or found.shape != value.shape:
-            raise UserError(f"{path}: {name} does not fit the model; expected {tuple(value.shape)}")
-        joined[name] = found
-    return joined
-
-
 def restore(model: LatentDiffusion, folder: Path, classes: Sequence[str]) -> None:
     """Loads what `export` wrote into the pre-trained `model`, in place.
 
@@ -446,7 +372,7 @@ def restore(model: LatentDiffusion, folder: Path, classes: Sequence[str]) -> Non
     """
     if (folder / ADAPTER).exists():
         _restore_lora(model, folder)
-    trained = _trained(folder)
+    trained = trained_in(folder)
     embedding, embedder = trained.get("class_embedder.weight"), model.class_embedder
     if embedding is not None and embedder is not None:
         if embedding.shape != (len(classes), embedder.embedding_dim):
@@ -459,7 +385,7 @@ def restore(model: LatentDiffusion, folder: Path, classes: Sequence[str]) -> Non
     if model.prompts is not None:
         model.prompts.use_classes(classes)
         model.classes = tuple(classes)
-    own = {_plain_name(name): value for name, value in model.named_parameters()}
+    own = {plain_name(name): value for name, value in model.named_parameters()}
     for name, value in trained.items():
         if name not in own or own[name].shape != value.shape:
             raise UserError(f"{folder / TRAINED}: {name} {tuple(value.shape)} does not fit the model")
@@ -468,11 +394,11 @@ def restore(model: LatentDiffusion, folder: Path, classes: Sequence[str]) -> Non
 
 
 def _restore_lora(model: LatentDiffusion, folder: Path) -> None:
-    state = {name.removeprefix(_PREFIX): value for name, value in _read(folder / ADAPTER).items()}
+    state = {name.removeprefix(PREFIX): value for name, value in read_tensors(folder / ADAPTER).items()}
     try:
         config = PeftLoraConfig.from_pretrained(str(folder))
         config.base_model_name_or_path = None  # peft would look it up on the hub
-        inject_adapter_in_model(config, model.unet)
+        _inject(config, model.unet)
         fits = {name: value.shape for name, value in get_peft_model_state_dict(model.unet).items()}
     except (OSError, ValueError, TypeError) as error:
         raise _unreadable(folder, error) from error
@@ -481,12 +407,13 @@ def _restore_lora(model: LatentDiffusion, folder: Path) -> None:
     set_peft_model_state_dict(model.unet, state)
 
 
-def _trained(folder: Path) -> dict[str, Tensor]:
+def trained_in(folder: Path) -> dict[str, Tensor]:
     """The parameters of an adapter that were trained in place, by name; none where there are none."""
-    return _read(folder / TRAINED) if (folder / TRAINED).exists() else {}
+    return read_tensors(folder / TRAINED) if (folder / TRAINED).exists() else {}
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file of an adapter. Raises UserError when it cannot be read."""
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:

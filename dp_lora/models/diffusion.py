@@ -1,8 +1,4 @@
-"""The loss of one example, and the samplers.
-
-The forward process is z_t = sqrt(a_t) z_0 + sqrt(1 - a_t) eps with a_t the cumulative product of
-1 - beta (Ho et al. 2020, eq. 4); the network predicts eps.
-"""
+"""The loss of one example, and the samplers of diffusion models; `process` has the forward process."""
 
 from __future__ import annotations
 
@@ -15,13 +11,19 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
 from dp_lora.config.schema import SamplerConfig
+from dp_lora.models.families import Conditions
 from dp_lora.models.folders import LatentDiffusion
 
 
 def per_example_loss(
-    model: LatentDiffusion, latents: Tensor, labels: Tensor, timesteps: Tensor, noise: Tensor
+    model: LatentDiffusion,
+    latents: Tensor,
+    labels: Tensor,
+    timesteps: Tensor,
+    noise: Tensor,
+    weights: Tensor | None = None,
 ) -> Tensor:
-    """One loss per example: the mean over its k draws of the mean squared error of the predicted noise.
+    """One loss per example: the mean over its k draws of the mean squared error of what the network predicts.
 
     The mean over draws is taken here, before any gradient is clipped, so that an example has one gradient
     whatever k is (noise multiplicity, Dockhorn et al. 2023).
@@ -31,21 +33,32 @@ def per_example_loss(
         labels: [B].
         timesteps: [B, k].
         noise: [B, k, c, h, w], standard normal.
+        weights: [T], of the error at each timestep; None: 1.
 
     Returns:
         [B], in the order of the examples. The network sees B * k rows; row i * k + j is draw j of example i.
     """
     k = timesteps.shape[1]
-    a = model.scheduler.alphas_cumprod.to(latents)[timesteps][:, :, None, None, None]
-    noisy = a.sqrt() * latents[:, None] + (1 - a).sqrt() * noise
+    signal, level = model.process.levels(timesteps[:, :, None, None, None], latents)
+    noisy = signal * latents[:, None] + level * noise
+    condition = _repeated(model, labels, k)
+    predicted = model.predict_of(noisy.flatten(0, 1), timesteps.flatten(), condition)
+    target = model.process.target(latents[:, None], noise, signal, level)
+    errors = (predicted.float().view_as(noise) - target).square()
+    if weights is not None:
+        errors = errors * weights.to(errors)[timesteps][:, :, None, None, None]
+    return errors.flatten(1).mean(1)
+
+
+def _repeated(model: LatentDiffusion, labels: Tensor, k: int) -> Tensor | Conditions:
+    """The conditions of `labels`, k rows of each."""
     condition = model.condition(labels)
-    if condition.requires_grad:
+    parts = condition if isinstance(condition, dict) else {"": condition}
+    if any(part.requires_grad for part in parts.values()):
         # A row each: the engine sees M k rows of every layer that is trained.
-        condition = model.condition(labels.repeat_interleave(k))
-    else:
-        condition = condition.repeat_interleave(k, 0)
-    predicted = model.predict_noise_of(noisy.flatten(0, 1), timesteps.flatten(), condition)
-    return (predicted.float().view_as(noise) - noise).square().flatten(1).mean(1)
+        return model.condition(labels.repeat_interleave(k))
+    repeated = {name: part.repeat_interleave(k, 0) for name, part in parts.items()}
+    return repeated if isinstance(condition, dict) else repeated[""]
 
 
 def initial_noise(seed: int, first: int, count: int, shape: tuple[int, ...]) -> Tensor:

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from dp_lora.config.load import WEIGHTS
 from dp_lora.config.schema import PROMPT, ModelConfig
 from dp_lora.errors import UserError, did_you_mean
+from dp_lora.models.families import FAMILIES
 from dp_lora.models.latent_diffusion import UNCONDITIONAL, LatentDiffusion
 from dp_lora.models.networks import EXTRAS, build_autoencoder, build_unet, complete, shorten_cross_attention
-from dp_lora.models.pipelines import from_hub, is_pipeline, load_pipeline
+from dp_lora.models.pipelines import Given, from_hub, is_pipeline, load_pipeline, pipeline_name
 from dp_lora.storage.files import expanded
 
 __all__ = [
@@ -107,7 +108,8 @@ def digest(model: nn.Module) -> str:
     hashed = hashlib.sha256()
     for name, value in model.state_dict().items():
         hashed.update(name.encode())
-        hashed.update(value.detach().cpu().contiguous().numpy().data)
+        # As bytes: numpy knows no bfloat16.
+        hashed.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return hashed.hexdigest()
 
 
@@ -143,33 +145,71 @@ def sha256_of_weights(folder: Path) -> str:
     return hashlib.sha256("\n".join(sha256(path) for path in files).encode()).hexdigest()
 
 
-def load(folder: Path, prompt: str = PROMPT) -> LatentDiffusion:
-    """The model in `folder`, on the CPU, in float32 and in evaluation mode.
+def load(
+    folder: Path,
+    prompt: str = PROMPT,
+    *,
+    image_size: int | None = None,
+    prompt_length: int | None = None,
+    precision: str = "float32",
+) -> LatentDiffusion:
+    """The model in `folder`, on the CPU and in evaluation mode.
 
     Args:
         folder: of ours, or of a diffusers pipeline.
         prompt: of a class, with {} for its name: for text-to-image pipelines.
+        image_size: of a pipeline that takes several; None: the published one.
+        prompt_length: tokens of a prompt; None: as many as the pipeline.
+        precision: of the weights; bfloat16 for pipelines of `families` alone.
 
     Raises UserError naming the part that is missing, truncated or of another shape.
     """
-    return _load(folder, prompt, weights=True)
+    if precision != "float32" and not (is_pipeline(folder) and pipeline_name(folder) in FAMILIES):
+        raise UserError(
+            f"model.base_precision={precision}: {folder} is no {', '.join(FAMILIES)}; expected float32"
+        )
+    return _load(
+        folder,
+        prompt,
+        weights=True,
+        image_size=image_size,
+        prompt_length=prompt_length,
+        dtype=getattr(torch, precision),
+    )
 
 
-def outline(folder: Path) -> LatentDiffusion:
+def outline(
+    folder: Path, *, image_size: int | None = None, prompt_length: int | None = None
+) -> LatentDiffusion:
     """The model in `folder` without its weights, on torch's meta device: its names, shapes and classes.
 
     Raises UserError as `load` does, as far as that can be told from the headers of the files.
     """
     with torch.device("meta"):
-        return _load(folder, PROMPT, weights=False)
+        return _load(folder, PROMPT, weights=False, image_size=image_size, prompt_length=prompt_length)
 
 
-def _load(folder: Path, prompt: str, *, weights: bool) -> LatentDiffusion:
+def _load(
+    folder: Path,
+    prompt: str,
+    *,
+    weights: bool,
+    image_size: int | None,
+    prompt_length: int | None,
+    dtype: torch.dtype = torch.float32,
+) -> LatentDiffusion:
     if is_pipeline(folder):
-        return load_pipeline(folder, prompt, weights=weights).eval()
+        given = Given(prompt, weights, image_size, prompt_length, dtype)
+        return load_pipeline(folder, given).eval()
     autoencoder = _load_part(folder, "autoencoder", weights)
     unet = _load_part(folder, "unet", weights)
-    config = _read_config(folder / "scheduler" / "scheduler_config.json")
+    place = folder / "scheduler" / "scheduler_config.json"
+    config = _read_config(place)
+    named = config.get("_class_name"), config.get("prediction_type", "epsilon")
+    if named != ("DDPMScheduler", "epsilon"):
+        raise UserError(
+            f"model.pretrained: {place} has {named}, expected a DDPMScheduler, which predicts epsilon"
+        )
     with torch.device("cpu"):
         scheduler = DDPMScheduler.from_config(config)
     if isinstance(unet, UNet2DModel):

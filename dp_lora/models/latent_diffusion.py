@@ -4,8 +4,8 @@ Shapes, ranges and dtypes at the boundaries:
     images     float32 [B, C, H, W] in [-1, 1]
     latents    float32 [B, c, h, w], scaled to unit variance over the public set
     labels     int64   [B], an index into `classes`
-    conditions float32 [B, tokens, d]; no tokens for an unconditional model
-    timesteps  int64   [B] in [0, num_train_timesteps)
+    conditions float32 [B, tokens, d]; no tokens for an unconditional model; several by name in a family
+    timesteps  int64   [B] in [0, T), see `process`
 """
 
 from __future__ import annotations
@@ -15,49 +15,49 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDPMScheduler,
-    DiTTransformer2DModel,
-    UNet2DConditionModel,
-    UNet2DModel,
-    VQModel,
-)
+import torch.nn.functional as F
+from diffusers import AutoencoderKLQwenImage, UNet2DConditionModel, VQModel
 from torch import Tensor, nn
 
-from dp_lora.models.networks import shorten_cross_attention
+from dp_lora.models.families import Conditions
+from dp_lora.models.networks import Statistics, shorten_cross_attention
+from dp_lora.models.process import Process, Scheduler
 from dp_lora.models.prompts import Prompts
+from dp_lora.models.text_to_image import TextToImage
 
 UNCONDITIONAL = ("image",)
 """The one class of a model without conditions."""
 
 
 class LatentDiffusion(nn.Module):
-    """An autoencoder, a network that predicts noise, what it is conditioned on, and the forward process.
+    """An autoencoder, a denoising network, what it is conditioned on, and the forward process.
 
     Args:
-        autoencoder: with a Gaussian posterior, or quantised.
-        unet: a UNet conditioned on tokens, one that takes class embeddings [B, d] beside the timestep or is
-            unconditional, or a DiT that takes class embeddings: see `networks.take_class_table`.
+        autoencoder: with a Gaussian posterior, quantised, or deterministic.
+        unet: the network: that of a family, a UNet conditioned on tokens, one that takes class embeddings
+            [B, d] beside the timestep or is unconditional, or a DiT that takes class embeddings: see
+            `networks.take_class_table`.
         class_embedder: one row a class, and perhaps one more: see `null_class`. None without classes.
-        scheduler: the betas; its network predicts eps, see `predicts_v`.
+        scheduler: of the forward process.
         classes: their names, in the order of the labels.
         prompts: of a text-to-image model, in place of `class_embedder`.
         null_class: whether the last row of `class_embedder` stands for "no class".
-        predicts_v: whether the network was trained to predict v = sqrt(a) eps - sqrt(1 - a) z_0.
+        predicts_v: whether the network of a diffusion predicts v in place of eps.
+        source: the pipeline, where it is one of `families`.
     """
 
     def __init__(
         self,
-        autoencoder: AutoencoderKL | VQModel,
-        unet: UNet2DConditionModel | UNet2DModel | DiTTransformer2DModel,
+        autoencoder: Any,
+        unet: Any,
         class_embedder: nn.Embedding | None,
-        scheduler: DDPMScheduler,
+        scheduler: Scheduler,
         classes: Sequence[str],
         *,
         prompts: Prompts | None = None,
         null_class: bool = False,
         predicts_v: bool = False,
+        source: TextToImage | None = None,
     ) -> None:
         super().__init__()
         self.autoencoder = autoencoder
@@ -65,6 +65,9 @@ class LatentDiffusion(nn.Module):
         self.class_embedder = class_embedder
         self.prompts = prompts
         self.scheduler = scheduler
+        self.process = Process.of(scheduler, predicts_v)
+        self.source = source
+        self.distribution = "uniform" if source is None else source.family.distribution
         self.classes = tuple(classes)
         self.predicts_v = predicts_v
         self.null_embedding: Tensor | None
@@ -95,6 +98,8 @@ class LatentDiffusion(nn.Module):
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(c, h, w) of the latents of one image."""
+        if self.source is not None:
+            return self.source.latent_shape(self.unet)
         size = self.unet.config["sample_size"]
         height, width = (size, size) if isinstance(size, int) else size
         return int(self.unet.config["in_channels"]), int(height), int(width)
@@ -102,6 +107,9 @@ class LatentDiffusion(nn.Module):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one image."""
+        if self.source is not None:
+            channels = self.autoencoder.config.get("in_channels", 3)
+            return int(channels), self.source.side, self.source.side
         factor = 2 ** (len(self.autoencoder.config["block_out_channels"]) - 1)
         _, height, width = self.latent_shape
         return int(self.autoencoder.config["in_channels"]), height * factor, width * factor
@@ -122,35 +130,69 @@ class LatentDiffusion(nn.Module):
         A quantised autoencoder has no spread: its latents are those before the nearest code is taken, which
         `decode` does, as in CompVis latent diffusion.
         """
-        scale = self.autoencoder.config["scaling_factor"]
-        if isinstance(self.autoencoder, VQModel):
-            latents = self.autoencoder.encode(images).latents * scale
-            return latents, torch.zeros_like(latents)
-        posterior = self.autoencoder.encode(images).latent_dist
-        return posterior.mean * scale, posterior.std * scale
+        shift, scale = self._scaling()
+        encoded = self.autoencoder.encode(images.unsqueeze(2) if self._of_frames else images)
+        if not hasattr(encoded, "latent_dist"):
+            latents = encoded.latents if isinstance(self.autoencoder, VQModel) else encoded.latent
+            return latents * scale, torch.zeros_like(latents)
+        mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
+        if self._of_frames:
+            mean, std = mean.squeeze(2), std.squeeze(2)
+        if self._in_squares:
+            mean, std = F.pixel_unshuffle(mean, 2), F.pixel_unshuffle(std, 2)
+        return (mean if shift is None else mean - shift) * scale, std * scale
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images [B, C, H, W] in [-1, 1] of scaled latents."""
-        images: Tensor = self.autoencoder.decode(latents / self.autoencoder.config["scaling_factor"]).sample
+        shift, scale = self._scaling()
+        plain = latents / scale if shift is None else latents / scale + shift
+        if self._in_squares:
+            plain = F.pixel_shuffle(plain, 2)
+        images: Tensor = self.autoencoder.decode(plain.unsqueeze(2) if self._of_frames else plain).sample
+        images = images.squeeze(2) if self._of_frames else images
         return images.clamp(-1, 1)
 
-    def condition(self, labels: Tensor) -> Tensor:
+    @property
+    def _in_squares(self) -> bool:
+        """Whether latents are squares of four of the autoencoder's, scaled by statistics of it (FLUX.2)."""
+        return isinstance(getattr(self.autoencoder, "bn", None), Statistics)
+
+    @property
+    def _of_frames(self) -> bool:
+        """Whether the autoencoder takes films, of which an image is one frame (Qwen-Image)."""
+        return isinstance(self.autoencoder, AutoencoderKLQwenImage)
+
+    def _scaling(self) -> tuple[Any, Any]:
+        """The shift and the scale of latents, each a number or [1, c, 1, 1]; no shift: None."""
+        config = self.autoencoder.config
+        if self._in_squares:
+            mean, variance = self.autoencoder.bn.running_mean, self.autoencoder.bn.running_var
+            std = torch.sqrt(variance + config["batch_norm_eps"])
+            return mean.view(1, -1, 1, 1), 1 / std.view(1, -1, 1, 1)
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if mean is None or std is None:
+            return config.get("shift_factor"), config["scaling_factor"]
+        shape, device = (1, -1, 1, 1), self.autoencoder.device
+        scale = config.get("scaling_factor", 1.0) / torch.tensor(std, device=device).view(shape)
+        return torch.tensor(mean, device=device).view(shape), scale
+
+    def condition(self, labels: Tensor) -> Tensor | Conditions:
         """The conditions [B, tokens, d] of `labels` [B]; [B, 0, 0] for an unconditional model."""
         if self.prompts is not None:
-            embedded: Tensor = self.prompts(labels)
+            embedded: Tensor | Conditions = self.prompts(labels)
             return embedded
         if self.class_embedder is None:
             return torch.zeros(len(labels), 0, 0, device=labels.device)
         token: Tensor = self.class_embedder(labels)
         return token.unsqueeze(1)
 
-    def neutral_condition(self, count: int) -> Tensor:
+    def neutral_condition(self, count: int) -> Tensor | Conditions:
         """The condition [count, tokens, d] of no class in particular, from which guidance moves away.
 
         The empty prompt, the null class where the model has one, else the mean of the class embeddings.
         """
         if self.prompts is not None:
-            return self.condition(torch.full((count,), -1, device=self.prompts.ids.device))
+            return self.prompts.neutral(count, next(self.unet.parameters()).device)
         assert self.class_embedder is not None, "an unconditional model has no neutral condition"
         mean = self.class_embedder.weight.mean(0)
         return (mean if self.null_embedding is None else self.null_embedding[0]).expand(count, 1, -1)
@@ -159,20 +201,33 @@ class LatentDiffusion(nn.Module):
         """eps_theta(z_t, t, c), of the shape of `noisy_latents`."""
         return self.predict_noise_of(noisy_latents, timesteps, self.condition(labels))
 
-    def predict_noise_of(self, noisy_latents: Tensor, timesteps: Tensor, conditions: Tensor | None) -> Tensor:
+    def predict_noise_of(
+        self, noisy_latents: Tensor, timesteps: Tensor, conditions: Tensor | Conditions | None
+    ) -> Tensor:
         """The same for conditions [B, tokens, d], as `condition` returns them, in place of labels.
 
         An unconditional model takes None too.
         """
+        predicted = self.predict_of(noisy_latents, timesteps, conditions)
+        signal, level = self.process.levels(timesteps[:, None, None, None], noisy_latents)
+        return self.process.noise_of(predicted, noisy_latents, signal, level)
+
+    def predict_of(
+        self, noisy_latents: Tensor, timesteps: Tensor, conditions: Tensor | Conditions | None
+    ) -> Tensor:
+        """What the network itself predicts: eps, v or the velocity, see `process`."""
         predicted = self._network(noisy_latents, timesteps, conditions)
         # A network that predicts the variance too has its channels behind those of the mean.
-        predicted = predicted[:, : noisy_latents.shape[1]]
-        if not self.predicts_v:
-            return predicted
-        a: Tensor = self.scheduler.alphas_cumprod.to(noisy_latents)[timesteps][:, None, None, None]
-        return a.sqrt() * predicted + (1 - a).sqrt() * noisy_latents
+        return predicted[:, : noisy_latents.shape[1]]
 
-    def _network(self, noisy_latents: Tensor, timesteps: Tensor, conditions: Tensor | None) -> Tensor:
+    def _network(
+        self, noisy_latents: Tensor, timesteps: Tensor, conditions: Tensor | Conditions | None
+    ) -> Tensor:
+        if self.source is not None:
+            assert isinstance(conditions, dict)
+            times, scale = self.process.times(timesteps), self.process.scale
+            return self.source.predict(self.unet, noisy_latents, times, conditions, scale)
+        assert not isinstance(conditions, dict)
         if isinstance(self.unet, UNet2DConditionModel):
             out: Tensor = self.unet(
                 noisy_latents, timesteps, encoder_hidden_states=conditions, return_dict=False

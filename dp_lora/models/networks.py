@@ -14,6 +14,8 @@ from typing import Any
 from diffusers import (
     AutoencoderKL,
     DiTTransformer2DModel,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
     UNet2DConditionModel,
     UNet2DModel,
     VQModel,
@@ -51,26 +53,47 @@ class SingleTokenAttention:
         return value.expand(-1, hidden_states.shape[1], -1)
 
 
-def attentions(network: nn.Module) -> Iterator[tuple[str, Attention]]:
-    """Every attention of `network` with its name."""
-    return ((name, part) for name, part in network.named_modules() if isinstance(part, Attention))
+def attentions(network: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Every attention of `network` with its name: diffusers' own class, or one of a transformer's."""
+    return (
+        (name, part)
+        for name, part in network.named_modules()
+        if isinstance(part, Attention) or all(hasattr(part, end) for end in ("to_q", "to_k", "to_v"))
+    )
 
 
 def shorten_cross_attention(unet: nn.Module) -> None:
     """Gives every cross-attention of a network conditioned on one token the exact shortcut."""
     for _, attention in attentions(unet):
-        if attention.is_cross_attention:
+        if getattr(attention, "is_cross_attention", False):
             attention.set_processor(SingleTokenAttention())
 
 
 def without_effect(unet: nn.Module) -> set[str]:
-    """Names of the modules that feed only the queries and keys of attention to one token."""
-    names: set[str] = set()
+    """Names of the modules that change nothing of what the network predicts.
+
+    They feed only the queries and keys of attention to one token, or the text after the last block.
+    """
+    names = _text_at_the_end(unet)
     for name, attention in attentions(unet):
         if isinstance(attention.processor, SingleTokenAttention):
             block = name.rpartition(".")[0]
             names |= {f"{name}.to_q", f"{name}.to_k", f"{block}.norm2"}
     return names
+
+
+def _text_at_the_end(network: nn.Module) -> set[str]:
+    """Names of the modules of the last block that only the text passes, where it goes no further."""
+    ends = {
+        SD3Transformer2DModel: ("attn.add_q_proj",),
+        QwenImageTransformer2DModel: ("attn.add_q_proj", "attn.to_add_out", "txt_mlp"),
+    }.get(type(network))
+    if ends is None:
+        return set()
+    blocks = list(network.get_submodule("transformer_blocks").children())
+    last = f"transformer_blocks.{len(blocks) - 1}"
+    parts = {f"{last}.{end}": network.get_submodule(f"{last}.{end}") for end in ends}
+    return {name for root, part in parts.items() for name, _ in part.named_modules(prefix=root)}
 
 
 def fuses(unet: nn.Module) -> bool:
@@ -244,6 +267,27 @@ class _ResnetUpBlock(CrossAttnUpBlock2D):  # type: ignore[misc]
         for resnet in self.upsamplers or ():
             hidden_states = resnet(hidden_states, temb)
         return hidden_states
+
+
+# The statistics of FLUX.2's autoencoder
+
+
+class Statistics(nn.Module):
+    """The means and variances that a BatchNorm kept, as constants: nothing of a batch enters."""
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        super().__init__()
+        for name, value in norm.named_buffers():
+            self.register_buffer(name, value)
+
+
+def keep_statistics(autoencoder: nn.Module) -> None:
+    """Puts `Statistics` in the place of the BatchNorm whose means and variances scale FLUX.2's latents."""
+    if isinstance(norm := getattr(autoencoder, "bn", None), nn.BatchNorm2d):
+        autoencoder.bn = Statistics(norm)
 
 
 # A table of class embeddings inside of a network

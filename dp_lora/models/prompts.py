@@ -5,13 +5,14 @@ Every prompt has the tokenizer's full length, so no size tells anything about a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dp_lora.config.schema import PROMPT
+from dp_lora.models.families import Conditions
 
 _KEPT = 128
 """Prompts up to which their embeddings are computed once and kept: 30 MB at 77 tokens of 768 channels."""
@@ -62,11 +63,26 @@ class Prompts(nn.Module):
         ids: Tensor = tokens["input_ids"]
         return ids
 
-    def forward(self, indices: Tensor) -> Tensor:
+    def forward(self, indices: Tensor) -> Tensor | Conditions:
         """The embeddings [B, tokens, d] of the prompts `indices` [B]; -1 is the empty prompt."""
         if self.embeddings is not None:
             return self.embeddings[indices + 1]
         return self._encode(self.ids[indices + 1])
+
+    def neutral(self, count: int, device: torch.device) -> Tensor | Conditions:
+        """The embeddings [count, tokens, d] of the empty prompt, which guidance moves away from."""
+        return self.forward(torch.full((count,), -1, device=device))
+
+    def constants(self, captions: Sequence[str] | None) -> Iterable[Tensor]:
+        """The tokens of the prompts, and of `captions`."""
+        yield self.ids
+        if captions:
+            yield self.tokens(captions)
+
+    def settings(self) -> Mapping[str, Any] | None:
+        """The settings of the text encoder."""
+        config = getattr(self.encoder, "config", None)
+        return None if config is None else config.to_dict()
 
     @torch.no_grad()
     def _encode(self, ids: Tensor) -> Tensor:

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from dp_lora.config.schema import Config, SamplerConfig
 from dp_lora.errors import UserError, did_you_mean
-from dp_lora.models.diffusion import class_balanced, in_batches, sample_latents
+from dp_lora.models.diffusion import class_balanced, in_batches, initial_noise, sample_latents
 from dp_lora.models.folders import LatentDiffusion
 from dp_lora.models.latents import to_bytes
+from dp_lora.models.text_to_image import seeds
 from dp_lora.records.progress import Progress
 from dp_lora.storage.files import write_atomic
 
@@ -84,6 +85,7 @@ def draw(
 
     Image i depends on the model, its label, `seed`, the sampler and i alone, not on the batches.
     """
+    refuse_sampler(model, sampler.name)
     model.eval()
     device = next(model.unet.parameters()).device
     images = []
@@ -91,10 +93,33 @@ def draw(
     with Progress(len(labels), description, mode=progress_mode, unit="image", public=True) as progress:
         for batch in in_batches(len(labels), sampler.batch_size):
             chosen = labels[batch.start : batch.stop].to(device)
-            latents = sample_latents(model, chosen, sampler, seed=seed, first=batch.start)
-            images.append(to_bytes(model.decode(latents)))
+            images.append(to_bytes(_images(model, chosen, sampler, seed, batch.start)))
             progress.update(len(batch))
     return Samples(np.concatenate(images), labels.numpy(), model.classes)
+
+
+def _images(model: LatentDiffusion, labels: Tensor, sampler: SamplerConfig, seed: int, first: int) -> Tensor:
+    """Images [B, C, H, W] in [-1, 1] of `labels` [B], of which the first is image `first`."""
+    if sampler.name != "pipeline":
+        return model.decode(sample_latents(model, labels, sampler, seed=seed, first=first))
+    assert model.source is not None
+    noise = initial_noise(seed, first, len(labels), model.latent_shape).to(labels.device)
+    conditions, neutral = model.condition(labels), model.neutral_condition(len(labels))
+    assert isinstance(conditions, dict) and isinstance(neutral, dict)
+    return model.source.draw(noise, conditions, neutral, sampler, seeds(seed, first, len(labels)))
+
+
+def refuse_sampler(model: LatentDiffusion, name: str) -> None:
+    """UserError where the sampler `name` cannot draw from `model`."""
+    if name == "pipeline" and model.source is None:
+        raise UserError(
+            "sampler.name=pipeline: the model is no pipeline with a scheduler of its own here; expected ddim "
+            "or dpmsolver++"
+        )
+    if name != "pipeline" and model.process.flows:
+        raise UserError(
+            f"sampler.name={name}: the model is a flow; expected pipeline, which draws with its own scheduler"
+        )
 
 
 def save(samples: Samples, folder: Path, rows: int = 10) -> None:

@@ -115,7 +115,7 @@ def is_adapter(layer: nn.Module) -> bool:
 
 
 def fusable(layer: Any) -> bool:
-    """Whether `layer` is a plain LoRA, without dropout, on a frozen nn.Linear of the same precision."""
+    """Whether `layer` is a plain LoRA, without dropout, on a frozen nn.Linear of its precision or less."""
     base = layer.get_base_layer()
     if not isinstance(layer.lora_dropout[layer.active_adapters[0]], nn.Identity):
         return False
@@ -124,7 +124,8 @@ def fusable(layer: Any) -> bool:
     if base.bias is not None and base.bias.requires_grad:
         return False
     up = layer.lora_B[layer.active_adapters[0]]
-    return up.bias is None and up.weight.dtype == base.weight.dtype
+    precisions = (up.weight.dtype, torch.bfloat16, torch.float16)
+    return up.bias is None and base.weight.dtype in precisions
 
 
 def fused_forward(receiver: Receiver, name: str, layer: Any) -> Callable[..., Tensor]:

@@ -30,6 +30,7 @@ from dp_lora.training.divergence import Watch
 from dp_lora.training.inputs import digest
 from dp_lora.training.loop import learning_rate, run_steps
 from dp_lora.training.numerics import numerics
+from dp_lora.training.objective import Objective
 from dp_lora.training.private_training import PrivateTraining
 
 _BFLOAT16_TOLERANCE = 0.1
@@ -59,6 +60,7 @@ class FinetuneStep:
     ) -> None:
         self.sgd, self.latents, self.labels, self.train = sgd, latents, labels, train
         self.microbatch, self.halved = microbatch, halved
+        self.objective = Objective(cast(LatentDiffusion, sgd.module), train)
 
     @classmethod
     def on(
@@ -123,8 +125,7 @@ class FinetuneStep:
         model = cast(LatentDiffusion, self.sgd.module)
         device = self.sgd.parameters[0].device
         latents = self.latents.sample(rows, draws.normal("posterior", *model.latent_shape))
-        timesteps = draws.timesteps(k, len(model.scheduler.alphas_cumprod), train.stratified_timesteps)
-        noise = draws.normal("diffusion", k, *model.latent_shape)
+        timesteps, noise = self.objective.timesteps(draws, k), self.objective.noise(draws, k)
         with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bfloat16"):
             return per_example_loss(
                 model,
@@ -132,6 +133,7 @@ class FinetuneStep:
                 self.labels[rows].to(device),
                 timesteps.to(device),
                 noise.to(device),
+                self.objective.weights,
             )
 
     def _set_rates(self, number: int) -> float:
@@ -326,7 +328,8 @@ def check_engine(config: Config, model: LatentDiffusion, plan: PrivacyPlan) -> N
     """
     examples, device = 4, next(model.unet.parameters()).device
     losses = tuning.synthetic_losses(model, examples, plan.noise_multiplicity, config.seed)
-    preflight(model, losses, plan, examples)
+    low = model.source is not None and model.source.low
+    preflight(model, losses, plan, examples, **({"tolerance": _BFLOAT16_TOLERANCE} if low else {}))
     if config.train.precision == "bfloat16":
 
         def in_bfloat16(chosen: slice) -> Tensor:

@@ -40,12 +40,12 @@ def digest(
 
 def _settings(model: LatentDiffusion) -> dict[str, Any]:
     """The settings in the files beside the weights."""
-    encoder = getattr(getattr(model.prompts, "encoder", None), "config", None)
+    encoder = None if model.prompts is None else model.prompts.settings()
     return {
         "unet": _plain(model.unet.config),
         "autoencoder": _plain(model.autoencoder.config),
         "scheduler": _plain(model.scheduler.config),
-        "text_encoder": None if encoder is None else _plain(encoder.to_dict()),
+        "text_encoder": None if encoder is None else _plain(encoder),
         "predicts_v": model.predicts_v,
         "classes": list(model.classes),
     }
@@ -57,8 +57,6 @@ def _plain(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _constants(model: LatentDiffusion, captions: Sequence[str] | None) -> Iterable[Tensor]:
-    yield model.scheduler.alphas_cumprod
+    yield model.process.table
     if model.prompts is not None:
-        yield model.prompts.ids
-        if captions:
-            yield model.prompts.tokens(captions)
+        yield from model.prompts.constants(captions)

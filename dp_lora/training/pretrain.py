@@ -274,7 +274,7 @@ class DiffusionStep(_PublicStep):
         posterior = torch.randn(shape, generator=generator)
         # One timestep from each of `size` equal parts of the range: the same expectation, less variance.
         uniform = (torch.arange(size) + torch.rand(size, generator=generator)) / size
-        timesteps = (uniform * len(self.model.scheduler.alphas_cumprod)).long()[:, None]
+        timesteps = (uniform * self.model.process.num_timesteps).long()[:, None]
         noise = torch.randn(shape, generator=generator)[:, None]
         chosen, posterior, timesteps, noise = map(own_slice, (chosen, posterior, timesteps, noise))
         latents = self.latents.sample(chosen, posterior).to(device)

@@ -41,7 +41,7 @@ def synthetic_losses(model: LatentDiffusion, examples: int, k: int, seed: int) -
     shape = (examples, *model.latent_shape)
     latents = torch.randn(shape, generator=generator).to(device)
     labels = (torch.arange(examples) % len(model.classes)).to(device)
-    steps = len(model.scheduler.alphas_cumprod)
+    steps = model.process.num_timesteps
     timesteps = torch.randint(steps, (examples, k), generator=generator).to(device)
     noise = torch.randn((examples, k, *shape[1:]), generator=generator).to(device)
 

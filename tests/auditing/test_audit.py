@@ -202,7 +202,9 @@ class _Apart(ClippedGradientSum):
 def draws_apart(patched: pytest.MonkeyPatch) -> None:
     """The k draws are clipped one by one, as in the code released with the paper."""
 
-    def each(model: Any, latents: Tensor, labels: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
+    def each(
+        model: Any, latents: Tensor, labels: Tensor, timesteps: Tensor, noise: Tensor, *_: Any
+    ) -> Tensor:
         k = timesteps.shape[1]
         rows = latents.repeat_interleave(k, 0), labels.repeat_interleave(k)
         return per_example_loss(model, *rows, timesteps.reshape(-1, 1), noise.flatten(0, 1).unsqueeze(1))

@@ -191,7 +191,8 @@ def test_an_impossible_value_is_refused_by_field_and_value(name: str, default: C
 
 WHOLE = [
     "seed", "privacy.noise_multiplicity", "lora.rank", "train.max_steps", "train.expected_batch_size",
-    "train.warmup_steps", "train.microbatch", "sampler.steps", "sampler.num_samples", "sampler.batch_size",
+    "train.warmup_steps", "train.microbatch", "model.prompt_length", "sampler.steps", "sampler.num_samples",
+    "sampler.batch_size",
     "evaluation.classifier_epochs", "evaluation.deep_classifier_epochs", "evaluation.batch_size",
     "evaluation.bootstrap", "tracking.log_every", "resources.threads", "resources.nodes", "resources.gpus",
     "resources.processes", "resources.cpus", "resources.time_limit_min",

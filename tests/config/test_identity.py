@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from pathlib import Path
 
 import pytest
 
+from dp_lora.config import identity as settings
 from dp_lora.config.identity import fingerprint, pretrained_fingerprint, run_directory
 from dp_lora.config.schema import Config
 from tests.builders.tiny import composed
@@ -30,6 +32,12 @@ from tests.builders.tiny import composed
         "privacy.insecure_seed=1",
         "train.learning_rate=0.1",
         "train.precision=bfloat16",
+        "train.timesteps=logit_normal",
+        "train.timestep_shift=3",
+        "train.snr_gamma=5",
+        "train.noise_offset=0.1",
+        "model.prompt_length=64",
+        "model.base_precision=bfloat16",
         "sampler.steps=3",
         "evaluation.reference=train",
         "evaluation.bootstrap=50",
@@ -38,6 +46,16 @@ from tests.builders.tiny import composed
 )
 def test_the_fingerprint_changes_with_what_can_change_the_result(override: str, default: Config) -> None:
     assert fingerprint(composed(*override.split())) != fingerprint(default)
+
+
+def test_a_new_setting_that_says_what_was_done_before_is_left_out(
+    default: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = fingerprint(default), pretrained_fingerprint(default)
+    assert dataclasses.asdict(default)["train"]["snr_gamma"] is None
+    monkeypatch.setattr(settings, "_SAY_NOTHING_NEW", ())
+    assert fingerprint(default) != before[0], "the list is of settings that would change it"
+    assert pretrained_fingerprint(default) == before[1]
 
 
 @pytest.mark.parametrize(

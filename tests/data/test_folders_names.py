@@ -76,8 +76,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "captions": (
         both(two, lambda f: put(f / "cat/0.txt", "a cat")),
-        "data.source: {}/cat/0.txt: captions beside images are not read; expected images alone, or "
-        "metadata.csv or a parquet file with data.caption_column",
+        "data.source: {}/cat/0.txt: a caption beside an image; expected images alone, or "
+        "data.caption_column=txt, with which a text-to-image model is trained",
     ),
     "an archive": (lambda f: None, "data.source={}.tgz: an archive, which has to be unpacked; expected a "),
     "no zip archive": (

@@ -213,8 +213,8 @@ REFUSED: dict[str, tuple[Make, dict[str, Any], str]] = {
     ),
     "captions beside images": (
         lambda f: (image(f / "0.png"), put(f / "0.txt")), {},
-        "data.source: {}/0.txt: captions beside images are not read; expected images alone, or metadata.csv "
-        "or a parquet file with data.caption_column",
+        "data.source: {}/0.txt: a caption beside an image; expected images alone, or "
+        "data.caption_column=txt, with which a text-to-image model is trained",
     ),
     "a zip archive beside class folders": (
         both(two, lambda f: put(f / "images.zip")), {},

@@ -57,9 +57,9 @@ def whole(dp_lora: Callable[..., Path]) -> Path:
 def test_the_model_is_read_once_a_job(tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Path] = []
 
-    def load(folder: Path, prompt: str) -> LatentDiffusion:
+    def load(folder: Path, *given: Any, **named: Any) -> LatentDiffusion:
         read.append(folder)
-        return folders_load(folder, prompt)
+        return folders_load(folder, *given, **named)
 
     folders_load = folders.load
     monkeypatch.setattr(folders, "load", load)

@@ -108,7 +108,8 @@ def test_no_part_without_privacy_makes_a_whole_with_it(seeded: int, tiny: Callab
     first = trained(tiny(*SHORT, *given[seeded]))
     second = trained(tiny(*SHORT, f"train.continue_from={first}", *given[1 - seeded]))
     stated, card = read_json(second / "privacy.json"), (second / "adapter" / "README.md").read_text()
-    assert stated["reproducible_noise"] is True and "NO privacy guarantee" in card
+    assert stated["reproducible_noise"] is True and stated["epsilon"] > 4
+    assert "NO privacy guarantee: its noise was derived from a seed" in card
     assert "differential privacy**" not in card and "NO privacy" in stated["covers"]
 
 
@@ -232,6 +233,22 @@ def test_an_adapter_of_other_settings_is_one_line(
         run(tiny(*SHORT, f"train.continue_from={first}", *words))
     assert ledger_path(tiny()).read_bytes() == ledger, "nothing is charged"
     assert len(list((tmp_path / "outputs" / "default").iterdir())) == 1, "and nothing written"
+
+
+def test_no_training_whose_plan_tells_the_number_of_images_is_added_to_or_removed_from(
+    tiny: Callable[..., Config],
+) -> None:
+    other = ("privacy.adjacency=add_or_remove", "train.sample_rate=0.04")
+    first = trained(tiny(*SHORT))
+    with pytest.raises(
+        UserError, match=r"was under privacy\.adjacency=zero_out, whose sample rate and noise"
+    ):
+        run(tiny(*SHORT, f"train.continue_from={first}", *other))
+    # The other way round the stronger promise of the first one stays true.
+    second = trained(tiny(*SHORT, *other))
+    third = trained(tiny(*SHORT, f"train.continue_from={second}"))
+    assert read_json(third / "privacy.json")["adjacency"].startswith("zero out one image")
+    trained(tiny(*SHORT, f"train.continue_from={second}", *other, "privacy.epsilon=3"))
 
 
 def test_what_is_no_finished_run_is_one_line(tiny: Callable[..., Config], tmp_path: Path) -> None:

@@ -196,6 +196,19 @@ def _differing_tables(folder: Path) -> None:
     transformer.save_pretrained(folder / "transformer")
 
 
+def _no_length(folder: Path) -> None:
+    path = folder / "tokenizer" / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    del config["model_max_length"]
+    path.write_text(json.dumps(config))
+
+
+def _not_finite(folder: Path) -> None:
+    unet = UNet2DModel.from_pretrained(folder, subfolder="unet")
+    unet.conv_in.bias.data[0] = float("nan")
+    unet.save_pretrained(folder / "unet")
+
+
 def _outline_and_load(folder: Path) -> None:
     outline(folder)
     load(folder)
@@ -231,6 +244,37 @@ BROKEN: dict[str, tuple[str, Callable[[Path], object], str]] = {
         lambda f: _edit(f / "unet" / "config.json", in_channels=4),
         "channels",
     ),
+    "a scheduler of scores": (
+        "ldm",
+        lambda f: _edit(f / "scheduler" / "scheduler_config.json", _class_name="ScoreSdeVeScheduler"),
+        "ScoreSdeVeScheduler",
+    ),
+    "another pipeline": (
+        "stable_diffusion",
+        lambda f: _edit(f / "model_index.json", _class_name="StableDiffusionControlNetPipeline"),
+        "StableDiffusionControlNetPipeline",
+    ),
+    "classes beside the prompt": (
+        "stable_diffusion",
+        lambda f: _edit(
+            f / "unet" / "config.json",
+            class_embed_type="projection",
+            projection_class_embeddings_input_dim=8,
+        ),
+        "class_embed_type='projection'",
+    ),
+    "guidance as an input (LCM)": (
+        "stable_diffusion",
+        lambda f: _edit(f / "unet" / "config.json", time_cond_proj_dim=8),
+        "time_cond_proj_dim=8",
+    ),
+    "places (GLIGEN)": (
+        "stable_diffusion",
+        lambda f: _edit(f / "unet" / "config.json", attention_type="gated"),
+        "attention_type='gated'",
+    ),
+    "a tokenizer without a length": ("stable_diffusion", _no_length, "has no model_max_length"),
+    "weights that are not finite": ("ldm", _not_finite, "conv_in.bias holds numbers that are not finite"),
     "no size": ("ldm", lambda f: _edit(f / "unet" / "config.json", sample_size=None), "sample_size"),
 }
 
@@ -244,6 +288,23 @@ def test_a_broken_pipeline_is_one_clear_line(case: str, tmp_path: Path, pipeline
     with pytest.raises(UserError, match=r"^model\.pretrained: ") as caught:
         _outline_and_load(folder)
     assert words in str(caught.value) and "\n" not in str(caught.value) and "expected" in str(caught.value)
+
+
+def test_a_folder_of_one_variant_is_read(tmp_path: Path) -> None:
+    folder = stable_diffusion(tmp_path / "sd")
+    expected = load(folder)
+    pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipe.to(torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
+    names = {path.name for path in (tmp_path / "half").rglob("*.safetensors")}
+    assert names and all(".fp16." in name for name in names)
+    found = load(tmp_path / "half")
+    assert outline(tmp_path / "half").classes == found.classes
+    for (name, value), other in zip(found.unet.named_parameters(), expected.unet.parameters(), strict=True):
+        assert value.dtype == torch.float32, name
+        assert torch.equal(value, other.half().float()), name
+    assert found.prompts is not None and expected.prompts is not None
+    for value, other in zip(found.prompts.parameters(), expected.prompts.parameters(), strict=True):
+        assert value.dtype == torch.float32 and torch.equal(value, other.half().float())
 
 
 def test_a_pipeline_s_folder_is_found(pipelines: Path) -> None:
@@ -275,4 +336,6 @@ def test_a_pipeline_goes_through_all_stages(
 def test_images_that_do_not_fit_a_pipeline_are_one_line(tiny: Callable[..., Any], pipelines: Path) -> None:
     model_of("dit", pipelines)
     with pytest.raises(UserError, match=r"^data\.name=digits: images of 1 x 8 x 8, expected 3 x 8 x 8"):
+        run(tiny(f"model.pretrained={pipelines / 'dit'}"))
+    with pytest.raises(UserError, match=r"which the DiTPipeline that model\.pretrained names takes$"):
         run(tiny(f"model.pretrained={pipelines / 'dit'}"))

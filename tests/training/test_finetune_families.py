@@ -1,0 +1,56 @@
+"""The private fine-tuning of a tiny pipeline of each family changes the adapter and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dp_lora.models import adapters
+from dp_lora.models.latents import Latents
+from dp_lora.privacy.plan import make_plan
+from dp_lora.training import finetune
+from tests.builders.families import CAPTIONS, PIPELINES, model_of
+from tests.builders.finetuning import SEEDED, SHORT
+from tests.builders.tiny import TINY, composed
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision"),
+    [*((kind, "float32") for kind in PIPELINES), ("sdxl", "bfloat16"), ("flux", "bfloat16")],
+)
+def test_frozen_weights_keep_their_bits(kind: str, precision: str, tmp_path: Path) -> None:
+    config = composed(*TINY, *SHORT, SEEDED, "trainable=lora_alone", "train.max_steps=2")
+    before = {
+        name: value.clone()
+        for name, value in model_of(kind, tmp_path, precision=precision).state_dict().items()
+    }
+    model = model_of(kind, tmp_path, precision=precision)
+    adapters.attach(model, config.trainable.components, config.lora, seed=0)
+    trained = {name: value.detach().clone() for name, value in adapters.trainable_parameters(model).items()}
+    captions, shape = CAPTIONS * 4, (len(CAPTIONS) * 4, *model.latent_shape)
+    generator = torch.Generator().manual_seed(1)
+    latents = Latents(torch.randn(shape, generator=generator), torch.zeros(shape))
+    plan = make_plan(
+        num_examples=len(captions), expected_batch_size=10, steps=2, noise_multiplier=0.8,
+        target_epsilon=None, delta=1e-4, noise_multiplicity=2, max_grad_norm=0.1,
+    )  # fmt: skip
+    labels = torch.zeros(len(captions), dtype=torch.int64)
+    rows: dict[int, dict[str, float]] = {}
+    executed = finetune.finetune(
+        config, model, latents, labels, plan, tmp_path / "run", rows.__setitem__, lambda done: None,
+        captions=captions,
+    )  # fmt: skip
+    assert executed == 2 and len(rows) == 2
+    after = {name.replace(".base_layer.", "."): value for name, value in model.state_dict().items()}
+    for name, value in before.items():
+        assert torch.equal(after[name], value), name
+    changed = [
+        name for name, p in adapters.trainable_parameters(model).items() if not torch.equal(p, trained[name])
+    ]
+    assert len(changed) == len(trained) > 0
+    # What it knows afterwards are its classes.
+    assert model.prompts is not None and model.prompts.texts == list(model.classes)  # type: ignore[attr-defined]
