@@ -11,13 +11,14 @@ start was named. Whoever goes on has seen what came before, so the composition i
 (Feldman and Zrnic 2021), `privacy.ledger.spent_adaptively`. With `privacy.fixed_beforehand` the plans compose
 as ones that were fixed before the first of them.
 
-What an adapter without its run was trained on is not known; the statement says so.
+What an adapter without its run was trained on is not known. Then every run counts that the ledger or the
+index has on these images when the training begins.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,13 +29,13 @@ from dp_lora.jobs import content
 from dp_lora.jobs.begun import begun
 from dp_lora.jobs.drawing import check_base, digest_of, source_of
 from dp_lora.jobs.reuse import START, taken
-from dp_lora.jobs.spending import Books, charge_of
+from dp_lora.jobs.spending import Books, admit, charge_of
 from dp_lora.privacy.accounting import Spent
 from dp_lora.privacy.ledger import FILTER, Charge, spent, spent_adaptively
 from dp_lora.privacy.subsampled_gaussian import Mechanism
-from dp_lora.records.run_directory import WAY_OUT, check_records, is_whole, state
+from dp_lora.records.run_directory import OUTPUTS, WAY_OUT, check_records, is_whole, state
 from dp_lora.storage.files import Damaged, private_directory, read_json, write_json
-from dp_lora.training.receipts import read_receipt
+from dp_lora.training.receipts import PLAN, read_receipt
 
 if TYPE_CHECKING:
     from dp_lora.data.sets import ImageSplits
@@ -62,6 +63,8 @@ class Training:
     """False without noise, and with noise from a seed."""
     adjacency: str
     """The relation of its guarantee: a value of `privacy.adjacency`."""
+    directory: str
+    """Of its run, absolute; empty where only ledger or index know it."""
     same_images: bool
     """Whether it was on the images of the run that lists it, or on some of them."""
 
@@ -78,8 +81,10 @@ class Start:
     adapter: Path
     digest: str
     """SHA-256 of its weights."""
-    trainings: tuple[Training, ...] | None
-    """That it descends from, the last one last; None for an adapter without its run."""
+    trainings: tuple[Training, ...]
+    """That it descends from, the last one last; if that is not known, all on these images."""
+    is_known: bool
+    """Whether it is known which images it was trained on."""
     word: str
     """The setting that names it."""
 
@@ -92,7 +97,7 @@ class Start:
     @property
     def before(self) -> list[Training]:
         """The trainings on the images of the new run."""
-        return [one for one in self.trainings or () if one.same_images]
+        return [one for one in self.trainings if one.same_images]
 
 
 def start_of(
@@ -108,7 +113,7 @@ def start_of(
         return None
     goes_on = config.train.continue_from is not None
     word = f"{'train.continue_from' if goes_on else 'model.adapter'}={given}"
-    place = Path(given).expanduser()
+    place = _run_around(Path(given).expanduser())
     if place.resolve() == directory.resolve():
         raise UserError(f"{word}: is the directory of this run itself; expected another run")
     try:
@@ -121,30 +126,36 @@ def start_of(
     except UserError as error:
         raise UserError(f"{word}: {error}") from error
     _check_settings(config, source.adapter)
-    start = Start(source.adapter, digest_of(source.adapter), None, word)
-    _check_same(start, directory)
-    if source.run is None:
-        return start
-    behind = _behind(source.run, config, images, plan, word, goes_on=goes_on)
-    if config.privacy.adjacency == "add_or_remove" and any(
-        one.same_images and one.adjacency == "zero_out" for one in behind
-    ):
+    books = _on_these(config, directory, images, plan)
+    is_known = source.run is not None and (source.run / "checkpoint" / content.NAME).exists()
+    behind = [] if source.run is None else _behind(source.run, images, {one.run for one in books})
+    if goes_on and not (is_known and behind[-1].same_images and _is_on(str(source.run), images)):
         raise UserError(
-            f"{word}: an earlier training on these images was under privacy.adjacency=zero_out, whose sample "
-            "rate and noise follow from the number of images; expected privacy.adjacency=zero_out here too"
+            f"{word}: was trained on other images than these, or has no record of them; expected a run on "
+            "the same images, or model.adapter for an adapter of other images"
         )
+    if not is_known and not _has_begun(directory):
+        behind = [*books, *(one for one in behind if one.run not in {other.run for other in books})]
+    start = Start(source.adapter, digest_of(source.adapter), (), is_known, word)
+    _check_same(start, directory)
     # What was known when the run began stays known.
-    kept = {one.run for one in _kept(directory / "checkpoint") if one.same_images}
-    return replace(
-        start, trainings=tuple(replace(one, same_images=one.same_images or one.run in kept) for one in behind)
+    kept = _kept(directory / "checkpoint")
+    same = {_name(one) for one in (*kept, *behind) if one.same_images}
+    every = {_name(one): one for one in (*behind, *kept)}
+    start = replace(
+        start, trainings=tuple(replace(one, same_images=name in same) for name, one in every.items())
     )
+    _check_relation(start, config)
+    if not (directory / OUTPUTS["finetune"]).exists():
+        _check_budget(start, config, plan, books)
+    return start
 
 
 def keep(start: Start, folder: Path) -> None:
     """Notes in the private `checkpoint/` of a run that begins what it starts from."""
     path = private_directory(folder) / START
-    trainings = None if start.trainings is None else [asdict(one) for one in start.trainings]
     if not path.exists():
+        trainings = [asdict(one) for one in start.trainings]
         record = {"adapter": start.digest, "folder": str(start.adapter.absolute()), "trainings": trainings}
         write_json(path, record, mode=0o600)
 
@@ -224,8 +235,7 @@ def with_earlier(record: Mapping[str, Any], start: Start, *, fixed: bool) -> dic
     `epsilon_of_this_training` is what the record said before.
     """
     stated = dict(record)
-    behind = start.trainings
-    if behind is None or any(not one.same_images for one in behind):
+    if not start.is_known or any(not one.same_images for one in start.trainings):
         stated["does_not_cover"] = [*record["does_not_cover"], OTHER_IMAGES]
     if not start.before:
         return stated
@@ -268,23 +278,71 @@ def _check_finished(run: Path) -> None:
         raise UserError(f"the run is {state(run) or 'not finished'}; expected one whose training has ended")
 
 
-def _behind(
-    run: Path, config: Config, images: ImageSplits, plan: PrivacyPlan, word: str, *, goes_on: bool
-) -> tuple[Training, ...]:
-    """The trainings that the adapter of `run` descends from, by that run's own record and statement."""
-    folder = run / "checkpoint"
-    unchanged = (folder / content.NAME).exists() and content.refusal(images, folder) is None
-    if goes_on and not unchanged:
-        raise UserError(
-            f"{word}: was trained on other images than these, or has no record of them; expected a run on "
-            "the same images, or model.adapter for an adapter of other images"
+def _name(one: Training) -> str:
+    """The number of a training, or the place of one that has none."""
+    return one.run or one.directory
+
+
+def _run_around(place: Path) -> Path:
+    """The run directory of which `place` is the `adapter/`; itself if it is no such folder."""
+    around = place.resolve().parent
+    is_inside = place.resolve().name == OUTPUTS["finetune"] and (around / "config.yaml").exists()
+    return around if is_inside else place
+
+
+def _behind(run: Path, images: ImageSplits, shared: Collection[str]) -> list[Training]:
+    """The trainings that the adapter of `run` descends from, by that run's own record and statement.
+
+    shared: numbers of runs that ledger or index have on these images, or on images shared with them.
+    """
+    last, earlier = _of_run(run), _kept(run / "checkpoint")
+    stated = read_json(run / "privacy.json").get("earlier_trainings", ())
+    if len(stated) > sum(one.same_images for one in earlier):
+        raise Damaged(
+            f"{run / 'checkpoint' / START}: says less of earlier trainings than privacy.json; expected it as "
+            f"the run wrote it: {WAY_OUT}"
         )
-    earlier = _kept(folder)
-    last = _of_run(run)
-    shared = _numbers_on(config, images, plan)
-    same = unchanged or last.run in shared
-    behind = [replace(one, same_images=(same and one.same_images) or one.run in shared) for one in earlier]
-    return (*behind, replace(last, same_images=same))
+    same = last.run in shared or _is_on(last.directory, images)
+
+    def is_same(one: Training) -> bool:
+        return (same and one.same_images) or one.run in shared or _is_on(one.directory, images)
+
+    return [*(replace(one, same_images=is_same(one)) for one in earlier), replace(last, same_images=same)]
+
+
+def _is_on(directory: str, images: ImageSplits) -> bool:
+    """Whether the run in `directory` is there, and began on just these images."""
+    folder = Path(directory) / "checkpoint"
+    return bool(directory) and (folder / content.NAME).exists() and content.refusal(images, folder) is None
+
+
+def _has_begun(directory: Path) -> bool:
+    return (directory / "checkpoint" / START).exists()
+
+
+def _check_relation(start: Start, config: Config) -> None:
+    """Raises UserError where an earlier training leaves no guarantee for adding or removing an image."""
+    if config.privacy.adjacency == "add_or_remove" and any(
+        one.adjacency == "zero_out" for one in start.before
+    ):
+        raise UserError(
+            f"{start.word}: an earlier training on these images was under privacy.adjacency=zero_out, whose "
+            "sample rate and noise follow from the number of images; expected privacy.adjacency=zero_out here"
+        )
+
+
+def _check_budget(start: Start, config: Config, plan: PrivacyPlan, books: Sequence[Training]) -> None:
+    """Raises UserError where earlier trainings that ledger and index do not know leave the budget no room."""
+    known = {one.run for one in books}
+    missing = [one for one in start.before if not one.run or one.run not in known]
+    if config.data.public or not missing:
+        return
+    mine = charge_of(config, plan, "")
+    charges = [
+        Charge(f"{number}", mine.private_set, one.mechanism, mine.delta, one.private)
+        for number, one in enumerate([*books, *missing])
+    ]
+    admit(config, mine, charges)
 
 
 def _of_run(run: Path) -> Training:
@@ -293,6 +351,13 @@ def _of_run(run: Path) -> Training:
     source = taken(run)
     folder = (run if source is None else source.directory) / "checkpoint"
     receipt = read_receipt(folder) if source is None else source.receipt
+    plan = read_json(folder / PLAN) if (folder / PLAN).exists() else record
+    for name in ("noise_multiplier", "sample_rate"):
+        if plan[name] != record[name]:
+            raise Damaged(
+                f"{run / 'privacy.json'}: {name} {record[name]} is not that of the training, {plan[name]}: "
+                f"{WAY_OUT}"
+            )
     noise = float(record["noise_multiplier"])
     own = float(record.get("epsilon_of_this_training", record["epsilon"]))
     steps = max(int(record["steps"]), begun(folder) if folder.is_dir() else 0)
@@ -305,16 +370,31 @@ def _of_run(run: Path) -> Training:
         steps=steps,
         private=private,
         adjacency=relation,
+        directory=str((run if source is None else source.directory).resolve()),
         same_images=True,
     )
 
 
-def _numbers_on(config: Config, images: ImageSplits, plan: PrivacyPlan) -> set[str]:
-    """The numbers of all runs that ledger or index have on `images`, or on images shared with them."""
+def _on_these(config: Config, directory: Path, images: ImageSplits, plan: PrivacyPlan) -> list[Training]:
+    """All other runs that ledger or index have on `images`, or on images shared with them."""
     if config.data.public:
-        return set()
-    mine = charge_of(config, plan, "")
-    return {charge.run for charge in Books(config, images).others(mine)}
+        return []
+    receipt = read_receipt(directory / "checkpoint")
+    mine = charge_of(config, plan, "" if receipt is None else receipt.run)
+    return [
+        Training(
+            run=charge.run,
+            noise_multiplier=charge.mechanism.noise_multiplier,
+            sample_rate=charge.mechanism.sample_rate,
+            steps=charge.mechanism.steps,
+            private=charge.private,
+            adjacency="zero_out",  # of the two the one that promises less
+            directory="",
+            same_images=True,
+        )
+        for charge in Books(config, images).others(mine)
+        if charge.mechanism.steps
+    ]
 
 
 def _kept(folder: Path) -> Sequence[Training]:
@@ -323,7 +403,7 @@ def _kept(folder: Path) -> Sequence[Training]:
     if not path.exists():
         return ()
     try:
-        return [Training(**one) for one in read_json(path)["trainings"] or ()]
+        return [Training(**one) for one in read_json(path)["trainings"]]
     except (KeyError, TypeError) as error:
         raise Damaged(f"{path}: expected what the run started from, as it wrote it: {WAY_OUT}") from error
 

@@ -153,7 +153,10 @@ def test_an_adapter_of_other_images_costs_nothing_here(
     given = shutil.copytree(first / "adapter", first.parents[2] / "given")
     third = trained(tiny(*on(folders[1], f"model.adapter={given}", "train.learning_rate=1e-12")))
     assert all(torch.allclose(before[name], weights(third)[name], atol=1e-9) for name in before)
-    assert OTHER_IMAGES in read_json(third / "privacy.json")["does_not_cover"]
+    # Nobody can tell what that was trained on, so what the ledger has on these images counts.
+    found = read_json(third / "privacy.json")
+    assert OTHER_IMAGES in found["does_not_cover"]
+    assert [Mechanism(**one) for one in found["earlier_trainings"]] == [mechanism(second)]
 
 
 def test_a_training_on_the_same_images_counts_however_it_is_named(
@@ -164,6 +167,14 @@ def test_a_training_on_the_same_images_counts_however_it_is_named(
     elsewhere = shutil.copytree(folders[0], tmp_path / "copy")
     books = (f"paths.ledger={tmp_path / 'other.jsonl'}", f"paths.index={tmp_path / 'other'}")
     second = trained(tiny(*on(elsewhere, f"model.adapter={first}", *books)))
+    # By the folder of the adapter, in the run or given away.
+    given = shutil.copytree(first / "adapter", tmp_path / "given")
+    for place in (first / "adapter", given):
+        by_folder = trained(
+            tiny(*on(folders[0], f"model.adapter={place}", f"privacy.epsilon={3.5 if place == given else 3}"))
+        )
+        counted = [Mechanism(**one) for one in read_json(by_folder / "privacy.json")["earlier_trainings"]]
+        assert counted[0] == mechanism(first) and len(counted) == (2 if place == given else 1)
     # By way of an adapter of other images, and on a set that shares a part with the first one.
     between = trained(tiny(*on(folders[1], f"model.adapter={first}")))
     mixed = shutil.copytree(folders[0], tmp_path / "mixed")
@@ -175,6 +186,37 @@ def test_a_training_on_the_same_images_counts_however_it_is_named(
         assert Mechanism(**earlier) == mechanism(first)
         assert stated["epsilon"] > 5 and (OTHER_IMAGES in stated["does_not_cover"]) == others
     assert "earlier_trainings" not in read_json(between / "privacy.json")
+
+
+def test_what_the_books_do_not_know_counts_by_the_runs_that_are_there(
+    tiny: Callable[..., Config], folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """From one set to another and back, each time on another machine with books of its own; budgets too."""
+    first = trained(tiny(*on(folders[0])))
+    between = trained(tiny(*on(folders[1], f"model.adapter={first}")))
+    books = (f"paths.ledger={tmp_path / 'other.jsonl'}", f"paths.index={tmp_path / 'other'}")
+    words = on(folders[0], f"model.adapter={between}", *books)
+    with pytest.raises(UserError, match=r"^privacy\.budget_epsilon=5: 1 run on imagefolder spent epsilon"):
+        run(tiny(*words, "privacy.budget_epsilon=5"))
+    assert not (tmp_path / "other.jsonl").exists()
+    last = trained(tiny(*words, "privacy.budget_epsilon=20"))
+    (earlier,) = read_json(last / "privacy.json")["earlier_trainings"]
+    assert Mechanism(**earlier) == mechanism(first)
+
+
+def test_records_that_were_edited_or_cut_are_refused(
+    tiny: Callable[..., Config], folders: tuple[Path, Path]
+) -> None:
+    first = trained(tiny(*on(folders[0])))
+    second = trained(tiny(*on(folders[0], f"train.continue_from={first}")))
+    words = on(folders[0], f"train.continue_from={second}", "privacy.epsilon=1")
+    (second / "checkpoint" / "start.json").unlink()
+    with pytest.raises(UserError, match=r"start\.json: says less of earlier trainings than privacy\.json"):
+        run(tiny(*words))
+    path = first / "privacy.json"
+    path.write_text(json.dumps({**read_json(path), "noise_multiplier": 40.0}))
+    with pytest.raises(UserError, match=r"privacy\.json: noise_multiplier 40\.0 is not that of the training"):
+        run(tiny(*on(folders[0], f"train.continue_from={first}", "privacy.epsilon=1")))
 
 
 def test_what_was_known_when_a_run_began_stays_known(
@@ -204,7 +246,7 @@ def test_images_that_changed_are_no_same_images(
     with pytest.raises(
         UserError, match=r"^train\.continue_from=.*adapter: the folder of an adapter; expected"
     ):
-        run(tiny(*on(folders[0], f"train.continue_from={first / 'adapter'}")))
+        run(tiny(*on(folders[0], f"train.continue_from={given}")))
 
 
 @pytest.mark.parametrize(
