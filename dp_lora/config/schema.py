@@ -77,8 +77,9 @@ class DataConfig:
     label_column: str | None = None
     """Tables: the column of the classes; null takes `attribute`, `label` or `labels`; none: one class."""
     caption_column: str | None = None
-    """Tables: the column of the texts that a text-to-image model is trained with, each as private as its
-    image; null takes `model.prompt` with the name of the class. Images are drawn by `model.prompt`."""
+    """Tables: the column of the texts that a text-to-image model is trained with; class folders: txt or
+    caption, the ending of the files with each image's text. A text is as private as its image; null takes
+    `model.prompt` with the name of the class. Images are drawn by `model.prompt`."""
     classes: list[str] | None = None
     """Keep only these classes, in this order; null keeps all."""
     train_size: int | float | None = None

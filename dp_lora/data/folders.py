@@ -41,6 +41,10 @@ PICTURES = (
 )
 
 
+TEXTS = ("txt", "caption")
+"""The endings of captions beside images."""
+
+
 class Survey(NamedTuple):
     """The kinds of files that lie anywhere in a folder."""
 
@@ -109,7 +113,18 @@ def read_folders(root: Path, request: Request, preprocessing: Preprocessing) -> 
     Raises UserError for what is no such folder, and Damaged with all files that are no images.
     """
     field, data = request.field, request.data
-    reader = _Reader(root, field, tables_left_out=data.layout == "folders", classes_given=bool(data.classes))
+    if data.caption_column is not None and data.caption_column not in TEXTS:
+        raise UserError(
+            f"{field}.caption_column={data.caption_column}: expected {' or '.join(TEXTS)}, the ending of the "
+            "texts beside the images of class folders, or parquet files with such a column"
+        )
+    reader = _Reader(
+        root,
+        field,
+        tables_left_out=data.layout == "folders",
+        classes_given=bool(data.classes),
+        texts=data.caption_column,
+    )
     roles = reader.roles()
     if roles is None:
         files = {"train": reader.classes(root)}
@@ -129,6 +144,9 @@ def read_folders(root: Path, request: Request, preprocessing: Preprocessing) -> 
             )
     unread = {role: _unread(of_role, classes) for role, of_role in files.items()}
     parts = prepare_roles(unread, preprocessing, request)
+    if data.caption_column is not None:
+        captions = {role: reader.captions(of_role) for role, of_role in files.items()}
+        parts = {role: part._replace(captions=captions[role]) for role, part in parts.items()}
     if data.name == "imagenet" and "test" not in parts and "validation" in parts:
         parts["test"] = parts.pop("validation")  # ImageNet's own test labels are not public
     return Source(classes, parts["train"], parts.get("validation"), parts.get("test"), own=True)
@@ -137,8 +155,11 @@ def read_folders(root: Path, request: Request, preprocessing: Preprocessing) -> 
 class _Reader:
     """The folders of one set."""
 
-    def __init__(self, root: Path, field: str, *, tables_left_out: bool, classes_given: bool) -> None:
-        self.root, self.field = root, field
+    def __init__(
+        self, root: Path, field: str, *, tables_left_out: bool, classes_given: bool, texts: str | None
+    ) -> None:
+        self.root, self.field, self.texts = root, field, texts
+        self._text_of: dict[Path, Path] = {}
         self.tables_left_out, self.classes_given = tables_left_out, classes_given
         self._places: dict[tuple[int, int], Path] = {}
 
@@ -229,7 +250,42 @@ class _Reader:
             if not files[name]:
                 raise UserError(f"{self.field}.source: class folder {shown(path)} is empty; expected images")
             self._refuse_beside(path, files[name])
+            if self.texts is not None:
+                files[name] = self._with_texts(files[name])
         return files
+
+    def captions(self, files: Mapping[str, Sequence[Path]]) -> np.ndarray:
+        """The captions str [N] of the images that `classes` found, in their order."""
+        captions = []
+        for path in (self._text_of[image] for of_class in files.values() for image in of_class):
+            try:
+                captions.append(path.read_text(encoding="utf-8").strip())
+            except (OSError, UnicodeError) as error:
+                # Without the error's own words: those of the caption may be among them.
+                raise UserError(
+                    f"{self.field}.source: {shown(path)} cannot be read as text; expected UTF-8"
+                ) from error
+        return np.array(captions, dtype=object)
+
+    def _with_texts(self, files: Sequence[Path]) -> list[Path]:
+        """The images among `files`, each of which has a text of its own with its name."""
+        ending = f".{self.texts}"
+        texts = {file.stem: file for file in files if file.suffix.lower() == ending}
+        images = [file for file in files if file.suffix.lower() != ending]
+        for image in images:
+            text = texts.pop(image.stem, None)
+            if text is None:
+                raise UserError(
+                    f"{self.field}.source: {shown(image)} has no text of its own; expected "
+                    f"{shown(image.stem)}{ending} beside it"
+                )
+            self._text_of[image] = text
+        if texts:
+            raise UserError(
+                f"{self.field}.source: {shown(min(texts.values()))} belongs to no image; expected one with "
+                "its name"
+            )
+        return images
 
     def _refuse_beside(self, folder: Path, files: Sequence[Path]) -> None:
         """Refuses folders in a class folder, and texts with the name of an image."""
@@ -240,11 +296,13 @@ class _Reader:
                 "expected images directly in each class folder"
             )
         images = {file.stem for file in files if file.suffix.lower() in PICTURES}
-        texts = [f for f in files if f.suffix.lower() in (".txt", ".caption") and f.stem in images]
+        endings = [f".{ending}" for ending in TEXTS if ending != self.texts]
+        texts = [f for f in files if f.suffix.lower() in endings and f.stem in images]
         if texts:
+            ending = texts[0].suffix.lower().removeprefix(".")
             raise UserError(
-                f"{self.field}.source: {shown(texts[0])}: captions beside images are not read; expected "
-                f"images alone, or a parquet file with {self.field}.caption_column"
+                f"{self.field}.source: {shown(texts[0])}: a caption beside an image; expected images alone, "
+                f"or {self.field}.caption_column={ending}, with which a text-to-image model is trained"
             )
 
     def _folders(self, folder: Path) -> list[Path]:

@@ -111,8 +111,8 @@ def load(data: DataConfig, paths: PathsConfig, field: str = "data") -> ImageSpli
     source = _held_out(LOADERS[data.name](request))
     if data.caption_column is not None and source.train.captions is None:
         raise UserError(
-            f"{field}.caption_column={data.caption_column}: {data.name} was not read from a table; expected "
-            "parquet files or a data set of the hub, or null"
+            f"{field}.caption_column={data.caption_column}: {data.name} was not read from a table or "
+            "from class folders; expected one of those, or null"
         )
     source = _split(_keep_classes(source, request), request)
     if source.own and not data.public:

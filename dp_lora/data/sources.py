@@ -131,9 +131,10 @@ def _refuse_idx(data: DataConfig, field: str) -> None:
     _refuse_unread(data, field, names, f"{data.name} is read from IDX files of 8 bits")
 
 
-def _refuse_columns(data: DataConfig, field: str) -> None:
+def _refuse_columns(data: DataConfig, field: str, but: Sequence[str] = ()) -> None:
     """Refuses, for images in folders or archives, what only tables have."""
-    names = [name for name in _OF_TABLES if name != "attribute" or data.name not in _ATTRIBUTES]
+    left = ("attribute", *but) if data.name in _ATTRIBUTES else but
+    names = [name for name in _OF_TABLES if name not in left]
     why = f"{data.name} was not read from a table (parquet files or a data set of the hub)"
     _refuse_unread(data, field, names, why)
 
@@ -366,7 +367,7 @@ def _found_at(location: Path, request: Request, preprocessing: Preprocessing) ->
             return official
     if not location.is_dir():
         raise UserError(f"{field}.source={location}: expected {spec.files}, parquet files or class folders")
-    _refuse_columns(request.data, field)
+    _refuse_columns(request.data, field, but=("caption_column",))
     return folders.read_folders(location, request, preprocessing)
 
 
@@ -428,7 +429,7 @@ def _load_imagefolder(request: Request) -> Source:
     if not root.is_dir():
         what = _no_folder(root)
         raise UserError(f"{field}.source={shown(data.source)}: {what}; expected a folder of class folders")
-    _refuse_columns(data, field)
+    _refuse_columns(data, field, but=("caption_column",))
     return folders.read_folders(root, request, preprocessing)
 
 

@@ -71,7 +71,7 @@ def _built(sizes: str, channels: int, image_size: int) -> LatentDiffusion:
 
 def check_fit(config: Config, model: LatentDiffusion, found: Sequence[int]) -> None:
     """Refuses images of the shape `found`, captions, targets and ranks that the model cannot take."""
-    from dp_lora.models.targets import target_names
+    from dp_lora.models.adapters import target_names
 
     if config.data.caption_column is not None and model.prompts is None:
         raise UserError(

@@ -76,8 +76,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "captions": (
         both(two, lambda f: put(f / "cat/0.txt", "a cat")),
-        "data.source: {}/cat/0.txt: captions beside images are not read; expected images alone, or a parquet "
-        "file with data.caption_column",
+        "data.source: {}/cat/0.txt: a caption beside an image; expected images alone, or "
+        "data.caption_column=txt, with which a text-to-image model is trained",
     ),
     "an archive": (lambda f: None, "data.source={}.zip: an archive, which has to be unpacked; expected a "),
     "one image": (lambda f: None, "data.source={}.png: one image; expected a folder of class folders"),

@@ -156,7 +156,9 @@ def test_captions_that_are_not_there_are_named(tmp_path: Path) -> None:
     said = refused(config(tmp_path / "x.parquet", caption_column="text"))
     assert said == "data.caption_column=text: expected one text for each image of train"
     said = refused(config(tmp_path / "set", caption_column="text"))
-    assert "data.caption_column=text: imagefolder was not read from a table" in said
+    assert (
+        "data.caption_column=text: expected txt or caption, the ending of the texts beside the images" in said
+    )
 
 
 @pytest.mark.parametrize(

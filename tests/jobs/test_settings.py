@@ -62,7 +62,7 @@ def test_one_that_is_read_is_not(words: tuple[str, ...]) -> None:
     check_settings(composed(*words))
 
 
-@pytest.mark.parametrize("name", ["attribute", "image_column", "label_column", "caption_column"])
+@pytest.mark.parametrize("name", ["attribute", "image_column", "label_column"])
 def test_class_folders_have_no_columns(tmp_path: Path, name: str) -> None:
     for i in range(4):
         write_image(tmp_path / "ab"[i % 2] / f"{i}.png", i)

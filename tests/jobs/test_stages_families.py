@@ -17,7 +17,7 @@ from dp_lora.errors import UserError
 from dp_lora.jobs.stages import run
 from tests.builders.exported import export
 from tests.builders.families import length_of, side_of, written
-from tests.builders.image_files import write_parquet
+from tests.builders.image_files import write_image, write_parquet
 from tests.builders.tiny import composed
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -36,15 +36,27 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Class folders with a text beside each image."""
+    root = tmp_path_factory.mktemp("captioned")
+    for i in range(40):
+        path = root / ("cat" if i % 2 else "dog") / f"{i}.png"
+        write_image(path, 3 * i)
+        path.with_suffix(".txt").write_text(f"zebra {'very ' * (i % 4)}striped")
+    return root
+
+
 @pytest.fixture
-def job(tiny: Callable[..., Config], table: Path, tmp_path: Path) -> Callable[..., Config]:
+def job(tiny: Callable[..., Config], table: Path, folder: Path, tmp_path: Path) -> Callable[..., Config]:
     def build(kind: str, *words: str) -> Config:
+        in_folders = kind in ("sdxl", "flux")
         return tiny(
             f"experiment={EXPERIMENTS[kind]}",
             "data=imagefolder",
             f"model.pretrained={written(kind, tmp_path)}",
-            f"data.source={table}",
-            "data.caption_column=text",
+            f"data.source={folder if in_folders else table}",
+            f"data.caption_column={'txt' if in_folders else 'text'}",
             f"data.image_size={side_of(kind)}",
             "data.test_size=0.2",
             "train.expected_batch_size=10",
