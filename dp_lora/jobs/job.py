@@ -90,11 +90,6 @@ class Job:
         )
 
     @property
-    def adapter_digest(self) -> str | None:
-        """SHA-256 of the adapter that the training starts from."""
-        return None if self.start is None else self.start.digest
-
-    @property
     def base_model(self) -> str:
         """The name of the pre-trained model on the adapter's card, by `name_of_base`."""
         return name_of_base(self.config, self.pretrained)

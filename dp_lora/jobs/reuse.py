@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from dp_lora.config.identity import training_fingerprint
 from dp_lora.config.load import read_config
@@ -65,6 +65,15 @@ class Taken:
     """Of the run that trained."""
     receipt: Receipt | None
     """That run's, as it was then: its number, by which ledger and bill know it. None on public data."""
+
+
+class Begun(NamedTuple):
+    """The adapter that a training starts from."""
+
+    adapter: str
+    """SHA-256 of its weights."""
+    earlier: int
+    """The number of earlier trainings on the same images that the statement counts."""
 
 
 def taken(directory: Path) -> Taken | None:
@@ -146,7 +155,7 @@ def find(
     directory: Path,
     images: ImageSplits,
     pretrained: Path,
-    adapter: str | None,
+    start: Begun | None,
     hold: ExitStack,
     say: Callable[[str], None],
 ) -> Path | None:
@@ -158,7 +167,7 @@ def find(
         config, directory: of the run.
         images: private.
         pretrained: the folder of its pre-trained model.
-        adapter: SHA-256 of the adapter that it starts from.
+        start: the adapter that it starts from.
         hold: closed when the training is not in the making any more.
         say: tells the owner.
 
@@ -173,7 +182,7 @@ def find(
         say("finetune: another job makes this training; waiting for it")
 
     hold.enter_context(file_lock(lock, waiting=waiting))
-    source, why = _recorded(config, directory, images, pretrained, adapter, record)
+    source, why = _recorded(config, directory, images, pretrained, start, record)
     if why is not None:
         say(f"finetune: {why}, so this run trains by itself")
     if source is not None:
@@ -186,7 +195,7 @@ def _recorded(
     directory: Path,
     images: ImageSplits,
     pretrained: Path,
-    adapter: str | None,
+    start: Begun | None,
     record: Path,
 ) -> tuple[Path | None, str | None]:
     """The run directory that `record` names, or the reason why its training is not the one asked for."""
@@ -204,9 +213,12 @@ def _recorded(
         return None, f"{record} names {source}, which is another training"
     if found["model"] != sha256_of_weights(pretrained):
         return None, f"the training of {source} began with other weights of the pre-trained model"
-    start = source / "checkpoint" / START
-    if adapter != (read_json(start)["adapter"] if start.exists() else None):
+    path = source / "checkpoint" / START
+    if (None if start is None else start.adapter) != (read_json(path)["adapter"] if path.exists() else None):
         return None, f"the training of {source} started from another adapter"
+    stated = len(read_json(source / "privacy.json").get("earlier_trainings", ()))
+    if start is not None and start.earlier > stated:
+        return None, f"the statement of {source} knows less of earlier trainings on these images"
     path = source / "checkpoint" / content.NAME
     if not path.exists():
         return None, f"{path} is missing, so it is not known which images that training was of"

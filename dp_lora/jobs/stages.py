@@ -92,9 +92,8 @@ def _lead(config: Config, directory: Path, team: Team, shown_name: str) -> dict[
         left = [name for name in asked if not is_whole(job.directory, name)]
         source = None
         if "finetune" in left:
-            source = reuse.find(
-                job.config, job.directory, job.images, job.pretrained, job.adapter_digest, alone, say
-            )
+            start = None if job.start is None else reuse.Begun(job.start.digest, len(job.start.before))
+            source = reuse.find(job.config, job.directory, job.images, job.pretrained, start, alone, say)
         if "finetune" in left and source is None:
             reason = refusal(job.config, job.plan, job.directory, job.images, alone=True)
             if reason is not None:

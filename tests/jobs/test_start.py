@@ -204,6 +204,21 @@ def test_what_the_books_do_not_know_counts_by_the_runs_that_are_there(
     assert Mechanism(**earlier) == mechanism(first)
 
 
+def test_a_statement_that_knows_less_of_earlier_trainings_is_not_taken(
+    tiny: Callable[..., Config], folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    first = trained(tiny(*on(folders[0])))
+    mixed = shutil.copytree(folders[0], tmp_path / "mixed")
+    write_folder(mixed, pixels(7, 10), suffix="-new.png")
+    words = on(mixed, f"model.adapter={first}")
+    books = (f"paths.ledger={tmp_path / 'other.jsonl'}", f"paths.index={tmp_path / 'other'}")
+    without = trained(tiny(*words, *books))
+    assert "earlier_trainings" not in read_json(without / "privacy.json")
+    again = trained(tiny(*words, "sampler.guidance=2"))
+    assert (again / "checkpoint" / "executions.jsonl").exists(), "it trained by itself"
+    assert len(read_json(again / "privacy.json")["earlier_trainings"]) == 1
+
+
 def test_records_that_were_edited_or_cut_are_refused(
     tiny: Callable[..., Config], folders: tuple[Path, Path]
 ) -> None:
@@ -243,9 +258,8 @@ def test_images_that_changed_are_no_same_images(
     first = trained(tiny(*on(folders[0])))
     with pytest.raises(UserError, match=r"^train\.continue_from=.*: was trained on other images than these"):
         run(tiny(*on(folders[1], f"train.continue_from={first}")))
-    with pytest.raises(
-        UserError, match=r"^train\.continue_from=.*adapter: the folder of an adapter; expected"
-    ):
+    given = shutil.copytree(first / "adapter", first.parents[2] / "given")
+    with pytest.raises(UserError, match=r"^train\.continue_from=.*given: the folder of an adapter; expected"):
         run(tiny(*on(folders[0], f"train.continue_from={given}")))
 
 
