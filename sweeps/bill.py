@@ -20,7 +20,7 @@ from dp_lora.config.schema import ADJACENCIES
 from dp_lora.errors import UserError
 from dp_lora.jobs.begun import begun, begun_by_all, releases_of
 from dp_lora.jobs.image_index import ImageIndex
-from dp_lora.jobs.reuse import taken
+from dp_lora.jobs.reuse import START, taken
 from dp_lora.jobs.spending import (
     is_beside,
     ledger_beside,
@@ -162,6 +162,8 @@ class _Run:
     """Whether its ledger lies beside them, so that all that is charged there is on one set."""
     copies: tuple[_Run, ...] = ()
     """The other copies of its directory, which may be charged to another ledger."""
+    earlier: tuple[Charge, ...] = ()
+    """The trainings on the same images from whose adapter it started."""
 
     @property
     def mechanisms(self) -> tuple[Mechanism, ...]:
@@ -179,7 +181,14 @@ def bill(directories: Sequence[Path]) -> Bill:
     for directory in dict.fromkeys(directories):
         if (run := _read(directory)) is not None:
             copies.setdefault(run.charge.run, []).append(run)
-    return _bill(_by_shared_images([_united(of_one) for of_one in copies.values()]))
+    return _bill(_with_earlier(_by_shared_images([_united(of_one) for of_one in copies.values()])))
+
+
+def _with_earlier(runs: Sequence[_Run]) -> list[_Run]:
+    """The runs, and the earlier trainings that their adapters tell of, wherever their directories are."""
+    known = {run.charge.run for run in runs}
+    behind = {one.run: _Run(run.owner, one) for run in runs for one in run.earlier if one.run not in known}
+    return [*runs, *behind.values()]
 
 
 def _by_shared_images(runs: Sequence[_Run]) -> list[_Run]:
@@ -426,6 +435,24 @@ def _read_files(directory: Path) -> _Run | None:
         digest=receipt.digest if receipt is not None else None,
         checkpoint=checkpoint if visible else None,
         index=Path(receipt.index) if receipt is not None and receipt.index is not None else None,
+        earlier=_earlier(directory, name, privacy, visible=visible),
+    )
+
+
+def _earlier(directory: Path, name: str, privacy: Mapping[str, Any], *, visible: bool) -> tuple[Charge, ...]:
+    """The trainings on the same images that the adapter of a run descends from, by its own records."""
+    path = directory / "checkpoint" / START
+    found = read_json(path)["trainings"] if visible and path.exists() else ()
+    listed = [one for one in found if one["same_images"]] or privacy.get("earlier_trainings", ())
+    return tuple(
+        Charge(
+            one.get("run") or f"{directory.resolve()} {number}",
+            name,
+            Mechanism(float(one["noise_multiplier"]), float(one["sample_rate"]), int(one["steps"])),
+            float(privacy["delta"]),
+            one.get("private", float(one["noise_multiplier"]) > 0),
+        )
+        for number, one in enumerate(listed)
     )
 
 

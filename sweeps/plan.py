@@ -107,6 +107,10 @@ def spending(configs: Sequence[Config]) -> list[str]:
                 name = names.setdefault(ledger_beside(source), name)
             sets.setdefault(name, []).append(config)
     lines = [f"privacy on {name}: {_spent(mine)}" for name, mine in sets.items()]
+    if any(config.train.continue_from or config.model.adapter for config in configs):
+        lines.append(
+            "earlier trainings on the same images, from whose adapters these start, count beside this"
+        )
     return [*lines, *_releases(configs)]
 
 

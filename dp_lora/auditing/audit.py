@@ -126,6 +126,7 @@ def _finished_run(directory: Path) -> tuple[Config, dict[str, Any]]:
 
 def _check_claim(plan: PrivacyPlan, claim: dict[str, Any], directory: Path) -> None:
     """Refuses to audit another mechanism than the one that was run."""
+    claim = {**claim, "epsilon": claim.get("epsilon_of_this_training", claim["epsilon"])}
     for name in ("noise_multiplier", "sample_rate", "epsilon", "delta"):
         now, then = float(getattr(plan, name)), float(claim[name])
         if not math.isclose(now, then, rel_tol=1e-6):

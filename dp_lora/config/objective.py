@@ -7,6 +7,7 @@ is refused before it starts.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from enum import Enum
 from typing import Any
 
 from dp_lora.config.schema import DEEP_CLASSIFIERS, Config, EvaluationConfig
@@ -71,11 +72,35 @@ def refuse_without_objective(sweeper: Mapping[str, Any], config: Config) -> None
         sweeper: `hydra.sweeper` of the composed configuration.
         config: of the job.
     """
-    if not str(sweeper["_target_"]).endswith(".GridSweeper") and not objectives(config):
+    if str(sweeper["_target_"]).endswith(".GridSweeper"):
+        return
+    names = objectives(config)
+    if not names:
         raise UserError(
             "optimize=null: hydra/sweeper chooses jobs by the results of earlier ones; expected "
             "optimize=<metric>, such as optimize=accuracy_cnn"
         )
+    given = sweeper.get("direction")  # Optuna's
+    if given is None:
+        return
+    directions = [
+        str(getattr(one, "name", one)) for one in ([given] if isinstance(given, str | Enum) else given)
+    ]
+    best = [_direction(name) for name in names]
+    if directions != best:
+        raise UserError(
+            f"hydra.sweeper.direction={_list(directions)} with optimize={_list(names)}: expected "
+            f"hydra.sweeper.direction={_list(best)}"
+        )
+
+
+def _direction(name: str) -> str:
+    """Whether a larger or a smaller value of a metric is the better one."""
+    return "minimize" if name.startswith(("fd", "fid", "kid")) else "maximize"
+
+
+def _list(values: Sequence[str]) -> str:
+    return values[0] if len(values) == 1 else f"[{','.join(values)}]"
 
 
 def objective(names: Sequence[str], metrics: Mapping[str, float]) -> float | tuple[float, ...]:

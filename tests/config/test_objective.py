@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,11 +15,12 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from dp_lora.config.objective import metric_names, objective
+from dp_lora.config.objective import metric_names, objective, refuse_without_objective
 from dp_lora.config.schema import EvaluationConfig
+from dp_lora.errors import UserError
 from dp_lora.jobs.stages import run
 from tests.builders.commands import dp_lora
-from tests.builders.tiny import words
+from tests.builders.tiny import TINY, composed, words
 
 
 class Chooser(Sweeper):
@@ -103,6 +105,31 @@ def test_an_objective_that_will_not_be_there_is_found_before_anything_is_charged
     assert dp_lora(*words(cache, outputs), *given, "hydra/sweeper=chooser", "-m") == 2
     assert line in capfd.readouterr().err
     assert not list(tmp_path.rglob("*ledger*")) and not list(outputs.rglob("privacy.json"))
+
+
+@pytest.mark.parametrize(
+    ("optimize", "direction", "expected"),
+    [
+        ("accuracy_cnn", "minimize", "maximize"),
+        ("fd_lite0", "maximize", "minimize"),
+        (["accuracy_cnn", "kid_lite0"], "maximize", "[maximize,minimize]"),
+        ("accuracy_cnn", ["maximize", "minimize"], "maximize"),
+        (["accuracy_cnn", "kid_lite0"], ["maximize", "minimize"], None),
+        ("fd_lite0", "minimize", None),
+        ("accuracy_cnn", None, None),
+    ],
+)
+def test_the_directions_of_a_sweeper_are_those_of_the_metrics(
+    optimize: Any, direction: Any, expected: str | None
+) -> None:
+    config = composed(*TINY)
+    config.optimize = optimize
+    sweeper = {"_target_": "a.OptunaSweeper", **({} if direction is None else {"direction": direction})}
+    if expected is None:
+        refuse_without_objective(sweeper, config)
+        return
+    with pytest.raises(UserError, match=rf"expected hydra\.sweeper\.direction={re.escape(expected)}$"):
+        refuse_without_objective(sweeper, config)
 
 
 def test_a_sweeper_that_chooses_needs_several_jobs(

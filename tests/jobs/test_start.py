@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dp_lora.auditing.audit import _check_claim
 from dp_lora.commands import evaluate as evaluate_command
 from dp_lora.commands.export import export
 from dp_lora.config.schema import Config
@@ -23,6 +24,7 @@ from dp_lora.privacy import accounting
 from dp_lora.privacy.ledger import Charge, Ledger, spent_adaptively
 from dp_lora.privacy.subsampled_gaussian import Mechanism
 from dp_lora.storage.files import read_json, read_lines
+from sweeps.bill import bill
 from tests.builders.commands import dp_lora
 from tests.builders.image_sets import pixels, write_folder
 
@@ -84,6 +86,11 @@ def test_going_on_starts_from_the_adapter_and_counts_both(
     assert str(first) not in "".join(
         path.read_text() for path in copy.rglob("*.*") if path.suffix in (".md", ".json", ".yaml", ".jsonl")
     )
+    # The bill counts the first one too, though it is not asked for it.
+    ((of_set,),) = [bill([second]).sets]
+    assert of_set.runs == 2 and of_set.adaptive_epsilon == pytest.approx(expected, rel=1e-9)
+    assert bill([first, second]).sets[0].epsilon == of_set.epsilon
+    _check_claim(prepare(config, second).plan, stated, second)  # an audit is of this training alone
     # The same command has nothing left to do; a third one counts three.
     assert trained(config) == second and read_json(second / "privacy.json") == stated
     third = trained(tiny(*SHORT, f"train.continue_from={second}", "train.max_steps=2"))
