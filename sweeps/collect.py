@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ Row = dict[str, Any]
 
 CELL = ("sweep", "cell", "setting", "state", "error", "directory", "fingerprint")
 SETTINGS = ("experiment", "data", "model", "trainable", "rank", "noise_multiplicity", "target_epsilon",
-            "given_noise_multiplier", "max_grad_norm", "expected_batch_size", "learning_rate",
+            "given_noise_multiplier", "max_grad_norm", "expected_batch_size", "learning_rate", "started_from",
             "seed")  # fmt: skip
 PRIVACY = ("epsilon", "delta", "noise_multiplier", "sample_rate", "steps", "planned_steps", "accountant",
            "adjacency", "reproducible_noise")  # fmt: skip
@@ -104,6 +105,8 @@ def run_row(directory: Path) -> Row:
     if config and privacy:
         _check_same(directory, config, privacy)
     row |= settings(config) if config else {}
+    with suppress(PermissionError):
+        row["started_from"] = _read(directory / "checkpoint" / "start.json").get("adapter", "")[:8] or None
     row |= {name: _number(privacy[name]) for name in PRIVACY if name in privacy}
     return row | _result(result) | {"code": _code(provenance)}
 
@@ -126,6 +129,7 @@ def settings(config: Mapping[str, Any]) -> Row:
         "max_grad_norm": privacy["max_grad_norm"],
         "expected_batch_size": train["expected_batch_size"],
         "learning_rate": train["learning_rate"],
+        "started_from": None,  # what the run itself noted: the settings name a place
         "seed": config["seed"],
     }
 

@@ -25,6 +25,8 @@ from dp_lora.privacy.ledger import Charge, Ledger, spent_adaptively
 from dp_lora.privacy.subsampled_gaussian import Mechanism
 from dp_lora.storage.files import read_json, read_lines
 from sweeps.bill import bill
+from sweeps.collect import collect
+from sweeps.folders import find
 from tests.builders.commands import dp_lora
 from tests.builders.image_sets import pixels, write_folder
 
@@ -91,6 +93,8 @@ def test_going_on_starts_from_the_adapter_and_counts_both(
     assert of_set.runs == 2 and of_set.adaptive_epsilon == pytest.approx(expected, rel=1e-9)
     assert bill([first, second]).sets[0].epsilon == of_set.epsilon
     _check_claim(prepare(config, second).plan, stated, second)  # an audit is of this training alone
+    # Nor are the two of one setting to a report.
+    assert len({row["setting"] for row in collect(find([first.parent]))}) == 2
     # The same command has nothing left to do; a third one counts three.
     assert trained(config) == second and read_json(second / "privacy.json") == stated
     third = trained(tiny(*SHORT, f"train.continue_from={second}", "train.max_steps=2"))
