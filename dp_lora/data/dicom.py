@@ -95,6 +95,8 @@ def _grey(file: Any, stored: np.ndarray, decoding: Decoding, bits: int) -> np.nd
     """uint8 [H, W]."""
     from pydicom.pixels import apply_modality_lut, apply_voi
 
+    if file.get("RescaleSlope") == 0:
+        raise Unreadable("DICOM with a slope of 0, which makes one value of all")
     values = apply_modality_lut(stored, file)
     if decoding.value_range is not None:
         grey = to_bytes(values, *decoding.value_range)
@@ -112,6 +114,8 @@ def _windowed(values: np.ndarray, file: Any) -> np.ndarray:
     """The values through the first window that the file states (PS3.3, C.11.2.1.2 and C.11.2.1.3)."""
     center, width = (float(_first(file.get(name))) for name in ("WindowCenter", "WindowWidth"))
     function = str(file.get("VOILUTFunction") or "LINEAR")
+    if not width > 0 or (function == "LINEAR" and width < 1):
+        raise Unreadable(f"DICOM with a window of width {width:g}")
     exact = values.astype(np.float64)
     if function == "SIGMOID":
         with np.errstate(over="ignore"):  # far below the window: exp is infinite and the value 0
@@ -120,7 +124,7 @@ def _windowed(values: np.ndarray, file: Any) -> np.ndarray:
         low, high = center - width / 2, center + width / 2
     else:
         low, high = center - 0.5 - (width - 1) / 2, center - 0.5 + (width - 1) / 2
-    if high <= low:
+    if high == low:
         return np.where(exact > low, 255, 0).astype(np.uint8)
     return to_bytes(exact, low, high)
 

@@ -233,9 +233,11 @@ def _with_columns(request: Request, metadata: Sequence[_Metadata]) -> Request:
                     f"{', '.join(of_one.columns)}{what}{did_you_mean(str(column), of_one.columns)}"
                 )
     if label == "none" and data.label_column is None:
+        columns = metadata[0].columns
+        near = next(filter(None, (did_you_mean(name, columns) for name in LABEL_COLUMNS)), "")
         request.tell(
             f"{field}: one class, since {metadata[0].name} has no column {' or '.join(LABEL_COLUMNS)}; "
-            f"{field}.label_column names another, {field}.layout=folders takes them from the folders"
+            f"{field}.label_column names another, {field}.layout=folders takes them from the folders{near}"
         )
     column = _file_column(metadata, request)
     changed = dataclasses.replace(data, label_column=label, image_column=column)

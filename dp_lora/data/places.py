@@ -117,6 +117,8 @@ class Archive:
         for parts, member in members:
             if member.flag_bits & 1:
                 raise OSError("it needs a password")
+            if ".." in parts:
+                raise OSError(f"it holds {member.filename!r}, which leads out of it")
             if same and is_seen(parts[0]):
                 parts[0] = name
             elif name:
@@ -126,7 +128,10 @@ class Archive:
             if member.filename.endswith(("/", "\\")):
                 self.folders.setdefault("/".join(parts), {})
             else:
-                self._members["/".join(parts)] = (opened, member)
+                inside = "/".join(parts)
+                if inside in self._members:
+                    raise OSError(f"it holds {member.filename!r} twice")
+                self._members[inside] = (opened, member)
 
     def place(self, inside: str) -> str:
         """The path of a member as an error shows it: that of its archive, and that in it."""

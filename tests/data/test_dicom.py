@@ -235,13 +235,15 @@ def test_what_is_no_single_image_is_listed(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-20])
     put(tmp_path / "set/ct/d.dcm", bytes(range(128, 256)))
     write_dicom(tmp_path / "set/ct/e.dcm", values, WindowCenter=5)
+    write_dicom(tmp_path / "set/ct/g.dcm", values, WindowCenter=5, WindowWidth=0)
+    write_dicom(tmp_path / "set/ct/h.dcm", values, RescaleSlope=0, RescaleIntercept=7)
     lossless = "1.2.840.10008.1.2.4.70"
     write_dicom(tmp_path / "set/ct/f.dcm", values, syntax=lossless, PixelData=encapsulated(b"\xff\xd8\xff"))
     with pytest.raises(PrivateRefusal) as caught:
         read(tmp_path / "set")
     folder = f"  {tmp_path}/set/ct"
     assert str(caught.value).split("\n") == [
-        "data.source: 6 files are no images that can be read:",
+        "data.source: 8 files are no images that can be read:",
         f"{folder}/a.dcm: DICOM with 3 frames; expected one image a file",
         f"{folder}/b.dcm: DICOM without an image in it",
         f"{folder}/c.dcm: DICOM that is cut short or damaged",
@@ -249,6 +251,8 @@ def test_what_is_no_single_image_is_listed(tmp_path: Path) -> None:
         f"{folder}/e.dcm: DICOM with a window without a width",
         f"{folder}/f.dcm: DICOM in JPEG Lossless, Non-Hierarchical, First-Order Prediction (Process 14 "
         "[Selection Value 1]), which pydicom cannot unpack here",
+        f"{folder}/g.dcm: DICOM with a window of width 0",
+        f"{folder}/h.dcm: DICOM with a slope of 0, which makes one value of all",
     ]
 
 

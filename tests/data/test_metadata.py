@@ -142,6 +142,9 @@ def test_without_a_column_of_classes_there_is_one(tmp_path: Path, capsys: pytest
         "data: one class, since metadata.csv has no column label or labels; data.label_column names another, "
         "data.layout=folders takes them from the folders\n"
     )
+    put(tmp_path / "metadata.csv", "file_name,lable\ncat/0.png,x\ndog/1.png,y\n")
+    read(tmp_path)
+    assert capsys.readouterr().err.endswith("takes them from the folders; did you mean 'lable'?\n")
     assert read(tmp_path, layout="folders").train.classes == ("cat", "dog")
     assert read(flat(tmp_path / "labelled"), label_column="none").train.classes == ("image",)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -182,6 +183,25 @@ def test_an_archive_with_a_password_is_refused_in_one_line(tmp_path: Path) -> No
     assert refused(config(path)) == (
         f"data.source={path}: cannot be read (it needs a password); expected a folder, a zip archive or "
         "several"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("cat/0.png", "it holds 'cat/0.png' twice"),
+        ("../../x.png", "it holds '../../x.png', which leads out of it"),
+    ],
+)
+def test_an_archive_with_a_name_twice_or_outside_of_it_is_refused(
+    name: str, reason: str, tmp_path: Path
+) -> None:
+    path = zipped(two(tmp_path / "set"))
+    with zipfile.ZipFile(path, "a") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zipfile itself warns of a name that is there
+        archive.writestr(name, (tmp_path / "set/cat/1.png").read_bytes())
+    assert refused(config(path)) == (
+        f"data.source={path}: cannot be read ({reason}); expected a folder, a zip archive or several"
     )
 
 
