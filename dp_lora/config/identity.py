@@ -75,7 +75,8 @@ def _values(config: Config) -> dict[str, Any]:
     del values["privacy"]["budget_epsilon"]
     del values["model"]["pretrain"]["samples_every"]
     del values["sampler"]["export"]
-    if values["sampler"]["classes"] is None:
+    values["sampler"]["classes"] = config.sampler.counts
+    if config.sampler.counts is None:
         del values["sampler"]["classes"]
     # Where the published file lies: what is in it is fixed.
     del values["evaluation"]["inception_weights"]

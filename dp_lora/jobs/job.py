@@ -146,9 +146,28 @@ def prepare(config: Config, directory: Path) -> Job:
         labels_of(images.train.classes, 0, config.sampler.counts)
     _check_stages(config, directory)
     _check_evaluation(config, images)
+    _check_base(config)
     pretrained = pretrained_model(config, private=images)
     start = start_of(config, directory, images, plan, pretrained)
     return Job(config, directory, images, plan, pretrained, device, {}, start)
+
+
+def _check_base(config: Config) -> None:
+    """Refuses to pre-train another model for an adapter, which belongs to one that is there."""
+    given = config.train.continue_from or config.model.adapter
+    if given is None or config.model.pretrained is not None or _folder_of_model(config).exists():
+        return
+    raise UserError(
+        f"{'model.adapter' if config.train.continue_from is None else 'train.continue_from'}={given}: these "
+        "settings ask for a pre-trained model that is not there, and an adapter belongs to its own; expected "
+        "the seed, model and public_data with which that was made, or model.pretrained=FOLDER"
+    )
+
+
+def _folder_of_model(config: Config) -> Path:
+    """The folder in the cache of the model that is pre-trained on public images."""
+    name = f"{config.model.name}-{pretrained_fingerprint(config)}"
+    return Path(config.paths.cache).expanduser() / "models" / name
 
 
 def _check_directory(config: Config, directory: Path) -> None:
@@ -330,8 +349,7 @@ def pretrained_model(config: Config, *, again: bool = False, private: ImageSplit
         if private is not None:
             refuse_seen(config, found, private)
         return found
-    models = Path(config.paths.cache).expanduser() / "models"
-    folder = models / f"{config.model.name}-{pretrained_fingerprint(config)}"
+    folder = _folder_of_model(config)
     if agreed(not folder.exists()):
         _pretrain_once(config, folder, private)
     if private is not None:

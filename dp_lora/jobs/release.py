@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -326,6 +327,8 @@ def _with_training(training: Mapping[str, Any], releases: Sequence[Mechanism]) -
     parts = [*training.get("earlier_trainings", ()), training]
     trained = [Mechanism(float(one["noise_multiplier"]), one["sample_rate"], one["steps"]) for one in parts]
     delta = training["delta"]
+    if float(training.get("epsilon", 0)) == math.inf:
+        return {"epsilon": "inf", "delta": delta, "accountant": "none"}
     if training.get("accountant") == FILTER:
         budget = least_budget(renyi_divergences([*trained, *releases]), delta)
         return {"epsilon": budget, "delta": delta, "accountant": FILTER}

@@ -114,6 +114,11 @@ def start_of(
     goes_on = config.train.continue_from is not None
     word = f"{'train.continue_from' if goes_on else 'model.adapter'}={given}"
     place = _run_around(Path(given).expanduser())
+    if not place.exists() and (directory / OUTPUTS["finetune"]).exists() and _has_begun(directory):
+        # What is left to do may not need it; `first_values` does.
+        found = read_json(directory / "checkpoint" / START)
+        trainings = tuple(_kept(directory / "checkpoint"))
+        return Start(Path(found["folder"]), found["adapter"], trainings, is_known=True, word=word)
     if place.resolve() == directory.resolve():
         raise UserError(f"{word}: is the directory of this run itself; expected another run")
     try:
@@ -188,6 +193,8 @@ def with_classes(
 
     from dp_lora.models import adapter_start
 
+    if adapter is not None and not adapter.is_dir():
+        raise UserError(f"{adapter}: the adapter that the training started from is missing; put it back")
     if adapter is not None:
         adapter_start.start_classes(model, adapter)
     if model.classes != tuple(classes):

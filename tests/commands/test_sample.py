@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from dp_lora.commands.export import export
 from dp_lora.commands.sample import main
-from dp_lora.config.identity import pretrained_fingerprint
+from dp_lora.config.identity import fingerprint, pretrained_fingerprint
 from dp_lora.config.load import read_config
 from dp_lora.config.schema import Config
 from dp_lora.errors import UserError
@@ -356,6 +356,10 @@ def test_a_job_draws_as_many_images_of_each_class_as_it_is_told(tiny: Callable[.
         UserError, match=r"^sampler\.classes: 'cat' is none of the adapter's; expected some of 0"
     ):
         run_job(tiny("sampler.classes={cat:5}", *words[1:]))
+    mixed = tiny("sampler.classes={3:5,cat:2}")
+    before = fingerprint(mixed)
+    mixed.sampler.classes = {"cat": 2, "3": 5}
+    assert fingerprint(mixed) == before
     for given, line in (
         ("{3:0}", "3: 0: expected a whole number"),
         ("{}", "expected numbers of images by class"),

@@ -193,6 +193,9 @@ def test_the_record_composes_the_releases_with_the_training(config: Config, tmp_
     alone = epsilon([Mechanism(2.0, 0.1, 50)], 1e-5).epsilon
     released = epsilon([Mechanism(sigma, 1.0, 1)], 1e-5).epsilon
     assert max(alone, released) < once["with_training"]["epsilon"] <= alone + released
+    # An earlier training without noise leaves nobody with a guarantee, whatever this one's noise is.
+    without = release_record({**training, "epsilon": "inf"}, config, tmp_path)
+    assert without["with_training"]["epsilon"] == "inf" and without["epsilon"] == once["epsilon"]
     keep(tmp_path, "two", sigma, shown)
     twice = release_record(training, config, tmp_path)
     assert twice["releases"] == 2 and twice["epsilon"] > 1.3 * once["epsilon"]

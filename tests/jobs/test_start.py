@@ -353,6 +353,30 @@ def test_an_adapter_that_changed_since_the_run_began_is_refused(
     assert (again / "checkpoint" / "executions.jsonl").exists()
 
 
+def test_another_seed_pre_trains_no_other_model(tiny: Callable[..., Config], cache: Path) -> None:
+    first = trained(tiny(*SHORT))
+    models = set((cache / "models").iterdir())
+    with pytest.raises(
+        UserError, match=r"^train\.continue_from=.*: these settings ask for a pre-trained model"
+    ):
+        run(tiny(*SHORT, f"train.continue_from={first}", "seed=77"))
+    assert set((cache / "models").iterdir()) == models
+
+
+def test_a_finished_run_stays_finished_when_what_it_started_from_is_moved(
+    tiny: Callable[..., Config], tmp_path: Path
+) -> None:
+    first = trained(tiny(*SHORT))
+    words = (*SHORT, f"train.continue_from={first}")
+    second = trained(tiny(*words, "stages=[finetune,sample]"))
+    first.rename(tmp_path / "elsewhere")
+    assert trained(tiny(*words, "stages=[finetune,sample]")) == second
+    with pytest.raises(
+        UserError, match=r"the adapter that the training started from is missing; put it back"
+    ):
+        run(tiny(*words, "stages=[finetune,sample,evaluate]"))
+
+
 def test_the_images_before_are_those_of_the_adapter_that_it_started_from(
     tiny: Callable[..., Config],
 ) -> None:
