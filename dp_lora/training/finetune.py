@@ -7,6 +7,7 @@ sums of `privacy.mechanism.noised_mean`, so epsilon of the plan covers it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
@@ -60,7 +61,6 @@ class FinetuneStep:
     ) -> None:
         self.sgd, self.latents, self.labels, self.train = sgd, latents, labels, train
         self.microbatch, self.halved = microbatch, halved
-        self.objective = Objective(cast(LatentDiffusion, sgd.module), train)
 
     @classmethod
     def on(
@@ -118,6 +118,11 @@ class FinetuneStep:
         self.microbatch //= 2
         self.halved(self.microbatch)
         step._give_up(microbatch=self.microbatch)
+
+    @functools.cached_property
+    def objective(self) -> Objective:
+        """The timesteps and the noise that are drawn, and the weights."""
+        return Objective(cast(LatentDiffusion, self.sgd.module), self.train)
 
     def losses(self, rows: Tensor, draws: Draws) -> Tensor:
         """Losses [M] of the images `rows`, each the mean over its k draws of timestep and noise."""

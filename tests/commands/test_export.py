@@ -159,6 +159,7 @@ TEXTS = {
     *(f"model.{name}" for name in ("name", "prompt", "conditioning", "autoencoder.kind")),
     "model.scheduler.beta_schedule",
     *("optimize", "sampler.classes", "sampler.export", "tracking.name", "tracking.entity"),
+    *("train.timesteps", "model.base_precision"),
     *(f"model.pretrain.{name}" for name in ("reconstruction", "schedule", "precision")),
     *(
         f"{data}.{name}"

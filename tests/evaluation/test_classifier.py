@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dp_lora.evaluation.classifier import DEEP, RECIPES, accuracy, build, train_classifier
+from dp_lora.config.schema import DEEP_CLASSIFIERS
+from dp_lora.evaluation.classifier import RECIPES, accuracy, build, train_classifier
 from tests.builders.digit_images import Images, part
 
 CPU = torch.device("cpu")
@@ -57,7 +58,7 @@ def test_the_cnn_takes_any_size_and_number_of_channels(channels: int, side: int)
     assert accuracy(classifier, images, labels, batch_size=3) in (0.25, 0.5)
 
 
-@pytest.mark.parametrize("name", DEEP)
+@pytest.mark.parametrize("name", DEEP_CLASSIFIERS)
 def test_the_residual_networks_train_on_any_image_and_forget_their_start(name: str) -> None:
     images = torch.randint(0, 256, (4, 1, 28, 28), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     labels = torch.tensor([0, 1, 2, 0])

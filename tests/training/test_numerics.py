@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def edit_beta_end(model: LatentDiffusion) -> None:
 
 
 def edit_betas(model: LatentDiffusion) -> None:
-    model.scheduler.alphas_cumprod = model.scheduler.alphas_cumprod * 0.99
+    model.process = replace(model.process, table=model.process.table * 0.99)
 
 
 def edit_prediction(model: LatentDiffusion) -> None:
