@@ -214,7 +214,10 @@ def _recorded(
     if found["model"] != sha256_of_weights(pretrained):
         return None, f"the training of {source} began with other weights of the pre-trained model"
     path = source / "checkpoint" / START
-    if (None if start is None else start.adapter) != (read_json(path)["adapter"] if path.exists() else None):
+    began = read_json(path) if path.exists() else {}
+    if not isinstance(began, dict):
+        raise Damaged(f"{path}: expected what a run started from, as this program wrote it: {WAY_OUT}")
+    if (None if start is None else start.adapter) != began.get("adapter"):
         return None, f"the training of {source} started from another adapter"
     stated = len(read_json(source / "privacy.json").get("earlier_trainings", ()))
     if start is not None and start.earlier > stated:
