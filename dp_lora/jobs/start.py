@@ -5,11 +5,12 @@ from an adapter of other images. Both give the trained parameters their first va
 batches begin anew, and ledger and budget see an ordinary run.
 
 Guarantee: the statement of the new adapter composes its training with every earlier one on the same images
-that it descends from. Those are the trainings in the statement of `continue_from`, and however the start was
-named, any ancestor whose number the ledger or the index has for these images, or for images that share some
-with them, and any whose run directory is there with a record of just these images. Whoever goes on has seen what came before, so the composition is that of a Renyi filter
-(Feldman and Zrnic 2021), `privacy.ledger.spent_adaptively`. With `privacy.fixed_beforehand` the plans compose
-as ones that were fixed before the first of them.
+that it descends from. However the start was named, those are the trainings in the statement of the run, any
+ancestor whose number the ledger or the index has for these images or for images that share some with them,
+and any whose run directory is still there with a record of just these images. Whoever goes on has seen what
+came before, so the composition is that of a Renyi filter (Feldman and Zrnic 2021),
+`privacy.ledger.spent_adaptively`. With `privacy.fixed_beforehand` the plans compose as ones that were fixed
+before the first of them.
 
 What an adapter without its run was trained on is not known. Then every run counts that the ledger or the
 index has on these images when the training begins.
