@@ -49,6 +49,8 @@ TARGETS = (
     "dp_lora/training/receipts.py",
     "dp_lora/jobs/begun.py",
     "dp_lora/jobs/spending.py",
+    "dp_lora/jobs/start.py",
+    "dp_lora/jobs/statement.py",
     "dp_lora/auditing/audit.py",
     "dp_lora/auditing/bounds.py",
     "dp_lora/auditing/canaries.py",
@@ -74,6 +76,7 @@ TESTS = (
     "tests/jobs/test_spending_stays.py",
     "tests/jobs/test_image_index.py",
     "tests/jobs/test_release.py",
+    "tests/jobs/test_start.py",
     "tests/sweeps/test_bill.py",
     "tests/commands/test_audit.py",
     # Their doctests.
