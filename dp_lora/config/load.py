@@ -55,7 +55,7 @@ def _check_public(composed: DictConfig, plain: Mapping[Any, Any]) -> None:
         )
 
 
-_WITHOUT_FILES = ("letters",)
+_WITHOUT_FILES = ("letters", "pictures", "letters_pictures")
 """Sets that refuse any source, in a line of their own."""
 
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dp_lora.config.schema import DataConfig, PathsConfig
-from dp_lora.data import letters
+from dp_lora.data import letters, pictures
 from dp_lora.data.digests import array_digests
 from dp_lora.data.images import ROLES, Part, Prepare, Request, Source, say, wanted_classes
 from dp_lora.data.published import COUNTS
@@ -213,11 +213,15 @@ def expected_train_size(data: DataConfig) -> int | None:
 
 
 def provenance(data: DataConfig, paths: PathsConfig) -> dict[str, Any]:
-    """The inputs besides `data` that determine the images: for letters the fonts, [(file name, sha256)]."""
-    if data.name != "letters":
-        return {}
-    folders: list[str | Path] = [Path(paths.data).expanduser() / "fonts", *letters.SYSTEM_FOLDERS]
-    return {"fonts": letters.provenance(letters.find_fonts(folders))}
+    """The inputs besides `data` that determine the images: (file name, sha256) of fonts and pictures."""
+    inputs: dict[str, Any] = {}
+    place = Path(paths.data).expanduser()
+    if data.name in ("letters", "letters_pictures"):
+        folders: list[str | Path] = [place / "fonts", *letters.SYSTEM_FOLDERS]
+        inputs["fonts"] = letters.provenance(letters.find_fonts(folders))
+    if data.name in ("pictures", "letters_pictures"):
+        inputs["pictures"] = pictures.provenance(place / "pictures")
+    return inputs
 
 
 def fixed_order(positions: np.ndarray, purpose: str) -> np.ndarray:

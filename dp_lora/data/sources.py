@@ -1,4 +1,4 @@
-"""Loaders of one set: packaged CSVs, IDX files, official archives, folders, tables, rendered letters.
+"""Loaders of one set: packaged CSVs, IDX files, official archives, folders, tables, rendered sets.
 
 Each loader of `LOADERS` turns a `Request` into a `Source`: all labelled images, in the size asked for, and
 the parts that the source sets aside itself. `dp_lora.data.sets` decides about the rest.
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dp_lora.config.schema import DataConfig, PathsConfig
-from dp_lora.data import archives, folders, letters, tables
+from dp_lora.data import archives, folders, letters, rendered, tables
 from dp_lora.data.archives import Tree
 from dp_lora.data.digests import array_digests
 from dp_lora.data.images import (
@@ -30,7 +30,6 @@ from dp_lora.data.images import (
     padded,
     part_of,
     preprocessing_of,
-    wanted_classes,
 )
 from dp_lora.data.metadata import read_metadata
 from dp_lora.data.pixels import said, shown
@@ -43,9 +42,6 @@ DIGITS = tuple("0123456789")
 FASHION = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
-LETTERS_TRAIN_SIZE = 30_000
-"""Rendered when `train_size` is null."""
-
 IDX_NAMES = (
     "train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte",
 )  # fmt: skip
@@ -70,6 +66,8 @@ _OWN_IMAGES = {
     "mnist5k": "comes with its package",
     "digits": "comes with its package",
     "letters": "is rendered from fonts",
+    "pictures": "is rendered from clip art",
+    "letters_pictures": "is rendered from fonts and clip art",
 }
 """The sets that read no files of the user's."""
 _OF_FILES = ("value_range", "background", "layout")
@@ -401,34 +399,6 @@ def _emnist_archive(tree: Tree, request: Request) -> Source | None:
     return None if arrays is None else _from_28(arrays, letters.CLASSES, request)
 
 
-def _load_letters(request: Request) -> Source:
-    """Letters rendered from the fonts in `<paths.data>/fonts` and on the system, a random stream a role."""
-    data = request.data
-    if not 8 <= data.image_size <= 256:
-        raise UserError(
-            f"{request.field}.image_size={data.image_size}: letters are rendered at 8 to 256 pixels"
-        )
-    wanted = wanted_classes(letters.CLASSES, request)
-    fonts = letters.find_fonts([request.folder / "fonts", *letters.SYSTEM_FOLDERS])
-    glyphs = letters.load_glyphs(fonts)
-    sizes = [_rendered(request, name) for name in ("train_size", "validation_size", "test_size")]
-    kept = [letters.CLASSES.index(name) for name in wanted]
-    parts = []
-    for role, size in enumerate(sizes):
-        images, labels = letters.render(glyphs, size, seed=role, image_size=data.image_size, classes=kept)
-        parts.append(part_of(images[:, None], labels))
-    train, validation, test = parts
-    return Source(letters.CLASSES, train, validation, test)
-
-
-def _rendered(request: Request, name: str) -> int:
-    """How many letters to render; as many as there are has no fraction."""
-    size = getattr(request.data, name)
-    if isinstance(size, float):
-        raise UserError(f"{request.field}.{name}={size}: letters are rendered; expected a whole number")
-    return LETTERS_TRAIN_SIZE if size is None else int(size)
-
-
 def _load_imagefolder(request: Request) -> Source:
     """A user's own images: in folders or a zip archive, with or without metadata files, or in tables."""
     data, field = request.data, request.field
@@ -465,7 +435,9 @@ LOADERS: dict[str, Callable[[Request], Source]] = {
     "digits": _load_digits,
     "mnist": _load_mnist,
     "fashion_mnist": _load_fashion_mnist,
-    "letters": _load_letters,
+    "letters": rendered.load_letters,
+    "pictures": rendered.load_pictures,
+    "letters_pictures": rendered.load_letters_pictures,
     "imagefolder": _load_imagefolder,
     **dict.fromkeys(PUBLISHED, _load_published),
 }
