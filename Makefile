@@ -43,7 +43,7 @@ format: .venv/installed-dev  ## write the code the way `check` wants it
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-data: .venv/installed  ## fetch the full MNIST and Fashion-MNIST and the fonts of the public letters
+data: .venv/installed  ## fetch the full MNIST and Fashion-MNIST, the fonts of the public letters, the public pictures
 	$(BIN)/python -m dp_lora.commands.fetch $(ARGS)
 
 pretrain-mnist: .venv/installed  ## pre-train the paper's MNIST model on letters: a matter for a GPU

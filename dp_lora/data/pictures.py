@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -99,10 +100,16 @@ def _emoji(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     if not path.exists():
         return
     font = ImageFont.truetype(BytesIO(path.read_bytes()), _EMOJI_SIDE, layout_engine=ImageFont.Layout.BASIC)
-    for code in (code for block in _EMOJI_BLOCKS for code in range(*block)):
+
+    def drawn(code: int) -> Image.Image:
         canvas = Image.new("RGBA", (160, 160), (0, 0, 0, 0))
         ImageDraw.Draw(canvas).text((8, 8), chr(code), font=font, embedded_color=True)
-        cut = _cut(canvas)
+        return canvas
+
+    missing = drawn(0x10FFFE)
+    for code in (code for block in _EMOJI_BLOCKS for code in range(*block)):
+        canvas = drawn(code)
+        cut = None if canvas == missing else _cut(canvas)
         if cut is not None:
             yield EMOJI, cut
 
@@ -134,14 +141,14 @@ def load_pictures(folder: Path, field: str = "data") -> Pictures:
     """
     path = folder / FILE
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             rgba, categories = file["rgba"], file["categories"]
     except FileNotFoundError as error:
         raise UserError(
             f"{field}: no public pictures, {path}; run `make data ARGS=pictures`, which takes them from the "
             f"Debian packages {' and '.join(PACKAGES)}"
         ) from error
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{field}: {path} is damaged; run `make data ARGS=pictures` again") from error
     names, counts = np.unique(categories, return_counts=True)
     rare = set(names[counts < _FEWEST].tolist())
@@ -226,7 +233,7 @@ def _placed(rgba: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray
         image = Image.fromarray(rgba[index]).transform(
             (double, double), Image.Transform.AFFINE, tuple(coefficients), Image.Resampling.BILINEAR
         )
-        out[index] = image.reduce(2)
+        out[index] = np.asarray(image.reduce(2))
     return out.transpose(0, 3, 1, 2) / 255
 
 
@@ -247,7 +254,8 @@ def _coloured(placed: np.ndarray, channels: int, rng: np.random.Generator) -> np
     colours = low + (high - low) * colours
     background = _backgrounds(count, channels, size, rng)
     image = alpha * colours + (1 - alpha) * background
-    return np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
+    drawn: np.ndarray = np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
+    return drawn
 
 
 def _backgrounds(count: int, channels: int, size: int, rng: np.random.Generator) -> np.ndarray:

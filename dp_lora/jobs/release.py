@@ -35,10 +35,11 @@ from dp_lora.errors import UserError
 from dp_lora.evaluation.evaluate import Evaluation, Instruments, Say, described
 from dp_lora.evaluation.images import Images, Labelled, Real, RealPart, checked_samples, real_images
 from dp_lora.evaluation.metrics import inception_score
-from dp_lora.jobs import reuse
+from dp_lora.jobs import ancestry, reuse
 from dp_lora.jobs.begun import releases_of, stated_release
-from dp_lora.jobs.spending import charge_release, next_release
+from dp_lora.jobs.spending import charge_release, releases_charged
 from dp_lora.privacy import accounting
+from dp_lora.privacy.accounting import Spent
 from dp_lora.privacy.ledger import FILTER
 from dp_lora.privacy.randomness import Randomness
 from dp_lora.privacy.renyi import least_budget, renyi_divergences
@@ -219,6 +220,12 @@ def evaluate_privately(
     return _kept(folder, place)
 
 
+def next_release(config: Config, folder: Path, references: ImageSplits) -> int:
+    """The number of a release to be made: no release has it in `folder`, in the ledger or in the index."""
+    charged = releases_charged(config, folder, references)
+    return max([len(releases_of(folder)), *(number + 1 for number in charged)])
+
+
 def _kept(folder: Path, place: int) -> Evaluation:
     one = releases_of(folder)[place]
     return Evaluation(one["metrics"], one["metadata"])
@@ -279,20 +286,31 @@ def _delta(config: Config) -> float:
     return config.privacy.delta if delta is None else delta
 
 
-def release_record(training: Mapping[str, Any], config: Config, folder: Path) -> dict[str, Any]:
+def release_record(
+    training: Mapping[str, Any], config: Config, folder: Path, charged: Mapping[int, Mechanism] | None = None
+) -> dict[str, Any]:
     """The entry of privacy.json about the releases of a run, each of which is counted.
 
-    `epsilon` and `delta` are for one held-out image. `with_training` is the composition with the training,
-    for one person with an image in each set.
+    `epsilon` and `delta` are for one held-out image, and count the releases on these images of the runs that
+    this one goes on from. `with_training` is the composition with the training, for one person with an image
+    in each set.
 
     Args:
         training: the content of privacy.json.
         config: the job.
         folder: the run's private `checkpoint/`.
+        charged: the run's releases by number in ledger and index; the record of one may be lost.
     """
-    mechanisms = [Mechanism(float(one["noise_multiplier"]), 1.0, 1) for one in releases_of(folder)]
+    found = {
+        one.get("number", place): Mechanism(float(one["noise_multiplier"]), 1.0, 1)
+        for place, one in enumerate(releases_of(folder))
+    }
+    mechanisms = [one for _, one in sorted({**(charged or {}), **found}.items())]
     delta, secret = _delta(config), config.privacy.insecure_seed is None
-    spent = accounting.epsilon(mechanisms, delta)
+    earlier = _earlier(folder)
+    spent = _spent(
+        [*earlier, *mechanisms], delta, chosen=bool(earlier) and not config.privacy.fixed_beforehand
+    )
     return {
         "epsilon": spent.epsilon,
         "target_epsilon": config.evaluation.release_epsilon,
@@ -302,11 +320,24 @@ def release_record(training: Mapping[str, Any], config: Config, folder: Path) ->
         "noise_multipliers": [one.noise_multiplier for one in mechanisms],
         "sensitivity": 1.0,
         "releases": len(mechanisms),
+        **({"earlier_noise_multipliers": [one.noise_multiplier for one in earlier]} if earlier else {}),
         "reference": config.evaluation.reference,
         "reproducible_noise": not secret,
         "covers": COVERS if secret else "Nothing: the noise was derived from a seed.",
-        "with_training": _with_training(training, mechanisms),
+        "with_training": _with_training(training, [*earlier, *mechanisms]),
     }
+
+
+def _earlier(folder: Path) -> list[Mechanism]:
+    """The releases on the same held-out images by the runs that the run of `folder` goes on from."""
+    return [one.mechanism for one in ancestry.kept(folder) if one.same_images and one.held_out]
+
+
+def _spent(mechanisms: Sequence[Mechanism], delta: float, *, chosen: bool) -> Spent:
+    """Epsilon of all `mechanisms`; `chosen`: of which later ones may have been chosen by earlier results."""
+    if chosen and all(one.noise_multiplier > 0 for one in mechanisms):
+        return Spent(least_budget(renyi_divergences(mechanisms), delta), FILTER)
+    return accounting.epsilon(mechanisms, delta)
 
 
 def restated(training: Mapping[str, Any], config: Config, directory: Path) -> dict[str, Any]:
@@ -318,6 +349,7 @@ def restated(training: Mapping[str, Any], config: Config, directory: Path) -> di
     if stated is None:
         return release_record(training, config, directory / "checkpoint")
     sigmas = stated.get("noise_multipliers", [stated["noise_multiplier"]])
+    sigmas = [*stated.get("earlier_noise_multipliers", ()), *sigmas]
     mechanisms = [Mechanism(float(sigma), 1.0, 1) for sigma in sigmas]
     return {**stated, "with_training": _with_training(training, mechanisms)}
 
@@ -329,10 +361,7 @@ def _with_training(training: Mapping[str, Any], releases: Sequence[Mechanism]) -
     delta = training["delta"]
     if float(training.get("epsilon", 0)) == math.inf:
         return {"epsilon": "inf", "delta": delta, "accountant": "none"}
-    if training.get("accountant") == FILTER:
-        budget = least_budget(renyi_divergences([*trained, *releases]), delta)
-        return {"epsilon": budget, "delta": delta, "accountant": FILTER}
-    both = accounting.epsilon([*trained, *releases], delta)
+    both = _spent([*trained, *releases], delta, chosen=training.get("accountant") == FILTER)
     return {"epsilon": both.epsilon, "delta": delta, "accountant": both.accountant}
 
 
@@ -363,7 +392,8 @@ def release_in(
         evaluation = evaluate_privately(
             samples, references, config, folder=folder, device=device, progress=say
         )
-        record = release_record(training, config, folder)
+        charged = releases_charged(config, folder, references)
+        record = release_record(training, config, folder, charged)
     spent = {name: record[name] for name in ("epsilon", "delta", "accountant")}
     release = {**evaluation.metadata["release"], **spent}
     shown = evaluation._replace(metadata={**evaluation.metadata, "release": release})

@@ -72,8 +72,8 @@ class Begun(NamedTuple):
 
     adapter: str
     """SHA-256 of its weights."""
-    earlier: int
-    """The number of earlier trainings on the same images that the statement counts."""
+    earlier: frozenset[str]
+    """The earlier trainings on the same images that the statement counts, by their numbers."""
 
 
 def taken(directory: Path) -> Taken | None:
@@ -220,7 +220,10 @@ def _recorded(
     if (None if start is None else start.adapter) != began.get("adapter"):
         return None, f"the training of {source} started from another adapter"
     stated = len(read_json(source / "privacy.json").get("earlier_trainings", ()))
-    if start is not None and start.earlier > stated:
+    # What an adapter without its run was trained on is not known, so all runs count, this one among them.
+    trained = taken(source)
+    receipt = read_receipt(source / "checkpoint") if trained is None else trained.receipt
+    if start is not None and len(start.earlier - {"" if receipt is None else receipt.run}) > stated:
         return None, f"the statement of {source} knows less of earlier trainings on these images"
     path = source / "checkpoint" / content.NAME
     if not path.exists():

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 from dp_lora.config.schema import Config
 from dp_lora.errors import UserError
 from dp_lora.jobs import reuse
-from dp_lora.jobs.begun import begun, progress_of, releases_of
+from dp_lora.jobs.begun import begun, progress_of
 from dp_lora.records.run_directory import OUTPUTS
 from dp_lora.storage.files import (
     check_file,
@@ -486,15 +486,14 @@ def _runs(number: int) -> str:
     return f"{number} run{'s' * (number != 1)}"
 
 
-def next_release(config: Config, folder: Path, images: ImageSplits) -> int:
-    """The number of a release that is to be made: no release has it in `folder`, in the ledger or the index.
+def releases_charged(config: Config, folder: Path, images: ImageSplits) -> dict[int, Mechanism]:
+    """The releases of the run of the private `folder`, by number, that the ledger or the index has.
 
-    A release whose record was lost was seen, so its number and its charge stay.
+    A release whose record was lost may have been seen, so its number and its charge stay.
     """
-    used = len(releases_of(folder))
     if config.data.public:
-        return used
+        return {}
     account = Account(config, folder, images)
-    names = [charge.run for charge in account.books.of_run(account.receipt.run)]
-    charged = [int(name.rpartition("-")[2]) for name in names if name != account.receipt.run]
-    return max([used, *(number + 1 for number in charged)])
+    run = account.receipt.run
+    charges = [charge for charge in account.books.of_run(run) if charge.run != run]
+    return {int(charge.run.rpartition("-")[2]): charge.mechanism for charge in charges}

@@ -19,24 +19,24 @@ index has on these images when the training begins.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dp_lora.config.schema import Config
 from dp_lora.errors import UserError
-from dp_lora.jobs import content
-from dp_lora.jobs.begun import begun
+from dp_lora.jobs import ancestry, content
+from dp_lora.jobs.ancestry import Training, is_on, kept, name_of, record_of
 from dp_lora.jobs.drawing import check_base, digest_of, source_of
-from dp_lora.jobs.reuse import START, taken
+from dp_lora.jobs.reuse import START
 from dp_lora.jobs.spending import Books, admit, charge_of
 from dp_lora.privacy.accounting import Spent
 from dp_lora.privacy.ledger import FILTER, Charge, spent, spent_adaptively
 from dp_lora.privacy.subsampled_gaussian import Mechanism
-from dp_lora.records.run_directory import OUTPUTS, WAY_OUT, check_records, is_whole, state
-from dp_lora.storage.files import Damaged, private_directory, read_json, write_json
-from dp_lora.training.receipts import PLAN, read_receipt
+from dp_lora.records.run_directory import OUTPUTS, check_records, is_whole, state
+from dp_lora.storage.files import private_directory, read_json, write_json
+from dp_lora.training.receipts import read_receipt
 
 if TYPE_CHECKING:
     from dp_lora.data.sets import ImageSplits
@@ -51,31 +51,6 @@ OTHER_IMAGES = (
 
 
 @dataclass(frozen=True)
-class Training:
-    """One of the trainings that an adapter descends from."""
-
-    run: str
-    """Its number in ledger and index; empty if it was on public images."""
-    noise_multiplier: float
-    sample_rate: float
-    steps: int
-    """That were begun."""
-    private: bool
-    """False without noise, and with noise from a seed."""
-    adjacency: str
-    """The relation of its guarantee: a value of `privacy.adjacency`."""
-    directory: str
-    """Of its run, absolute; empty where only ledger or index know it."""
-    same_images: bool
-    """Whether it was on the images of the run that lists it, or on some of them."""
-
-    @property
-    def mechanism(self) -> Mechanism:
-        """The noisy steps, for the accountant."""
-        return Mechanism(self.noise_multiplier, self.sample_rate, self.steps)
-
-
-@dataclass(frozen=True)
 class Start:
     """The adapter that a training starts from."""
 
@@ -85,20 +60,24 @@ class Start:
     trainings: tuple[Training, ...]
     """That it descends from, the last one last; if that is not known, all on these images."""
     is_known: bool
-    """Whether it is known which images it was trained on."""
+    """Whether it is known on which images it and all that it descends from were trained."""
     word: str
     """The setting that names it."""
 
     def described(self) -> str:
         """The start and what the statement counts, for the owner."""
-        n = len(self.before)
-        counted = f"{n} earlier training{'s' if n != 1 else ''} on these images count with this one"
-        return f"{self.adapter}; " + (counted if n else "no earlier training on these images is known")
+        releases = sum(ancestry.is_release(one) for one in self.before)
+        trainings = len(self.before) - releases
+        if not self.before:
+            return f"{self.adapter}; no earlier training on these images is known"
+        counted = f"{trainings} earlier training{'s' * (trainings != 1)}"
+        counted += f" and {releases} release{'s' * (releases != 1)}" if releases else ""
+        return f"{self.adapter}; {counted} on these images count with this one"
 
     @property
     def before(self) -> list[Training]:
-        """The trainings on the images of the new run."""
-        return [one for one in self.trainings if one.same_images]
+        """The trainings on the images of the new run, and the releases on images that it trains on."""
+        return [one for one in self.trainings if one.same_images and not one.held_out]
 
 
 def start_of(
@@ -118,8 +97,8 @@ def start_of(
     if not place.exists() and (directory / OUTPUTS["finetune"]).exists() and _has_begun(directory):
         # What is left to do may not need it; `first_values` does.
         found = read_json(directory / "checkpoint" / START)
-        trainings = tuple(_kept(directory / "checkpoint"))
-        return Start(Path(found["folder"]), found["adapter"], trainings, is_known=True, word=word)
+        trainings = tuple(kept(directory / "checkpoint"))
+        return Start(Path(found["folder"]), found["adapter"], trainings, _knows_all(directory), word)
     if place.resolve() == directory.resolve():
         raise UserError(f"{word}: is the directory of this run itself; expected another run")
     try:
@@ -133,21 +112,26 @@ def start_of(
         raise UserError(f"{word}: {error}") from error
     _check_settings(config, source.adapter)
     books = _on_these(config, directory, images, plan)
-    is_known = source.run is not None and (source.run / "checkpoint" / content.NAME).exists()
-    behind = [] if source.run is None else _behind(source.run, images, {one.run for one in books})
-    if goes_on and not (is_known and behind[-1].same_images and _is_on(str(source.run), images)):
+    # An exported folder has its run's settings and statement, and no record of its images.
+    run = source.run if source.run is not None and (source.run / "checkpoint").is_dir() else None
+    has_record = run is not None and (run / "checkpoint" / content.NAME).exists()
+    behind = [] if run is None else ancestry.behind(run, images, books)
+    on_these = has_record and is_on(str(run), images)
+    if goes_on and not (on_these and behind[-1].same_images):
         raise UserError(
             f"{word}: was trained on other images than these, or has no record of them; expected a run on "
             "the same images, or model.adapter for an adapter of other images"
         )
-    if not is_known and not _has_begun(directory):
+    is_known = run is not None and has_record and _knows_all(run)
+    # A run on just these images counted everything that there was on them when it began.
+    if not is_known and not on_these and not _has_begun(directory):
         behind = [*books, *(one for one in behind if one.run not in {other.run for other in books})]
     start = Start(source.adapter, digest_of(source.adapter), (), is_known, word)
     _check_same(start, directory)
     # What was known when the run began stays known.
-    kept = _kept(directory / "checkpoint")
-    same = {_name(one) for one in (*kept, *behind) if one.same_images}
-    every = {_name(one): one for one in (*behind, *kept)}
+    known = kept(directory / "checkpoint")
+    same = {name_of(one) for one in (*known, *behind) if one.same_images}
+    every = {name_of(one): one for one in (*behind, *known)}
     start = replace(
         start, trainings=tuple(replace(one, same_images=name in same) for name, one in every.items())
     )
@@ -162,7 +146,12 @@ def keep(start: Start, folder: Path) -> None:
     path = private_directory(folder) / START
     if not path.exists():
         trainings = [asdict(one) for one in start.trainings]
-        record = {"adapter": start.digest, "folder": str(start.adapter.absolute()), "trainings": trainings}
+        record = {
+            "adapter": start.digest,
+            "folder": str(start.adapter.absolute()),
+            "trainings": trainings,
+            "known": start.is_known,
+        }
         write_json(path, record, mode=0o600)
 
 
@@ -208,10 +197,9 @@ def adapter_before(run: Path) -> Path | None:
 
     Raises UserError when it is not there any more, or has changed.
     """
-    path = run / "checkpoint" / START
-    if not path.exists():
+    found = record_of(run)
+    if found is None:
         return None
-    found = read_json(path)
     folder = Path(found["folder"])
     if not folder.is_dir() or digest_of(folder) != found["adapter"]:
         raise UserError(
@@ -286,11 +274,6 @@ def _check_finished(run: Path) -> None:
         raise UserError(f"the run is {state(run) or 'not finished'}; expected one whose training has ended")
 
 
-def _name(one: Training) -> str:
-    """The number of a training, or the place of one that has none."""
-    return one.run or one.directory
-
-
 def _run_around(place: Path) -> Path:
     """The run directory of which `place` is the `adapter/`; itself if it is no such folder."""
     around = place.resolve().parent
@@ -298,30 +281,13 @@ def _run_around(place: Path) -> Path:
     return around if is_inside else place
 
 
-def _behind(run: Path, images: ImageSplits, shared: Collection[str]) -> list[Training]:
-    """The trainings that the adapter of `run` descends from, by that run's own record and statement.
+def _knows_all(run: Path) -> bool:
+    """Whether it is known on which images everything that the adapter of `run` descends from was trained.
 
-    shared: numbers of runs that ledger or index have on these images, or on images shared with them.
+    An earlier version did not note it.
     """
-    last, earlier = _of_run(run), _kept(run / "checkpoint")
-    stated = read_json(run / "privacy.json").get("earlier_trainings", ())
-    if len(stated) > sum(one.same_images for one in earlier):
-        raise Damaged(
-            f"{run / 'checkpoint' / START}: says less of earlier trainings than privacy.json; expected it as "
-            f"the run wrote it: {WAY_OUT}"
-        )
-    same = last.run in shared or _is_on(last.directory, images)
-
-    def is_same(one: Training) -> bool:
-        return (same and one.same_images) or one.run in shared or _is_on(one.directory, images)
-
-    return [*(replace(one, same_images=is_same(one)) for one in earlier), replace(last, same_images=same)]
-
-
-def _is_on(directory: str, images: ImageSplits) -> bool:
-    """Whether the run in `directory` is there, and began on just these images."""
-    folder = Path(directory) / "checkpoint"
-    return bool(directory) and (folder / content.NAME).exists() and content.refusal(images, folder) is None
+    found = record_of(run)
+    return found is None or found.get("known") is True
 
 
 def _has_begun(directory: Path) -> bool:
@@ -353,36 +319,6 @@ def _check_budget(start: Start, config: Config, plan: PrivacyPlan, books: Sequen
     admit(config, mine, charges)
 
 
-def _of_run(run: Path) -> Training:
-    """The training of a finished run, with the larger of the steps that are stated and on record."""
-    record = read_json(run / "privacy.json")
-    source = taken(run)
-    folder = (run if source is None else source.directory) / "checkpoint"
-    receipt = read_receipt(folder) if source is None else source.receipt
-    plan = read_json(folder / PLAN) if (folder / PLAN).exists() else record
-    for name in ("noise_multiplier", "sample_rate"):
-        if plan[name] != record[name]:
-            raise Damaged(
-                f"{run / 'privacy.json'}: {name} {record[name]} is not that of the training, {plan[name]}: "
-                f"{WAY_OUT}"
-            )
-    noise = float(record["noise_multiplier"])
-    own = float(record.get("epsilon_of_this_training", record["epsilon"]))
-    steps = max(int(record["steps"]), begun(folder) if folder.is_dir() else 0)
-    private = noise > 0 and own != float("inf") and record["reproducible_noise"] is False
-    relation = "add_or_remove" if str(record["adjacency"]).startswith("add or remove") else "zero_out"
-    return Training(
-        run="" if receipt is None else receipt.run,
-        noise_multiplier=noise,
-        sample_rate=float(record["sample_rate"]),
-        steps=steps,
-        private=private,
-        adjacency=relation,
-        directory=str((run if source is None else source.directory).resolve()),
-        same_images=True,
-    )
-
-
 def _on_these(config: Config, directory: Path, images: ImageSplits, plan: PrivacyPlan) -> list[Training]:
     """All other runs that ledger or index have on `images`, or on images shared with them."""
     if config.data.public:
@@ -403,17 +339,6 @@ def _on_these(config: Config, directory: Path, images: ImageSplits, plan: Privac
         for charge in Books(config, images).others(mine)
         if charge.mechanism.steps
     ]
-
-
-def _kept(folder: Path) -> Sequence[Training]:
-    """The trainings behind the run of the private `folder`, as it noted them when it began."""
-    path = folder / START
-    if not path.exists():
-        return ()
-    try:
-        return [Training(**one) for one in read_json(path)["trainings"]]
-    except (KeyError, TypeError) as error:
-        raise Damaged(f"{path}: expected what the run started from, as it wrote it: {WAY_OUT}") from error
 
 
 def _check_same(start: Start, directory: Path) -> None:

@@ -143,20 +143,26 @@ class ClippedGradientSum:
         self._clip_and_add(self._backward(losses, weights), losses.detach(), weights)
 
     def refuse_mixed(self, losses: Tensor) -> None:
-        """Raises UserError when the gradient of the first of `losses` [M] also flows to other examples.
+        """Raises UserError when the gradient of one of `losses` [M] also flows to other examples.
 
-        The graph is kept for `add`, and the sum stays as it is. What enters a loss without a gradient, such
-        as a detached mean over the batch, is not found.
+        The numbers of any two examples differ in a bit. So for each bit, the losses of the examples with a
+        1 there must not reach those with a 0, nor the other way round: 2 log2(M) backward passes. The graph
+        is kept for `add`, and the sum stays as it is. What enters a loss without a gradient, such as a
+        detached mean over the batch, is not found.
         """
-        chosen = torch.zeros(len(losses), device=losses.device)
-        chosen[0] = 1.0
-        self._backward(losses, chosen, retain_graph=True)
-        if any(bool((norms[1:] > 0).any()) for norms in self._norms):
-            raise UserError(
-                "losses: that of one example depends on other examples of the microbatch, so no example's "
-                "contribution can be bounded; expected one loss per example, from its own rows alone, "
-                'such as reduction="none" and repeat_interleave(k)'
-            )
+        numbers = torch.arange(len(losses), device=losses.device)
+        # With weights of their own, so that what reaches an example from two others does not cancel.
+        weighted = losses * (1 + numbers / len(losses))
+        for bit in range((len(losses) - 1).bit_length()):
+            for side in (0, 1):
+                chosen = (numbers >> bit) & 1 == side
+                self._backward(weighted, chosen, retain_graph=True)
+                if any(bool((norms[~chosen] > 0).any()) for norms in self._norms):
+                    raise UserError(
+                        "losses: that of one example depends on other examples of the microbatch, so no "
+                        "example's contribution can be bounded; expected one loss per example, from its own "
+                        'rows alone, such as reduction="none" and repeat_interleave(k)'
+                    )
 
     def total(self) -> Tensor:
         """The sum since the last `reset`, float64 [P], in the order of `parameters`.

@@ -294,16 +294,17 @@ class PrivateTraining:
         return self.sgd.epsilon()
 
     def statement(self) -> Statement:
-        """The guarantee of what was trained so far: what was spent, and what that covers.
+        """The guarantee of what was trained: the whole plan's epsilon, and what that covers.
 
-        After an early end, which a release may have decided, it has the whole plan's epsilon. Raises
-        UserError if a tensor changed that is not trained.
+        Before the end of the plan as well: the bound of fewer steps, `epsilon()`, does not hold if a release
+        may have decided where to stop. Before the first step it is 0. Raises UserError if a tensor changed
+        that is not trained.
         """
         if not self._ended:
             self._refuse_changed()
         return Statement.of(
             self.plan,
-            epsilon=self.plan.epsilon if self.complete else self.epsilon(),
+            epsilon=self.plan.epsilon if self.sgd.executions.count else 0.0,
             steps=self.sgd.executions.count,
             complete=self.complete,
             seeded=self._seeded,

@@ -50,11 +50,11 @@ class Statement:
     def of(
         cls, plan: PrivacyPlan, *, epsilon: float, steps: int, complete: bool, seeded: bool, checked: bool
     ) -> Statement:
-        """The statement after `steps` steps were begun, which spent `epsilon` at the plan's delta.
+        """The statement after `steps` steps were begun.
 
         Args:
             plan: of the training.
-            epsilon: an upper bound; inf without noise.
+            epsilon: an upper bound at the plan's delta; inf without noise.
             steps: that were begun, finished or not.
             complete: whether the training has ended.
             seeded: whether the noise came from a seed, so that there is no guarantee.

@@ -13,7 +13,8 @@ from dp_lora.data.sets import ImageSplits
 from dp_lora.errors import UserError
 from dp_lora.jobs.begun import releases_of
 from dp_lora.jobs.image_index import ImageIndex
-from dp_lora.jobs.spending import Books, charge_release, charged, ledger_path, next_release, refusal
+from dp_lora.jobs.release import next_release
+from dp_lora.jobs.spending import Books, charge_release, charged, ledger_path, refusal
 from dp_lora.privacy.executions import Executions
 from dp_lora.privacy.ledger import Charge, Ledger, fits, spent, spent_adaptively
 from dp_lora.privacy.plan import PrivacyPlan, make_plan

@@ -17,7 +17,7 @@ from dp_lora.commands.export import export
 from dp_lora.config.schema import Config
 from dp_lora.errors import UserError
 from dp_lora.jobs.job import prepare
-from dp_lora.jobs.spending import ledger_beside, ledger_path
+from dp_lora.jobs.spending import ledger_path
 from dp_lora.jobs.stages import run
 from dp_lora.jobs.start import OTHER_IMAGES
 from dp_lora.privacy import accounting
@@ -29,19 +29,7 @@ from sweeps.collect import collect
 from sweeps.folders import find
 from tests.builders.commands import dp_lora
 from tests.builders.image_sets import pixels, write_folder
-
-DELTA = 1e-4
-SHORT = ("stages=[finetune]", "train.max_steps=3", "privacy.epsilon=4", f"privacy.delta={DELTA}")
-
-
-def trained(config: Config) -> Path:
-    return Path(run(config)["directory"])
-
-
-def mechanism(directory: Path) -> Mechanism:
-    """Of this training alone, as its plan says it."""
-    plan = read_json(directory / "checkpoint" / "plan.json")
-    return Mechanism(plan["noise_multiplier"], plan["sample_rate"], plan["steps"])
+from tests.builders.starts import DELTA, SHORT, mechanism, on, trained
 
 
 def by_filter(*mechanisms: Mechanism) -> float:
@@ -141,14 +129,6 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
     return tuple(write_folder(tmp_path / f"set{i}", pixels(i, 40)) for i in range(2))  # type: ignore[return-value]
 
 
-def on(folder: Path, *words: str) -> list[str]:
-    """The words of a job on images of one's own."""
-    own = ["data=imagefolder", f"data.source={folder}", "data.image_size=8", "data.channels=1"]
-    # A ledger of its own: in one that sets share, runs of one name always count.
-    own.append(f"paths.ledger={ledger_beside(str(folder))}")
-    return [*SHORT, *own, "train.expected_batch_size=8", "privacy.delta=1e-3", *words]
-
-
 def test_an_adapter_of_other_images_costs_nothing_here(
     tiny: Callable[..., Config], folders: tuple[Path, Path]
 ) -> None:
@@ -236,9 +216,12 @@ def test_records_that_were_edited_or_cut_are_refused(
     first = trained(tiny(*on(folders[0])))
     second = trained(tiny(*on(folders[0], f"train.continue_from={first}")))
     words = on(folders[0], f"train.continue_from={second}", "privacy.epsilon=1")
-    (second / "checkpoint" / "start.json").unlink()
-    with pytest.raises(UserError, match=r"start\.json: says less of earlier trainings than privacy\.json"):
-        run(tiny(*words))
+    record = second / "checkpoint" / "start.json"
+    shorter = {**read_json(record), "trainings": []}
+    for cut, line in ((shorter, "says less of earlier trainings"), (3, "expected what the run")):
+        record.write_text(json.dumps(cut))
+        with pytest.raises(UserError, match=rf"start\.json: .*{line}"):
+            run(tiny(*words))
     path = first / "privacy.json"
     path.write_text(json.dumps({**read_json(path), "noise_multiplier": 40.0}))
     with pytest.raises(UserError, match=r"privacy\.json: noise_multiplier 40\.0 is not that of the training"):

@@ -47,8 +47,36 @@ def _right_order_of_draws(model: nn.Module, rows: Tensor) -> Tensor:
     return losses(model, rows.repeat_interleave(2)).view(-1, 2).mean(1)
 
 
-@pytest.mark.parametrize(("wrong", "k"), [(_mean_of_all, 1), (_wrong_order_of_draws, 2)])
-@pytest.mark.parametrize("size", [2, 4])
+def _unlike_the_one_before(model: nn.Module, rows: Tensor) -> Tensor:
+    """Each loss but the first depends on the example before."""
+    own = losses(model, rows)
+    return own + torch.cat([own.new_zeros(1), (own[1:] - own[:-1]).square()])
+
+
+def _last_sees_all(model: nn.Module, rows: Tensor) -> Tensor:
+    own = losses(model, rows)
+    return torch.cat([own[:-1], own.sum()[None]])
+
+
+def _two_that_cancel(model: nn.Module, rows: Tensor) -> Tensor:
+    """What the first example gives to the second and to the last has the sum 0."""
+    own = losses(model, rows)
+    others = torch.zeros_like(own)
+    others[1], others[-1] = own[0], -own[0] if len(own) > 2 else own[0]
+    return own + others
+
+
+@pytest.mark.parametrize(
+    ("wrong", "k"),
+    [
+        (_mean_of_all, 1),
+        (_wrong_order_of_draws, 2),
+        (_unlike_the_one_before, 1),
+        (_last_sees_all, 1),
+        (_two_that_cancel, 1),
+    ],
+)
+@pytest.mark.parametrize("size", [2, 3, 4])
 def test_a_loss_that_mixes_examples_in_the_loop_alone_is_refused(
     wrong: Callable[[nn.Module, Tensor], Tensor], k: int, size: int, tmp_path: Path
 ) -> None:
