@@ -50,6 +50,12 @@ def array_digests(images: np.ndarray) -> np.ndarray:
     return found
 
 
+def both(images: np.ndarray, decoded: np.ndarray | None) -> np.ndarray:
+    """uint8 [N or 2 N, 32]: digests of prepared `images`, and of the decoded ones if known."""
+    prepared = array_digests(images)
+    return prepared if decoded is None else np.concatenate([prepared, decoded])
+
+
 def _plain(pixels: np.ndarray) -> np.ndarray:
     """[H, W], [H, W, 3] or [H, W, 4]: without an alpha that hides nothing, a grey image as grey."""
     if pixels.ndim == 3 and pixels.shape[2] == 4:

@@ -38,7 +38,7 @@ class ImageSet:
     images: uint8 [N, C, H, W], 0 to 255. labels: int64 [N], index into `classes`. role: train,
     validation or test. public: whether losses on the images may be shown. captions: str [N], as private as
     the images, where `data.caption_column` asks for them. digests: uint8 [N, 32], of the images as they were
-    decoded (`dp_lora.data.digests`), as private as they are; None of public images.
+    decoded (`dp_lora.data.digests`), as private as they are; None of public ones not read from files.
     """
 
     images: np.ndarray
@@ -463,9 +463,9 @@ def _balanced(source: Source, size: int, field: str) -> Part:
 
 def _image_set(part: Part | None, source: Source, role: str, data: DataConfig) -> ImageSet:
     assert part is not None
-    images, digests = part.images, None
-    if not data.public:
-        digests = array_digests(images) if part.digests is None else part.digests
+    images, digests = part.images, part.digests
+    if digests is None and not data.public:
+        digests = array_digests(images)
     if data.channels == 3 and images.shape[1] == 1:
         images = np.repeat(images, 3, axis=1)
     return ImageSet(

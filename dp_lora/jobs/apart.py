@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from dp_lora.config.schema import Config
-from dp_lora.data.digests import SEEN, array_digests
+from dp_lora.data.digests import SEEN, both
 from dp_lora.data.sets import ImageSplits
 from dp_lora.data.sources import location
 from dp_lora.errors import PrivateRefusal, UserError
 from dp_lora.jobs.image_index import plain
+from dp_lora.storage.files import read_json
 
 WAY_OUT = "pre-training has no privacy; expected other images, or data.public=true if anybody may see these"
 
@@ -37,10 +38,11 @@ def refuse_one_place(config: Config) -> None:
 def refuse_shared_images(config: Config, public: ImageSplits, private: ImageSplits) -> None:
     """Raises PrivateRefusal when a private image is among the public ones that are about to be trained on.
 
-    As prepared for the model, so an image that the two presets resize in two ways is not recognised; images
-    of one colour identify nobody. Two published sets are what they are, and are not compared.
+    As they were decoded, and as they are prepared for the model; images of one colour identify nobody. Two
+    published sets are what they are, and are not compared.
     """
-    _refuse_known(config, {row.tobytes() for part in public for row in array_digests(part.images)}, private)
+    rows = (row for part in public for row in both(part.images, part.digests))
+    _refuse_known(config, {row.tobytes() for row in rows}, private)
 
 
 def refuse_seen(config: Config, folder: Path, private: ImageSplits) -> None:
@@ -48,8 +50,14 @@ def refuse_seen(config: Config, folder: Path, private: ImageSplits) -> None:
 
     Models of earlier versions, and those that were not made here, have no digests and are not compared.
     """
-    path = folder / SEEN
+    path, record = folder / SEEN, folder / "record.json"
     if not path.exists():
+        found = read_json(record) if record.exists() else {}
+        if isinstance(found, dict) and found.get("digests") == SEEN:
+            raise UserError(
+                f"{path}: is missing, so the public images of this model cannot be told from the private "
+                "ones; expected it as the pre-training left it"
+            )
         return
     try:
         seen = np.load(path, allow_pickle=False)
@@ -72,4 +80,9 @@ def _refuse_known(config: Config, known: set[bytes], private: ImageSplits) -> No
 
 def _digests(images: ImageSplits) -> set[bytes]:
     """The digests of all images that show something, in all roles."""
-    return {row.tobytes() for part in images for row in array_digests(part.images[~plain(part.images)])}
+    found = set()
+    for part in images:
+        shows = ~plain(part.images)
+        decoded = None if part.digests is None else part.digests[shows]
+        found.update(row.tobytes() for row in both(part.images[shows], decoded))
+    return found

@@ -54,7 +54,8 @@ FIELDS = frozenset({"key", *_SAID}) - {"prepared"}
 
 def digests(images: ImageSet) -> np.ndarray:
     """uint8 [N, 32]: of the images as they were decoded; of the prepared ones where no others are known."""
-    return array_digests(images.images) if images.digests is None else images.digests
+    known = None if images.public else images.digests
+    return array_digests(images.images) if known is None else known
 
 
 def content_of(images: ImageSplits, key: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from diffusers import VQModel
 from torch import Tensor, nn
 
 from dp_lora.config.schema import Config, PretrainConfig
-from dp_lora.data.digests import SEEN, array_digests
+from dp_lora.data.digests import SEEN, both
 from dp_lora.data.sets import ImageSet, ImageSplits
 from dp_lora.errors import UserError
 from dp_lora.models.diffusion import per_example_loss
@@ -375,11 +375,13 @@ def pretrain(
             "public_data": {**dataclasses.asdict(config.public_data), **source},
             "seed": config.seed,
             **quality,
+            "digests": SEEN,
             "hardware": hardware(),
             "versions": versions(),
         }
         save(model.cpu(), work / "model", record)
-        np.save(work / "model" / SEEN, np.concatenate([array_digests(part.images) for part in images]))
+        seen = [both(part.images, part.digests) for part in images]
+        np.save(work / "model" / SEEN, np.concatenate(seen))
         for kept in ("samples", "metrics.jsonl"):
             if (work / kept).exists():
                 os.replace(work / kept, work / "model" / kept)

@@ -219,6 +219,34 @@ def test_nor_by_a_model_that_is_there_already(place: Place, capsys: Any) -> None
     assert not list(place.root.glob("*.jsonl")) and not (place.root / "one").exists()
 
 
+@pytest.mark.parametrize("by_itself", [True, False])
+def test_nor_when_they_are_resized_in_another_way(by_itself: bool, place: Place, capsys: Any) -> None:
+    shutil.rmtree(place.images)
+    write_folder(place.images, np.random.default_rng(0).integers(0, 256, (20, 1, 16, 16), np.uint8))
+    source, cache = a_copy(place.images), place.root / "new_cache"
+    more = ["model.pretrain.unet_steps=1", "model.pretrain.autoencoder_steps=1", "public_data.resample=box"]
+    given = place.words("one", *AS_PUBLIC_IMAGES, *more, f"public_data.source={source}")
+    if by_itself:
+        assert dp_lora(*given, f"paths.cache={cache}", "stages=[pretrain]") == 0
+    capsys.readouterr()
+    assert dp_lora(*given, f"paths.cache={cache}", "stages=[finetune]") == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dp-lora")]
+    assert len(said) == 1 and "20 of the private images are among the public ones" in said[0]
+
+
+def test_nor_by_a_model_whose_record_of_its_images_is_lost(place: Place, capsys: Any) -> None:
+    cache = place.root / "new_cache"
+    more = ["model.pretrain.unet_steps=1", "model.pretrain.autoencoder_steps=1", f"paths.cache={cache}"]
+    given = place.words("one", *AS_PUBLIC_IMAGES, *more, f"public_data.source={a_copy(place.images)}")
+    assert dp_lora(*given, "stages=[pretrain]") == 0
+    (model,) = (path.parent for path in (cache / "models").glob("*/record.json"))
+    (model / "images.npy").unlink()
+    capsys.readouterr()
+    assert dp_lora(*given, "stages=[finetune]", f"model.pretrained={model}") == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dp-lora")]
+    assert len(said) == 1 and "images.npy: is missing" in said[0]
+
+
 def test_other_images_may_pre_train() -> None:
     config = Config(data=DataConfig("imagefolder", source="/a"), public_data=DataConfig("letters"))
     mine, yours = splits_of(pixels(1, 9)), splits_of(pixels(2, 9), public=True)
