@@ -36,7 +36,7 @@ ConfigStore.instance().store(name="schema", node=Config)
 
 _PLACES = (
     errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EISDIR,
-    errno.ELOOP, errno.ENAMETOOLONG,
+    errno.ELOOP, errno.ENAMETOOLONG, errno.EFBIG,
 )  # fmt: skip
 """What the system says when a folder that the user named cannot take a file."""
 

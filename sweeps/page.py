@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dp_lora.records.provenance import now
-from sweeps import tables
+from sweeps import afterwards, tables
 from sweeps.figures import Chart, live, script
 from sweeps.summary import Summary
 
@@ -54,6 +54,7 @@ def page(title: str, summary: Summary, charts: Sequence[Chart], bill: Sequence[s
         "main": tables.main_table(summary, None),
         "further": tables.other_metrics(summary),
         "published": tables.published_table(summary),
+        "evaluations": afterwards.evaluations(summary),
         "runs": tables.runs_table(summary),
         "charts": charts,
         "bill": list(bill),
@@ -61,8 +62,8 @@ def page(title: str, summary: Summary, charts: Sequence[Chart], bill: Sequence[s
     }
     headings = {
         "table": "Results", "further": "Further metrics", "plots": "Plots", "bill": "Privacy bill",
-        "published": "Published figures", "samples": "Generated images", "runs": "Every run",
-        "rebuild": "How to build this again",
+        "published": "Published figures", "evaluations": "Evaluated afterwards",
+        "samples": "Generated images", "runs": "Every run", "rebuild": "How to build this again",
     }  # fmt: skip
     there = {**content, "table": True, "plots": charts, "rebuild": True}
     specifications = {chart.name: live(chart) for chart in charts}
@@ -124,14 +125,18 @@ def _cards(summary: Summary) -> list[tuple[str, str, str]]:
 
 
 def samples(summary: Summary) -> list[Sample]:
-    """The grids of one finished run of each of the first settings, made small enough for the page."""
+    """The grids of one finished run of each of the first settings, made small enough for the page.
+
+    After them those that were drawn from the runs afterwards.
+    """
+    grids: list[tuple[str, Path]] = []
+    for group in summary.groups:
+        paths = [path for row in group.done if (path := Path(row["directory"]) / "samples.png").exists()]
+        grids += [(group.setting, path) for path in paths[:1]]
     found: list[Sample] = []
     left = IMAGE_BYTES
-    for group in summary.groups[:MOST_IMAGES]:
-        paths = [path for row in group.done if (path := Path(row["directory"]) / "samples.png").exists()]
-        if not paths:
-            continue
-        sample = _sample(group.setting, paths[0])
+    for name, path in [*grids, *afterwards.sets(summary)][:MOST_IMAGES]:
+        sample = _sample(name, path)
         left -= len(sample.data)
         if left < 0:
             break

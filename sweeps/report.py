@@ -10,7 +10,7 @@ from typing import Any
 
 from dp_lora.config.identity import is_private
 from dp_lora.storage.files import write_atomic, write_json
-from sweeps import figures, tables
+from sweeps import afterwards, figures, tables
 from sweeps.bill import bill
 from sweeps.collect import Row, collect, mixtures, write_frame
 from sweeps.curves import curves
@@ -106,12 +106,15 @@ def _without_places(command: str) -> str:
 
 def _markdown(title: str, summary: Summary, table: tables.Table, spent: Sequence[str]) -> str:
     further, published = tables.other_metrics(summary), tables.published_table(summary)
+    evaluated = afterwards.evaluations(summary)
     bill_lines = "\n".join(f"- {line}" for line in spent)
     parts = [f"## {title}: {summary.counted} runs", table.markdown(), "### Privacy bill", bill_lines]
     if further is not None:
         parts += ["### Further metrics", further.markdown()]
     if published is not None:
         parts += ["### Published figures", published.markdown()]
+    if evaluated is not None:
+        parts += ["### Evaluated afterwards", evaluated.markdown()]
     odd = [f"- {_said(row)}" for row in summary.rows if row["state"] != "done"]
     return "\n\n".join([*parts, *(["### Runs that are not done", "\n".join(odd)] if odd else [])]) + "\n"
 

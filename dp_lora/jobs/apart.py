@@ -80,7 +80,7 @@ def _refuse_known(config: Config, known: set[bytes], private: ImageSplits) -> No
 
 def _digests(images: ImageSplits) -> set[bytes]:
     """The digests of all images that show something, in all roles."""
-    found = set()
+    found: set[bytes] = set()
     for part in images:
         shows = ~plain(part.images)
         decoded = None if part.digests is None else part.digests[shows]

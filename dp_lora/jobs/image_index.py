@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import hmac
 import os
+import pwd
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -62,8 +63,19 @@ def default_folder() -> Path:
     home = expanded(given, f"XDG_DATA_HOME={given}")
     if not home.is_absolute():
         # As the specification of these folders says: another working directory would be another index.
-        home = expanded("~/.local/share", "HOME")
+        home = _home() / ".local" / "share"
     return home / "dp_lora" / "image_index"
+
+
+def _home() -> Path:
+    """`$HOME`, or what the system has as the user's home if that is no absolute path."""
+    given = os.environ.get("HOME", "")
+    if given.startswith("/"):
+        return Path(given)
+    try:
+        return Path(pwd.getpwuid(os.getuid()).pw_dir)
+    except KeyError as error:
+        raise UserError(f"HOME={given}: expected an absolute path, or paths.index=FOLDER") from error
 
 
 class ImageIndex:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import pwd
 import threading
 from pathlib import Path
 
@@ -197,6 +199,10 @@ def test_the_place_depends_on_the_user_alone(monkeypatch: pytest.MonkeyPatch, tm
     for given in (None, "", "share"):
         monkeypatch.delenv("XDG_DATA_HOME") if given is None else monkeypatch.setenv("XDG_DATA_HOME", given)
         assert default_folder() == tmp_path / ".local" / "share" / "dp_lora" / "image_index"
+    of_the_system = Path(pwd.getpwuid(os.getuid()).pw_dir) / ".local/share/dp_lora/image_index"
+    for home in (None, "", "home"):
+        monkeypatch.delenv("HOME") if home is None else monkeypatch.setenv("HOME", home)
+        assert default_folder() == of_the_system
 
 
 def test_a_set_knows_no_digest_by_its_name(index: ImageIndex) -> None:

@@ -337,6 +337,28 @@ def test_what_a_page_shows_is_text_and_never_markup(tmp_path: Path) -> None:
     assert "<script>alert" not in page and "&lt;script&gt;alert(1)" in page
 
 
+def test_what_was_drawn_and_evaluated_afterwards_is_shown(sweep: Path) -> None:
+    run = Path(summary(sweep).groups[1].done[0]["directory"])
+    for name in ("x-rays", "unfinished"):
+        (run / "samples" / name).mkdir(parents=True)
+        Image.new("L", (64, 64)).save(run / "samples" / name / "samples.png")
+    write_json(run / "samples/x-rays/sampling.json", {"guidance": 2})
+    metrics = {"kid": 0.25, "kid_before": 0.5, "inception_score": 3.75}
+    record = {"metrics": metrics, "n_samples": 1200, "private_metrics": ["kid"]}
+    (run / "evaluations").mkdir()
+    write_json(run / "evaluations/wide.json", record)
+    text = write(sweep)
+    lines = [cells_of(line) for line in text.splitlines() if "wide" in line]
+    assert lines == [
+        ["lora.rank=8", "0", "wide", "kid ‡", "1,200", "0.25"],
+        ["lora.rank=8", "0", "wide", "inception_score", "1,200", "3.75"],
+    ]
+    assert text.count(tables.PRIVATE_MEANS) >= 1 and "### Evaluated afterwards" in text
+    page = (sweep / "report.html").read_text()
+    assert 'alt="Grid of generated images, lora.rank=8, seed 0: x-rays"' in page
+    assert "unfinished" not in page and ">Evaluated afterwards</h2>" in page
+
+
 def test_nothing_is_overwritten_by_a_report_that_is_refused(sweep: Path) -> None:
     build([read(sweep)], sweep)
     kept = {path: path.read_bytes() for path in sweep.iterdir() if path.is_file()}
