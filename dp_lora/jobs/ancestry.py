@@ -123,9 +123,10 @@ def _releases(one: Training, books: Sequence[Training]) -> Iterator[Training]:
         return
     number = f"{name_of(one)}-release-"
     folder = Path(one.directory) / "checkpoint"
-    if one.directory and folder.is_dir():
+    records = releases_of(folder) if one.directory and folder.is_dir() else []
+    if records:
         secret = read_config(folder.parent / "config.yaml").privacy.insecure_seed is None
-        for place, made in enumerate(releases_of(folder)):
+        for place, made in enumerate(records):
             noise = float(made["noise_multiplier"])
             yield replace(
                 one,

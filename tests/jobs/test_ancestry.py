@@ -20,6 +20,8 @@ from dp_lora.storage.files import read_json
 from tests.builders.image_sets import pixels, write_folder
 from tests.builders.starts import counted, mechanism, on, trained
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 RELEASE = (
     "stages=[finetune,sample,evaluate]", "evaluation=release", "evaluation.classifiers=[cnn]",
     "evaluation.extractors=[]", "evaluation.release_epsilon=8", "evaluation.release_delta=1e-3",

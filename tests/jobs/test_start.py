@@ -31,6 +31,8 @@ from tests.builders.commands import dp_lora
 from tests.builders.image_sets import pixels, write_folder
 from tests.builders.starts import DELTA, SHORT, mechanism, on, trained
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 
 def by_filter(*mechanisms: Mechanism) -> float:
     return spent_adaptively([Charge(str(i), "x", one, DELTA) for i, one in enumerate(mechanisms)], DELTA)
