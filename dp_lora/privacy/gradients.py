@@ -30,6 +30,7 @@ from dp_lora.privacy.layers import (
     tapped_forward,
 )
 from dp_lora.privacy.plan import Clip
+from dp_lora.privacy.precision import full_precision
 
 AUTOMATIC_GAMMA = 0.01
 """The stability constant of automatic clipping (Bu et al. 2022)."""
@@ -316,10 +317,12 @@ class ClippedGradientSum:
         for sample in samples:
             sample.leave_out(spoilt)
         partial = factors.new_empty(1, self.num_parameters)
+        own = partial.split(self._sizes, dim=1)
         for first in range(0, factors.shape[2], _ROWS):
             rows = slice(first, first + _ROWS)
-            for sample, factor, part in zip(samples, factors, partial.split(self._sizes, dim=1), strict=True):
-                sample.weighted_sum(factor, rows, out=part)
+            with full_precision():
+                for sample, factor, part in zip(samples, factors, own, strict=True):
+                    sample.weighted_sum(factor, rows, out=part)
             # In parts, whose copy in float64 stays in the processor's cache.
             parts = zip(self._total[: self.num_parameters].split(_PART), partial[0].split(_PART), strict=True)
             for total, part in parts:

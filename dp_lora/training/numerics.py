@@ -20,6 +20,7 @@ import torch
 from dp_lora.config.load import PACKAGE
 from dp_lora.config.schema import Config
 from dp_lora.privacy.collectives import everyone
+from dp_lora.privacy.precision import setting
 from dp_lora.records.provenance import hardware, versions
 
 _ROUND = ("dp-lora", "torch", "diffusers", "transformers", "peft", "opacus", "numpy", "cryptography")
@@ -69,7 +70,7 @@ def process(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else hardware()["cpu"],
         "threads": torch.get_num_threads(),
         "vectors": torch.backends.cpu.get_cpu_capability(),
-        "matmul": torch.get_float32_matmul_precision(),
+        "matmul": setting(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "build": hashlib.sha256(torch.__config__.show().encode()).hexdigest(),
         "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
