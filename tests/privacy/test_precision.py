@@ -82,7 +82,7 @@ def test_the_record_of_a_run_tells_settings_apart(fast: Callable[[], None]) -> N
     assert before == "highest" != setting()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.gpu
 @pytest.mark.parametrize("fast", [by_one_word, by_library])
 def test_no_contribution_passes_c_on_a_gpu(fast: Callable[[], None]) -> None:
     fast()
