@@ -25,6 +25,7 @@ Guarantee: the parameters after a step, and its `values`, are functions of the p
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -293,6 +294,7 @@ class DPSGD:
         foreign_losses: bool = False,
     ) -> None:
         self.module, self.optimizer, self.plan, self.num_examples = module, optimizer, plan, num_examples
+        self._planned = copy.deepcopy(plan)
         self.executions, self.lineage, self.begun, self._looked = executions, ORIGIN, begun, False
         self._randomness, self._told, self._descending = randomness, 0, False
         self.foreign_losses = foreign_losses
@@ -332,8 +334,14 @@ class DPSGD:
         """An upper bound on the epsilon of all steps begun so far."""
         return self.curve(self.executions.count)
 
+    def refuse_edited(self) -> None:
+        """Raises UserError when the plan is not that of the start."""
+        if self.plan != self._planned:
+            raise UserError("plan: was edited after the training began; expected make_plan() and a new one")
+
     def refuse_changed(self) -> None:
-        """Raises UserError when the trainable parameters, or the optimiser's, are not those of the start."""
+        """Raises UserError when plan, trainable parameters or the optimiser's are not those of the start."""
+        self.refuse_edited()
         trained = {id(p) for p in self.module.parameters() if p.requires_grad}
         if trained != {id(p) for p in self.parameters}:
             raise UserError(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from dp_lora.errors import UserError
@@ -153,3 +154,12 @@ def learning_rate(base: float, schedule: str, step: int, total: int, warmup_step
     left = 1 - (step - warmup_steps) / max(1, total - warmup_steps)
     factors = {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}
     return base * factors[schedule]
+
+
+def plain(value: Any) -> Any:
+    """`value` with NumPy's numbers as Python's, which a checkpoint can be read with."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        return {key: plain(part) for key, part in value.items()}
+    return type(value)(map(plain, value)) if type(value) in (list, tuple) else value

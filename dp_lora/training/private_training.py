@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +26,7 @@ from dp_lora.privacy.randomness import KEY_BYTES, Randomness
 from dp_lora.privacy.step import DPSGD, PrivateStep, check_optimizer
 from dp_lora.storage.files import private_directory, read_json, write_atomic, write_json
 from dp_lora.storage.tensors import digest
-from dp_lora.training.loop import Checkpoint
+from dp_lora.training.loop import Checkpoint, plain
 from dp_lora.training.numerics import process, start
 from dp_lora.training.receipts import PLAN, check_begun, check_lineage, check_same_plan
 from dp_lora.training.statement import Statement
@@ -231,7 +230,8 @@ class PrivateTraining:
         return sorted(name for name, digest in self._frozen.items() if now.get(name) != digest)
 
     def _refuse_changed(self) -> None:
-        """Raises UserError when a tensor that is not trained is not what it was at the start."""
+        """Raises UserError when the plan, or a tensor that is not trained, is not that of the start."""
+        self.sgd.refuse_edited()
         if changed := self._changed():
             raise UserError(
                 f"module: {changed[0]} changed during the training, though it is not trained: what changed "
@@ -257,7 +257,7 @@ class PrivateTraining:
     def state_dict(self) -> dict[str, Any]:
         """All that the next step depends on but the key."""
         also = {"also": {name: part.state_dict() for name, part in self._also.items()}} if self._also else {}
-        found: dict[str, Any] = _plain({**self.sgd.state_dict(), **also})
+        found: dict[str, Any] = plain({**self.sgd.state_dict(), **also})
         return found
 
     def end_early(self, finished: int) -> None:
@@ -296,9 +296,8 @@ class PrivateTraining:
     def statement(self) -> Statement:
         """The guarantee of what was trained: the whole plan's epsilon, and what that covers.
 
-        Before the end of the plan as well: the bound of fewer steps, `epsilon()`, does not hold if a release
-        may have decided where to stop. Before the first step it is 0. Raises UserError if a tensor changed
-        that is not trained.
+        Before its end as well: the bound of fewer steps, `epsilon()`, does not hold if a release may have
+        decided where to stop. Raises UserError if the plan, or a tensor that is not trained, changed.
         """
         if not self._ended:
             self._refuse_changed()
@@ -335,15 +334,6 @@ def _frozen_digests(module: nn.Module) -> dict[str, str]:
     """SHA-256 of each parameter and buffer of `module` that is not trained, by name."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
     return {name: digest(tensor) for name, tensor in tensors if not tensor.requires_grad}
-
-
-def _plain(value: Any) -> Any:
-    """`value` with NumPy's numbers as Python's, which a checkpoint can be read with."""
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
-    return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
 
 
 def _refuse_wrapped(module: nn.Module) -> None:

@@ -334,6 +334,20 @@ def test_an_edited_plan_is_refused(edit: dict[str, Any], named: str, tmp_path: P
     assert not (tmp_path / "run").exists()
 
 
+def test_a_plan_that_is_edited_in_the_loop_is_refused(tmp_path: Path) -> None:
+    private = training(tmp_path / "run", synthetic_losses=None)
+    step = next(_steps := private.steps())
+    before = parameters(private)
+    object.__setattr__(private.plan, "noise_multiplier", 1e-3)
+    for rows, weights, _ in step.microbatches(4):
+        step.add(losses(private.sgd.module, rows), weights)
+    with pytest.raises(UserError, match=r"^plan: was edited after the training began"):
+        step.apply()
+    assert torch.equal(parameters(private), before)
+    with pytest.raises(UserError, match=r"^plan: was edited after the training began"):
+        private.statement()
+
+
 def test_long_gradients_do_not_hide_that_examples_mix(tmp_path: Path) -> None:
     """After the clip all gradients here have length C, whatever the others are."""
     model = network()
