@@ -13,6 +13,7 @@ from typing import Any
 
 from diffusers import (
     AutoencoderKL,
+    ChromaTransformer2DModel,
     DiTTransformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -22,8 +23,13 @@ from diffusers import (
 )
 from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_chroma import (
+    ChromaSingleTransformerBlock,
+    ChromaTransformerBlock,
+)
 from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D, CrossAttnUpBlock2D
-from torch import Tensor, cat, nn
+from torch import Tensor, cat, is_grad_enabled, nn
+from torch.utils.checkpoint import checkpoint
 
 from dp_lora.config.schema import AutoencoderConfig, UNetConfig
 
@@ -267,6 +273,42 @@ class _ResnetUpBlock(CrossAttnUpBlock2D):  # type: ignore[misc]
         for resnet in self.upsamplers or ():
             hidden_states = resnet(hidden_states, temb)
         return hidden_states
+
+
+# Gradient checkpointing
+
+
+def keep_less(network: Any) -> None:
+    """Gradient checkpointing, in place: a block keeps its inputs alone, and is run again in the backward."""
+    if not isinstance(network, ChromaTransformer2DModel):
+        network.enable_gradient_checkpointing()
+        return
+    # Diffusers' own leaves the mask out of the single blocks, so that padding is read as text.
+    for block in (*network.transformer_blocks, *network.single_transformer_blocks):
+        block.__class__ = {
+            ChromaTransformerBlock: _LeanBlock,
+            ChromaSingleTransformerBlock: _LeanSingleBlock,
+        }.get(type(block), type(block))
+
+
+def _run_again(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    if not is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+class _LeanBlock(ChromaTransformerBlock):  # type: ignore[misc]
+    """A block that keeps its inputs alone."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return _run_again(super().forward, *args, **kwargs)
+
+
+class _LeanSingleBlock(ChromaSingleTransformerBlock):  # type: ignore[misc]
+    """A block that keeps its inputs alone."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return _run_again(super().forward, *args, **kwargs)
 
 
 # The statistics of FLUX.2's autoencoder

@@ -19,6 +19,7 @@ from dp_lora.config.schema import Config, TrainConfig
 from dp_lora.models.diffusion import per_example_loss
 from dp_lora.models.folders import LatentDiffusion
 from dp_lora.models.latents import Latents
+from dp_lora.models.networks import keep_less
 from dp_lora.privacy.collectives import agreed, largest, rank, size
 from dp_lora.privacy.executions import Executions, Spent
 from dp_lora.privacy.plan import PrivacyPlan
@@ -289,6 +290,9 @@ class _Finetuning(PrivateTraining):
         config, model, plan = self._config, self._model, self.plan
         latents, labels, captions = self._images
         inputs = digest(model, latents, labels, plan, randomness, captions)
+        if config.train.gradient_checkpointing:
+            # Before the engine is checked and the microbatch is chosen: both run with it.
+            keep_less(model.unet)
         check_engine(config, model, plan)
         self.microbatch = agreed(_microbatch(config, model, plan, self.folder))
         tuning.arrange(model, plan, config.train, self.microbatch)

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +16,30 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from dp_lora.config.schema import LoraConfig, SamplerConfig
+from dp_lora.config.schema import SamplerConfig
 from dp_lora.errors import UserError
 from dp_lora.models import adapters, sample
 from dp_lora.models.diffusion import initial_noise, per_example_loss
 from dp_lora.models.families import packed
-from dp_lora.models.folders import LatentDiffusion, load, outline
+from dp_lora.models.folders import load, outline
 from dp_lora.privacy.gradients import ClippedGradientSum
 from dp_lora.privacy.plan import Clip
 from tests.builders import scripts
 from tests.builders.architectures import one_tensor_less
-from tests.builders.families import CAPTIONS, PIPELINES, SIDE, length_of, model_of, side_of, written
+from tests.builders.families import (
+    CAPTIONS,
+    PIPELINES,
+    SIDE,
+    draws,
+    length_of,
+    model_of,
+    only,
+    side_of,
+    with_adapter,
+    written,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
-
-Draws = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -42,26 +51,6 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plain(kind: str, pipelines: Path) -> Any:
     absent = {"text_encoder_3": None, "tokenizer_3": None} if kind == "sd3_without_t5" else {}
     return diffusers.DiffusionPipeline.from_pretrained(written(kind, pipelines), **absent)
-
-
-def draws(model: LatentDiffusion, examples: int, k: int) -> Draws:
-    generator = torch.Generator().manual_seed(3)
-    shape = model.latent_shape
-    return (
-        torch.randn(examples, *shape, generator=generator),
-        torch.arange(examples),
-        torch.randint(1000, (examples, k), generator=generator),
-        torch.randn(examples, k, *shape, generator=generator),
-    )
-
-
-def with_adapter(model: LatentDiffusion, targets: Sequence[str] = ("qkv", "proj")) -> LatentDiffusion:
-    """The model with a LoRA that is not zero."""
-    adapters.attach(model, ["lora"], LoraConfig(rank=2, target_modules=list(targets)), seed=0)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in adapters.trainable_parameters(model).values():
-        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
-    return model
 
 
 @pytest.mark.parametrize("kind", PIPELINES)
@@ -89,7 +78,7 @@ def test_gradients_are_those_of_a_loop_over_single_examples(
 ) -> None:
     model = with_adapter(model_of(kind, pipelines, CAPTIONS), ("qkv", "proj", *_feed_forward(kind)))
     given = draws(model, len(CAPTIONS), k)
-    rows = one_by_one(model, lambda i: per_example_loss(model, *_only(given, i)), len(CAPTIONS))
+    rows = one_by_one(model, lambda i: per_example_loss(model, *only(given, i)), len(CAPTIONS))
     norms = rows.norm(dim=1)
     assert (norms > 0).all()
     bound = float(norms.median())
@@ -103,7 +92,7 @@ def test_gradients_are_those_of_a_loop_over_single_examples(
     engine = ClippedGradientSum(model, Clip(k, bound))
     for i in range(len(CAPTIONS)):
         before = engine.total()
-        engine.add(per_example_loss(model, *_only(given, i)))
+        engine.add(per_example_loss(model, *only(given, i)))
         assert 0.999 * bound < float((engine.total() - before).norm()) <= bound
     engine.detach()
 
@@ -127,7 +116,7 @@ def test_a_base_in_bfloat16_has_adapters_in_float32(
     assert losses.dtype == torch.float32
     assert torch.allclose(losses, wanted, rtol=0.02) and not torch.equal(losses, wanted)
     # The engine and a loop over single examples, both in bfloat16.
-    rows = one_by_one(model, lambda i: per_example_loss(model, *_only(given, i)), examples)
+    rows = one_by_one(model, lambda i: per_example_loss(model, *only(given, i)), examples)
     engine = ClippedGradientSum(model, Clip(2, math.inf))
     engine.add(per_example_loss(model, *given))
     error = (engine.total() - rows.sum(0).double()).norm() / rows.sum(0).norm()
@@ -153,12 +142,6 @@ def _feed_forward(kind: str) -> list[str]:
         "flux2_klein": "linear_out",
     }
     return [ends.get(kind, "proj_mlp" if kind.startswith(("flux", "chroma")) else "ff.net.2")]
-
-
-def _only(given: Draws, i: int) -> Draws:
-    latents, labels, timesteps, noise = given
-    one = slice(i, i + 1)
-    return latents[one], labels[one], timesteps[one], noise[one]
 
 
 @pytest.mark.parametrize("kind", PIPELINES)
