@@ -137,6 +137,9 @@ class PipelinePrompts(Prompts):
     def __init__(self, family: Family, pipe: Any, template: str = PROMPT, length: int | None = None) -> None:
         self.family, self.pipe, self.length = family, pipe, length or family.length
         self.texts: list[str] = []
+        self._prepared: tuple[list[str], Conditions | None] | None = None
+        self._released: tuple[list[str], Conditions] | None = None
+        """Once the encoders are gone: the prompts known before, which a training comes back to."""
         self._conditions: Conditions | None = None
         self._neutral: Conditions | None = None
         found = {} if pipe is None else pipe.components
@@ -145,13 +148,28 @@ class PipelinePrompts(Prompts):
         super().__init__(parts, None, template)
 
     def use(self, prompts: Sequence[str]) -> None:
-        self.texts, self._conditions, self._neutral = list(prompts), None, None
-        if self.pipe is None or not prompts:
+        ready, self._prepared = (self._prepared, self._released), None
+        self.texts, self._neutral = list(prompts), None
+        found = [known[1] for known in ready if known is not None and known[0] == self.texts]
+        self._conditions = found[0] if found else self._kept(prompts)
+
+    def prepare(self, prompts: Sequence[str]) -> None:
+        self._prepared = (list(prompts), self._kept(prompts))
+
+    def release(self) -> None:
+        if self._conditions is None or (self._prepared is not None and self._prepared[1] is None):
             return
+        self.encoder.to("meta")
+        self._released = (self.texts, self._conditions)
+
+    def _kept(self, prompts: Sequence[str]) -> Conditions | None:
+        """The conditions of all `prompts`; None where there are none, too many, or no encoders any more."""
+        if self.pipe is None or self._released is not None or not prompts:
+            return None
         first = self._encoded(prompts[0])
-        if len(prompts) * sum(value.nbytes for value in first.values()) <= self.kept_bytes:
-            rest = [self._encoded(text) for text in prompts[1:]]
-            self._conditions = _joined([first, *rest])
+        if len(prompts) * sum(value.nbytes for value in first.values()) > self.kept_bytes:
+            return None
+        return _joined([first, *(self._encoded(text) for text in prompts[1:])])
 
     def forward(self, indices: Tensor) -> Conditions:
         """The conditions of the prompts `indices` [B]."""
@@ -172,6 +190,7 @@ class PipelinePrompts(Prompts):
     @torch.no_grad()
     def _encoded(self, text: str, neutral: bool = False) -> Conditions:
         """The conditions [1, ...] of a prompt, or those that the pipeline has for none."""
+        assert self._released is None, "a prompt after the text encoders were released"
         negative = neutral and self.family.neutral == "negative"
         known = inspect.signature(self.pipe.encode_prompt).parameters
         options = {

@@ -201,7 +201,8 @@ def finetune(
 
     Args:
         config: the job.
-        model: its trainable parameters chosen, on the device to train on.
+        model: its trainable parameters chosen, on the device to train on. A family's autoencoder and text
+            encoders lose their weights, see `LatentDiffusion.release_encoders`.
         latents, labels: of the private images.
         plan: the numbers of the run.
         folder: the run's private `checkpoint/`; an earlier start of the run is continued from it.
@@ -293,6 +294,9 @@ class _Finetuning(PrivateTraining):
         if config.train.gradient_checkpointing:
             # Before the engine is checked and the microbatch is chosen: both run with it.
             keep_less(model.unet)
+        if captions is not None and model.prompts is not None:
+            model.prompts.prepare(captions)
+        model.release_encoders()
         check_engine(config, model, plan)
         self.microbatch = agreed(_microbatch(config, model, plan, self.folder))
         tuning.arrange(model, plan, config.train, self.microbatch)

@@ -52,10 +52,13 @@ def test_frozen_weights_keep_their_bits(
     assert again == checkpointing
     after = {name.replace(".base_layer.", "."): value for name, value in model.state_dict().items()}
     for name, value in before.items():
-        assert torch.equal(after[name], value), name
+        if name.startswith("unet."):
+            assert torch.equal(after[name], value), name
+        else:
+            assert after[name].is_meta, "encoders have left the memory"
     changed = [
         name for name, p in adapters.trainable_parameters(model).items() if not torch.equal(p, trained[name])
     ]
     assert len(changed) == len(trained) > 0
-    # What it knows afterwards are its classes.
+    # What it knows afterwards are the names of its classes.
     assert model.prompts is not None and model.prompts.texts == list(model.classes)  # type: ignore[attr-defined]
