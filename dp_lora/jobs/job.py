@@ -91,7 +91,7 @@ class Job:
         )
 
     def forget_model(self) -> None:
-        """Lets the model go, so that a copy of it can free what it needs no more. It is read again if asked."""
+        """Lets the model go, so that a copy can free what it needs no more. It is read again if need be."""
         self.__dict__.pop("model", None)
         gc.collect()  # networks refer to themselves
 

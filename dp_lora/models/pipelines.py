@@ -34,7 +34,7 @@ from torch import nn
 from dp_lora.errors import UserError
 from dp_lora.models.families import FAMILIES, Family
 from dp_lora.models.latent_diffusion import UNCONDITIONAL, LatentDiffusion
-from dp_lora.models.networks import keep_statistics, take_class_table
+from dp_lora.models.networks import compute_in_float32, keep_statistics, take_class_table
 from dp_lora.models.process import Scheduler, scheduler_of
 from dp_lora.models.prompts import Prompts
 from dp_lora.models.text_to_image import PipelinePrompts, TextToImage, sides, silent
@@ -237,6 +237,7 @@ def _of_family(family: Family, folder: Path, index: dict[str, Any], given: Given
     kinds = {name: {name: getattr(diffusers, name)} for name in (family.network, family.autoencoder)}
     weights = given.weights
     network = _part(folder, index, family.component, kinds[family.network], weights, given.dtype)
+    compute_in_float32(network)
     autoencoder = _part(folder, index, "vae", kinds[family.autoencoder], weights)
     keep_statistics(autoencoder)
     scheduler, predicts_v = _scheduler(folder, index)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dp_lora.config.schema import PROMPT, SamplerConfig
 from dp_lora.models.families import Conditions, Family, Inputs, packed
+from dp_lora.models.networks import has_bfloat16
 from dp_lora.models.prompts import Prompts
 
 
@@ -29,8 +30,7 @@ class TextToImage:
         side: of the images, in pixels.
         factor: by which the autoencoder divides it.
         pipe: the pipeline of diffusers with the model's own network and autoencoder; None without weights.
-        low: whether the frozen weights of network and text encoders are in bfloat16; the network computes in
-            it too then.
+        low: whether the frozen weights of network and text encoders are in bfloat16.
     """
 
     family: Family
@@ -39,9 +39,13 @@ class TextToImage:
     pipe: Any
     low: bool = False
 
-    def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
-        """What the network computes in; autocast that is on stays on."""
-        return torch.autocast(device.type, torch.bfloat16) if self.low else nullcontext()
+    def computes_low(self, device: torch.device) -> bool:
+        """Whether the network computes in bfloat16 too: where its weights are, on a device that has it."""
+        return self.low and has_bfloat16(device)
+
+    def _autocast(self, device: torch.device, low: bool) -> AbstractContextManager[Any]:
+        """Autocast to bfloat16 where that is `low`; one that is on stays on."""
+        return torch.autocast(device.type, torch.bfloat16) if low else nullcontext()
 
     def latent_shape(self, network: Any) -> tuple[int, int, int]:
         """(c, h, w) of the latents of one image."""
@@ -52,7 +56,7 @@ class TextToImage:
         self, network: Any, noisy: Tensor, times: Tensor, conditions: Conditions, scale: int
     ) -> Tensor:
         """What the network predicts, see `families.Inputs`."""
-        with self._autocast(noisy.device):
+        with self._autocast(noisy.device, self.computes_low(noisy.device)):
             predicted = self.family.predict(network, Inputs(noisy, times, conditions, scale, self.side))
         return predicted.float() if self.low else predicted
 
@@ -87,7 +91,8 @@ class TextToImage:
         known = inspect.signature(self.pipe.__call__).parameters
         if "negative_prompt" in known:
             given["negative_prompt"] = None
-        with silent(), self._autocast(noise.device):
+        # The pipeline's own code gives network and autoencoder numbers of one precision.
+        with silent(), self._autocast(noise.device, self.low):
             images: Tensor = self.pipe(**given).images
         return images.float().clamp(0, 1) * 2 - 1
 

@@ -341,7 +341,7 @@ def check_engine(config: Config, model: LatentDiffusion, plan: PrivacyPlan) -> N
     """
     examples, device = 4, next(model.unet.parameters()).device
     losses = tuning.synthetic_losses(model, examples, plan.noise_multiplicity, config.seed)
-    low = model.source is not None and model.source.low
+    low = model.source is not None and model.source.computes_low(device)
     preflight(model, losses, plan, examples, **({"tolerance": _BFLOAT16_TOLERANCE} if low else {}))
     if config.train.precision == "bfloat16":
 

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from dp_lora.config.schema import SamplerConfig
 from dp_lora.errors import UserError
-from dp_lora.models import adapters, sample
+from dp_lora.models import adapters, sample, text_to_image
 from dp_lora.models.diffusion import initial_noise, per_example_loss
 from dp_lora.models.families import packed
 from dp_lora.models.folders import load, outline
 from dp_lora.privacy.gradients import ClippedGradientSum
+from dp_lora.privacy.layers import is_adapter
 from dp_lora.privacy.plan import Clip
 from tests.builders import scripts
 from tests.builders.architectures import one_tensor_less
@@ -97,10 +98,17 @@ def test_gradients_are_those_of_a_loop_over_single_examples(
     engine.detach()
 
 
+@pytest.mark.parametrize("computed", ["bfloat16", "float32"])
 @pytest.mark.parametrize("kind", PIPELINES)
 def test_a_base_in_bfloat16_has_adapters_in_float32(
-    kind: str, pipelines: Path, tmp_path: Path, one_by_one: Callable[..., Tensor]
+    kind: str,
+    computed: str,
+    pipelines: Path,
+    tmp_path: Path,
+    one_by_one: Callable[..., Tensor],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(text_to_image, "has_bfloat16", lambda device: computed == "bfloat16")
     exact = with_adapter(model_of(kind, pipelines, CAPTIONS))
     model = with_adapter(model_of(kind, pipelines, CAPTIONS, precision="bfloat16"))
     given, examples = draws(model, len(CAPTIONS), 2), len(CAPTIONS)
@@ -111,16 +119,19 @@ def test_a_base_in_bfloat16_has_adapters_in_float32(
         sizes[parameter.dtype == torch.bfloat16] += parameter.numel() * (not parameter.requires_grad)
     # Norms of queries and keys, and the like, may stay in float32.
     assert sizes[True] > 20 * sizes[False]
+    computed_in: set[torch.dtype] = set()
+    for layer in filter(is_adapter, model.unet.modules()):
+        layer.register_forward_hook(lambda layer, given, out: computed_in.add(out.dtype))
     with torch.no_grad():
         wanted, losses = per_example_loss(exact, *given), per_example_loss(model, *given)
-    assert losses.dtype == torch.float32
+    assert losses.dtype == torch.float32 and computed_in == {getattr(torch, computed)}
     assert torch.allclose(losses, wanted, rtol=0.02) and not torch.equal(losses, wanted)
-    # The engine and a loop over single examples, both in bfloat16.
+    # The engine and a loop over single examples, both in the same precision.
     rows = one_by_one(model, lambda i: per_example_loss(model, *only(given, i)), examples)
     engine = ClippedGradientSum(model, Clip(2, math.inf))
     engine.add(per_example_loss(model, *given))
     error = (engine.total() - rows.sum(0).double()).norm() / rows.sum(0).norm()
-    assert float(error) < 0.05
+    assert float(error) < (0.05 if computed == "bfloat16" else 1e-4)
     engine.detach()
     images = sample.draw(model, torch.arange(2), SamplerConfig(name="pipeline", steps=2), 0, "off").images
     assert images.std() > 5

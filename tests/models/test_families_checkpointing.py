@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dp_lora.config.schema import LoraConfig
-from dp_lora.models import adapters
+from dp_lora.models import adapters, text_to_image
 from dp_lora.models.diffusion import per_example_loss
 from dp_lora.models.folders import LatentDiffusion
 from dp_lora.models.networks import keep_less
@@ -67,9 +67,14 @@ class Watched:
             return summed(self.model, given)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("precision", "computed"), [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")]
+)
 @pytest.mark.parametrize("kind", PIPELINES)
-def test_checkpointing_has_the_same_sum_and_keeps_less(kind: str, precision: str, pipelines: Path) -> None:
+def test_checkpointing_has_the_same_sum_and_keeps_less(
+    kind: str, precision: str, computed: str, pipelines: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_to_image, "has_bfloat16", lambda device: computed == "bfloat16")
     model = with_adapter(model_of(kind, pipelines, CAPTIONS, precision=precision))
     given, watched = draws(model, len(CAPTIONS), 2), Watched(model)
     expected, kept, runs = watched.summed(given), watched.kept, watched.runs
@@ -78,6 +83,9 @@ def test_checkpointing_has_the_same_sum_and_keeps_less(kind: str, precision: str
     assert off(watched.summed(given), expected) < BOUND
     # Blocks with adapters were run twice, and handed each example's gradient over once.
     assert watched.runs > runs and watched.kept < kept
+    assert all(p.dtype == torch.float32 for p in adapters.trainable_parameters(model).values())
+    lower = {p.dtype for name, p in model.unet.named_parameters() if "lora_" not in name}
+    assert (torch.bfloat16 in lower) == (precision == "bfloat16"), "as it was before"
     # Clipped, one example adds at most C, to the last digit: here every one is clipped.
     norms = [float(summed(model, only(given, i)).norm()) for i in range(len(CAPTIONS))]
     bound = min(norms) / 2
