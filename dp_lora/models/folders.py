@@ -130,6 +130,11 @@ def find(pretrained: str) -> Path:
     folder = shipped if shipped.is_dir() else expanded(pretrained, f"model.pretrained={pretrained}")
     if (folder / "unet" / "config.json").exists() or is_pipeline(folder):
         return folder
+    if folder.is_file():
+        raise UserError(
+            f"model.pretrained={pretrained!r}: is a file; expected the folder that `dp-lora-import "
+            f"{pretrained} --out=DIR --config=PIPELINE` makes of it, or --layout=NAME for one of CompVis"
+        )
     if not folder.exists() and (downloaded := from_hub(pretrained)) is not None:
         return downloaded
     names = sorted(path.name for path in WEIGHTS.iterdir()) if WEIGHTS.is_dir() else []

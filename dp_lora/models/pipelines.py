@@ -271,7 +271,6 @@ def _connected(
     family: Family, folder: Path, index: dict[str, Any], parts: dict[str, nn.Module], dtype: torch.dtype
 ) -> Any:
     """The pipeline of diffusers with `parts`, and its text encoders in `dtype`."""
-    import transformers
     from diffusers.utils import logging
 
     for name, entry in index.items():
@@ -281,10 +280,7 @@ def _connected(
                 "diffusers and transformers, since no other code is run"
             )
     for name in (name for name in index if name.startswith("text_encoder") and index[name][1] is not None):
-        kind = getattr(transformers, str(index[name][1]), None)
-        if kind is None or not (folder / name).is_dir():
-            raise UserError(f"model.pretrained: {folder / name} is missing, expected {index[name][1]}")
-        parts[name] = _text_encoder(kind, folder / name, dtype)
+        parts[name] = part_of_text(folder / name, str(index[name][1]), dtype)
     kind = getattr(diffusers, family.pipeline)
     optional = ("image_encoder", "feature_extractor")
     unused = {name: None for name in optional if name in kind._optional_components}
@@ -303,10 +299,14 @@ def _connected(
     return pipe
 
 
-def _text_encoder(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
-    """A text encoder with all of its weights."""
+def part_of_text(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The text encoder in `folder`, of transformers' class `name`, with all of its weights."""
+    import transformers
     from transformers.utils import logging
 
+    kind = getattr(transformers, name, None)
+    if kind is None or not folder.is_dir():
+        raise UserError(f"model.pretrained: {folder} is missing, expected {name}")
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     with silent():
         try:
