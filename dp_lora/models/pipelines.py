@@ -183,6 +183,7 @@ def _part(
         )
     if not (folder / name / "config.json").is_file():
         raise UserError(f"model.pretrained: {folder / name / 'config.json'} is missing; expected {_WANTED}")
+    _refuse_quantised(folder / name / "config.json")
     try:
         if not weights:
             return kind.from_config(kind.load_config(folder / name, local_files_only=True))
@@ -209,6 +210,17 @@ def _part(
             )
     _refuse_not_finite(module, folder / name)
     return module
+
+
+def _refuse_quantised(path: Path) -> None:
+    """Refuses weights in fewer than 16 bits, on which no gradient was ever compared with another one."""
+    found = _read(path).get("quantization_config")
+    if found is not None:
+        package = found.get("quant_method") if isinstance(found, dict) else found
+        raise UserError(
+            f"model.pretrained: {path} has weights that {package} quantised, which is not supported here; "
+            "expected weights in 16 or 32 bits, with model.base_precision=bfloat16 where they must be small"
+        )
 
 
 def _variant(folder: Path) -> str | None:
@@ -307,6 +319,7 @@ def part_of_text(folder: Path, name: str, dtype: torch.dtype = torch.float32) ->
     kind = getattr(transformers, name, None)
     if kind is None or not folder.is_dir():
         raise UserError(f"model.pretrained: {folder} is missing, expected {name}")
+    _refuse_quantised(folder / "config.json")
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     with silent():
         try:

@@ -275,6 +275,21 @@ BROKEN: dict[str, tuple[str, Callable[[Path], object], str]] = {
         lambda f: _edit(f / "unet" / "config.json", time_cond_proj_dim=8),
         "time_cond_proj_dim=8",
     ),
+    "weights of four bits": (
+        "flux",
+        lambda f: _edit(
+            f / "transformer" / "config.json",
+            quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True},
+        ),
+        "has weights that bitsandbytes quantised",
+    ),
+    "a text encoder of eight bits": (
+        "flux",
+        lambda f: _edit(
+            f / "text_encoder_2" / "config.json", quantization_config={"quant_method": "torchao"}
+        ),
+        "has weights that torchao quantised",
+    ),
     "latents that do not fit": (
         "sd3",
         lambda f: _edit(f / "vae" / "config.json", latent_channels=8),
