@@ -39,7 +39,7 @@ _SAY_NOTHING_NEW = (
     ("train", "snr_gamma", None),
     ("train", "noise_offset", 0.0),
 )
-_NOR_CAN = ("microbatch", "channels_last", "compile", "checkpoint_minutes")
+_NOR_CAN = ("microbatch", "channels_last", "compile", "gradient_checkpointing", "checkpoint_minutes")
 """Fields of `train`."""
 
 

@@ -199,8 +199,8 @@ class ModelConfig:
     prompt_length: int | None = None
     """Tokens to which every prompt is padded or cut; null: as many as the pipeline. CLIP has its own 77."""
     base_precision: str = "float32"
-    """Of the frozen weights of a text-to-image pipeline: bfloat16 halves their memory, and the network
-    computes in it; adapters, clip and noise stay float32."""
+    """Of the frozen weights of a text-to-image pipeline: bfloat16 halves their memory. The network computes
+    in it too on a device that has it; adapters, clip and noise stay float32."""
     conditioning: str = "class"
     """class: one learnt token a class; none: the model is unconditional."""
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
@@ -305,6 +305,9 @@ class TrainConfig:
     """Keeps the UNet's images with their channels innermost, which tensor cores like and CPUs do not."""
     compile: bool = False
     """Compiles the UNet's frozen parts: a minute or two at the start of every job."""
+    gradient_checkpointing: bool = False
+    """Keeps only what enters each block of the network, and runs the block again in the backward: less
+    memory, about a third more time."""
     checkpoint_minutes: float = 0.5
     """Time between checkpoints."""
 

@@ -5,6 +5,7 @@ Everything that can be wrong with what the user asked for is found here, before 
 
 from __future__ import annotations
 
+import gc
 import math
 import re
 import sys
@@ -88,6 +89,11 @@ class Job:
             prompt_length=model.prompt_length,
             precision=model.base_precision,
         )
+
+    def forget_model(self) -> None:
+        """Lets the model go, so that a copy can free what it needs no more. It is read again if need be."""
+        self.__dict__.pop("model", None)
+        gc.collect()  # networks refer to themselves
 
     @property
     def base_model(self) -> str:

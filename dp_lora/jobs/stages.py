@@ -277,6 +277,9 @@ def _train(
 
     config, train = job.config, job.images.train
     model = model_to_train(job)
+    if model.source is not None:
+        # The training gives up text encoders and autoencoder.
+        job.forget_model()
     if team.first:
         seeded = config.privacy.insecure_seed is not None
         planned = {**job.plan.to_dict(), "reproducible_noise": seeded}

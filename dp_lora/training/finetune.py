@@ -19,6 +19,7 @@ from dp_lora.config.schema import Config, TrainConfig
 from dp_lora.models.diffusion import per_example_loss
 from dp_lora.models.folders import LatentDiffusion
 from dp_lora.models.latents import Latents
+from dp_lora.models.networks import keep_less
 from dp_lora.privacy.collectives import agreed, largest, rank, size
 from dp_lora.privacy.executions import Executions, Spent
 from dp_lora.privacy.plan import PrivacyPlan
@@ -200,7 +201,8 @@ def finetune(
 
     Args:
         config: the job.
-        model: its trainable parameters chosen, on the device to train on.
+        model: its trainable parameters chosen, on the device to train on. A family's autoencoder and text
+            encoders lose their weights, see `LatentDiffusion.release_encoders`.
         latents, labels: of the private images.
         plan: the numbers of the run.
         folder: the run's private `checkpoint/`; an earlier start of the run is continued from it.
@@ -289,6 +291,12 @@ class _Finetuning(PrivateTraining):
         config, model, plan = self._config, self._model, self.plan
         latents, labels, captions = self._images
         inputs = digest(model, latents, labels, plan, randomness, captions)
+        if config.train.gradient_checkpointing:
+            # Before the engine is checked and the microbatch is chosen: both run with it.
+            keep_less(model.unet)
+        if captions is not None and model.prompts is not None:
+            model.prompts.prepare(captions)
+        model.release_encoders()
         check_engine(config, model, plan)
         self.microbatch = agreed(_microbatch(config, model, plan, self.folder))
         tuning.arrange(model, plan, config.train, self.microbatch)
@@ -333,7 +341,7 @@ def check_engine(config: Config, model: LatentDiffusion, plan: PrivacyPlan) -> N
     """
     examples, device = 4, next(model.unet.parameters()).device
     losses = tuning.synthetic_losses(model, examples, plan.noise_multiplicity, config.seed)
-    low = model.source is not None and model.source.low
+    low = model.source is not None and model.source.computes_low(device)
     preflight(model, losses, plan, examples, **({"tolerance": _BFLOAT16_TOLERANCE} if low else {}))
     if config.train.precision == "bfloat16":
 
