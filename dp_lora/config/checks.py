@@ -27,6 +27,7 @@ from dp_lora.config.schema import (
     EXPORTS,
     EXTRACTORS,
     FEWEST_RESAMPLES,
+    LABEL_COLUMNS,
     LARGEST_EPSILON,
     LAYOUTS,
     PERSONS_KNOWN,
@@ -307,17 +308,19 @@ def _check_relation(train: TrainConfig, data: DataConfig, adjacency: str) -> Non
 
 
 def _check_unit(config: Config) -> None:
-    """Refuses a unit that nothing says who belongs to, persons that nothing asks for, and a pattern of none."""
+    """Refuses persons that nothing tells or nothing asks for, and a pattern that can tell none."""
     data, public, unit = config.data, config.public_data, config.privacy.unit
     fields = ("person_column", "person_pattern")
     given = {name: value for name in fields if (value := getattr(data, name)) is not None}
     for name in fields:
         if (value := getattr(public, name)) is not None:
-            raise UserError(f"public_data.{name}={value}: public images are protected for nobody; expected null")
+            raise UserError(
+                f"public_data.{name}={value}: public images are protected for nobody; expected null"
+            )
     if len(given) > 1:
         raise UserError(
-            f"data.person_column={data.person_column} with data.person_pattern={data.person_pattern}: both say "
-            "whose an image is; expected one of them"
+            f"data.person_column={data.person_column} with data.person_pattern={data.person_pattern}: both "
+            "say whose an image is; expected one of them"
         )
     if unit == "person" and not given and data.name not in PERSONS_KNOWN:
         raise UserError(
@@ -327,8 +330,15 @@ def _check_unit(config: Config) -> None:
     for name, value in given.items():
         if unit != "person":
             raise UserError(
-                f"data.{name}={value} with privacy.unit={unit}: expected privacy.unit=person, which protects a "
-                "person with all of their images, or null"
+                f"data.{name}={value} with privacy.unit={unit}: expected privacy.unit=person, which protects "
+                "a person with all of their images, or null"
+            )
+        if name == "person_column" and value in (
+            (data.label_column,) if data.label_column else LABEL_COLUMNS
+        ):
+            raise UserError(
+                f"data.person_column={value}: says the classes, whose names are released; expected another "
+                "column, or data.label_column=none"
             )
         if data.name in PERSONS_KNOWN:
             raise UserError(f"data.{name}={value}: {data.name} knows its persons itself; expected null")
@@ -342,8 +352,8 @@ def _check_unit(config: Config) -> None:
             ) from error
         if not groups:
             raise UserError(
-                f"data.person_pattern={data.person_pattern}: has no group; expected parentheses around what is "
-                "the person, such as '(P[0-9]+)_'"
+                f"data.person_pattern={data.person_pattern}: has no group; expected parentheses around what "
+                "is the person, such as '(P[0-9]+)_'"
             )
 
 

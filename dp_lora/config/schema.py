@@ -31,6 +31,8 @@ DEVICES = ("auto", "cpu", "cuda")
 RESAMPLINGS = ("pad", "box", "bilinear", "bicubic", "lanczos")
 BACKGROUNDS = ("white", "grey", "black")
 LAYOUTS = ("folders", "tables")
+LABEL_COLUMNS = ("label", "labels")
+"""Of the classes in tables, where `data.label_column` says none."""
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 AUTOENCODERS = ("kl", "vq")
 CONDITIONINGS = ("class", "none")

@@ -50,7 +50,8 @@ def metrics_table(result: Mapping[str, Any]) -> list[str]:
         lines.append(f"* {result['private_metrics_note']}")
     if release := result.get("release"):
         spent = f"epsilon {release['epsilon']:.4g} ({release['accountant']}), delta {release['delta']:g}"
-        lines.append(f"dp_*: {spent}, for one image of the {result['reference']['split']} split")
+        one = release.get("unit", "image")
+        lines.append(f"dp_*: {spent}, for one {one} of the {result['reference']['split']} split")
     return lines
 
 

@@ -70,8 +70,8 @@ class Persons:
         return self.order[first[:, None] + draws.choices(counts, noise_multiplicity)]
 
     def means(self, values: Tensor) -> Tensor:
-        """float64 [N, ...]: of `values` [R, ...], one for each record, the mean over each person's records."""
-        flat = values[self.order].double().flatten(1) if values.dim() > 1 else values[self.order].double()[:, None]
+        """float64 [N, ...]: of `values` [R, ...], one for each record, the mean of each person's."""
+        flat = values[self.order].double().reshape(len(values), -1)
         counts = self.offsets.diff()
         owner = torch.repeat_interleave(torch.arange(len(self)), counts)
         sums = torch.zeros(len(self), flat.shape[1], dtype=torch.float64).index_add_(0, owner, flat)

@@ -285,9 +285,7 @@ def mechanism_of(
     return Mechanism(noise_multiplier, sample_rate, steps)
 
 
-def _check_relation(
-    adjacency: str, num_examples: int | None, sample_rate: float | None, unit: str
-) -> None:
+def _check_relation(adjacency: str, num_examples: int | None, sample_rate: float | None, unit: str) -> None:
     if unit not in UNITS:
         raise PlanError(f"<unit>={unit!r}: expected one of {', '.join(UNITS)}")
     if adjacency not in ADJACENCIES:

@@ -156,7 +156,7 @@ class Randomness:
     def choices(
         self, purpose: str, step: int, counts: torch.Tensor, width: int, first_row: int = 0
     ) -> torch.Tensor:
-        """Choices int64 [M, width]: each uniform in [0, counts[i]) up to counts[i] / 2^64, one row an example.
+        """Choices int64 [M, width], one row for an example: uniform in [0, counts[i]) up to counts[i] / 2^64.
 
         Row i is the same whatever rows are asked for: M rows from `first_row` on.
 
