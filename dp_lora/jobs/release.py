@@ -319,8 +319,8 @@ def _delta(config: Config) -> float:
 def release_record(training: Mapping[str, Any], config: Config, folder: Path) -> dict[str, Any]:
     """The entry of privacy.json about the releases of a run, each of which is counted.
 
-    `epsilon` and `delta` are for one held-out image, or person (`unit`). `with_training` is the composition with the training,
-    for one person with an image in each set.
+    `epsilon` and `delta` are for one held-out image or person, as `unit` says. `with_training` is the
+    composition with the training, for one person with an image in each set.
 
     Args:
         training: the content of privacy.json.
