@@ -63,7 +63,7 @@ def test_a_pattern_finds_persons_in_paths(tmp_path: Path) -> None:
 
 def test_a_column_of_a_table_says_it_and_spaces_do_not_matter(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
-    write_parquet(tmp_path / "set.parquet", 4, user=["7", " 7 ", "8", "7"])
+    write_parquet(tmp_path / "set.parquet", 4, label=[0, 1, 0, 1], user=["7", " 7 ", "8", "7"])
     found = read(tmp_path / "set.parquet", person_column="user").train
     assert counted(found) == {"7": 3, "8": 1}
     line = refusal(tmp_path / "set.parquet", person_pattern="(u)")
