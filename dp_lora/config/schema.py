@@ -14,11 +14,14 @@ PROMPT = "a photo of a {}"
 STAGES = ("pretrain", "finetune", "sample", "evaluate")
 COMPONENTS = ("lora", "attention", "embedder", "bias", "norm", "full")
 CLIPPINGS = ("flat", "automatic", "per_layer")
+UNITS = ("image", "person")
+PERSONS_KNOWN = ("letters_by_writer",)
+"""Sets that know whose each image is."""
 ADJACENCIES = {
-    "zero_out": "zero out one image, the number of images is public, Poisson sampling",
-    "add_or_remove": "add or remove one image, Poisson sampling",
+    "zero_out": "zero out one {unit}, the number of {unit}s is public, Poisson sampling",
+    "add_or_remove": "add or remove one {unit}, Poisson sampling",
 }
-"""The relations of neighbours, in words; both have the same epsilon."""
+"""The relations of neighbours, in words for one of `UNITS`; both have the same epsilon."""
 PRECISIONS = ("float32", "bfloat16")
 SAMPLERS = ("ddim", "dpmsolver++", "pipeline")
 EXPORTS = ("npz", "png")
@@ -28,6 +31,8 @@ DEVICES = ("auto", "cpu", "cuda")
 RESAMPLINGS = ("pad", "box", "bilinear", "bicubic", "lanczos")
 BACKGROUNDS = ("white", "grey", "black")
 LAYOUTS = ("folders", "tables")
+LABEL_COLUMNS = ("label", "labels")
+"""Of the classes in tables, where `data.label_column` says none."""
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 AUTOENCODERS = ("kl", "vq")
 CONDITIONINGS = ("class", "none")
@@ -83,6 +88,11 @@ class DataConfig:
     """Tables: the column of the texts that a text-to-image model is trained with; class folders: txt or
     caption, the ending of the files with each image's text. A text is as private as its image; null takes
     `model.prompt` with the name of the class. Images are drawn by `model.prompt`."""
+    person_column: str | None = None
+    """With privacy.unit=person, tables: the column that says whose an image is."""
+    person_pattern: str | None = None
+    """The same for files: a regular expression, found in each image's path in the set, whose first group is
+    the person, such as '(P[0-9]+)_'."""
     classes: list[str] | None = None
     """Keep only these classes, in this order; null keeps all."""
     train_size: int | float | None = None
@@ -248,6 +258,9 @@ class PrivacyConfig:
     max_grad_norm: float = 1e-3
     """C, the norm to which one example's gradient is clipped."""
     clipping: str = "flat"
+    unit: str = "image"
+    """Whom the guarantee protects: image, or person with all of their images, captions and labels. The
+    examples of a batch are then persons, and each draw picks one of the person's images."""
     adjacency: str = "zero_out"
     """Which sets are neighbours; both have the same epsilon. zero_out: one image contributes nothing, and the
     number of images is public. add_or_remove: one image more or less; the number of images is private, so
