@@ -4,8 +4,9 @@
 
 A step is one microbatch: forward, backward, clip, add to the sum; no noise, no optimiser. On a CPU its
 time is the CPU time of one thread, with all engines interleaved in one process, and a ratio is the median
-over rounds of an engine's time over that of `nonprivate` in the same round. On a GPU it is wall time
-between synchronisations. Peak memory is measured in a process of its own for each engine, above what the
+over rounds of an engine's time over that of `nonprivate` in the same round, with the upper end of the
+median's interval (order statistics, at least 95 %) where there are six rounds or more. On a GPU it is wall
+time between synchronisations. Peak memory is measured in a process of its own for each engine, above what the
 process holds once the model is built.
 
 Engines: dp_lora (this project), nonprivate (stock peft, plain backward), opacus_hooks (Opacus' hooks as
@@ -14,6 +15,12 @@ they are, the k draws folded when it clips), opacus_ghost (ghost clipping, draws
 claims, here for its cost). These share one model. dp_lora_one_token is this project's step as it runs in
 a job: the exact shortcut for the cross-attention to one token comes on top. When asked for by name:
 dp_lora_channels_last and dp_lora_compiled are dp_lora with `train.channels_last` and `train.compile`.
+
+    python -m benchmarks.engine --sizes flux_small,sdxl_small --engines nonprivate,dp_lora
+
+The families' networks of `benchmarks.families` have the engines nonprivate and dp_lora: at small width for a
+CPU, and at their published size (`--sizes sdxl,flux`), with a base in bfloat16 and gradient checkpointing in
+both engines, for a GPU.
 """
 
 from __future__ import annotations
@@ -22,6 +29,7 @@ import argparse
 import gc
 import itertools
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -40,6 +48,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from benchmarks.families import NETWORKS, FamilyModel, Network
 from dp_lora.models.adapters import target_names
 from dp_lora.models.folders import shorten_cross_attention
 from dp_lora.privacy.gradients import ClippedGradientSum
@@ -69,7 +78,8 @@ class Size:
     head_dim: int
 
 
-SIZES = {
+SIZES: dict[str, Size | Network] = {
+    **NETWORKS,
     "small": Size((4, 8), (64, 128), 1, 8),
     "celeba64": Size((3, 32), (128, 256, 512), 2, 64),
     "celebahq": Size((3, 64), (192, 384, 576, 960), 2, 64),
@@ -90,6 +100,9 @@ class Row:
     peak_bytes: int | None
     ratio_time: float
     ratio_memory: float | None
+    rounds: int = 0
+    ratio_time_upper: float | None = None
+    """Of the interval of the median."""
 
 
 class Model(nn.Module):
@@ -136,7 +149,7 @@ class Model(nn.Module):
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def make_batch(size: Size, rows: int, k: int, device: str) -> Batch:
+def make_batch(size: Size | Network, rows: int, k: int, device: str) -> Batch:
     """Noisy latents, timesteps, labels and noise of rows x k rows."""
     shape = (rows * k, size.latent[0], size.latent[1], size.latent[1])
     noise, timesteps = torch.randn(shape), torch.randint(0, 1000, (rows * k,))
@@ -157,14 +170,14 @@ def losses(model: Callable[..., Tensor], batch: Batch, k: int) -> Tensor:
 Step = Callable[[Batch], None]
 
 
-def _nonprivate(model: Model, k: int) -> Step:
+def _nonprivate(model: Any, k: int) -> Step:
     def step(batch: Batch) -> None:
         losses(model, batch, k).sum().backward()  # type: ignore[no-untyped-call]
 
     return step
 
 
-def _dp_lora(model: Model, k: int) -> Step:
+def _dp_lora(model: Any, k: int) -> Step:
     engine = ClippedGradientSum(model, Clip(k, MAX_GRAD_NORM))
     return lambda batch: engine.add(losses(model, batch, k))
 
@@ -271,7 +284,7 @@ def _vmap(model: Model, k: int) -> Step:
     return step
 
 
-_BUILD: dict[str, Callable[[Model, int], Step]] = {
+_BUILD: dict[str, Callable[[Any, int], Step]] = {
     "nonprivate": _nonprivate,
     "dp_lora": _dp_lora,
     "dp_lora_one_token": _dp_lora,
@@ -284,9 +297,11 @@ _BUILD: dict[str, Callable[[Model, int], Step]] = {
 }
 
 
-def build(engine: str, size: Size, rank: int, k: int, device: str) -> Step:
+def build(engine: str, size: Size | Network, rank: int, k: int, device: str) -> Step:
     """A step of `engine` on a freshly made model."""
     torch.manual_seed(0)
+    if isinstance(size, Network):
+        return _BUILD[engine](FamilyModel(size, rank, device), k)
     model = Model(size, rank, one_token=engine == "dp_lora_one_token").to(device)
     if engine == "dp_lora_channels_last":
         model.unet.to(memory_format=torch.channels_last)
@@ -307,7 +322,13 @@ def _clock(device: str) -> float:
 
 
 def seconds_by_engine(
-    engines: list[str], size: Size, rank: int, k: int, microbatch: int, device: str, rounds: int | None
+    engines: list[str],
+    size: Size | Network,
+    rank: int,
+    k: int,
+    microbatch: int,
+    device: str,
+    rounds: int | None,
 ) -> dict[str, list[float]]:
     """The time of each engine's step in each of the interleaved rounds, after one to warm up."""
     steps = {engine: build(engine, size, rank, k, device) for engine in engines}
@@ -328,7 +349,7 @@ def seconds_by_engine(
     return {engine: [taken[engine] for taken in measured] for engine in engines}
 
 
-def peak_bytes(engine: str, size: Size, rank: int, k: int, microbatch: int, device: str) -> int:
+def peak_bytes(engine: str, size: Size | Network, rank: int, k: int, microbatch: int, device: str) -> int:
     """The most memory that two steps take above the built model; call it in a fresh process."""
     step, batch = build(engine, size, rank, k, device), make_batch(size, microbatch, k, device)
     warm = make_batch(size, 1, k, device)
@@ -378,6 +399,7 @@ def measure(
     base, rows = peaks["nonprivate"], []
     for engine in engines:
         pairs = zip(seconds[engine], seconds["nonprivate"], strict=True)
+        ratios = sorted(own / other for own, other in pairs)
         peak = peaks[engine]
         rows.append(
             Row(
@@ -389,19 +411,31 @@ def measure(
                 microbatch=microbatch,
                 seconds=statistics.median(seconds[engine]),
                 peak_bytes=peak,
-                ratio_time=statistics.median(own / other for own, other in pairs),
+                ratio_time=statistics.median(ratios),
                 ratio_memory=peak / base if peak is not None and base else None,
+                rounds=len(ratios),
+                ratio_time_upper=_upper(ratios),
             )
         )
     return rows
 
 
+def _upper(ratios: list[float]) -> float | None:
+    """The upper end of an interval of at least 95 % for the median of sorted numbers; None below six."""
+    n = len(ratios)
+    # The median lies above the r-th largest with the probability of fewer than r heads among n coins.
+    below = list(itertools.accumulate(math.comb(n, heads) / 2**n for heads in range(n + 1)))
+    left_out = sum(probability <= 0.025 for probability in below)
+    return ratios[n - left_out] if left_out else None
+
+
 def _print(row: Row) -> None:
     mib = "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:8.0f} MiB"
     memory = "" if row.ratio_memory is None else f"{row.ratio_memory:6.2f}"
+    upper = "" if row.ratio_time_upper is None else f" (<= {row.ratio_time_upper:.3f}, {row.rounds} rounds)"
     print(
         f"{row.device:14} {row.size:9} {row.engine:17} r{row.rank:<3} k{row.k:<2} {row.microbatch:4} "
-        f"{row.seconds:9.4f} s {row.ratio_time:6.3f} {mib} {memory}",
+        f"{row.seconds:9.4f} s {row.ratio_time:6.3f}{upper} {mib} {memory}",
         flush=True,
     )
 

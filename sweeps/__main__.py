@@ -55,6 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="a page, tables and figures of each sweep")
     report.add_argument("--together", action="store_true", help="one report of all folders")
     bill = commands.add_parser("bill", help="what all runs together spend on their private images")
+    most = "the most images that one person has: what runs for single images spend on a person"
+    bill.add_argument("--images-per-person", type=int, metavar="M", help=most)
     dashboard = commands.add_parser("dashboard", help="a W&B workspace of each sweep; offline dashboard.json")
     dashboard.add_argument("--entity", help="user or team in W&B; default: that of the API key")
     cancel = commands.add_parser("cancel", help="end the jobs of sweeps; their command continues them")
@@ -134,10 +136,14 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _bill(arguments: argparse.Namespace) -> int:
+    from dp_lora.privacy.units import MOST_IMAGES
     from sweeps.bill import bill
     from sweeps.folders import directories, find
 
-    print("\n".join(bill(directories(find(arguments.folders))).lines()))
+    most = arguments.images_per_person
+    if most is not None and not 1 <= most <= MOST_IMAGES:
+        raise UserError(f"--images-per-person={most}: expected 1 to {MOST_IMAGES}")
+    print("\n".join(bill(directories(find(arguments.folders)), most).lines()))
     return 0
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,23 +17,19 @@ from typing import Any, TypeVar
 
 from dp_lora.config.schema import ADJACENCIES
 from dp_lora.errors import UserError
-from dp_lora.jobs.begun import begun, begun_by_all, releases_of
+from dp_lora.jobs.begun import begun_by_all, releases_of
 from dp_lora.jobs.image_index import ImageIndex
-from dp_lora.jobs.reuse import START, taken
 from dp_lora.jobs.spending import (
-    is_beside,
-    ledger_beside,
     may_be_one_set,
     private_set,
 )
 from dp_lora.privacy.accounting import MANY, composed
 from dp_lora.privacy.ledger import Charge, Ledger, Uncovered, spent, spent_adaptively
-from dp_lora.privacy.renyi import epsilon_of_divergences, least_budget, renyi_divergences
+from dp_lora.privacy.renyi import epsilon_of_divergences, renyi_divergences
 from dp_lora.privacy.selection import best_of
 from dp_lora.privacy.subsampled_gaussian import Mechanism
-from dp_lora.storage.files import json_ready, read_json
-from dp_lora.training.receipts import read_receipt
-from sweeps.folders import read_settings
+from dp_lora.storage.files import json_ready
+from sweeps.charged import Run, read
 
 _Line = TypeVar("_Line", Charge, Uncovered)
 
@@ -73,6 +68,15 @@ class SetBill:
     """The same for all runs that the ledger counts."""
     ledger_uncovered: int = 0
     """Uses of the set in the ledger that no epsilon covers, and none of these counts."""
+    unit: str = "image"
+    """Whom the epsilons are for: a person where all runs protect persons, else one image."""
+    runs_for_persons: int = 0
+    """Runs with privacy that protect a person with all of their images."""
+    images_per_person: int | None = None
+    """The most images that one person has, as the owner of the set states it."""
+    other_epsilon: float | None = None
+    """Epsilon of the runs with privacy together for the other unit (`dp_lora.privacy.units`), where runs of
+    both kinds are there, all protect persons, or `images_per_person` is stated; inf: no bound."""
 
     def lines(self) -> list[str]:
         """The bill in words, each number with what it needs to be read."""
@@ -89,6 +93,7 @@ class SetBill:
                 f"{them} together: epsilon {self.private_epsilon:.4g} {self._reading()}"
                 + self._adaptively(self.adaptive_epsilon),
                 f"the largest of one run alone: epsilon {self.largest_epsilon:.4g} at delta {self.delta:g}",
+                *self._of_the_other_unit(private),
             ]
         if self.best_of_epsilon is not None:
             lines.append(
@@ -109,6 +114,32 @@ class SetBill:
                 "covers: metrics without noise; no epsilon here counts them"
             )
         return [f"{self.private_set}: {line}" for line in lines]
+
+    def _of_the_other_unit(self, private: int) -> list[str]:
+        """What the runs spend on whom they do not protect, and on the others where they protect both."""
+        if self.other_epsilon is None:
+            return []
+        as_group = "as the replacement of that person's record: two persons by group privacy"
+        spent = f"epsilon {self.other_epsilon:.4g} at delta {self.delta:g}"
+        if self.unit == "person":
+            return [f"for one image: {spent}, since a run for persons covers an image {as_group}"]
+        singles = _count(private - self.runs_for_persons, "run")
+        lines = []
+        if self.runs_for_persons:
+            persons = _count(self.runs_for_persons, "run")
+            lines.append(f"of these {persons} protect persons, and count for one image {as_group}")
+        if self.images_per_person is None:
+            lines.append(
+                f"for a person with all of their images: not bounded, since {singles} protect single images; "
+                "--images-per-person states the most that a person has"
+            )
+        else:
+            most = self.images_per_person
+            lines.append(
+                f"for a person with at most {most} images, as stated: {spent}, {singles} for images counted "
+                f"as {most} images at once (mixture of Gaussians)"
+            )
+        return lines
 
     def _reading(self) -> str:
         return f"at delta {self.delta:g} ({self.accountant}; {self.adjacency})"
@@ -139,59 +170,30 @@ class Bill:
         return record
 
 
-@dataclass(frozen=True)
-class _Run:
-    """A run that began at least one step on private data."""
-
-    owner: str
-    """Tells the private sets apart: the name, or for a folder of one's own its ledger."""
-    charge: Charge
-    releases: tuple[Mechanism, ...] = ()
-    """On held-out images, each of which may be of somebody who is in the training too."""
-    ledger: Path | None = None
-    digest: str | None = None
-    checkpoint: Path | None = None
-    """The private folder, where it can be read: it tells which steps and releases copies have in common."""
-    index: Path | None = None
-    """The user's index of images, which knows whether its images are in other sets too."""
-    place: Path | None = None
-    """The ledger that it was charged to, or would be by its settings."""
-    own: bool = False
-    """Whether its images are from a place that `data.source` names."""
-    beside: bool = False
-    """Whether its ledger lies beside them, so that all that is charged there is on one set."""
-    copies: tuple[_Run, ...] = ()
-    """The other copies of its directory, which may be charged to another ledger."""
-    earlier: tuple[Charge, ...] = ()
-    """The trainings on the same images from whose adapter it started."""
-
-    @property
-    def mechanisms(self) -> tuple[Mechanism, ...]:
-        """All that the run released."""
-        return (self.charge.mechanism, *self.releases)
-
-
-def bill(directories: Sequence[Path]) -> Bill:
+def bill(directories: Sequence[Path], images_per_person: int | None = None) -> Bill:
     """The bill of these run directories; one that does not exist, or has begun no step, costs nothing.
+
+    images_per_person: the most images that one person has, where the owner of the sets states it.
 
     Raises UserError for a directory that holds a trained adapter and does not say what was spent on it, for
     files that cannot be read, and for a ledger that was edited.
     """
-    copies: dict[str, list[_Run]] = {}
+    copies: dict[str, list[Run]] = {}
     for directory in dict.fromkeys(directories):
-        if (run := _read(directory)) is not None:
+        if (run := read(directory)) is not None:
             copies.setdefault(run.charge.run, []).append(run)
-    return _bill(_with_earlier(_by_shared_images([_united(of_one) for of_one in copies.values()])))
+    runs = _with_earlier(_by_shared_images([_united(of_one) for of_one in copies.values()]))
+    return _bill(runs, images_per_person)
 
 
-def _with_earlier(runs: Sequence[_Run]) -> list[_Run]:
+def _with_earlier(runs: Sequence[Run]) -> list[Run]:
     """The runs, and the earlier trainings that their adapters tell of, wherever their directories are."""
     known = {run.charge.run for run in runs}
-    behind = {one.run: _Run(run.owner, one) for run in runs for one in run.earlier if one.run not in known}
+    behind = {one.run: Run(run.owner, one) for run in runs for one in run.earlier if one.run not in known}
     return [*runs, *behind.values()]
 
 
-def _by_shared_images(runs: Sequence[_Run]) -> list[_Run]:
+def _by_shared_images(runs: Sequence[Run]) -> list[Run]:
     """The runs, with one owner for all sets that share images, whatever these are called."""
     folders = {run.index for run in runs if run.index is not None}
     shared = {run: name for folder in folders for run, name in ImageIndex(folder).set_of_runs().items()}
@@ -216,7 +218,7 @@ def _by_shared_images(runs: Sequence[_Run]) -> list[_Run]:
 
 def planned(charges: Iterable[Charge]) -> Bill:
     """The bill of runs that are still to be made: `dp_lora.jobs.spending.charge_of` their configurations."""
-    return _bill([_Run(charge.private_set, charge) for charge in charges])
+    return _bill([Run(charge.private_set, charge) for charge in charges])
 
 
 def of_rows(rows: Iterable[Mapping[str, Any]]) -> Bill:
@@ -234,11 +236,13 @@ def of_rows(rows: Iterable[Mapping[str, Any]]) -> Bill:
             steps = min(steps + 1, int(row["planned_steps"]))
         mechanism = Mechanism(float(row["noise_multiplier"]), float(row["sample_rate"]), steps)
         private = mechanism.noise_multiplier > 0 and not row["reproducible_noise"]
-        charges.append(Charge(f"{number}", private_set(row["data"]), mechanism, float(row["delta"]), private))
+        unit = "person" if " one person" in str(row.get("adjacency")) else "image"
+        name, delta = private_set(row["data"]), float(row["delta"])
+        charges.append(Charge(f"{number}", name, mechanism, delta, private, unit))
     return planned(charges)
 
 
-def _united(copies: Sequence[_Run]) -> _Run:
+def _united(copies: Sequence[Run]) -> Run:
     """One run of all `copies` of its directory, with every step and release that one of them made.
 
     Copies have in common what their records had when they were made. What they did after that counts for
@@ -257,8 +261,8 @@ def _united(copies: Sequence[_Run]) -> _Run:
     return replace(last, charge=whole, releases=mechanisms, copies=tuple(copies[:-1]))
 
 
-def _bill(runs: Sequence[_Run]) -> Bill:
-    owners: dict[str, list[_Run]] = {}
+def _bill(runs: Sequence[Run], images_per_person: int | None = None) -> Bill:
+    owners: dict[str, list[Run]] = {}
     for run in runs:
         owners.setdefault(run.owner, []).append(run)
     names = [of_one[0].charge.private_set for of_one in owners.values()]
@@ -267,15 +271,22 @@ def _bill(runs: Sequence[_Run]) -> Bill:
         name = names[number]
         # Two folders of one's own are told apart without saying where they are.
         shown = name if names.count(name) == 1 else f"{name} {names[: number + 1].count(name)}"
-        bills.append(_bill_of_set(shown, of_one))
+        bills.append(_bill_of_set(shown, of_one, images_per_person))
     return Bill(tuple(bills))
 
 
-def _bill_of_set(name: str, runs: Sequence[_Run]) -> SetBill:
+def _bill_of_set(name: str, runs: Sequence[Run], images_per_person: int | None) -> SetBill:
     private = [run for run in runs if run.charge.private]
     delta = min(run.charge.delta for run in private or runs)
-    of_private = composed([part for run in private for part in run.mechanisms], delta)
-    selection = best_of([run.mechanisms for run in private], delta) if private else None
+    kinds = {run.charge.unit for run in private}
+    unit = "person" if kinds == {"person"} else "image"
+    parts = [part for run in private for part in run.charges]
+    of_private = spent(parts, delta, unit)
+    selection = best_of([run.mechanisms for run in private], delta) if len(kinds) == 1 else None
+    other = None
+    if "person" in kinds or (private and images_per_person is not None):
+        asked = "image" if unit == "person" else "person"
+        other = spent(parts, delta, asked, images_per_person).epsilon
     return SetBill(
         private_set=name,
         runs=len(runs),
@@ -287,22 +298,19 @@ def _bill_of_set(name: str, runs: Sequence[_Run]) -> SetBill:
         delta=delta,
         accountant=of_private.accountant if private else "none",
         # What is stated of all: a run whose relation is add_or_remove keeps this promise too.
-        adjacency=ADJACENCIES["zero_out"],
+        adjacency=ADJACENCIES["zero_out"].format(unit=unit),
         best_of_epsilon=selection.epsilon if selection else None,
         best_of_distribution=selection.distribution if selection else None,
-        adaptive_epsilon=_adaptively(private, delta),
-        **_ledgers(runs, delta),
+        adaptive_epsilon=spent_adaptively(parts, delta, unit=unit) if len(private) > 1 else None,
+        unit=unit,
+        runs_for_persons=sum(run.charge.unit == "person" for run in private),
+        images_per_person=images_per_person,
+        other_epsilon=other,
+        **_ledgers(runs, delta, unit),
     )
 
 
-def _adaptively(runs: Sequence[_Run], delta: float) -> float | None:
-    """The smallest budget that has room for two or more runs that were chosen one after the other."""
-    if len(runs) < 2:
-        return None
-    return least_budget(renyi_divergences([part for run in runs for part in run.mechanisms]), delta)
-
-
-def _largest(runs: Sequence[_Run], delta: float) -> float:
+def _largest(runs: Sequence[Run], delta: float) -> float:
     """Epsilon of the run that spent most; rdp alone where there are many different ones."""
     distinct = {run.mechanisms for run in runs}
     by_rdp = sorted(
@@ -319,7 +327,7 @@ def _largest(runs: Sequence[_Run], delta: float) -> float:
     return largest
 
 
-def _ledgers(runs: Sequence[_Run], delta: float) -> dict[str, Any]:
+def _ledgers(runs: Sequence[Run], delta: float, unit: str) -> dict[str, Any]:
     """The entries of these runs' ledgers on their set; empty if no ledger can be seen."""
     counted, uncovered = dict[tuple[str, str], Charge](), 0
     runs = [one for run in runs for one in (run, *run.copies)]
@@ -346,13 +354,13 @@ def _ledgers(runs: Sequence[_Run], delta: float) -> dict[str, Any]:
     return {
         "ledger": ", ".join(dict.fromkeys(path.name for path in paths)),
         "ledger_runs": len(counted),
-        "ledger_epsilon": spent(list(counted.values()), delta).epsilon,
-        "ledger_adaptive_epsilon": spent_adaptively(list(counted.values()), delta),
+        "ledger_epsilon": spent(list(counted.values()), delta, unit).epsilon,
+        "ledger_adaptive_epsilon": spent_adaptively(list(counted.values()), delta, unit=unit),
         "ledger_uncovered": uncovered,
     }
 
 
-def _on_these_images(charges: Sequence[_Line], runs: Sequence[_Run], charged: Sequence[_Run]) -> list[_Line]:
+def _on_these_images(charges: Sequence[_Line], runs: Sequence[Run], charged: Sequence[Run]) -> list[_Line]:
     """The `charges` of a ledger that are on the images of `runs`, or may be; `charged` are in it.
 
     The same choice as `dp_lora.jobs.spending.Books` makes for a job.
@@ -376,121 +384,6 @@ def _on_these_images(charges: Sequence[_Line], runs: Sequence[_Run], charged: Se
             c.run not in apart and any(may_be_one_set(name, c.private_set, own=name in own) for name in names)
         )
     ]
-
-
-def _read(directory: Path) -> _Run | None:
-    """The run in this directory; None when it has begun no step, or its data is public."""
-    try:
-        return _read_files(directory)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{directory}: what this run spent cannot be read ({type(error).__name__}: "
-            f"{' '.join(str(error).split())}); expected the privacy.json and config.yaml of a run"
-        ) from error
-
-
-def _read_files(directory: Path) -> _Run | None:
-    checkpoint, privacy = directory / "checkpoint", _optional(directory / "privacy.json")
-    visible = os.access(checkpoint, os.R_OK | os.X_OK)
-    plan = privacy or (_optional(checkpoint / "plan.json") if visible else {})
-    steps = _steps(checkpoint, privacy, visible=visible)
-    if not plan or not steps:
-        if (directory / "adapter").exists():
-            raise UserError(
-                f"{directory}: holds an adapter and no privacy.json; expected the record of what was spent"
-            )
-        return None
-    receipt = read_receipt(checkpoint) if visible else None
-    trained = taken(directory) if visible else None
-    if trained is not None:
-        # The same run to ledger and bill: its training counts once, and its releases are kept with it.
-        receipt = trained.receipt
-        if trained.directory.is_dir():
-            checkpoint = trained.directory / "checkpoint"
-    config = _settings(directory)
-    if receipt is None and config["data"]["public"]:
-        return None
-    name = private_set(config["data"]["name"]) if receipt is None else receipt.private_set
-    ledger = Path(receipt.ledger) if receipt is not None and receipt.ledger is not None else None
-    source = config.get("data", {}).get("source")
-    place = ledger
-    if place is None and source is not None and Path(source).expanduser().exists():
-        place = ledger_beside(source)
-    seeded = privacy["reproducible_noise"] if privacy else config["privacy"]["insecure_seed"] is not None
-    mechanism = Mechanism(float(plan["noise_multiplier"]), float(plan["sample_rate"]), steps)
-    return _Run(
-        owner=name if name != "imagefolder" else str(ledger or ledger_beside(config["data"]["source"])),
-        charge=Charge(
-            receipt.run if receipt is not None else str(directory.resolve()),
-            name,
-            mechanism,
-            float(plan["delta"]),
-            private=mechanism.noise_multiplier > 0 and not seeded,
-        ),
-        releases=_releases(privacy),
-        ledger=ledger,
-        place=place,
-        own=source is not None,
-        beside=place is not None and is_beside(place, source),
-        digest=receipt.digest if receipt is not None else None,
-        checkpoint=checkpoint if visible else None,
-        index=Path(receipt.index) if receipt is not None and receipt.index is not None else None,
-        earlier=_earlier(directory, name, privacy, visible=visible),
-    )
-
-
-def _earlier(directory: Path, name: str, privacy: Mapping[str, Any], *, visible: bool) -> tuple[Charge, ...]:
-    """The trainings on the same images that the adapter of a run descends from, by its own records."""
-    path = directory / "checkpoint" / START
-    found = read_json(path)["trainings"] if visible and path.exists() else ()
-    listed = [one for one in found if one["same_images"]] or privacy.get("earlier_trainings", ())
-    return tuple(
-        Charge(
-            one.get("run") or f"{directory.resolve()} {number}",
-            name,
-            Mechanism(float(one["noise_multiplier"]), float(one["sample_rate"]), int(one["steps"])),
-            float(privacy["delta"]),
-            one.get("private", float(one["noise_multiplier"]) > 0),
-        )
-        for number, one in enumerate(listed)
-    )
-
-
-def _settings(directory: Path) -> dict[str, Any]:
-    try:
-        return read_settings(directory)
-    except UserError as error:
-        raise ValueError(str(error)) from error
-
-
-def _steps(checkpoint: Path, privacy: Mapping[str, Any], *, visible: bool) -> int:
-    """Number of steps that a run began.
-
-    Without its write-ahead record, which is its owner's, a run that was cut off may have begun one step
-    more than privacy.json says.
-    """
-    if privacy.get("complete", False):
-        return int(privacy["steps"])
-    if visible and (checkpoint / "executions.jsonl").exists():
-        return begun(checkpoint)
-    return min(privacy["steps"] + 1, privacy["planned_steps"]) if privacy else 0
-
-
-def _releases(privacy: Mapping[str, Any]) -> tuple[Mechanism, ...]:
-    """Metrics on held-out images within a budget of their own (`evaluation.release=dp`)."""
-    release = privacy.get("release")
-    if release is None:
-        return ()
-    # Earlier versions name the last one, in whose run all were alike.
-    noise = release.get("noise_multipliers", [release["noise_multiplier"]] * int(release["releases"]))
-    return tuple(Mechanism(float(one), 1.0, 1) for one in noise)
-
-
-def _optional(path: Path) -> dict[str, Any]:
-    record = read_json(path) if path.exists() else {}
-    if not isinstance(record, dict):
-        raise TypeError(f"{path.name}: expected an object, found {type(record).__name__}")
-    return record
 
 
 def _count(number: int, word: str) -> str:

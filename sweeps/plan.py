@@ -172,7 +172,8 @@ def _mechanism_of(config: Config) -> Mechanism | None:
     """The mechanism of a run; None if only the data would tell, or if the run will be refused."""
     from dp_lora.privacy.plan import mechanism_of
 
-    size = public_number(config, expected_train_size(config.data))
+    images = expected_train_size(config.data) if config.privacy.unit == "image" else None
+    size = public_number(config, images)
     rate = config.train.sample_rate
     if size is None and rate is None:
         return None

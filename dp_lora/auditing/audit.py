@@ -29,7 +29,7 @@ from dp_lora.auditing.bounds import (
     thresholds,
 )
 from dp_lora.auditing.canaries import SILENT_STEPS, Trained, silent_noise, train_with_canaries
-from dp_lora.auditing.membership import ATTACKS, draw, losses_of
+from dp_lora.auditing.membership import ATTACKS, draw, examples, losses_of
 from dp_lora.auditing.noise_tests import (
     FALSE_ALARM,
     SilentNoise,
@@ -177,10 +177,12 @@ def _update_norms(directory: Path) -> list[float]:
 
 
 def _check_images(job: Job, options: Options) -> None:
-    if options.images and min(len(job.images.train), len(job.images.test)) < 2:
+    if options.images and min(examples(job.images.train), examples(job.images.test)) < 2:
+        what = "images" if job.images.test.persons is None else "persons"
         raise UserError(
-            f"--images={options.images}: the test split of {job.config.data.name} has {len(job.images.test)} "
-            "images to compare with; expected at least 2 (data.test_size), or --images 0"
+            f"--images={options.images}: the test split of {job.config.data.name} has "
+            f"{examples(job.images.test)} {what} to compare with; expected at least 2 (data.test_size), or "
+            "--images 0"
         )
 
 
@@ -341,7 +343,7 @@ def _membership(job: Job, options: Options) -> dict[str, Any]:
         attack: _shown(membership(members.scores(attack), others.scores(attack), options.confidence))
         for attack in ATTACKS
     }
-    sizes: dict[str, int | None] = dict(zip(("members", "others"), map(len, parts), strict=True))
+    sizes: dict[str, int | None] = dict(zip(("members", "others"), map(examples, parts), strict=True))
     if config.privacy.adjacency == "add_or_remove" and not config.data.public:
         # Where the set has fewer images than are asked for, they tell how many.
         sizes = dict.fromkeys(sizes)

@@ -4,6 +4,9 @@ The training is the real one: the run's model, plan and loop, from `finetune.Fin
 where an image's data enters, as latents with a label, so their loss is the mean over k draws, their gradient
 is clipped, summed and noised, and their batches are drawn by the engine's own code.
 
+Where the plan protects persons, a canary is a person with `RECORDS` images that are all alike: the worst case
+of the proof, of which an engine that takes each image for an example adds several.
+
 No private image takes part: the other examples are noise with the shape of latents. A claim about all data
 sets can be refuted on any of them, so this costs no privacy, and what comes out may be shown to anybody.
 """
@@ -32,6 +35,7 @@ from dp_lora.models.families import Conditions
 from dp_lora.models.latent_diffusion import LatentDiffusion
 from dp_lora.models.latents import Latents, to_unit_range
 from dp_lora.privacy.executions import Executions
+from dp_lora.privacy.persons import Persons
 from dp_lora.privacy.plan import PrivacyPlan
 from dp_lora.privacy.randomness import Randomness
 from dp_lora.records.progress import Progress
@@ -41,6 +45,9 @@ from dp_lora.training.loop import Checkpoint, Step, resume, run_steps
 
 BYSTANDERS = 128
 """Examples of noise beside the canaries, so that batches and microbatches are mixed."""
+
+RECORDS = 3
+"""Images of each example where an example is a person."""
 
 EMPTY = 512
 """Coordinates at least where no example has a gradient: what is released there is noise and nothing else."""
@@ -426,12 +433,16 @@ class _Training:
     def _step(self, model: LatentDiffusion, latents: Tensor, labels: Tensor) -> FinetuneStep:
         """The step of the run's own fine-tuning, on other examples."""
         train, plan = self.config.train, replace(self.plan, num_examples=len(latents))
+        persons = None
         # Nothing private takes part, so that a step that is taken again may be the same one.
         executions = Executions(self.folder / "executions.jsonl", {"audit": True})
         # The divisor of the sum stays the run's; the batches are smaller.
         sizes = replace(plan, expected_batch_size=plan.sample_rate * len(latents))
         cache = Path(self.config.paths.cache).expanduser()
         microbatch = tuning.choose_microbatch(model, sizes, train, 1, self.folder, cache)
+        if plan.unit == "person":
+            persons = Persons(torch.arange(len(latents)).repeat_interleave(RECORDS))
+            latents, labels = (part.repeat_interleave(RECORDS, 0) for part in (latents, labels))
         return FinetuneStep.on(
             model,
             Latents(latents, torch.zeros_like(latents)),
@@ -442,6 +453,7 @@ class _Training:
             microbatch,
             executions,
             learning_rate_factor=self.config.trainable.learning_rate_factor,
+            persons=persons,
         )
 
     def _run(self, step: Step) -> None:

@@ -1,8 +1,10 @@
 """Membership inference on a finished adapter: whether the loss of an image tells that it was trained on.
 
-Members are private training images, the others come from the same set and were not trained on. Everything in
-here is a function of private images without noise: it is for the auditor, and releasing it is not covered by
-epsilon.
+Members are private training images, the others come from the same set and were not trained on. Where it is
+known whose the images are, members are persons, and a person's loss is the mean over their images.
+
+Everything in here is a function of private images without noise: it is for the auditor, and releasing it is
+not covered by epsilon.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from dp_lora.data.sets import ImageSet
 from dp_lora.models.diffusion import in_batches, per_example_loss
 from dp_lora.models.latent_diffusion import LatentDiffusion
 from dp_lora.models.latents import encode
+from dp_lora.privacy.persons import Persons
 from dp_lora.records.progress import Progress
 
 ROWS = 512
@@ -68,7 +71,7 @@ def losses(
 
 @dataclass(frozen=True, repr=False)
 class Losses:
-    """Losses of images before and after the fine-tuning, [N] each. Private when the images are."""
+    """Losses of images, or of persons, before and after the fine-tuning, [N] each. Private as the images."""
 
     before: Floats
     after: Floats
@@ -94,15 +97,33 @@ def losses_of(
     seed: int,
     progress: Progress,
 ) -> Losses:
-    """Losses of `images` under the model before and after its fine-tuning, at the mean of their latents."""
+    """Losses of `images` under the model before and after its fine-tuning, at the mean of their latents.
+
+    Of persons, where it is known whose the images are: the mean over all of a person's images.
+    """
     latents, labels = encode(after, images).mean, torch.from_numpy(images.labels)
     found = [
         losses(model, latents, labels, draws=draws, seed=seed, progress=progress) for model in (before, after)
     ]
+    if images.persons is not None:
+        persons = Persons(images.persons)
+        found = [persons.means(torch.from_numpy(one)).numpy() for one in found]
     return Losses(*found)
 
 
+def examples(images: ImageSet) -> int:
+    """The number of members that `images` can be: persons where they are known, else images."""
+    return len(images) if images.persons is None else len(set(images.persons))
+
+
 def draw(images: ImageSet, count: int, seed: int) -> ImageSet:
-    """`count` of the images without replacement, or all when there are no more; a public choice."""
+    """`count` of the images without replacement, or all when there are no more; a public choice.
+
+    Where it is known whose they are, all images of `count` persons.
+    """
+    if images.persons is not None:
+        persons = Persons(images.persons)
+        chosen = torch.randperm(len(persons), generator=torch.Generator().manual_seed(seed))[:count]
+        return images.subset(np.sort(torch.cat([persons.records(int(i)) for i in chosen]).numpy()))
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).numpy()
     return images.subset(np.sort(order[:count]))

@@ -225,7 +225,7 @@ def _finished(directory: Path) -> _Run:
             "its command again first"
         )
     if restated:
-        privacy = {**privacy, "adjacency": ADJACENCIES["zero_out"]}
+        privacy = {**privacy, "adjacency": ADJACENCIES["zero_out"].format(unit="image")}
     is_covered = config.data.public or nothing is None
     return _Run(directory, config, privacy, restated=restated, covered=is_covered)
 

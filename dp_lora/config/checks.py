@@ -27,8 +27,10 @@ from dp_lora.config.schema import (
     EXPORTS,
     EXTRACTORS,
     FEWEST_RESAMPLES,
+    LABEL_COLUMNS,
     LARGEST_EPSILON,
     LAYOUTS,
+    PERSONS_KNOWN,
     PRECISIONS,
     RESAMPLINGS,
     SAMPLERS,
@@ -36,6 +38,7 @@ from dp_lora.config.schema import (
     SMALLEST_EPSILON,
     STAGES,
     TARGET_GROUPS,
+    UNITS,
     WANDB_MODES,
     Config,
     DataConfig,
@@ -59,6 +62,7 @@ def check(config: Config) -> None:
     _check_privacy(config.privacy)
     _check_train(config.train, config.privacy)
     _check_relation(config.train, config.data, config.privacy.adjacency)
+    _check_unit(config)
     _check_counts(config)
     _check_evaluation(config.evaluation)
     check_names(config.tracking)
@@ -154,6 +158,7 @@ def _check_choices(config: Config) -> None:
         ("trainable.components", config.trainable.components, COMPONENTS),
         ("privacy.clipping", [config.privacy.clipping], CLIPPINGS),
         ("privacy.adjacency", [config.privacy.adjacency], tuple(ADJACENCIES)),
+        ("privacy.unit", [config.privacy.unit], UNITS),
         ("train.precision", [config.train.precision], PRECISIONS),
         ("model.base_precision", [config.model.base_precision], PRECISIONS),
         ("train.schedule", [config.train.schedule], SCHEDULES),
@@ -300,6 +305,56 @@ def _check_relation(train: TrainConfig, data: DataConfig, adjacency: str) -> Non
             f"data.train_size={data.train_size} with privacy.adjacency=add_or_remove: expected null or a "
             "fraction, since the number of images is private, and where one is missing another would come in"
         )
+
+
+def _check_unit(config: Config) -> None:
+    """Refuses persons that nothing tells or nothing asks for, and a pattern that can tell none."""
+    data, public, unit = config.data, config.public_data, config.privacy.unit
+    fields = ("person_column", "person_pattern")
+    given = {name: value for name in fields if (value := getattr(data, name)) is not None}
+    for name in fields:
+        if (value := getattr(public, name)) is not None:
+            raise UserError(
+                f"public_data.{name}={value}: public images are protected for nobody; expected null"
+            )
+    if len(given) > 1:
+        raise UserError(
+            f"data.person_column={data.person_column} with data.person_pattern={data.person_pattern}: both "
+            "say whose an image is; expected one of them"
+        )
+    if unit == "person" and not given and data.name not in PERSONS_KNOWN:
+        raise UserError(
+            "privacy.unit=person: nothing says whose an image is; expected data.person_column=COLUMN of a "
+            "table or of metadata.csv, or data.person_pattern=REGULAR_EXPRESSION of file names"
+        )
+    for name, value in given.items():
+        if unit != "person":
+            raise UserError(
+                f"data.{name}={value} with privacy.unit={unit}: expected privacy.unit=person, which protects "
+                "a person with all of their images, or null"
+            )
+        if name == "person_column" and value in (
+            (data.label_column,) if data.label_column else LABEL_COLUMNS
+        ):
+            raise UserError(
+                f"data.person_column={value}: says the classes, whose names are released; expected another "
+                "column, or data.label_column=none"
+            )
+        if data.name in PERSONS_KNOWN:
+            raise UserError(f"data.{name}={value}: {data.name} knows its persons itself; expected null")
+    if data.person_pattern is not None:
+        try:
+            groups = re.compile(data.person_pattern).groups
+        except re.error as error:
+            raise UserError(
+                f"data.person_pattern={data.person_pattern}: no regular expression ({error}); expected one "
+                "whose first group is the person, such as '(P[0-9]+)_'"
+            ) from error
+        if not groups:
+            raise UserError(
+                f"data.person_pattern={data.person_pattern}: has no group; expected parentheses around what "
+                "is the person, such as '(P[0-9]+)_'"
+            )
 
 
 def _check_counts(config: Config) -> None:

@@ -15,6 +15,7 @@ from dp_lora.config.schema import Config, PathsConfig
 
 PRIVATE_SETTINGS = (
     "data.source",
+    "data.person_pattern",
     "public_data.source",
     "model.pretrained",
     "model.pretrain.perceptual_network",
@@ -32,6 +33,11 @@ take the noise away."""
 
 _CANNOT_CHANGE_THE_RESULT = ("experiment", "stages", "optimize", "tracking", "resources", "paths")
 _SAY_NOTHING_NEW = (
+    ("data", "person_column", None),
+    ("data", "person_pattern", None),
+    ("public_data", "person_column", None),
+    ("public_data", "person_pattern", None),
+    ("privacy", "unit", "image"),
     ("model", "prompt_length", None),
     ("model", "base_precision", "float32"),
     ("train", "timesteps", None),
@@ -39,7 +45,7 @@ _SAY_NOTHING_NEW = (
     ("train", "snr_gamma", None),
     ("train", "noise_offset", 0.0),
 )
-_NOR_CAN = ("microbatch", "channels_last", "compile", "checkpoint_minutes")
+_NOR_CAN = ("microbatch", "channels_last", "compile", "gradient_checkpointing", "checkpoint_minutes")
 """Fields of `train`."""
 
 
@@ -127,7 +133,13 @@ def pretrained_fingerprint(config: Config) -> str:
     pretrain = model["pretrain"]
     pretrain["perceptual_network"] = _one_spelling(pretrain["perceptual_network"])
     # As long as they say what was done before they were there, models that are kept stay what they are.
-    for name, value in (("value_range", None), ("background", "white"), ("layout", None)):
+    for name, value in (
+        ("value_range", None),
+        ("background", "white"),
+        ("layout", None),
+        ("person_column", None),
+        ("person_pattern", None),
+    ):
         if public[name] == value:
             del public[name]
     return _digest({"model": model, "public_data": public, "seed": config.seed})

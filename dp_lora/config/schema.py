@@ -14,11 +14,14 @@ PROMPT = "a photo of a {}"
 STAGES = ("pretrain", "finetune", "sample", "evaluate")
 COMPONENTS = ("lora", "attention", "embedder", "bias", "norm", "full")
 CLIPPINGS = ("flat", "automatic", "per_layer")
+UNITS = ("image", "person")
+PERSONS_KNOWN = ("letters_by_writer",)
+"""Sets that know whose each image is."""
 ADJACENCIES = {
-    "zero_out": "zero out one image, the number of images is public, Poisson sampling",
-    "add_or_remove": "add or remove one image, Poisson sampling",
+    "zero_out": "zero out one {unit}, the number of {unit}s is public, Poisson sampling",
+    "add_or_remove": "add or remove one {unit}, Poisson sampling",
 }
-"""The relations of neighbours, in words; both have the same epsilon."""
+"""The relations of neighbours, in words for one of `UNITS`; both have the same epsilon."""
 PRECISIONS = ("float32", "bfloat16")
 SAMPLERS = ("ddim", "dpmsolver++", "pipeline")
 EXPORTS = ("npz", "png")
@@ -28,6 +31,8 @@ DEVICES = ("auto", "cpu", "cuda")
 RESAMPLINGS = ("pad", "box", "bilinear", "bicubic", "lanczos")
 BACKGROUNDS = ("white", "grey", "black")
 LAYOUTS = ("folders", "tables")
+LABEL_COLUMNS = ("label", "labels")
+"""Of the classes in tables, where `data.label_column` says none."""
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 AUTOENCODERS = ("kl", "vq")
 CONDITIONINGS = ("class", "none")
@@ -83,6 +88,11 @@ class DataConfig:
     """Tables: the column of the texts that a text-to-image model is trained with; class folders: txt or
     caption, the ending of the files with each image's text. A text is as private as its image; null takes
     `model.prompt` with the name of the class. Images are drawn by `model.prompt`."""
+    person_column: str | None = None
+    """With privacy.unit=person, tables: the column that says whose an image is."""
+    person_pattern: str | None = None
+    """The same for files: a regular expression, found in each image's path in the set, whose first group is
+    the person, such as '(P[0-9]+)_'."""
     classes: list[str] | None = None
     """Keep only these classes, in this order; null keeps all."""
     train_size: int | float | None = None
@@ -199,8 +209,8 @@ class ModelConfig:
     prompt_length: int | None = None
     """Tokens to which every prompt is padded or cut; null: as many as the pipeline. CLIP has its own 77."""
     base_precision: str = "float32"
-    """Of the frozen weights of a text-to-image pipeline: bfloat16 halves their memory, and the network
-    computes in it; adapters, clip and noise stay float32."""
+    """Of the frozen weights of a text-to-image pipeline: bfloat16 halves their memory. The network computes
+    in it too on a device that has it; adapters, clip and noise stay float32."""
     conditioning: str = "class"
     """class: one learnt token a class; none: the model is unconditional."""
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
@@ -248,6 +258,9 @@ class PrivacyConfig:
     max_grad_norm: float = 1e-3
     """C, the norm to which one example's gradient is clipped."""
     clipping: str = "flat"
+    unit: str = "image"
+    """Whom the guarantee protects: image, or person with all of their images, captions and labels. The
+    examples of a batch are then persons, and each draw picks one of the person's images."""
     adjacency: str = "zero_out"
     """Which sets are neighbours; both have the same epsilon. zero_out: one image contributes nothing, and the
     number of images is public. add_or_remove: one image more or less; the number of images is private, so
@@ -305,6 +318,9 @@ class TrainConfig:
     """Keeps the UNet's images with their channels innermost, which tensor cores like and CPUs do not."""
     compile: bool = False
     """Compiles the UNet's frozen parts: a minute or two at the start of every job."""
+    gradient_checkpointing: bool = False
+    """Keeps only what enters each block of the network, and runs the block again in the backward: less
+    memory, about a third more time."""
     checkpoint_minutes: float = 0.5
     """Time between checkpoints."""
 

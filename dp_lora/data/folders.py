@@ -29,6 +29,7 @@ from dp_lora.data.images import (
     identity_of_places,
     prepare_roles,
 )
+from dp_lora.data.persons import by_pattern
 from dp_lora.data.pixels import Content, Unreadable, check_file, shown
 from dp_lora.data.places import Archive, Member, Place, Visible, is_seen
 from dp_lora.errors import PrivateRefusal, UserError, did_you_mean
@@ -177,7 +178,9 @@ def read_folders(root: Place, visible: Visible, request: Request, preprocessing:
             )
     visible.tell_skipped(request.tell, field)
     unread = {role: _unread(of_role, classes) for role, of_role in files.items()}
+    owners = {role: reader.persons(of_role, request) for role, of_role in files.items()}
     parts = prepare_roles(unread, preprocessing, request)
+    parts = {role: part._replace(persons=owners[role]) for role, part in parts.items()}
     if data.caption_column is not None:
         captions = {role: reader.captions(of_role) for role, of_role in files.items()}
         parts = {role: part._replace(captions=captions[role]) for role, part in parts.items()}
@@ -331,6 +334,13 @@ class _Reader:
                 ) from error
         return np.array(captions, dtype=object)
 
+    def persons(self, files: Mapping[str, Sequence[Place]], request: Request) -> np.ndarray | None:
+        """The persons str [N] of the images that `classes` found, in their order; None unless asked for."""
+        if request.data.person_pattern is None:
+            return None
+        places = [place for of_class in files.values() for place in of_class]
+        return by_pattern([_inside(place, self.root) for place in places], request)
+
     def _with_texts(self, files: Sequence[Place]) -> list[Place]:
         """The images among `files`, each of which has a text of its own with its name."""
         ending = f".{self.texts}"
@@ -461,6 +471,15 @@ def _unread(files: Mapping[str, Sequence[Place]], classes: tuple[str, ...]) -> U
         return ((path, shown(path)) for path in paths)
 
     return Unread(np.array(labels, np.int64), contents, identity_of_places(paths))
+
+
+def _inside(place: Place, root: Place) -> str:
+    """The path of a file from `root`, with slashes."""
+    if isinstance(place, Member):
+        return place.inside.removeprefix(
+            f"{root.inside}/" if isinstance(root, Member) and root.inside else ""
+        )
+    return place.relative_to(str(root)).as_posix()
 
 
 def _before_ending(file: Place) -> str:

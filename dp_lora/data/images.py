@@ -44,8 +44,8 @@ class Part(NamedTuple):
     """Images uint8 [N, C, H, W] with labels int64 [N].
 
     `positions` in the source decide the splits of a published set, `digests` uint8 [N, 32] of the pixels, as
-    they are in the files, those of a user's own. `captions`, of type str [N], are there when the source was
-    asked for them.
+    they are in the files, those of a user's own. `captions` and `persons`, of type str [N], are there when
+    the source was asked for them.
     """
 
     images: np.ndarray
@@ -53,11 +53,12 @@ class Part(NamedTuple):
     positions: np.ndarray
     captions: np.ndarray | None = None
     digests: np.ndarray | None = None
+    persons: np.ndarray | None = None
 
     def take(self, indices: np.ndarray) -> Part:
-        captions = None if self.captions is None else self.captions[indices]
-        digests = None if self.digests is None else self.digests[indices]
-        return Part(self.images[indices], self.labels[indices], self.positions[indices], captions, digests)
+        captions, digests, persons = (None if one is None else one[indices] for one in self[3:])
+        images, labels, positions = (one[indices] for one in self[:3])
+        return Part(images, labels, positions, captions, digests, persons)
 
 
 def part_of(images: np.ndarray, labels: np.ndarray) -> Part:

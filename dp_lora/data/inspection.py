@@ -17,6 +17,7 @@ from dp_lora.data import sets
 from dp_lora.data.digests import SIZE, array_digests
 from dp_lora.data.images import Part, Prepared, Preprocessing, Request, Unread
 from dp_lora.data.metadata import Unmatched
+from dp_lora.data.persons import Unowned
 from dp_lora.data.pixels import Damaged, Unfit, shown
 from dp_lora.data.sets import ImageSplits
 from dp_lora.errors import PrivateRefusal, UserError
@@ -86,6 +87,10 @@ class Inspection:
             for number, name in enumerate(classes)
         ]
         found.append(("classes", [str(len(classes)), *each]))
+        whose = {role: len(set(part.persons)) for role, part in parts.items() if part.persons is not None}
+        if whose:
+            each_role = ", ".join(f"{role} {number}" for role, number in whose.items())
+            found.append(("persons", [f"{sum(whose.values())} ({each_role})"]))
         captions = sum(len(part) for part in parts.values() if part.captions is not None)
         return found + ([("captions", [str(captions)])] if captions else [])
 
@@ -158,7 +163,7 @@ def inspect(data: DataConfig, paths: PathsConfig, *, progress: str = "auto") -> 
         return parts
 
     def refuse(error: PrivateRefusal) -> None:
-        assert isinstance(error, Unmatched)
+        assert isinstance(error, Unmatched | Unowned)
         found.wrong += error.wrong
 
     try:

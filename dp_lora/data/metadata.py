@@ -22,12 +22,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
+from dp_lora.config.schema import LABEL_COLUMNS
 from dp_lora.data import tables
 from dp_lora.data.folders import METADATA, PICTURES, files_below
 from dp_lora.data.images import ROLES, Preprocessing, Request, Source, identity_of_places
 from dp_lora.data.pixels import shown
 from dp_lora.data.places import Place, Visible
-from dp_lora.data.tables import CELEBA, LABEL_COLUMNS, SPLITS, Table, refuse_lone
+from dp_lora.data.tables import CELEBA, SPLITS, Table, refuse_lone
 from dp_lora.errors import PrivateRefusal, UserError, did_you_mean
 
 _FILE_NAME = "file_name"
@@ -75,13 +76,13 @@ def read_metadata(
     if others:
         told = ", ".join(map(shown, sorted(others)[:5])) + (", ..." if len(others) > 5 else "")
         request.tell(f"{field}: left out {len(others)} files that are no images and have no row: {told}")
-    by_role: dict[str, list[tuple[Place, _Row]]] = {}
+    by_role: dict[str, list[tuple[str, _Row]]] = {}
     for path, row in rows.items():
         role = folders[path.split("/")[0]] if folders else "train"
-        by_role.setdefault(role, []).append((of_set[path], row))
+        by_role.setdefault(role, []).append((path, row))
     visible.tell_skipped(request.tell, field)
     try:
-        return tables.source_of(_tables(by_role, metadata, request), request, preprocessing)
+        return tables.source_of(_tables(by_role, of_set, metadata, request), request, preprocessing)
     except PrivateRefusal:
         raise
     except UserError as error:  # which a file of the private set decided
@@ -223,7 +224,10 @@ def _with_columns(request: Request, metadata: Sequence[_Metadata]) -> Request:
     if label is None and not by_attribute:
         somewhere = {name for of_one in metadata for name in of_one.columns}
         label = next((name for name in LABEL_COLUMNS if name in somewhere), "none")
-    for setting, column in (("label_column", label), ("caption_column", data.caption_column)):
+    asked = (data.caption_column, data.person_column)
+    for setting, column in zip(
+        ("label_column", "caption_column", "person_column"), (label, *asked), strict=True
+    ):
         for of_one in metadata:
             if column not in (None, "none", *of_one.columns):
                 given = getattr(data, setting) or "null"
@@ -387,7 +391,10 @@ def _is_picture(path: str) -> bool:
 
 
 def _tables(
-    by_role: Mapping[str, Sequence[tuple[Place, _Row]]], metadata: Sequence[_Metadata], request: Request
+    by_role: Mapping[str, Sequence[tuple[str, _Row]]],
+    files: Mapping[str, Place],
+    metadata: Sequence[_Metadata],
+    request: Request,
 ) -> dict[str, Table]:
     label = request.data.label_column or ""
     names = {name: found for of_one in metadata for name, found in of_one.names.items()}
@@ -401,12 +408,14 @@ def _tables(
         refuse_lone(len(classes), images, "numbers", f"{request.field}.label_column={label}")
         numbers = {value: classes.index(n) if n >= 0 else n for value, n in numbers.items()}
 
-    def table(rows: Sequence[tuple[Place, _Row]]) -> Table:
+    texts = (label, request.data.caption_column, request.data.person_column)
+
+    def table(rows: Sequence[tuple[str, _Row]]) -> Table:
         def column(name: str) -> list[Any]:
             values = [row.values.get(name) for _, row in rows]
             if name == label and numbers is not None:
                 return [numbers[value] for value in values]
-            if name in (label, request.data.caption_column):
+            if name in texts:
                 return values
             found = _numbers(values)  # of the attribute, the only other column that is asked for
             if found is None:
@@ -417,10 +426,11 @@ def _tables(
             return [found[value] for value in values]
 
         def places(_: str) -> Iterator[Place]:
-            return (place for place, _ in rows)
+            return (files[path] for path in paths)
 
+        paths = [path for path, _ in rows]
         columns = dict.fromkeys(name for of_one in metadata for name in of_one.columns)
-        return Table(list(columns), names, column, places, identity_of_places([place for place, _ in rows]))
+        return Table(list(columns), names, column, places, identity_of_places([*places("")]), paths)
 
     return {role: table(by_role[role]) for role in ROLES if role in by_role}
 

@@ -3,6 +3,8 @@
 `load` divides what `dp_lora.data.sources` read. Every split is fixed: it is the same for every seed and
 machine, and no later choice can move a test image into training.
 
+    sets of persons    by the person whose the image is, all of whose images have one role
+                       (`dp_lora.data.persons`)
     published sets     by an image's position in the set as it was published, which nobody changes
     a user's own       by the image itself: a hash of its decoded pixels with a public salt, against a fixed
                        fraction. Not its label, caption, name or place, nor the other images: whoever adds,
@@ -23,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dp_lora.config.schema import DataConfig, PathsConfig
-from dp_lora.data import letters, pictures
+from dp_lora.data import letters, persons, pictures
 from dp_lora.data.digests import array_digests
 from dp_lora.data.images import ROLES, Part, Prepare, Request, Source, say, wanted_classes
 from dp_lora.data.published import COUNTS
@@ -39,6 +41,7 @@ class ImageSet:
     validation or test. public: whether losses on the images may be shown. captions: str [N], as private as
     the images, where `data.caption_column` asks for them. digests: uint8 [N, 32], of the images as they were
     decoded (`dp_lora.data.digests`), as private as they are; None of public ones not read from files.
+    persons: str [N], whose each image is, as private as the images; None where nobody asked.
     """
 
     images: np.ndarray
@@ -49,12 +52,14 @@ class ImageSet:
     public: bool
     captions: np.ndarray | None = None
     digests: np.ndarray | None = None
+    persons: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         assert self.images.dtype == np.uint8 and self.images.ndim == 4
         assert self.labels.dtype == np.int64 and self.labels.shape == self.images.shape[:1]
         assert self.role in ROLES
-        assert self.captions is None or self.captions.shape == self.labels.shape
+        for values in (self.captions, self.persons):
+            assert values is None or values.shape == self.labels.shape
 
     def __len__(self) -> int:
         return len(self.images)
@@ -65,18 +70,19 @@ class ImageSet:
             f"ImageSet({self.name}, {self.role}, {public}, {len(self.classes)} classes, {self.images.shape})"
         )
 
+    def examples(self, unit: str) -> int:
+        """The number of examples for one of `schema.UNITS`: of persons, or of images."""
+        if unit == "image":
+            return len(self)
+        assert self.persons is not None, "the configuration and the loader were checked"
+        return len(set(self.persons))
+
     def subset(self, indices: np.ndarray) -> ImageSet:
         """The images at `indices`, in that order."""
-        captions, digests = (
-            None if values is None else values[indices] for values in (self.captions, self.digests)
-        )
-        return replace(
-            self,
-            images=self.images[indices],
-            labels=self.labels[indices],
-            captions=captions,
-            digests=digests,
-        )
+        values = (self.captions, self.digests, self.persons)
+        captions, digests, owners = (None if one is None else one[indices] for one in values)
+        images, labels = self.images[indices], self.labels[indices]
+        return replace(self, images=images, labels=labels, captions=captions, digests=digests, persons=owners)
 
 
 class ImageSplits(NamedTuple):
@@ -127,6 +133,7 @@ def load(
             "images; expected parquet files, a data set of the hub, images with metadata.csv or with texts "
             "beside them, or null"
         )
+    persons.refuse_unread([source.train], data, field)
     source = _split(_keep_classes(source, request), request)
     if source.own and not data.public:
         _tell_copies(source, request)
@@ -329,7 +336,6 @@ def _drawn(source: Source, request: Request) -> tuple[Part, Part, Part]:
     each of the two sizes can change without the other part. `train_size` is a draw of its own.
     """
     data, found = request.data, source.train
-    assert found.digests is not None
     for role in ("train", "validation", "test"):
         _check_own_size(role, getattr(data, f"{role}_size"), source, request)
     if data.test_size + data.validation_size >= 1:
@@ -341,16 +347,24 @@ def _drawn(source: Source, request: Request) -> tuple[Part, Part, Part]:
         # Large sets are mapped from the disk: nothing of them is copied without need.
         empty = found.take(np.arange(0))
         return found, source.validation or empty, source.test or empty
-    share = shares(found.digests, "role")
+    share = _shares(found, "role")
     is_test, is_validation = share < data.test_size, share >= 1 - data.validation_size
     is_train = ~(is_test | is_validation)
     if data.train_size is not None:
-        is_train &= shares(found.digests, "train") < data.train_size
+        is_train &= _shares(found, "train") < data.train_size
     train, validation, test = (
         found.take(np.flatnonzero(chosen)) for chosen in (is_train, is_validation, is_test)
     )
-    _tell_sizes((train, validation, test), len(found.labels), request)
+    _tell_sizes((train, validation, test), persons.number(found), request)
     return train, source.validation or validation, source.test or test
+
+
+def _shares(part: Part, purpose: str) -> np.ndarray:
+    """The `shares` of the images of a set of a user's own: by their persons, else by their pixels."""
+    if part.persons is not None:
+        return persons.shares(part.persons, purpose)
+    assert part.digests is not None
+    return shares(part.digests, purpose)
 
 
 def _check_own_size(role: str, size: int | float | None, source: Source, request: Request) -> None:
@@ -371,12 +385,12 @@ def _check_own_size(role: str, size: int | float | None, source: Source, request
 
 def _tell_sizes(parts: tuple[Part, Part, Part], count: int, request: Request) -> None:
     """Tells the owner the size of each part beside what was expected. Raises UserError for an empty one."""
-    data = request.data
+    data, what = request.data, "images" if parts[0].persons is None else "persons"
     rest = 1 - data.test_size - data.validation_size
     fractions = (rest * (data.train_size or 1), data.validation_size, data.test_size)
     said = []
     for role, part, fraction in zip(ROLES, parts, fractions, strict=True):
-        expected, size = fraction * count, len(part.labels)
+        expected, size = fraction * count, persons.number(part)
         if fraction and not size:
             # What is left of the others trains, where nothing else is asked for.
             given = [role] if getattr(data, f"{role}_size") else ["test", "validation"]
@@ -385,14 +399,15 @@ def _tell_sizes(parts: tuple[Part, Part, Part], count: int, request: Request) ->
                 f"{request.field}.{name}_size={getattr(data, f'{name}_size')}" for name in named
             )
             raise PrivateRefusal(
-                f"{asked}: none of the {count} images fell to {role}, where {expected:.3g} were expected; "
+                f"{asked}: none of the {count} {what} fell to {role}, where {expected:.3g} were expected; "
                 "expected another fraction"
             )
         if fraction:
             said.append(f"{size} {role} (expected {expected:.4g})")
-    request.tell(
-        f"{request.field}: of {count} images {', '.join(said)}; each image draws its role by its own pixels"
-    )
+    how = "each image draws its role by its own pixels"
+    if what == "persons":
+        how = "each person draws one role for all of their images, by their name"
+    request.tell(f"{request.field}: of {count} {what} {', '.join(said)}; {how}")
 
 
 def _tell_copies(source: Source, request: Request) -> None:
@@ -403,7 +418,9 @@ def _tell_copies(source: Source, request: Request) -> None:
     field = request.field
     parts = {"train": source.train, "validation": source.validation, "test": source.test}
     found = {role: part for role, part in parts.items() if part is not None}
+    persons.refuse_shared(found, field)
     pictures = {role: _picture(part) for role, part in found.items()}
+    persons.tell_shared_pictures(found.values(), pictures.values(), request)
     for role in [role for role in found if role != "train"]:
         copies = int(np.isin(pictures[role], pictures["train"]).sum())
         if copies:
@@ -477,4 +494,5 @@ def _image_set(part: Part | None, source: Source, role: str, data: DataConfig) -
         data.public,
         part.captions,
         digests,
+        part.persons,
     )

@@ -70,8 +70,8 @@ _OWN_IMAGES = {
     "letters_pictures": "is rendered from fonts and clip art",
 }
 """The sets that read no files of the user's."""
-_OF_FILES = ("value_range", "background", "layout")
-_OF_TABLES = ("attribute", "image_column", "label_column", "caption_column")
+_OF_FILES = ("value_range", "background", "layout", "person_pattern")
+_OF_TABLES = ("attribute", "image_column", "label_column", "caption_column", "person_column")
 
 
 def check_fields(data: DataConfig, field: str) -> None:
@@ -388,6 +388,8 @@ def _refuse_unread_of_archive(request: Request) -> None:
     """Refuses what changes nothing in official files: columns and, of arrays of 8 bits, range and filter."""
     data, field = request.data, request.field
     _refuse_columns(data, field)
+    why = "the official files do not say whose an image is by their names"
+    _refuse_unread(data, field, ["person_pattern"], why)
     if data.name not in CELEBA:
         names = ["value_range", "background"]
         names += ["resample"] if PUBLISHED[data.name].sizes is not None else []

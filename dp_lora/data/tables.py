@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dp_lora.config.schema import LABEL_COLUMNS
 from dp_lora.data.archives import attribute_classes
 from dp_lora.data.images import (
     Preprocessing,
@@ -26,12 +27,12 @@ from dp_lora.data.images import (
     identity_of,
     prepare_roles,
 )
+from dp_lora.data.persons import asked, by_column, by_pattern, given
 from dp_lora.data.pixels import Content, shown
 from dp_lora.data.places import Place
 from dp_lora.errors import UserError, did_you_mean
 
 IMAGE_COLUMNS = ("image", "img")
-LABEL_COLUMNS = ("label", "labels")
 CELEBA = ("celeba", "celebahq")
 """Sets whose own files say `data.attribute`, and whose presets set it."""
 SPLITS = {
@@ -75,6 +76,8 @@ class Table(NamedTuple):
     images: Any
     """From the name of a column to an iterator over its values, a few of them in memory at a time."""
     identity: str
+    paths: Sequence[str] | None = None
+    """Of the images in their set, where each is a file of its own."""
 
 
 def read_parquet(
@@ -210,6 +213,7 @@ def source_of(tables: dict[str, Table], request: Request, preprocessing: Preproc
     if "test" not in labels and "validation" in labels:
         labels["test"], tables["test"] = labels.pop("validation"), tables["validation"]
     captions = _captions(tables, request)
+    owners = {role: _persons(tables[role], role, len(found), request) for role, found in labels.items()}
     unread: dict[str, Unread] = {}
     for role, found in labels.items():
         if not (found >= 0).all() or (found >= len(classes)).any():
@@ -217,7 +221,7 @@ def source_of(tables: dict[str, Table], request: Request, preprocessing: Preproc
         table = tables[role]
         unread[role] = Unread(found, _reader(table, image, role), f"{table.identity} {image}")
     parts = {
-        role: part._replace(captions=captions.get(role))
+        role: part._replace(captions=captions.get(role), persons=owners[role])
         for role, part in prepare_roles(unread, preprocessing, request).items()
     }
     return Source(classes, parts["train"], parts.get("validation"), parts.get("test"), own=True)
@@ -241,6 +245,27 @@ def _captions(tables: dict[str, Table], request: Request) -> dict[str, np.ndarra
             raise UserError(f"{field}.caption_column={column}: expected one text for each image of {role}")
         found[role] = np.array(values, dtype=object)
     return found
+
+
+def _persons(table: Table, role: str, count: int, request: Request) -> np.ndarray | None:
+    """The persons str [N] of one role; None unless they are asked for."""
+    data, column = request.data, request.data.person_column
+    if not asked(data):
+        return None
+    names = [f"image {number} of {role}" for number in range(count)] if table.paths is None else table.paths
+    if column is None:
+        if table.paths is None:
+            raise UserError(
+                f"{given(data, request.field)}: the images of a table have no names of files; expected "
+                f"{request.field}.person_column"
+            )
+        return by_pattern(table.paths, request)
+    if column not in table.columns:
+        raise UserError(
+            f"{given(data, request.field)}: expected one of {', '.join(table.columns)}"
+            f"{did_you_mean(column, table.columns)}"
+        )
+    return by_column(table.column(column), names, request)
 
 
 def _reader(table: Table, column: str, role: str) -> Any:

@@ -38,6 +38,8 @@ class Training:
     """Of the run that trained, absolute; empty where only ledger or index know it."""
     same_images: bool
     """Whether it was on the images of the run that lists it, or on some of them."""
+    unit: str = "image"
+    """What its guarantee protects: a value of `privacy.unit`."""
     held_out: bool = False
     """Whether it was a release on images that the run that lists it holds out as well."""
 
@@ -166,6 +168,7 @@ def _of_run(run: Path) -> Training:
         steps=steps,
         private=private,
         adjacency=relation,
+        unit=str(record.get("unit", "image")),
         directory=str((run if source is None else source.directory).resolve()),
         same_images=True,
     )

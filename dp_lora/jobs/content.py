@@ -43,13 +43,14 @@ _SAID = {
     "roles": "the roles of the images",
     "labels": "the labels",
     "captions": "the captions",
+    "persons": "whose the images are",
     "order": "the order of the images",
     "prepared": "the pixels as they are trained on (as this Pillow reads and resizes the files)",
 }
 """The possible differences, in words; the first one that applies causes most of those below it."""
 
-FIELDS = frozenset({"key", *_SAID}) - {"prepared"}
-"""The fields that every record has."""
+FIELDS = frozenset({"key", *_SAID}) - {"prepared", "persons"}
+"""The fields that every record has, those of earlier versions too."""
 
 
 def digests(images: ImageSet) -> np.ndarray:
@@ -62,7 +63,8 @@ def content_of(images: ImageSplits, key: str) -> dict[str, Any]:
     """The record of `images` under the hexadecimal `key`: equal for equal content, and for no other."""
     roles = [digests(part) for part in images]
     labels = [part.labels[:, None].astype("<i8").view(np.uint8) for part in images]
-    captions = [_captions(part) for part in images]
+    captions = [_texts(part.captions, len(part)) for part in images]
+    persons = [_texts(part.persons, len(part)) for part in images]
 
     def keyed(*parts: bytes) -> str:
         mac = hmac.new(bytes.fromhex(key), digestmod=hashlib.sha256)
@@ -80,6 +82,7 @@ def content_of(images: ImageSplits, key: str) -> dict[str, Any]:
         "roles": keyed(*(_sorted(part) for part in roles)),
         "labels": keyed(*(_sorted(np.hstack(both)) for both in zip(roles, labels, strict=True))),
         "captions": keyed(*(_sorted(np.hstack(both)) for both in zip(roles, captions, strict=True))),
+        "persons": keyed(*(_sorted(np.hstack(both)) for both in zip(roles, persons, strict=True))),
         "order": keyed(*(part.tobytes() for part in roles)),
         "prepared": keyed(*(_prepared(part) for part in images)),
     }
@@ -100,21 +103,22 @@ def _sorted(rows: np.ndarray) -> bytes:
     return rows[np.lexsort((last, first))].tobytes()
 
 
-def _captions(images: ImageSet) -> np.ndarray:
-    """uint8 [N, 32]: a digest of each caption; [N, 0] without captions."""
-    if images.captions is None:
-        return np.empty((len(images), 0), np.uint8)
-    found = b"".join(hashlib.sha256(caption.encode()).digest() for caption in images.captions)
-    return np.frombuffer(found, np.uint8).reshape(len(images), 32)
+def _texts(texts: np.ndarray | None, count: int) -> np.ndarray:
+    """uint8 [N, 32]: a digest of each of the captions or persons; [N, 0] without any."""
+    if texts is None:
+        return np.empty((count, 0), np.uint8)
+    found = b"".join(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest() for text in texts)
+    return np.frombuffer(found, np.uint8).reshape(count, 32)
 
 
 def changes(images: ImageSplits, record: dict[str, Any]) -> list[str]:
     """Lists in words what of `images` is not as in `record`; empty if nothing differs.
 
-    Records of earlier versions say nothing of the prepared pixels, and are compared in all else.
+    Records of earlier versions say nothing of the prepared pixels or of persons, and are compared in all
+    else.
     """
     now = content_of(images, record["key"])
-    record = {"prepared": now["prepared"], **record}
+    record = {name: now[name] for name in ("prepared", "persons")} | record
     different = [name for name in _SAID if now[name] != record[name]]
     # The first of the rest has the others in its wake, and other names of classes have all but two.
     first = next((name for name in different if name != "classes"), None)

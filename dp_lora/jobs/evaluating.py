@@ -410,12 +410,14 @@ def _enter_uncovered(run: Path, config: Config, real: ImageSplits, identity: str
 
 
 def _note(source: Source, found: Evaluation, config: Config) -> str:
-    from dp_lora.jobs.release import COVERS
+    from dp_lora.jobs.release import covers
     from dp_lora.jobs.spending import ledger_path
 
     if "release" in found.metadata:
         secret = config.privacy.insecure_seed is None
-        return COVERS.replace("result.json", "this file") if secret else "Nothing is covered: seeded noise."
+        if not secret:
+            return "Nothing is covered: seeded noise."
+        return covers(config.privacy.unit).replace("result.json", "this file")
     if not found.metadata["private_metrics"]:
         return "All images are public."
     return f"The use of private images is entered as not covered in {ledger_path(config)}."

@@ -5,6 +5,7 @@ Everything that can be wrong with what the user asked for is found here, before 
 
 from __future__ import annotations
 
+import gc
 import math
 import re
 import sys
@@ -53,6 +54,7 @@ PLAN_FIELDS = {
     "max_grad_norm": "privacy.max_grad_norm",
     "clipping": "privacy.clipping",
     "adjacency": "privacy.adjacency",
+    "unit": "privacy.unit",
 }
 """The field of the configuration that gives each parameter of the plan."""
 
@@ -88,6 +90,11 @@ class Job:
             prompt_length=model.prompt_length,
             precision=model.base_precision,
         )
+
+    def forget_model(self) -> None:
+        """Lets the model go, so that a copy can free what it needs no more. It is read again if need be."""
+        self.__dict__.pop("model", None)
+        gc.collect()  # networks refer to themselves
 
     @property
     def base_model(self) -> str:
@@ -137,8 +144,9 @@ def prepare(config: Config, directory: Path) -> Job:
     check_content(images, directory)
     if "finetune" in config.stages and not (directory / OUTPUTS["finetune"]).exists():
         sets.refuse_flat(images.train)
-    plan = plan_of(config, len(images.train))
-    _say_batch(config, plan, len(images.train))
+    examples = images.train.examples(config.privacy.unit)
+    plan = plan_of(config, examples)
+    _say_batch(config, plan, examples)
     _check_budget(config, plan, directory, images)
     device = device_of(config)
     _check_model(config, images)
@@ -186,7 +194,9 @@ def _check_directory(config: Config, directory: Path) -> None:
 
 
 def plan_of(config: Config, num_examples: int) -> PrivacyPlan:
-    """The plan of the private fine-tuning on `num_examples` images. Raises UserError as `make_plan` says.
+    """The plan of the private fine-tuning on `num_examples` images, or persons with privacy.unit=person.
+
+    Raises UserError as `make_plan` says.
 
     Under privacy.adjacency=add_or_remove it does not depend on `num_examples`.
     """
@@ -194,7 +204,7 @@ def plan_of(config: Config, num_examples: int) -> PrivacyPlan:
 
     privacy = config.privacy
     if num_examples < 1:
-        raise UserError(f"data: {num_examples} training images: expected at least 1")
+        raise UserError(f"data: {num_examples} training {privacy.unit}s: expected at least 1")
     try:
         return make_plan(
             num_examples=public_number(config, num_examples),
@@ -208,6 +218,7 @@ def plan_of(config: Config, num_examples: int) -> PrivacyPlan:
             max_grad_norm=privacy.max_grad_norm,
             clipping=privacy.clipping,
             adjacency=privacy.adjacency,
+            unit=privacy.unit,
             loss_share=LOSS_SHARE if config.tracking.private_loss else 0.0,
             cache=Path(config.paths.cache).expanduser(),
         )
@@ -218,15 +229,16 @@ def plan_of(config: Config, num_examples: int) -> PrivacyPlan:
 def _say_batch(config: Config, plan: PrivacyPlan, num_examples: int) -> None:
     """Tells the owner alone how large batches will be, where that does not follow from public numbers."""
     if config.privacy.adjacency == "add_or_remove" and "finetune" in config.stages and rank() == 0:
+        unit, mean = config.privacy.unit, plan.sample_rate * num_examples
         say(
-            f"data: {num_examples} training images, {plan.sample_rate * num_examples:.4g} in the mean batch; "
+            f"data: {num_examples} training {unit}s, {mean:.4g} in the mean batch; "
             f"their sum is divided by train.expected_batch_size={plan.expected_batch_size:g} (for your eyes: "
-            "privacy.adjacency=add_or_remove keeps the number of images private)"
+            f"privacy.adjacency=add_or_remove keeps the number of {unit}s private)"
         )
 
 
 def public_number(config: Config, num_examples: int | None) -> int | None:
-    """The number of images where it is public; None under privacy.adjacency=add_or_remove."""
+    """The number of examples where it is public; None under privacy.adjacency=add_or_remove."""
     return None if config.privacy.adjacency == "add_or_remove" else num_examples
 
 

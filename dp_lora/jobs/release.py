@@ -9,6 +9,9 @@ Guarantees, for held-out images x and a fixed set of generated images (which eps
       batch with others, whose number can change the last bits of its answer, and so at a tie the answer.)
     * The release is (`release_epsilon`, `release_delta`)-differentially private for one held-out image:
       it is `Mechanism(noise_multiplier=sigma, sample_rate=1, steps=1)` to the accountant.
+    * With privacy.unit=person a row is the mean of the rows of one person's images, whose norm is at most 1
+      too. The release is then private for one held-out person with all of their images, and its number is
+      that of persons.
     * Nothing else depends on a held-out image: the classifiers learn from images of the model, and the number
       of held-out images is itself read from the noised sum.
     * A release is written to `checkpoint/` before it is shown. The same question asked again gets the same
@@ -41,6 +44,7 @@ from dp_lora.jobs.spending import charge_release, releases_charged
 from dp_lora.privacy import accounting
 from dp_lora.privacy.accounting import Spent
 from dp_lora.privacy.ledger import FILTER
+from dp_lora.privacy.persons import Persons
 from dp_lora.privacy.randomness import Randomness
 from dp_lora.privacy.renyi import least_budget, renyi_divergences
 from dp_lora.privacy.subsampled_gaussian import Mechanism
@@ -51,8 +55,17 @@ _SIMULATIONS = 200
 
 COVERS = (
     "The metrics that begin with dp_ in result.json: (epsilon, delta)-differentially private with respect to "
-    "one held-out image with its label, as the division into training and held-out images stands."
+    "{one}, as the division into training and held-out {unit}s stands."
 )
+_ONE = {
+    "image": "one held-out image with its label",
+    "person": "one held-out person with all of their images and labels",
+}
+
+
+def covers(unit: str) -> str:
+    """What the budget of a release covers, for one of `schema.UNITS`."""
+    return COVERS.format(one=_ONE[unit], unit=unit)
 
 
 class Counts:
@@ -162,11 +175,12 @@ def check(config: Config, references: ImageSplits) -> None:
             f"evaluation.release=dp: the {evaluation.reference} split is public (data.public=true): expected "
             "none, since nothing is to be protected"
         )
-    delta, n = _delta(config), len(held_out)
+    unit = config.privacy.unit
+    delta, n = _delta(config), held_out.examples(unit)
     # Where the number of images is private, whether a job is refused must not tell it.
     if config.privacy.adjacency == "zero_out" and not delta * n < 1:
         raise UserError(
-            f"evaluation.release_delta={delta:g}: expected a number in (0, 1/N), N the number of images in "
+            f"evaluation.release_delta={delta:g}: expected a number in (0, 1/N), N the number of {unit}s in "
             f"the {evaluation.reference} split, or one of them may be given away whole"
         )
 
@@ -202,7 +216,8 @@ def evaluate_privately(
     sigma = accounting.noise_multiplier_for(
         evaluation.release_epsilon, _delta(config), 1.0, 1, Path(config.paths.cache).expanduser()
     )
-    inputs = _inputs(generated, real.reference, config, sigma)
+    persons = _persons(references, config)
+    inputs = _inputs(generated, real.reference, config, sigma, persons)
     made = releases_of(folder)
     asked = [one["inputs"] for one in made]
     place = asked.index(inputs) if inputs in asked else len(asked)
@@ -214,7 +229,7 @@ def evaluate_privately(
             used = [name for name in evaluation.extractors if name == INCEPTION]
             networks = replace(evaluation, extractors=used)
             instruments = Instruments(networks, config.seed, torch.device(device), progress)
-            released = _release(generated, real, instruments, config, inputs, sigma)
+            released = _release(generated, real, instruments, config, inputs, sigma, persons)
             keep(folder, inputs, sigma, released, number)
     confirm(folder, place)
     return _kept(folder, place)
@@ -231,8 +246,23 @@ def _kept(folder: Path, place: int) -> Evaluation:
     return Evaluation(one["metrics"], one["metadata"])
 
 
+def _persons(references: ImageSplits, config: Config) -> Persons | None:
+    """Whose each held-out image is, where a person is protected."""
+    if config.privacy.unit == "image":
+        return None
+    owners = getattr(references, config.evaluation.reference).persons
+    assert owners is not None
+    return Persons(owners)
+
+
 def _release(
-    generated: Images, real: Real, instruments: Instruments, config: Config, inputs: str, sigma: float
+    generated: Images,
+    real: Real,
+    instruments: Instruments,
+    config: Config,
+    inputs: str,
+    sigma: float,
+    persons: Persons | None = None,
 ) -> Evaluation:
     """All metrics, read from one noised sum."""
     evaluation, counts = config.evaluation, Counts(config.evaluation.classifiers)
@@ -241,11 +271,14 @@ def _release(
     for name in evaluation.classifiers:
         classifier = instruments.classifier(name, what, generated, real.num_classes)
         right.append(instruments.correct(classifier, real.reference))
-    sums = noised_sum(counts.rows(right), sigma, _randomness(config, inputs))
+    rows, unit = counts.rows(right), config.privacy.unit
+    # A mean of rows is no longer than the longest: one person moves the sum by 1 at most.
+    rows = rows if persons is None else persons.means(rows.cpu())
+    sums = noised_sum(rows, sigma, _randomness(config, inputs))
     metadata = {
         "n_samples": len(generated.images),
         "reference": {"split": evaluation.reference, "n": max(0, round(counts.number(sums)))},
-        "n_note": "the number of reference images is read from the noised sum",
+        "n_note": f"the number of reference {unit}s is read from the noised sum",
         **described(instruments),
         "noise": counts.noise_effects(sums, sigma, config.seed),
         "release": {"noise_multiplier": sigma},
@@ -266,7 +299,9 @@ def generated_scores(generated: Images, instruments: Instruments) -> dict[str, f
     return scores
 
 
-def _inputs(generated: Images, held_out: RealPart, config: Config, sigma: float) -> str:
+def _inputs(
+    generated: Images, held_out: RealPart, config: Config, sigma: float, persons: Persons | None = None
+) -> str:
     """A hash of all that the sum depends on. Private: it tells whether a guess of the images is right."""
     evaluation = asdict(config.evaluation)
     for name in ("batch_size", "inception_weights"):
@@ -278,6 +313,8 @@ def _inputs(generated: Images, held_out: RealPart, config: Config, sigma: float)
         "seed": config.seed,
         "noise_multiplier": sigma,
     }
+    if persons is not None:
+        what["persons"] = digest(persons.offsets, persons.order)
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
@@ -291,9 +328,9 @@ def release_record(
 ) -> dict[str, Any]:
     """The entry of privacy.json about the releases of a run, each of which is counted.
 
-    `epsilon` and `delta` are for one held-out image, and count the releases on these images of the runs that
-    this one goes on from. `with_training` is the composition with the training, for one person with an image
-    in each set.
+    `epsilon` and `delta` are for one held-out image or person, as `unit` says, and count the releases on the
+    same images by the runs that this one goes on from. `with_training` is the composition with the training,
+    for one person with an image in each set.
 
     Args:
         training: the content of privacy.json.
@@ -322,8 +359,9 @@ def release_record(
         "releases": len(mechanisms),
         **({"earlier_noise_multipliers": [one.noise_multiplier for one in earlier]} if earlier else {}),
         "reference": config.evaluation.reference,
+        "unit": config.privacy.unit,
         "reproducible_noise": not secret,
-        "covers": COVERS if secret else "Nothing: the noise was derived from a seed.",
+        "covers": covers(config.privacy.unit) if secret else "Nothing: the noise was derived from a seed.",
         "with_training": _with_training(training, [*earlier, *mechanisms]),
     }
 
@@ -394,7 +432,7 @@ def release_in(
         )
         charged = releases_charged(config, folder, references)
         record = release_record(training, config, folder, charged)
-    spent = {name: record[name] for name in ("epsilon", "delta", "accountant")}
+    spent = {name: record[name] for name in ("epsilon", "delta", "accountant", "unit")}
     release = {**evaluation.metadata["release"], **spent}
     shown = evaluation._replace(metadata={**evaluation.metadata, "release": release})
     return shown, {**training, "release": record}

@@ -33,7 +33,8 @@ def check_settings(config: Config) -> None:
     if given is None or (WEIGHTS / given).is_dir() or Path(given).expanduser().is_dir():
         side = config.data.image_size
         check_fit(config, outline_of(config), (config.data.channels, side, side))
-    size = expected_train_size(config.data)
+    # Persons are not counted by any setting.
+    size = expected_train_size(config.data) if config.privacy.unit == "image" else None
     if size is not None and config.train.expected_batch_size > size:
         raise UserError(
             f"train.expected_batch_size={config.train.expected_batch_size:g}: expected a number in "

@@ -119,7 +119,7 @@ def charge_of(config: Config, plan: PrivacyPlan, run: str) -> Charge:
     from dp_lora.privacy.ledger import Charge
 
     private = plan.private and config.privacy.insecure_seed is None
-    return Charge(run, private_set(config.data.name), plan.mechanism, plan.delta, private)
+    return Charge(run, private_set(config.data.name), plan.mechanism, plan.delta, private, plan.unit)
 
 
 def refusal(
@@ -163,10 +163,16 @@ def admit(config: Config, mine: Charge, others: Sequence[Charge]) -> None:
     if budget is None or fits(mine, others, budget):
         return
     delta, path = smallest_delta(mine, others), ledger_path(config)
-    before = spent_adaptively(others, delta)
-    after = spent_adaptively([*others, mine], delta, above=budget)
+    if mine.unit == "person" and any(c.unit == "image" and c.mechanism.steps for c in others):
+        raise UserError(
+            f"privacy.budget_epsilon={budget:g} with privacy.unit=person: earlier runs on {mine.private_set} "
+            f"protect single images, and have no epsilon for a person with any number of them ({path}); "
+            "expected null, or privacy.unit=image"
+        )
+    before = spent_adaptively(others, delta, unit=mine.unit)
+    after = spent_adaptively([*others, mine], delta, above=budget, unit=mine.unit)
     raise UserError(
-        f"privacy.budget_epsilon={budget:g}: {_runs(len(others))} on {mine.private_set} spent epsilon "
+        f"privacy.budget_epsilon={budget:g}: {in_words(len(others))} on {mine.private_set} spent epsilon "
         f"{before:.4g}, this one would make it {after:.4g}, counted by the Renyi filter, which counts "
         "more than a run's own epsilon since runs may be chosen after seeing earlier ones, at the "
         f"smallest delta of all, {delta:g} ({path}); expected a run that spends less, or a larger budget"
@@ -443,7 +449,8 @@ def charge_release(
     account = Account(config, folder, images)
     private = mechanism.noise_multiplier > 0 and config.privacy.insecure_seed is None
     name = f"{account.receipt.run}-release-{number}"
-    mine = Charge(name, account.receipt.private_set, mechanism, delta, private)
+    unit = config.privacy.unit
+    mine = Charge(name, account.receipt.private_set, mechanism, delta, private, unit)
     if any(c.run == name and c.mechanism != mechanism for c in account.books.of_run(account.receipt.run)):
         raise UserError(
             f"{account.folder / 'releases.json'}: another release was charged as number {number} "
@@ -454,35 +461,8 @@ def charge_release(
     account.enter(mine, account.turn(None), admitted=True)
 
 
-def line_of_all_runs(config: Config, delta: float, images: ImageSplits) -> str | None:
-    """One line on all runs on the job's private images, by ledger and index; None for fewer than two runs."""
-    from dp_lora.privacy.ledger import Charge, spent, spent_adaptively
-    from dp_lora.privacy.subsampled_gaussian import Mechanism
-
-    if config.data.public:
-        return None
-    path, name = ledger_path(config), private_set(config.data.name)
-    nobody = Charge("", name, Mechanism(1.0, 0.0, 0), delta)
-    try:
-        books = Books(config, images)
-        charges = [c for c in books.others(nobody) if c.mechanism.steps]
-        alone = sum(c.mechanism.steps > 0 for c in books.in_ledger(nobody))
-    except UserError as error:
-        return str(error)
-    if len(charges) < 2:
-        return None
-    shared = "" if len(charges) == alone else " and on sets that share images with it"
-    together, runs = spent(charges, delta), f"{_runs(len(charges))} on {name}{shared} together"
-    if together.accountant == "none":
-        return f"epsilon {together.epsilon:.4g} of {runs}; {path}"
-    return (
-        f"epsilon {together.epsilon:.4g} at delta {delta:g} ({together.accountant}) of {runs} if all were "
-        f"fixed beforehand, {spent_adaptively(charges, delta):.4g} also if later ones were chosen after "
-        f"seeing earlier ones; {path}"
-    )
-
-
-def _runs(number: int) -> str:
+def in_words(number: int) -> str:
+    """A number of runs, in words."""
     return f"{number} run{'s' * (number != 1)}"
 
 

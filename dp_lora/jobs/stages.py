@@ -273,10 +273,14 @@ def _train(
 
     with uncollected():
         from dp_lora.models import adapters, latents
+        from dp_lora.privacy.persons import Persons
         from dp_lora.training.finetune import finetune
 
     config, train = job.config, job.images.train
     model = model_to_train(job)
+    if model.source is not None:
+        # The training gives up text encoders and autoencoder.
+        job.forget_model()
     if team.first:
         seeded = config.privacy.insecure_seed is not None
         planned = {**job.plan.to_dict(), "reproducible_noise": seeded}
@@ -290,7 +294,13 @@ def _train(
     labels = torch.from_numpy(train.labels)
     captions = None if train.captions is None else list(train.captions)
     folder = job.directory / "checkpoint"
-    executed = finetune(config, model, encoded, labels, job.plan, folder, log, started, captions, begun)
+    persons = None
+    if job.plan.unit == "person":
+        assert train.persons is not None
+        persons = Persons(train.persons)
+    executed = finetune(
+        config, model, encoded, labels, job.plan, folder, log, started, captions, begun, persons
+    )
     return model, executed
 
 
@@ -418,11 +428,19 @@ def _evaluate(job: Job, tracker: Tracker) -> None:
             "trainable_parameters_by_component": adapters.count_by_component(
                 model, config.trainable.components
             ),
-            "seconds": job.seconds,
-            "peak_memory_bytes": power_of_two(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024),
+            **_costs(job),
             "device": str(job.device),
         }
     )
+
+
+def _costs(job: Job) -> dict[str, Any]:
+    """Times and memory for result.json; of persons those alone that do not follow the number of images."""
+    if job.plan.unit == "person" and not job.config.data.public:
+        # Encoding and evaluating go through all images, which are in memory too.
+        return {"seconds": {k: v for k, v in job.seconds.items() if k == "sample"}, "peak_memory_bytes": None}
+    memory = power_of_two(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    return {"seconds": job.seconds, "peak_memory_bytes": memory}
 
 
 def shown_metadata(metadata: Mapping[str, Any], config: Config) -> dict[str, Any]:
@@ -430,7 +448,8 @@ def shown_metadata(metadata: Mapping[str, Any], config: Config) -> dict[str, Any
 
     A number that was read from a noised sum, as `evaluation.release=dp` does, stays.
     """
-    hidden = config.privacy.adjacency == "add_or_remove" and not config.data.public
+    private = config.privacy.adjacency == "add_or_remove" or config.privacy.unit == "person"
+    hidden = private and not config.data.public
     if "release" in metadata or not hidden:
         return dict(metadata)
     kept = dict(metadata)

@@ -219,6 +219,7 @@ def total(start: Start, mechanism: Mechanism, delta: float, *, fixed: bool) -> S
         fixed: whether all plans were fixed before the first training began.
     """
     mechanisms = [*(one.mechanism for one in start.before), mechanism]
+    # Of one unit, all of them: `_check_relation`.
     charges = [Charge("", "", one, delta, private=one.noise_multiplier > 0) for one in mechanisms]
     if fixed or not all(charge.private for charge in charges):
         return spent(charges, delta)
@@ -295,7 +296,13 @@ def _has_begun(directory: Path) -> bool:
 
 
 def _check_relation(start: Start, config: Config) -> None:
-    """Raises UserError where an earlier training leaves no guarantee for adding or removing an image."""
+    """Raises UserError where an earlier training protects another unit, or leaves no guarantee here."""
+    unit = config.privacy.unit
+    if other := next((one.unit for one in start.before if one.unit != unit), None):
+        raise UserError(
+            f"{start.word}: an earlier training on these images was under privacy.unit={other}; expected "
+            f"privacy.unit={other} here, since one epsilon speaks of one unit"
+        )
     if config.privacy.adjacency == "add_or_remove" and any(
         one.adjacency == "zero_out" for one in start.before
     ):
@@ -313,7 +320,7 @@ def _check_budget(start: Start, config: Config, plan: PrivacyPlan, books: Sequen
         return
     mine = charge_of(config, plan, "")
     charges = [
-        Charge(f"{number}", mine.private_set, one.mechanism, mine.delta, one.private)
+        Charge(f"{number}", mine.private_set, one.mechanism, mine.delta, one.private, one.unit)
         for number, one in enumerate([*books, *missing])
     ]
     admit(config, mine, charges)
@@ -333,6 +340,7 @@ def _on_these(config: Config, directory: Path, images: ImageSplits, plan: Privac
             steps=charge.mechanism.steps,
             private=charge.private,
             adjacency="zero_out",  # of the two the one that promises less
+            unit=charge.unit,
             directory="",
             same_images=True,
         )

@@ -8,7 +8,8 @@ from dp_lora.jobs.begun import releases_of, stated_release
 from dp_lora.jobs.job import Job
 from dp_lora.jobs.start import total, with_earlier
 from dp_lora.privacy.subsampled_gaussian import Mechanism
-from dp_lora.records.card import COVERS, DOES_NOT_COVER, LIVE, no_guarantee
+from dp_lora.records.card import no_guarantee
+from dp_lora.records.coverage import LIVE, coverage
 
 
 def epsilon_so_far(job: Job, executions: int, epsilon: float) -> float:
@@ -34,12 +35,13 @@ def privacy_record(job: Job, *, epsilon: float, steps: int, complete: bool) -> d
         "reproducible_noise": not secret,
     }
     nothing = no_guarantee(record, reproducible_noise=not secret)
-    covers = COVERS if nothing is None else nothing
+    covered, limits = coverage(job.plan.unit)
+    covers = covered if nothing is None else nothing
     live = (LIVE,) if job.config.tracking.live else ()
-    record |= {"covers": covers, "does_not_cover": (*DOES_NOT_COVER, *live)}
+    record |= {"covers": covers, "does_not_cover": (*limits, *live)}
     if job.start is not None:
         record = with_earlier(record, job.start, fixed=job.config.privacy.fixed_beforehand)
-        record["covers"] = no_guarantee(record, reproducible_noise=record["reproducible_noise"]) or COVERS
+        record["covers"] = no_guarantee(record, reproducible_noise=record["reproducible_noise"]) or covered
     if stated_release(job.directory) is not None or releases_of(job.directory / "checkpoint"):
         from dp_lora.jobs.release import restated
 

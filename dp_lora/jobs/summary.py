@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dp_lora.config.schema import Config
+from dp_lora.data.sets import ImageSplits
+from dp_lora.errors import UserError
 from dp_lora.jobs.job import Job
-from dp_lora.jobs.spending import line_of_all_runs
+from dp_lora.jobs.spending import Books, in_words, ledger_path, private_set
 from dp_lora.records.run_directory import OUTPUTS
 from dp_lora.storage.files import read_json
 
@@ -37,6 +40,37 @@ def summary(job: Job, result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def line_of_all_runs(config: Config, delta: float, images: ImageSplits) -> str | None:
+    """One line on all runs on the job's private images, by ledger and index; None for fewer than two runs."""
+    from dp_lora.privacy.ledger import Charge, spent, spent_adaptively
+    from dp_lora.privacy.subsampled_gaussian import Mechanism
+
+    if config.data.public:
+        return None
+    path, name = ledger_path(config), private_set(config.data.name)
+    nobody = Charge("", name, Mechanism(1.0, 0.0, 0), delta)
+    try:
+        books = Books(config, images)
+        charges = [c for c in books.others(nobody) if c.mechanism.steps]
+        alone = sum(c.mechanism.steps > 0 for c in books.in_ledger(nobody))
+    except UserError as error:
+        return str(error)
+    if len(charges) < 2:
+        return None
+    shared = "" if len(charges) == alone else " and on sets that share images with it"
+    unit = config.privacy.unit
+    together, runs = spent(charges, delta, unit), f"{in_words(len(charges))} on {name}{shared} together"
+    same = all(charge.unit == unit for charge in charges)
+    runs += "" if same else f", for one {unit}, whatever each of them protects,"
+    if together.accountant == "none":
+        return f"epsilon {together.epsilon:.4g} of {runs}; {path}"
+    adaptively = spent_adaptively(charges, delta, unit=unit)
+    return (
+        f"epsilon {together.epsilon:.4g} at delta {delta:g} ({together.accountant}) of {runs} if all were "
+        f"fixed beforehand, {adaptively:.4g} also if later ones were chosen after seeing earlier ones; {path}"
+    )
+
+
 def metrics_table(result: Mapping[str, Any]) -> list[str]:
     """The metrics of an evaluation with their baselines; a star marks those that no epsilon covers."""
     from dp_lora.records.tracker import baseline_table
@@ -50,7 +84,8 @@ def metrics_table(result: Mapping[str, Any]) -> list[str]:
         lines.append(f"* {result['private_metrics_note']}")
     if release := result.get("release"):
         spent = f"epsilon {release['epsilon']:.4g} ({release['accountant']}), delta {release['delta']:g}"
-        lines.append(f"dp_*: {spent}, for one image of the {result['reference']['split']} split")
+        one = release.get("unit", "image")
+        lines.append(f"dp_*: {spent}, for one {one} of the {result['reference']['split']} split")
     return lines
 
 

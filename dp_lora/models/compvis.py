@@ -28,6 +28,7 @@ from dp_lora.config.load import config_directory
 from dp_lora.config.schema import ModelConfig
 from dp_lora.errors import UserError
 from dp_lora.models.folders import LatentDiffusion, build, save, sha256
+from dp_lora.models.inert import stand_ins
 from dp_lora.models.layouts import LAYOUTS, Layout
 from dp_lora.models.networks import attentions, build_unet
 
@@ -183,7 +184,8 @@ def _of_attention_block(key: str, value: Tensor, original: str, heads: int) -> S
 def read(path: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint, mapped from the file where its format allows.
 
-    Nothing that is pickled in it is executed. Raises UserError when it would have to be, or cannot be read.
+    Nothing that is pickled in it is executed; what Lightning writes beside the tensors is passed over, see
+    `inert`. Raises UserError when it would have to be executed, or cannot be read.
     """
     try:
         if path.suffix == ".safetensors":
@@ -206,12 +208,13 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def _load(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError as error:
-        if "mmap can only be used" not in str(error):
-            raise
-    return torch.load(path, map_location="cpu", weights_only=True)  # the format before torch 1.6
+    with stand_ins():
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap can only be used" not in str(error):
+                raise
+        return torch.load(path, map_location="cpu", weights_only=True)  # the format before torch 1.6
 
 
 # Importing
@@ -254,7 +257,10 @@ def convert(
     _fill(model.unet, state, unet)
     _fill(model.autoencoder, state, autoencoder)
     if model.class_embedder is not None:
-        model.class_embedder = nn.Embedding.from_pretrained(state[_CLASSES].float(), freeze=False)
+        table = state[_CLASSES].float()
+        if len(classes) < len(table):
+            model.null_embedding = table[len(classes) :]
+        model.class_embedder = nn.Embedding.from_pretrained(table[: len(classes)], freeze=False)
     model.autoencoder.register_to_config(scaling_factor=_scale(state, layout, name, scale_factor))
     return model.eval()
 
@@ -331,7 +337,10 @@ def _unet_shapes(preset: str) -> dict[str, tuple[int, ...]]:
 
 
 def _class_names(state: Mapping[str, Tensor], config: ModelConfig, layout: Layout, name: str) -> list[str]:
-    """One name a class of the checkpoint; none for an unconditional layout."""
+    """One name a class of the checkpoint; none for an unconditional layout.
+
+    A last row of the table that stands for no class has no name.
+    """
     table = state.get(_CLASSES)
     if config.conditioning == "none":
         return []
@@ -342,8 +351,9 @@ def _class_names(state: Mapping[str, Tensor], config: ModelConfig, layout: Layou
             f"--layout={name}: {_CLASSES} is {found}, expected (classes, {width}): a class embedder of "
             f"another size{_looks_like(state)}"
         )
-    known = len(layout.classes) == len(table)
-    return list(layout.classes) if known else [str(i) for i in range(len(table))]
+    # A table without the row for none is of classes alone.
+    count = len(table) - (layout.null_after == len(table) - 1)
+    return list(layout.classes) if len(layout.classes) == count else [str(i) for i in range(count)]
 
 
 def _check_betas(state: Mapping[str, Tensor], model: LatentDiffusion, name: str) -> None:

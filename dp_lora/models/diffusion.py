@@ -29,8 +29,8 @@ def per_example_loss(
     whatever k is (noise multiplicity, Dockhorn et al. 2023).
 
     Args:
-        latents: [B, c, h, w].
-        labels: [B].
+        latents: [B, c, h, w], or [B, k, c, h, w] where each draw has an image of its own.
+        labels: [B], or [B, k].
         timesteps: [B, k].
         noise: [B, k, c, h, w], standard normal.
         weights: [T], of the error at each timestep; None: 1.
@@ -40,10 +40,11 @@ def per_example_loss(
     """
     k = timesteps.shape[1]
     signal, level = model.process.levels(timesteps[:, :, None, None, None], latents)
-    noisy = signal * latents[:, None] + level * noise
+    drawn = latents if latents.dim() == noise.dim() else latents[:, None]
+    noisy = signal * drawn + level * noise
     condition = _repeated(model, labels, k)
     predicted = model.predict_of(noisy.flatten(0, 1), timesteps.flatten(), condition)
-    target = model.process.target(latents[:, None], noise, signal, level)
+    target = model.process.target(drawn, noise, signal, level)
     errors = (predicted.float().view_as(noise) - target).square()
     if weights is not None:
         errors = errors * weights.to(errors)[timesteps][:, :, None, None, None]
@@ -51,7 +52,9 @@ def per_example_loss(
 
 
 def _repeated(model: LatentDiffusion, labels: Tensor, k: int) -> Tensor | Conditions:
-    """The conditions of `labels`, k rows of each."""
+    """The conditions of `labels` [B], k rows of each; or of [B, k], a row each."""
+    if labels.dim() == 2:
+        return model.condition(labels.flatten())
     condition = model.condition(labels)
     parts = condition if isinstance(condition, dict) else {"": condition}
     if any(part.requires_grad for part in parts.values()):

@@ -1,7 +1,8 @@
 """Latent diffusion models in diffusers form: built from a configuration, saved, found, loaded.
 
 A folder of ours holds `autoencoder/`, `unet/`, `scheduler/`, `record.json`, and for a class-conditional model
-`class_embedder/`. A folder with `model_index.json` is a diffusers pipeline: `pipelines` reads it.
+`class_embedder/`, with a condition of no class where one was trained. A folder with `model_index.json` is a
+diffusers pipeline: `pipelines` reads it.
 """
 
 from __future__ import annotations
@@ -82,17 +83,18 @@ def build(model: ModelConfig, *, classes: Sequence[str], channels: int, image_si
 
 def save(model: LatentDiffusion, folder: Path, record: dict[str, Any]) -> None:
     """Writes a model of `build` in diffusers form, and `record.json`: how it was made, the files' sha256."""
-    assert model.prompts is None and model.null_embedding is None, "pipelines stay as they are"
+    assert model.source is None and model.prompts is None, "pipelines stay as they are"
     model.autoencoder.save_pretrained(folder / "autoencoder")
     model.unet.save_pretrained(folder / "unet")
     model.scheduler.save_pretrained(folder / "scheduler")
     if model.class_embedder is not None:
         (folder / "class_embedder").mkdir(parents=True, exist_ok=True)
-        save_file(
-            {"weight": model.class_embedder.weight.detach().contiguous()},
-            folder / "class_embedder" / "model.safetensors",
-        )
-        text = json.dumps({"classes": list(model.classes)}, indent=2) + "\n"
+        tensors = {"weight": model.class_embedder.weight.detach().contiguous()}
+        if model.null_embedding is not None:
+            tensors["null"] = model.null_embedding.contiguous()
+        save_file(tensors, folder / "class_embedder" / "model.safetensors")
+        null = {} if model.null_embedding is None else {"null_class": True}
+        text = json.dumps({"classes": list(model.classes), **null}, indent=2) + "\n"
         (folder / "class_embedder" / "config.json").write_text(text)
     files = {str(path.relative_to(folder)): sha256(path) for path in weight_files(folder)}
     (folder / "record.json").write_text(json.dumps({**record, "sha256": files}, indent=2) + "\n")
@@ -128,6 +130,11 @@ def find(pretrained: str) -> Path:
     folder = shipped if shipped.is_dir() else expanded(pretrained, f"model.pretrained={pretrained}")
     if (folder / "unet" / "config.json").exists() or is_pipeline(folder):
         return folder
+    if folder.is_file():
+        raise UserError(
+            f"model.pretrained={pretrained!r}: is a file; expected the folder that `dp-lora-import "
+            f"{pretrained} --out=DIR --config=PIPELINE` makes of it, or --layout=NAME for one of CompVis"
+        )
     if not folder.exists() and (downloaded := from_hub(pretrained)) is not None:
         return downloaded
     names = sorted(path.name for path in WEIGHTS.iterdir()) if WEIGHTS.is_dir() else []
@@ -214,15 +221,19 @@ def _load(
         scheduler = DDPMScheduler.from_config(config)
     if isinstance(unet, UNet2DModel):
         return LatentDiffusion(autoencoder, unet, None, scheduler, UNCONDITIONAL).eval()
-    classes = _read_config(folder / "class_embedder" / "config.json").get("classes", [])
+    saved = _read_config(folder / "class_embedder" / "config.json")
+    classes, width = saved.get("classes", []), int(unet.config["cross_attention_dim"])
     file = folder / "class_embedder" / "model.safetensors"
-    expected = {"weight": (len(classes), int(unet.config["cross_attention_dim"]))}
+    expected = {"weight": (len(classes), width), **({"null": (1, width)} if saved.get("null_class") else {})}
     if weights:
-        embedder = nn.Embedding.from_pretrained(_load_tensors(file, expected)["weight"], freeze=False)
+        tensors = _load_tensors(file, expected)
     else:
         _check_tensors(file, expected)
-        embedder = nn.Embedding(*expected["weight"])
-    return LatentDiffusion(autoencoder, unet, embedder, scheduler, classes).eval()
+        tensors = {name: torch.empty(shape) for name, shape in expected.items()}
+    embedder = nn.Embedding.from_pretrained(tensors["weight"], freeze=False)
+    model = LatentDiffusion(autoencoder, unet, embedder, scheduler, classes).eval()
+    model.null_embedding = tensors.get("null")
+    return model
 
 
 def _load_part(folder: Path, name: str, weights: bool) -> Any:

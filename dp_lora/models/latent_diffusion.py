@@ -95,6 +95,16 @@ class LatentDiffusion(nn.Module):
         }
         return copy.deepcopy(self, memo)
 
+    def release_encoders(self) -> None:
+        """Gives up the weights of a family's autoencoder and text encoders, for a training.
+
+        The model goes on with latents and with the prompts that it knows or was prepared for. It encodes and
+        decodes nothing any more.
+        """
+        if self.source is not None and self.prompts is not None:
+            self.autoencoder.to("meta")
+            self.prompts.release()
+
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(c, h, w) of the latents of one image."""

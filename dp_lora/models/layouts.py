@@ -17,10 +17,12 @@ class Layout:
     """Whether its latents were scaled to unit variance, so that the checkpoint has to say by what."""
     classes: Sequence[str] = ()
     """Their names, where they are known."""
+    null_after: int | None = None
+    """Number of classes, where one more row of the class embedding was trained for none of them."""
 
 
 LAYOUTS = {
-    "cin256": Layout("cin256", 256),
+    "cin256": Layout("cin256", 256, null_after=1000),
     "celeba256": Layout("ldm4", 256),
     "ffhq256": Layout("ldm4", 256),
     "lsun_beds256": Layout("ldm4", 256),

@@ -11,8 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from diffusers import (
     AutoencoderKL,
+    ChromaTransformer2DModel,
     DiTTransformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -22,8 +24,13 @@ from diffusers import (
 )
 from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_chroma import (
+    ChromaSingleTransformerBlock,
+    ChromaTransformerBlock,
+)
 from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D, CrossAttnUpBlock2D
 from torch import Tensor, cat, nn
+from torch.utils.checkpoint import checkpoint
 
 from dp_lora.config.schema import AutoencoderConfig, UNetConfig
 
@@ -267,6 +274,80 @@ class _ResnetUpBlock(CrossAttnUpBlock2D):  # type: ignore[misc]
         for resnet in self.upsamplers or ():
             hidden_states = resnet(hidden_states, temb)
         return hidden_states
+
+
+# Gradient checkpointing
+
+
+def keep_less(network: Any) -> None:
+    """Gradient checkpointing, in place: a block keeps its inputs alone, and is run again in the backward."""
+    if not isinstance(network, ChromaTransformer2DModel):
+        network.enable_gradient_checkpointing()
+        return
+    # Diffusers' own leaves the mask out of the single blocks, so that padding is read as text.
+    for block in (*network.transformer_blocks, *network.single_transformer_blocks):
+        block.__class__ = {
+            ChromaTransformerBlock: _LeanBlock,
+            ChromaSingleTransformerBlock: _LeanSingleBlock,
+        }.get(type(block), type(block))
+
+
+def _run_again(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+class _LeanBlock(ChromaTransformerBlock):  # type: ignore[misc]
+    """A block that keeps its inputs alone."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return _run_again(super().forward, *args, **kwargs)
+
+
+class _LeanSingleBlock(ChromaSingleTransformerBlock):  # type: ignore[misc]
+    """A block that keeps its inputs alone."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return _run_again(super().forward, *args, **kwargs)
+
+
+# Weights that are kept in bfloat16
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether `device` computes in bfloat16: a CPU without it takes minutes for one convolution."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def compute_in_float32(network: nn.Module) -> None:
+    """Lets each layer whose weights are in bfloat16 compute in float32 wherever autocast is off."""
+    for part in network.modules():
+        if any(p.dtype == torch.bfloat16 for p in part.parameters(recurse=False)):
+            part.register_forward_pre_hook(_raise, with_kwargs=True)
+            # Also where a forward that is run again stops half-way.
+            part.register_forward_hook(_lower, always_call=True)
+
+
+def _raise(part: nn.Module, args: Any, kwargs: Any) -> Any:
+    own = vars(part)["_parameters"]
+    if any(torch.is_autocast_enabled(p.device.type) for p in own.values() if p is not None):
+        return None
+    vars(part)["_kept"] = own
+    vars(part)["_parameters"] = {name: _raised(p) for name, p in own.items()}
+    return tuple(map(_raised, args)), {name: _raised(value) for name, value in kwargs.items()}
+
+
+def _raised(value: Any) -> Any:
+    low = isinstance(value, Tensor) and value.dtype == torch.bfloat16
+    return value.float() if low else value
+
+
+def _lower(part: nn.Module, args: Any, out: Any) -> None:
+    if (kept := vars(part).pop("_kept", None)) is not None:
+        vars(part)["_parameters"] = kept
 
 
 # The statistics of FLUX.2's autoencoder

@@ -34,7 +34,7 @@ from torch import nn
 from dp_lora.errors import UserError
 from dp_lora.models.families import FAMILIES, Family
 from dp_lora.models.latent_diffusion import UNCONDITIONAL, LatentDiffusion
-from dp_lora.models.networks import keep_statistics, take_class_table
+from dp_lora.models.networks import compute_in_float32, keep_statistics, take_class_table
 from dp_lora.models.process import Scheduler, scheduler_of
 from dp_lora.models.prompts import Prompts
 from dp_lora.models.text_to_image import PipelinePrompts, TextToImage, sides, silent
@@ -183,6 +183,7 @@ def _part(
         )
     if not (folder / name / "config.json").is_file():
         raise UserError(f"model.pretrained: {folder / name / 'config.json'} is missing; expected {_WANTED}")
+    _refuse_quantised(folder / name / "config.json")
     try:
         if not weights:
             return kind.from_config(kind.load_config(folder / name, local_files_only=True))
@@ -211,6 +212,17 @@ def _part(
     return module
 
 
+def _refuse_quantised(path: Path) -> None:
+    """Refuses weights in fewer than 16 bits, on which no gradient was ever compared with another one."""
+    found = _read(path).get("quantization_config")
+    if found is not None:
+        package = found.get("quant_method") if isinstance(found, dict) else found
+        raise UserError(
+            f"model.pretrained: {path} has weights that {package} quantised, which is not supported here; "
+            "expected weights in 16 or 32 bits, with model.base_precision=bfloat16 where they must be small"
+        )
+
+
 def _variant(folder: Path) -> str | None:
     """fp16 or bf16, where the folder has weights of that variant alone."""
     names = [path.name for path in folder.glob("*model*") if path.suffix in (".safetensors", ".bin")]
@@ -237,6 +249,7 @@ def _of_family(family: Family, folder: Path, index: dict[str, Any], given: Given
     kinds = {name: {name: getattr(diffusers, name)} for name in (family.network, family.autoencoder)}
     weights = given.weights
     network = _part(folder, index, family.component, kinds[family.network], weights, given.dtype)
+    compute_in_float32(network)
     autoencoder = _part(folder, index, "vae", kinds[family.autoencoder], weights)
     keep_statistics(autoencoder)
     scheduler, predicts_v = _scheduler(folder, index)
@@ -270,7 +283,6 @@ def _connected(
     family: Family, folder: Path, index: dict[str, Any], parts: dict[str, nn.Module], dtype: torch.dtype
 ) -> Any:
     """The pipeline of diffusers with `parts`, and its text encoders in `dtype`."""
-    import transformers
     from diffusers.utils import logging
 
     for name, entry in index.items():
@@ -280,10 +292,7 @@ def _connected(
                 "diffusers and transformers, since no other code is run"
             )
     for name in (name for name in index if name.startswith("text_encoder") and index[name][1] is not None):
-        kind = getattr(transformers, str(index[name][1]), None)
-        if kind is None or not (folder / name).is_dir():
-            raise UserError(f"model.pretrained: {folder / name} is missing, expected {index[name][1]}")
-        parts[name] = _text_encoder(kind, folder / name, dtype)
+        parts[name] = part_of_text(folder / name, str(index[name][1]), dtype)
     kind = getattr(diffusers, family.pipeline)
     optional = ("image_encoder", "feature_extractor")
     unused = {name: None for name in optional if name in kind._optional_components}
@@ -302,10 +311,15 @@ def _connected(
     return pipe
 
 
-def _text_encoder(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
-    """A text encoder with all of its weights."""
+def part_of_text(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The text encoder in `folder`, of transformers' class `name`, with all of its weights."""
+    import transformers
     from transformers.utils import logging
 
+    kind = getattr(transformers, name, None)
+    if kind is None or not folder.is_dir():
+        raise UserError(f"model.pretrained: {folder} is missing, expected {name}")
+    _refuse_quantised(folder / "config.json")
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     with silent():
         try:

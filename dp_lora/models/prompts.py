@@ -51,6 +51,12 @@ class Prompts(nn.Module):
         if len(prompts) <= _KEPT:
             self.embeddings = self._encode(self.ids)
 
+    def prepare(self, prompts: Sequence[str]) -> None:
+        """Computes ahead what `use` of the same prompts needs; until then indices stand for what they did."""
+
+    def release(self) -> None:
+        """Gives up the text encoders' weights, where the conditions of all prompts are kept."""
+
     def tokens(self, prompts: Sequence[str]) -> Tensor:
         """The tokenizer's ids int64 [P, tokens] of `prompts`, cut or padded to its full length."""
         tokens = self.tokenizer(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dp_lora.config.schema import PROMPT, SamplerConfig
 from dp_lora.models.families import Conditions, Family, Inputs, packed
+from dp_lora.models.networks import has_bfloat16
 from dp_lora.models.prompts import Prompts
 
 
@@ -29,8 +30,7 @@ class TextToImage:
         side: of the images, in pixels.
         factor: by which the autoencoder divides it.
         pipe: the pipeline of diffusers with the model's own network and autoencoder; None without weights.
-        low: whether the frozen weights of network and text encoders are in bfloat16; the network computes in
-            it too then.
+        low: whether the frozen weights of network and text encoders are in bfloat16.
     """
 
     family: Family
@@ -39,9 +39,13 @@ class TextToImage:
     pipe: Any
     low: bool = False
 
-    def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
-        """What the network computes in; autocast that is on stays on."""
-        return torch.autocast(device.type, torch.bfloat16) if self.low else nullcontext()
+    def computes_low(self, device: torch.device) -> bool:
+        """Whether the network computes in bfloat16 too: where its weights are, on a device that has it."""
+        return self.low and has_bfloat16(device)
+
+    def _autocast(self, device: torch.device, low: bool) -> AbstractContextManager[Any]:
+        """Autocast to bfloat16 where that is `low`; one that is on stays on."""
+        return torch.autocast(device.type, torch.bfloat16) if low else nullcontext()
 
     def latent_shape(self, network: Any) -> tuple[int, int, int]:
         """(c, h, w) of the latents of one image."""
@@ -52,7 +56,7 @@ class TextToImage:
         self, network: Any, noisy: Tensor, times: Tensor, conditions: Conditions, scale: int
     ) -> Tensor:
         """What the network predicts, see `families.Inputs`."""
-        with self._autocast(noisy.device):
+        with self._autocast(noisy.device, self.computes_low(noisy.device)):
             predicted = self.family.predict(network, Inputs(noisy, times, conditions, scale, self.side))
         return predicted.float() if self.low else predicted
 
@@ -87,7 +91,8 @@ class TextToImage:
         known = inspect.signature(self.pipe.__call__).parameters
         if "negative_prompt" in known:
             given["negative_prompt"] = None
-        with silent(), self._autocast(noise.device):
+        # The pipeline's own code gives network and autoencoder numbers of one precision.
+        with silent(), self._autocast(noise.device, self.low):
             images: Tensor = self.pipe(**given).images
         return images.float().clamp(0, 1) * 2 - 1
 
@@ -137,6 +142,9 @@ class PipelinePrompts(Prompts):
     def __init__(self, family: Family, pipe: Any, template: str = PROMPT, length: int | None = None) -> None:
         self.family, self.pipe, self.length = family, pipe, length or family.length
         self.texts: list[str] = []
+        self._prepared: tuple[list[str], Conditions | None] | None = None
+        self._released: tuple[list[str], Conditions] | None = None
+        """Once the encoders are gone: the prompts known before, which a training comes back to."""
         self._conditions: Conditions | None = None
         self._neutral: Conditions | None = None
         found = {} if pipe is None else pipe.components
@@ -145,13 +153,28 @@ class PipelinePrompts(Prompts):
         super().__init__(parts, None, template)
 
     def use(self, prompts: Sequence[str]) -> None:
-        self.texts, self._conditions, self._neutral = list(prompts), None, None
-        if self.pipe is None or not prompts:
+        ready, self._prepared = (self._prepared, self._released), None
+        self.texts, self._neutral = list(prompts), None
+        found = [known[1] for known in ready if known is not None and known[0] == self.texts]
+        self._conditions = found[0] if found else self._kept(prompts)
+
+    def prepare(self, prompts: Sequence[str]) -> None:
+        self._prepared = (list(prompts), self._kept(prompts))
+
+    def release(self) -> None:
+        if self._conditions is None or (self._prepared is not None and self._prepared[1] is None):
             return
+        self.encoder.to("meta")
+        self._released = (self.texts, self._conditions)
+
+    def _kept(self, prompts: Sequence[str]) -> Conditions | None:
+        """The conditions of all `prompts`; None where there are none, too many, or no encoders any more."""
+        if self.pipe is None or self._released is not None or not prompts:
+            return None
         first = self._encoded(prompts[0])
-        if len(prompts) * sum(value.nbytes for value in first.values()) <= self.kept_bytes:
-            rest = [self._encoded(text) for text in prompts[1:]]
-            self._conditions = _joined([first, *rest])
+        if len(prompts) * sum(value.nbytes for value in first.values()) > self.kept_bytes:
+            return None
+        return _joined([first, *(self._encoded(text) for text in prompts[1:])])
 
     def forward(self, indices: Tensor) -> Conditions:
         """The conditions of the prompts `indices` [B]."""
@@ -172,6 +195,7 @@ class PipelinePrompts(Prompts):
     @torch.no_grad()
     def _encoded(self, text: str, neutral: bool = False) -> Conditions:
         """The conditions [1, ...] of a prompt, or those that the pipeline has for none."""
+        assert self._released is None, "a prompt after the text encoders were released"
         negative = neutral and self.family.neutral == "negative"
         known = inspect.signature(self.pipe.encode_prompt).parameters
         options = {

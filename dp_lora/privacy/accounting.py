@@ -36,6 +36,7 @@ from dp_lora.privacy.renyi import (
     delta_of_divergences,
     divergences_of,
     epsilon_of_divergences,
+    renyi_divergences,
 )
 from dp_lora.privacy.subsampled_gaussian import Mechanism
 
@@ -143,11 +144,18 @@ def privacy_profile(
     >>> bool(0.5 < bounds[0] < 0.9), bool(0.9e-5 < bounds[1] < 1.1e-5)
     (True, True)
     """
+    return profile_of([mechanism], epsilons, delta)
+
+
+def profile_of(
+    mechanisms: Sequence[Mechanism], epsilons: npt.NDArray[np.float64], delta: float
+) -> npt.NDArray[np.float64]:
+    """`privacy_profile` of all `mechanisms` together, which were fixed beforehand."""
     _check_delta(delta)
-    merged = _merged([mechanism])
+    merged = _merged(mechanisms)
     if not merged:
         return np.zeros(len(epsilons))
-    divergences = divergences_of(mechanism)
+    divergences = renyi_divergences(merged)
     deltas = np.array([delta_of_divergences(divergences, value) for value in epsilons])
     if delta < LEAST_DELTA:
         return deltas

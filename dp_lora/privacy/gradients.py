@@ -26,6 +26,7 @@ from dp_lora.privacy.layers import (
     is_adapter,
     refuse_low_precision,
     refuse_mixing,
+    refuse_sharded,
     refuse_unsupported_adapter,
     tapped_forward,
 )
@@ -88,11 +89,13 @@ class ClippedGradientSum:
         clip: k, C, the kind of clipping and rho; `PrivacyPlan.clip` of the run's plan.
 
     Raises:
-        UserError: a layer mixes the examples of a batch, or has no per-example gradient.
+        UserError: a layer mixes the examples of a batch, is sharded over processes, or has no per-example
+            gradient.
     """
 
     def __init__(self, module: nn.Module, clip: Clip) -> None:
         self.clip, self.noise_multiplicity = clip, clip.noise_multiplicity
+        refuse_sharded(module)
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise UserError("module: no parameter is trainable; expected at least one with requires_grad")

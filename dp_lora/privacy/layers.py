@@ -366,6 +366,22 @@ def refuse_mixing(module: nn.Module) -> None:
             raise UserError(f"{name} ({type(layer).__name__}): {_MIXES}")
 
 
+def refuse_sharded(module: nn.Module) -> None:
+    """UserError naming the first part of which this process has a shard alone (FSDP, tensor parallelism).
+
+    The norm of an example's gradient would be that of a shard, and the whole could pass C.
+    """
+    for name, part in module.named_modules():
+        kinds = {kind.__name__ for kind in type(part).__mro__}
+        parameters = {type(parameter).__name__ for parameter in part.parameters(recurse=False)}
+        if kinds & {"FullyShardedDataParallel", "FSDPModule"} or parameters & {"DTensor", "FlatParameter"}:
+            raise UserError(
+                f"{name or 'module'}: is sharded over processes (FSDP), so the norm of an example's whole "
+                "gradient is not known here; expected the module before fully_shard() or FSDP, whole in each "
+                "process"
+            )
+
+
 def refuse_low_precision(parameters: dict[str, nn.Parameter]) -> None:
     """UserError naming the first parameter that is neither float32 nor float64."""
     for name, parameter in parameters.items():

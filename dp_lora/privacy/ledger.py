@@ -39,10 +39,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dp_lora.errors import UserError
-from dp_lora.privacy import accounting
+from dp_lora.privacy import units
 from dp_lora.privacy.accounting import Spent
 from dp_lora.privacy.marks import Mark, Superseded
-from dp_lora.privacy.renyi import admits, least_budget, renyi_divergences
+from dp_lora.privacy.renyi import Array, admits, least_budget, renyi_divergences
 from dp_lora.privacy.subsampled_gaussian import Mechanism
 from dp_lora.storage.files import append_line, read_lines, write_atomic
 
@@ -65,6 +65,8 @@ class Charge:
     delta: float
     private: bool = True
     """False without noise, and with noise that a seed in the configuration gives away."""
+    unit: str = "image"
+    """What the run protects: one image, or one person with all of their images."""
 
 
 @dataclass(frozen=True)
@@ -108,25 +110,54 @@ class CutShort(UserError):
     """The line that a ledger's head names is not there."""
 
 
-def spent(charges: Sequence[Charge], delta: float) -> Spent:
+def spent(
+    charges: Sequence[Charge], delta: float, unit: str = "image", images_per_person: int | None = None
+) -> Spent:
     """Epsilon of all `charges` together for `delta`; infinite if one of them has no privacy.
 
     The composition is that of mechanisms that were fixed before the first of them; see `spent_adaptively`.
+
+    Args:
+        charges: of runs that protect either unit.
+        delta: in (0, 1).
+        unit: whom epsilon is for, whatever each run protects (`dp_lora.privacy.units`).
+        images_per_person: the most images of one person, as the set's owner states it.
     """
     if any(not charge.private and charge.mechanism.steps for charge in charges):
         return Spent(math.inf, "none")
-    return accounting.composed([charge.mechanism for charge in charges], delta)
+    images, persons = by_unit(charges)
+    if unit == "person":
+        return units.epsilon_of_person(images, persons, delta, images_per_person)
+    return units.epsilon_of_image(images, persons, delta)
 
 
-def spent_adaptively(charges: Sequence[Charge], delta: float, above: float = 0.0) -> float:
+def spent_adaptively(
+    charges: Sequence[Charge], delta: float, above: float = 0.0, unit: str = "image"
+) -> float:
     """The smallest budget above `above` that has room for all `charges`, each chosen after those before it.
 
-    At least epsilon of `spent`; infinite if one of them has no privacy.
+    At least epsilon of `spent`; infinite if one of them has no privacy, or none for the `unit`.
     """
     if any(not charge.private and charge.mechanism.steps for charge in charges):
         return math.inf
-    divergences = renyi_divergences([charge.mechanism for charge in charges])
-    return least_budget(divergences, delta, above)
+    return least_budget(_divergences(charges, unit), delta, above)
+
+
+def by_unit(charges: Sequence[Charge]) -> tuple[list[Mechanism], list[Mechanism]]:
+    """The mechanisms of runs that protect an image, and of those that protect a person."""
+    found: dict[str, list[Mechanism]] = {"image": [], "person": []}
+    for charge in charges:
+        if charge.mechanism.steps:
+            found[charge.unit].append(charge.mechanism)
+    return found["image"], found["person"]
+
+
+def _divergences(charges: Sequence[Charge], unit: str) -> Array:
+    """Renyi divergences of all `charges` together for one `unit`; inf where a run does not bound it."""
+    images, persons = by_unit(charges)
+    if unit == "image":
+        return units.divergences_of_image(images, persons)
+    return renyi_divergences(persons) + (math.inf if images else 0.0)
 
 
 def fits(charge: Charge, others: Sequence[Charge], budget: float) -> bool:
@@ -140,7 +171,7 @@ def fits(charge: Charge, others: Sequence[Charge], budget: float) -> bool:
     if any(not c.private and c.mechanism.steps for c in (charge, *others)):
         return False
     others = [c for c in others if c.mechanism.steps]
-    divergences = renyi_divergences([c.mechanism for c in (charge, *others)])
+    divergences = _divergences([charge, *others], charge.unit)
     delta = smallest_delta(charge, others)
     return admits(divergences, budget, delta) or (not others and fills(charge, budget))
 
@@ -158,7 +189,7 @@ def fills(charge: Charge, budget: float) -> bool:
     """
     if admits(renyi_divergences([charge.mechanism]), budget, charge.delta):
         return False
-    return spent([charge], charge.delta).epsilon <= budget
+    return spent([charge], charge.delta, charge.unit).epsilon <= budget
 
 
 class Ledger:
@@ -299,6 +330,8 @@ class Ledger:
         self, charge: Charge, previous: str, turn: Turn | None = None, uncovered: Sequence[str] = ()
     ) -> str:
         start: dict[str, Any] = {"uncovered": list(uncovered)} if uncovered else {}
+        # A line without a unit is of an image, as all lines of earlier versions are.
+        start |= {} if charge.unit == "image" else {"unit": charge.unit}
         if turn is not None:
             start |= {"owner": turn.owner, "nonce": turn.nonce, "open": turn.progress is not None}
             start |= {} if turn.begun is None else {"begun": turn.begun}
@@ -390,7 +423,14 @@ def _in_force(entries: Sequence[Mapping[str, Any]]) -> list[Charge]:
         if "uncovered" in entry:
             continue
         mechanism = Mechanism(entry["noise_multiplier"], entry["sample_rate"], entry["steps"])
-        latest[entry["run"]] = Charge(entry["run"], entry["set"], mechanism, entry["delta"], entry["private"])
+        latest[entry["run"]] = Charge(
+            entry["run"],
+            entry["set"],
+            mechanism,
+            entry["delta"],
+            entry["private"],
+            entry.get("unit", "image"),
+        )
     return list(latest.values())
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from dp_lora.config.bounds import LARGEST_GRAD_NORM
-from dp_lora.config.schema import ADJACENCIES, CLIPPINGS
+from dp_lora.config.schema import ADJACENCIES, CLIPPINGS, UNITS
 from dp_lora.errors import PlanError
 from dp_lora.privacy import accounting
 from dp_lora.privacy.subsampled_gaussian import Mechanism
@@ -61,6 +61,9 @@ class Clip:
 class PrivacyPlan:
     """The numbers of a run, fixed before it begins; every part of the mechanism reads them from here.
 
+    With the `unit` person, read "person" for "image": an example is a person, and each of its draws picks one
+    of the person's images. N is then the number of persons; how many images there are is in no field.
+
     One step: each image joins the batch with probability `sample_rate`; each image's gradient, the mean
     over its `noise_multiplicity` draws, is clipped to `max_grad_norm`; Gaussian noise of std
     `noise_std` = noise_multiplier x max_grad_norm is added to their sum, once.
@@ -94,6 +97,7 @@ class PrivacyPlan:
     epsilon_by_accountant: dict[str, float]
     adjacency: str
     loss_share: float = 0.0
+    unit: str = "image"
 
     @property
     def private(self) -> bool:
@@ -179,6 +183,7 @@ def make_plan(
     sample_rate: float | None = None,
     clipping: str = "flat",
     adjacency: str = "zero_out",
+    unit: str = "image",
     loss_share: float = 0.0,
     cache: Path | None = None,
 ) -> PrivacyPlan:
@@ -199,6 +204,7 @@ def make_plan(
         clipping: flat, automatic or per_layer.
         adjacency: zero_out: one image is replaced by a null that contributes nothing; add_or_remove: one
             image is added or removed. Both have the same epsilon.
+        unit: of what an example is: an image, or a person with all of their images.
         loss_share: rho, the share of C that the coordinate of the loss may take; 0: no such coordinate.
         cache: folder for calibrated noise multipliers.
 
@@ -206,9 +212,9 @@ def make_plan(
         PlanError: a value out of range, too few of the three, or three that disagree: epsilon of the
             noise multiplier and the steps passes the target, or stays below 99 % of it.
     """
-    _check_relation(adjacency, num_examples, sample_rate)
-    _check(num_examples, sample_rate, expected_batch_size, steps, noise_multiplier, target_epsilon)
-    _check_delta(delta, num_examples, sample_rate, expected_batch_size)
+    _check_relation(adjacency, num_examples, sample_rate, unit)
+    _check(num_examples, sample_rate, expected_batch_size, steps, noise_multiplier, target_epsilon, unit)
+    _check_delta(delta, num_examples, sample_rate, expected_batch_size, unit)
     _check_clip(max_grad_norm, loss_share)
     private = target_epsilon != math.inf
     clip = Clip(noise_multiplicity, max_grad_norm if private else math.inf, clipping, loss_share)
@@ -241,8 +247,9 @@ def make_plan(
         epsilon=spent.epsilon,
         accountant=spent.accountant if private else "none",
         epsilon_by_accountant=bounds,
-        adjacency=ADJACENCIES[adjacency],
+        adjacency=ADJACENCIES[adjacency].format(unit=unit),
         loss_share=loss_share,
+        unit=unit,
     )
 
 
@@ -278,12 +285,19 @@ def mechanism_of(
     return Mechanism(noise_multiplier, sample_rate, steps)
 
 
-def _check_relation(adjacency: str, num_examples: int | None, sample_rate: float | None) -> None:
+def _check_relation(adjacency: str, num_examples: int | None, sample_rate: float | None, unit: str) -> None:
+    if unit not in UNITS:
+        raise PlanError(f"<unit>={unit!r}: expected one of {', '.join(UNITS)}")
     if adjacency not in ADJACENCIES:
         raise PlanError(f"<adjacency>={adjacency!r}: expected one of {', '.join(ADJACENCIES)}")
+    if unit == "person" and num_examples == 1:
+        raise PlanError(
+            "<num_examples>=1 with <unit>=person: there is one person, whom no other one hides; expected at "
+            "least 2"
+        )
     if adjacency == "add_or_remove" and (sample_rate is None or num_examples is not None):
         raise PlanError(
-            "<adjacency>=add_or_remove: the number of images is private, so that neither the sample "
+            f"<adjacency>=add_or_remove: the number of {unit}s is private, so that neither the sample "
             "rate nor the noise may follow from it; expected <sample_rate> beside "
             "<expected_batch_size>, or <adjacency>=zero_out"
         )
@@ -295,7 +309,7 @@ def _check_relation(adjacency: str, num_examples: int | None, sample_rate: float
     if adjacency == "zero_out" and sample_rate is not None:
         raise PlanError(
             f"<sample_rate>={sample_rate} with <adjacency>=zero_out: expected null, since the rate "
-            "is <expected_batch_size> over the public number of images"
+            f"is <expected_batch_size> over the public number of {unit}s"
         )
 
 
@@ -306,13 +320,14 @@ def _check(
     steps: int | None,
     noise_multiplier: float | None,
     target_epsilon: float | None,
+    unit: str = "image",
 ) -> None:
     if num_examples is not None and num_examples < 1:
         raise PlanError(f"<num_examples>={num_examples}: expected at least 1")
     if num_examples is not None and not 0 < expected_batch_size <= num_examples:
         raise PlanError(
             f"<expected_batch_size>={expected_batch_size:g}: expected a number in (0, {num_examples}], "
-            "the number of training images"
+            f"the number of training {unit}s"
         )
     if not 0 < expected_batch_size < math.inf:
         raise PlanError(f"<expected_batch_size>={expected_batch_size}: expected a finite number above 0")
@@ -346,13 +361,13 @@ def _check(
 
 
 def _check_delta(
-    delta: float, num_examples: int | None, sample_rate: float | None, expected_batch_size: float
+    delta: float, num_examples: int | None, sample_rate: float | None, expected_batch_size: float, unit: str
 ) -> None:
     if num_examples is not None:
         if not 0 < delta < 1 / num_examples:
             raise PlanError(
                 f"<delta>={delta:g}: expected a number in (0, 1/N) = (0, {1 / num_examples:.3g}), or "
-                "one image in N may be given away whole"
+                f"one {unit} in N may be given away whole"
             )
         return
     assert sample_rate is not None
@@ -361,7 +376,7 @@ def _check_delta(
     if not 0 < delta < bound:
         raise PlanError(
             f"<delta>={delta:g}: expected a number in (0, {bound:.3g}), <sample_rate> over "
-            "<expected_batch_size>: one over the number of images that these two were chosen for"
+            f"<expected_batch_size>: one over the number of {unit}s that these two were chosen for"
         )
 
 

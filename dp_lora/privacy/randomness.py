@@ -153,6 +153,26 @@ class Randomness:
             total[start:stop] = (radius * np.cos(2.0 * math.pi * uniform[_SECURE_DRAWS:])).sum(0)
         return torch.from_numpy(total / math.sqrt(_SECURE_DRAWS))
 
+    def choices(
+        self, purpose: str, step: int, counts: torch.Tensor, width: int, first_row: int = 0
+    ) -> torch.Tensor:
+        """Choices int64 [M, width], one row for an example: uniform in [0, counts[i]) up to counts[i] / 2^64.
+
+        Row i is the same whatever rows are asked for: M rows from `first_row` on.
+
+        Args:
+            purpose, step: name the stream.
+            counts: int64 [M], at least 1 and below 2^31.
+            width: number of choices for each example.
+            first_row: position of the first example.
+        """
+        words = self.bits64(purpose, step, range(first_row, first_row + len(counts)), width)
+        of = counts.numpy().astype(np.uint64)[:, None]
+        # The upper half of the product of 64 and 31 bits.
+        high, low = words >> np.uint64(32), words & np.uint64(0xFFFFFFFF)
+        drawn = (high * of + (low * of >> np.uint64(32))) >> np.uint64(32)
+        return torch.from_numpy(drawn.astype(np.int64))
+
     def timesteps(
         self,
         step: int,

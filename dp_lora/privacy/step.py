@@ -54,7 +54,7 @@ from dp_lora.privacy.moving_average import MovingAverage
 from dp_lora.privacy.plan import PrivacyPlan
 from dp_lora.privacy.randomness import Randomness
 
-_OF_THE_STEP = ("batch", "noise", "timesteps")
+_OF_THE_STEP = ("batch", "noise", "timesteps", "choices")
 """Streams that the step itself draws from."""
 
 
@@ -84,6 +84,10 @@ class Draws:
         if purpose in _OF_THE_STEP:
             raise ValueError(f"purpose={purpose!r}: expected a name other than {', '.join(_OF_THE_STEP)}")
         return self._randomness.normal(purpose, self._step, (self._rows, *shape), self._first)
+
+    def choices(self, counts: Tensor, noise_multiplicity: int) -> Tensor:
+        """Choices int64 [M, k] on the CPU, each uniform in [0, counts[i]); see `Randomness.choices`."""
+        return self._randomness.choices("choices", self._step, counts, noise_multiplicity, self._first)
 
     def timesteps(self, noise_multiplicity: int, num_train_timesteps: int, stratified: bool = True) -> Tensor:
         """Timesteps int64 [M, k] in [0, T) on the CPU; see `Randomness.timesteps`."""

@@ -10,36 +10,7 @@ from dataclasses import dataclass
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from typing import Any
 
-COVERS = (
-    "The training of the adapter: the released weights, and everything computed from them alone, such as "
-    "generated images, are (epsilon, delta)-differentially private with respect to one private training "
-    "image with its label.",
-    "The values logged during the private training: the epsilon spent, the learning rate, the norm of the "
-    "noised update, the signal-to-noise estimated from it and, where asked for, the loss that the noised sum "
-    "tells.",
-)
-"""The guarantee's coverage, for privacy.json and the card."""
-
-DOES_NOT_COVER = (
-    "Metrics computed on private or held-out images, such as distances and accuracies in result.json.",
-    "Hyper-parameters chosen by looking at such metrics: every further training run on the same images "
-    "spends its own epsilon.",
-    "The public data of the pre-training, which has no protection.",
-    "A person with several images in the private set: the unit of privacy is one image; for n images of "
-    "one person epsilon grows n times and delta by more than that.",
-    'The names of the classes, and, where the adjacency is "zero out one image", the number of training '
-    "images.",
-    "How long steps take and how much memory they use, as seen by whoever watches the machine.",
-    "What `dp-lora export` leaves behind of a run, above all its checkpoint/ folder, which holds the noise "
-    "key and must stay private.",
-)
-"""The limits of the guarantee, for privacy.json and the card."""
-
-LIVE = (
-    "When each step ended, which follows the size of its batch: W&B got the rows while the job trained "
-    "(tracking.live)."
-)
-"""A further limit if W&B shows a private job live."""
+from dp_lora.records.coverage import coverage
 
 
 @dataclass(frozen=True)
@@ -115,6 +86,7 @@ def model_card(
         _front_matter(base_model, license_name, private=warning is None, text=text is not None),
         *([warning] if warning else []),
         f"# Adapter of {base_model} for {data_name}",
+        *([_protected(record)] if warning is None else []),
         _summary(data_name, trainable, rank, target_modules, parameters),
         *([_prompts_section(text)] if text is not None else []),
         _privacy_section(record, guaranteed=warning is None),
@@ -124,6 +96,14 @@ def model_card(
         known = [f"{name} {version}" for name, version in versions.items() if version]
         parts.append("## Made with\n\n" + ", ".join(known) + ".")
     return "\n\n".join(parts) + "\n"
+
+
+def _protected(record: Mapping[str, Any]) -> str:
+    """Whom the guarantee protects, for the first lines."""
+    bound = f"with epsilon {_at_most(record['epsilon'])} at delta {_at_most(record['delta'])}"
+    if record.get("unit") == "person":
+        return f"**Protects each person with all of their images**, {bound}."
+    return f"**Protects each single image**, {bound}; a person with several images has less."
 
 
 def _front_matter(base_model: str, license_name: str | None, *, private: bool, text: bool) -> str:
@@ -186,9 +166,9 @@ def _privacy_section(record: Mapping[str, Any], *, guaranteed: bool) -> str:
         *_earlier(record),
         _settings_table(record),
         "**What the guarantee covers**",
-        _bullets(record.get("covers") or COVERS),
+        _bullets(record.get("covers") or coverage(str(record.get("unit")))[0]),
         "**What it does not cover**",
-        _bullets(record.get("does_not_cover") or DOES_NOT_COVER),
+        _bullets(record.get("does_not_cover") or coverage(str(record.get("unit")))[1]),
     ]
     return "\n\n".join(lines)
 
@@ -213,6 +193,13 @@ def _earlier(record: Mapping[str, Any]) -> list[str]:
 def _relation(record: Mapping[str, Any]) -> str:
     """In plain words, which sets of private images can hardly be told apart."""
     adjacency = str(record["adjacency"])
+    if record.get("unit") == "person":
+        known = " The number of persons is public." if adjacency.startswith("zero out") else ""
+        return (
+            "Take two sets of images that are the same, except that one person contributes nothing in one of "
+            "them, none of their images, captions and labels, however many they are: the adapter hardly "
+            f"tells which of the two it was trained on.{known} How many images there are is private."
+        )
     if adjacency.startswith("zero out"):
         return (
             "Take two sets of images that are the same, except that one image contributes nothing in one of "
@@ -244,7 +231,7 @@ _SETTINGS = (
     ("accountant", "accountant"),
     ("adjacency", "adjacency (which data sets are neighbours)"),
     ("noise_multiplier", "noise multiplier (sigma)"),
-    ("noise_multiplicity", "noise multiplicity (draws per image, folded before the clip)"),
+    ("noise_multiplicity", "noise multiplicity (draws per {unit}, folded before the clip)"),
     ("max_grad_norm", "clipping norm C"),
     ("sample_rate", "sample rate (Poisson)"),
     ("steps", "noisy steps"),
@@ -253,7 +240,12 @@ _SETTINGS = (
 
 def _settings_table(record: Mapping[str, Any]) -> str:
     rows = [f"| {label} | {_at_most(record[key])} |" for key, label in _BOUNDS]
-    rows += [f"| {label} | {_nearest(record[key])} |" for key, label in _SETTINGS if key in record]
+    unit = record.get("unit", "image")
+    rows += [
+        f"| {label.format(unit=unit)} | {_nearest(record[key])} |"
+        for key, label in _SETTINGS
+        if key in record
+    ]
     others = record.get("epsilon_by_accountant") or {}
     rows += [f"| epsilon by {name} | {_at_most(value)} |" for name, value in others.items()]
     return "\n".join(["| quantity | value |", "|---|---|", *rows])

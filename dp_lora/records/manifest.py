@@ -8,6 +8,9 @@ lets through.
 Where the number of training images N appears: `num_examples` in privacy.json, and N sample rates are the
 expected batch size; the sizes of the splits among the settings; the numbers of reference images in
 result.json. N is public under the relation `zero_out`. Under `add_or_remove` these fields are left out.
+
+With privacy.unit=person N is the number of persons. How many images there are is private under either
+relation: a job writes no number of reference images to result.json, and no time or memory that follows one.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ class Why(StrEnum):
     NOISED = "a function of the noised sums of the training, which epsilon covers"
     GENERATED = "computed from the adapter, labels of a public prior and settings: epsilon covers it"
     SETTING = "chosen before the training, or follows from what was: no function of an image"
-    SIZE = "tells the number of images, which zero_out takes as public; left out under add_or_remove"
+    SIZE = "tells the number of images or persons, public by zero_out; left out under add_or_remove"
     OWN_BUDGET = "read from a sum with noise of its own: the budget under `release` covers it"
     MACHINE = "says with what it was made: no function of an image"
     COARSE = "rounded to one digit, or to a power of two: no noise protects it, and rounding adds none"
@@ -118,6 +121,7 @@ _RELEASE: Shape = {
     **dict.fromkeys(("target_epsilon", "noise_multiplier", "sensitivity", "releases"), number),
     "noise_multipliers": field_kinds.sequence,
     "reference": field_kinds.name,
+    "unit": field_kinds.name,
     "reproducible_noise": field_kinds.flag,
     "covers": field_kinds.sentence,
     "with_training": _SPENT,

@@ -19,8 +19,10 @@ from dp_lora.config.schema import Config, TrainConfig
 from dp_lora.models.diffusion import per_example_loss
 from dp_lora.models.folders import LatentDiffusion
 from dp_lora.models.latents import Latents
+from dp_lora.models.networks import keep_less
 from dp_lora.privacy.collectives import agreed, largest, rank, size
 from dp_lora.privacy.executions import Executions, Spent
+from dp_lora.privacy.persons import Persons
 from dp_lora.privacy.plan import PrivacyPlan
 from dp_lora.privacy.preflight import preflight
 from dp_lora.privacy.randomness import Randomness
@@ -48,6 +50,7 @@ class FinetuneStep:
         train: learning rate, schedule and the like; nothing that touches privacy.
         microbatch: examples per forward and backward, halved when memory runs out.
         halved: called with the new microbatch after that.
+        persons: whose each image is, where an example is a person; None: an example is an image.
     """
 
     def __init__(
@@ -58,9 +61,10 @@ class FinetuneStep:
         train: TrainConfig,
         microbatch: int,
         halved: Callable[[int], None] = lambda microbatch: None,
+        persons: Persons | None = None,
     ) -> None:
         self.sgd, self.latents, self.labels, self.train = sgd, latents, labels, train
-        self.microbatch, self.halved = microbatch, halved
+        self.microbatch, self.halved, self.persons = microbatch, halved, persons
 
     @classmethod
     def on(
@@ -74,21 +78,22 @@ class FinetuneStep:
         microbatch: int,
         executions: Executions,
         learning_rate_factor: float = 1.0,
+        persons: Persons | None = None,
     ) -> Self:
         """The step on a fresh engine, as an audit takes it: with any key and any record.
 
         Args:
             model: its trainable parameters chosen, on its device.
-            latents, labels, train, microbatch: as of the class.
+            latents, labels, train, microbatch, persons: as of the class.
             plan: the numbers of the run.
             randomness: a key.
             executions: the write-ahead record.
             learning_rate_factor: over `train.learning_rate`, of all parameters but the class embedding.
         """
         optimizer = optimizer_of(model, train, learning_rate_factor)
-        examples, decay = len(labels), train.ema_decay
+        examples, decay = len(labels if persons is None else persons), train.ema_decay
         sgd = DPSGD(model, optimizer, plan, randomness, executions, examples, ema_decay=decay)
-        return cls(sgd, latents, labels, train, microbatch)
+        return cls(sgd, latents, labels, train, microbatch, persons=persons)
 
     def __call__(self, number: int) -> dict[str, float]:
         step = self.sgd.begin(number)
@@ -125,17 +130,26 @@ class FinetuneStep:
         return Objective(cast(LatentDiffusion, self.sgd.module), self.train)
 
     def losses(self, rows: Tensor, draws: Draws) -> Tensor:
-        """Losses [M] of the images `rows`, each the mean over its k draws of timestep and noise."""
+        """Losses [M] of the examples `rows`, each the mean over its k draws of timestep and noise.
+
+        An example is an image; or a person, of whose images each draw has one.
+        """
         k, train = self.sgd.plan.noise_multiplicity, self.train
         model = cast(LatentDiffusion, self.sgd.module)
         device = self.sgd.parameters[0].device
-        latents = self.latents.sample(rows, draws.normal("posterior", *model.latent_shape))
+        images, shape = rows, model.latent_shape
+        if self.persons is None:
+            latents = self.latents.sample(images, draws.normal("posterior", *shape))
+        else:
+            images = self.persons.draw(rows, draws, k)
+            noise = draws.normal("posterior", k, *shape).flatten(0, 1)
+            latents = self.latents.sample(images.flatten(), noise).view(-1, k, *shape)
         timesteps, noise = self.objective.timesteps(draws, k), self.objective.noise(draws, k)
         with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bfloat16"):
             return per_example_loss(
                 model,
                 latents.to(device),
-                self.labels[rows].to(device),
+                self.labels[images].to(device),
                 timesteps.to(device),
                 noise.to(device),
                 self.objective.weights,
@@ -195,12 +209,14 @@ def finetune(
     started: Callable[[int], None],
     captions: Sequence[str] | None = None,
     begun: Callable[[int, float], None] = lambda executions, epsilon: None,
+    persons: Persons | None = None,
 ) -> int:
     """Trains the chosen parameters of `model` in place and returns the number of executed steps.
 
     Args:
         config: the job.
-        model: its trainable parameters chosen, on the device to train on.
+        model: its trainable parameters chosen, on the device to train on. A family's autoencoder and text
+            encoders lose their weights, see `LatentDiffusion.release_encoders`.
         latents, labels: of the private images.
         plan: the numbers of the run.
         folder: the run's private `checkpoint/`; an earlier start of the run is continued from it.
@@ -210,6 +226,7 @@ def finetune(
             with a text encoder. It knows its classes again when the training ends.
         begun: called with the number of executions begun and an upper bound on their epsilon, before the
             batch of a new one is drawn: what has to be said of a run that ends at any later moment.
+        persons: whose each image is, where the plan's examples are persons.
 
     Every execution begun counts towards the plan's steps: where redone steps could not be replayed, as many
     fewer follow, so epsilon never passes the plan's. On several processes of one job the first writes
@@ -217,10 +234,14 @@ def finetune(
     """
     first = rank() == 0
     watch = _watch(config, model, plan)
-    private = _Finetuning(config, model, latents, labels, plan, folder, captions, begun if first else _silent)
+    assert (persons is not None) == (plan.unit == "person"), "the plan's examples are those of the sampler"
+    begun = begun if first else _silent
+    private = _Finetuning(config, model, latents, labels, plan, folder, captions, begun, persons)
     try:
         conditions = labels if captions is None else torch.arange(len(captions))
-        step = FinetuneStep(private.sgd, latents, conditions, config.train, private.microbatch, private.keep)
+        step = FinetuneStep(
+            private.sgd, latents, conditions, config.train, private.microbatch, private.keep, persons
+        )
         if first:
             started(private.finished)
 
@@ -269,8 +290,10 @@ class _Finetuning(PrivateTraining):
         folder: Path,
         captions: Sequence[str] | None,
         begun: Callable[[int, float], None],
+        persons: Persons | None = None,
     ) -> None:
         self._config, self._model, self._images = config, model, (latents, labels, captions)
+        self._persons = persons
         self.microbatch = 1
         super().__init__(
             model,
@@ -278,7 +301,7 @@ class _Finetuning(PrivateTraining):
             plan,
             folder,
             synthetic_losses=None,
-            num_examples=len(labels),
+            num_examples=len(labels if persons is None else persons),
             ema_decay=config.train.ema_decay,
             insecure_seed=config.privacy.insecure_seed,
             checkpoint_minutes=config.train.checkpoint_minutes,
@@ -288,7 +311,13 @@ class _Finetuning(PrivateTraining):
     def _prepared(self, randomness: Randomness) -> Mapping[str, Any]:
         config, model, plan = self._config, self._model, self.plan
         latents, labels, captions = self._images
-        inputs = digest(model, latents, labels, plan, randomness, captions)
+        inputs = digest(model, latents, labels, plan, randomness, captions, self._persons)
+        if config.train.gradient_checkpointing:
+            # Before the engine is checked and the microbatch is chosen: both run with it.
+            keep_less(model.unet)
+        if captions is not None and model.prompts is not None:
+            model.prompts.prepare(captions)
+        model.release_encoders()
         check_engine(config, model, plan)
         self.microbatch = agreed(_microbatch(config, model, plan, self.folder))
         tuning.arrange(model, plan, config.train, self.microbatch)
@@ -333,7 +362,7 @@ def check_engine(config: Config, model: LatentDiffusion, plan: PrivacyPlan) -> N
     """
     examples, device = 4, next(model.unet.parameters()).device
     losses = tuning.synthetic_losses(model, examples, plan.noise_multiplicity, config.seed)
-    low = model.source is not None and model.source.low
+    low = model.source is not None and model.source.computes_low(device)
     preflight(model, losses, plan, examples, **({"tolerance": _BFLOAT16_TOLERANCE} if low else {}))
     if config.train.precision == "bfloat16":
 

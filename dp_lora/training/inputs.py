@@ -1,4 +1,4 @@
-"""A digest of all that a fine-tuning begins from: model, images and plan."""
+"""A digest of all that a fine-tuning begins from: model, images, whose they are, and plan."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from dp_lora.models import folders
 from dp_lora.models.folders import LatentDiffusion
 from dp_lora.models.latents import Latents
+from dp_lora.privacy.persons import Persons
 from dp_lora.privacy.plan import PrivacyPlan
 from dp_lora.privacy.randomness import Randomness
 
@@ -23,6 +24,7 @@ def digest(
     plan: PrivacyPlan,
     randomness: Randomness,
     captions: Sequence[str] | None = None,
+    persons: Persons | None = None,
 ) -> str:
     """A hash of all that a training begins from. Private: it tells whether a guess of the images is right.
 
@@ -32,7 +34,8 @@ def digest(
     hashed = hashlib.sha256(randomness.key)
     hashed.update(json.dumps([plan.to_dict(), captions, _settings(model)], sort_keys=True).encode())
     hashed.update(folders.digest(model).encode())
-    for tensor in (latents.mean, latents.std, labels, *_constants(model, captions)):
+    whose = () if persons is None else (persons.offsets, persons.order)
+    for tensor in (latents.mean, latents.std, labels, *_constants(model, captions), *whose):
         hashed.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
         hashed.update(tensor.detach().cpu().contiguous().numpy().data)
     return hashed.hexdigest()

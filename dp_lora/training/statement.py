@@ -26,11 +26,18 @@ DOES_NOT_COVER = (
     "Parameters that were not trained, and the data that they were trained on before.",
     "A person with several examples: the unit of privacy is one example; for n examples of one person "
     "epsilon grows n times and delta by more than that.",
-    'The number of examples, where the adjacency is "zero out one image".',
+    'The number of examples, where the adjacency is "zero out one image" or "zero out one person".',
     "How long steps take and how much memory they use, and what the caller's own code prints, saves or logs.",
     "Steps that a copy of the training's folder took, and losses that use other examples of a batch.",
     "The training's folder, which holds the noise key and must stay private.",
 )
+
+COVERS_PERSONS = (
+    "The trained parameters, and everything computed from them alone, are (epsilon, delta)-differentially "
+    "private with respect to one person, provided that all data of a person are in one example.",
+    COVERS[1],
+)
+"""The coverage of a plan whose unit is a person."""
 
 UNCHECKED = "The engine on this module: the preflight was left out."
 
@@ -67,7 +74,10 @@ class Statement:
                 "No privacy guarantee: the noise came from a seed, and whoever knows it can take it away."
             )
         else:
-            covers = COVERS
+            covers = COVERS_PERSONS if plan.unit == "person" else COVERS
+        limits = [
+            one for one in DOES_NOT_COVER if plan.unit == "image" or not one.startswith("A person with")
+        ]
         return cls(
             {
                 **plan.to_dict(),
@@ -77,7 +87,7 @@ class Statement:
                 "complete": complete,
                 "reproducible_noise": seeded,
                 "covers": covers,
-                "does_not_cover": (*DOES_NOT_COVER, *(() if checked else (UNCHECKED,))),
+                "does_not_cover": (*limits, *(() if checked else (UNCHECKED,))),
             }
         )
 

@@ -161,6 +161,7 @@ def _question(model: LatentDiffusion, plan: PrivacyPlan, train: TrainConfig, mos
         "precision": train.precision,
         "channels_last": train.channels_last,
         "compile": train.compile,
+        "gradient_checkpointing": train.gradient_checkpointing,
         "most": most,
     }
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+from torch import Tensor
 from transformers import (
     CLIPTextModelWithProjection,
     Mistral3Config,
@@ -20,6 +21,8 @@ from transformers import (
     UMT5EncoderModel,
 )
 
+from dp_lora.config.schema import LoraConfig
+from dp_lora.models import adapters
 from dp_lora.models.folders import LatentDiffusion, load
 from tests.builders import scripts
 from tests.builders.architectures import CLASSES, shaken
@@ -423,3 +426,33 @@ def model_of(
     if prompts is not None:
         model.prompts.use(prompts)
     return model
+
+
+Draws = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Latents, labels, timesteps and noise."""
+
+
+def draws(model: LatentDiffusion, examples: int, k: int) -> Draws:
+    generator = torch.Generator().manual_seed(3)
+    shape = model.latent_shape
+    return (
+        torch.randn(examples, *shape, generator=generator),
+        torch.arange(examples),
+        torch.randint(1000, (examples, k), generator=generator),
+        torch.randn(examples, k, *shape, generator=generator),
+    )
+
+
+def with_adapter(model: LatentDiffusion, targets: Sequence[str] = ("qkv", "proj")) -> LatentDiffusion:
+    """The model with a LoRA that is not zero."""
+    adapters.attach(model, ["lora"], LoraConfig(rank=2, target_modules=list(targets)), seed=0)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in adapters.trainable_parameters(model).values():
+        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def only(given: Draws, i: int) -> Draws:
+    latents, labels, timesteps, noise = given
+    one = slice(i, i + 1)
+    return latents[one], labels[one], timesteps[one], noise[one]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dp_lora.records.card import COVERS, DOES_NOT_COVER
+from dp_lora.records.coverage import COVERS, DOES_NOT_COVER
 
 RECORD: dict[str, Any] = {
     "epsilon": 9.99961,

@@ -71,6 +71,7 @@ def test_a_new_setting_that_says_what_was_done_before_is_left_out(
         "train.microbatch=7",
         "train.compile=true",
         "train.channels_last=true",
+        "train.gradient_checkpointing=true",
         "train.checkpoint_minutes=9",
         "evaluation.inception_weights=/elsewhere",
     ],

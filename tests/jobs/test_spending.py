@@ -19,7 +19,7 @@ from dp_lora.config.identity import fingerprint, run_directory
 from dp_lora.config.schema import Config, DataConfig, PathsConfig
 from dp_lora.data.sets import ImageSplits
 from dp_lora.errors import UserError
-from dp_lora.jobs import spending, stages
+from dp_lora.jobs import spending, stages, summary
 from dp_lora.jobs.spending import charge_release, charged, ledger_path, refusal
 from dp_lora.privacy import step as algorithm
 from dp_lora.privacy.ledger import Ledger
@@ -190,7 +190,7 @@ def test_public_data_is_not_charged(
     with charged(config, plan, folder, images):
         pass
     assert not ledger_path(config).exists() and not list(folder.iterdir())
-    assert spending.line_of_all_runs(config, 1e-5, images) is None
+    assert summary.line_of_all_runs(config, 1e-5, images) is None
 
 
 def test_noise_that_a_seed_gives_away_is_charged_as_no_privacy(

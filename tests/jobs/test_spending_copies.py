@@ -18,9 +18,9 @@ from dp_lora.jobs.spending import (
     charge_release,
     charged,
     ledger_path,
-    line_of_all_runs,
     refusal,
 )
+from dp_lora.jobs.summary import line_of_all_runs
 from dp_lora.privacy.accounting import composed
 from dp_lora.privacy.ledger import Charge, Ledger
 from dp_lora.privacy.plan import PrivacyPlan, make_plan

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from dp_lora.commands.sample import main as draw_more
 from dp_lora.config.schema import Config
 from dp_lora.errors import UserError
 from dp_lora.jobs.stages import run
+from dp_lora.models import pipelines
+from dp_lora.training import finetune
 from tests.builders.exported import export
 from tests.builders.families import length_of, side_of, written
 from tests.builders.image_files import write_image, write_parquet
@@ -116,6 +120,34 @@ def test_a_base_in_bfloat16_goes_through_the_stages(job: Callable[..., Config]) 
     assert "fd_lite0" in result
     assert json.loads((directory / "privacy.json").read_text())["complete"] is True
     assert np.load(directory / "samples.npz")["images"].std() > 5
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "flux"])
+def test_encoders_have_left_the_memory_when_the_training_begins(
+    kind: str, job: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: dict[str, list[weakref.ref[Any]]] = {"encoders": [], "network": []}
+    connected, steps, alive = pipelines._connected, finetune.run_steps, []
+
+    def connect(family: Any, folder: Path, index: Any, parts: dict[str, Any], *rest: Any) -> Any:
+        pipe = connected(family, folder, index, parts, *rest)
+        for name, part in parts.items():
+            kind_of = "network" if name in ("unet", "transformer") else "encoders"
+            # The memory, which copies of a parameter share.
+            loaded[kind_of] += [weakref.ref(p.untyped_storage()) for p in part.parameters()]
+        return pipe
+
+    def look(step: Any, *rest: Any) -> None:
+        gc.collect()
+        alive.append({name: sum(r() is not None for r in refs) for name, refs in loaded.items()})
+        steps(step, *rest)
+
+    monkeypatch.setattr(pipelines, "_connected", connect)
+    monkeypatch.setattr(finetune, "run_steps", look)
+    result = run(job(kind))
+    assert np.load(Path(result["directory"]) / "samples.npz")["images"].std() > 5
+    assert len(alive) == 1 and len(loaded["encoders"]) > 50
+    assert alive[0]["encoders"] == 0 and alive[0]["network"] > 0
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS.values())

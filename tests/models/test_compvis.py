@@ -13,13 +13,15 @@ import pytest
 import torch
 
 from dp_lora.commands import import_checkpoint as import_command
-from dp_lora.config.schema import ModelConfig
+from dp_lora.config.schema import LoraConfig, ModelConfig
 from dp_lora.errors import UserError
-from dp_lora.models import compvis
+from dp_lora.models import adapters, compvis
 from dp_lora.models.compvis import convert, model_config, read
-from dp_lora.models.folders import load
+from dp_lora.models.diffusion import guided_noise
+from dp_lora.models.folders import load, outline, save
 from dp_lora.models.latent_diffusion import LatentDiffusion
 from dp_lora.models.layouts import LAYOUTS, Layout
+from tests.builders.architectures import one_tensor_less
 from tests.builders.compvis_reference import Autoencoder, UNet, Weights
 
 CLASSES = 6
@@ -148,6 +150,64 @@ def test_the_original_and_the_imported_model_agree(
     assert model.conditional == (case.config.conditioning == "class")
     assert len(model.classes) == (CLASSES if model.conditional else 1)
     assert torch.allclose(model.scheduler.betas, case.state["betas"], atol=1e-7)
+
+
+@pytest.mark.parametrize("guidance", [1.5, 3.0])
+def test_guidance_moves_away_from_the_null_class_as_in_the_original(
+    guidance: float, cin256: Case, tmp_path: Path
+) -> None:
+    # CompVis's script samples with e_u + scale (e_c - e_u), where e_u has the last of the 1,001 rows.
+    assert LAYOUTS["cin256"].null_after == 1000
+    layout = dataclasses.replace(cin256.layout, null_after=CLASSES - 1)
+    save(convert(cin256.state, cin256.config, layout, "cin256"), tmp_path, {})
+    model = load(tmp_path)
+    assert model.classes == tuple(map(str, range(CLASSES - 1)))
+    w, unet = Weights(), originals(cin256.config)[0]
+    w.tensors = dict(cin256.state)
+    table = w("cond_stage_model.embedding.weight", CLASSES, 512)
+
+    def predicted(labels: torch.Tensor) -> torch.Tensor:
+        return unet(w, cin256.noisy, cin256.timesteps, table[labels][:, None])
+
+    with torch.inference_mode():
+        null, given = predicted(torch.full((2,), CLASSES - 1)), predicted(cin256.labels)
+        expected = null + guidance * (given - null)
+        noisy = cin256.noisy
+        found = guided_noise(model.double(), noisy, cin256.timesteps, cin256.labels, guidance)
+        assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+        # The broken twin: the mean of the rows in its place.
+        model.null_embedding = table[:-1].mean(0, keepdim=True)
+        found = guided_noise(model, noisy, cin256.timesteps, cin256.labels, guidance)
+        assert float((found - expected).abs().max()) > 1e-3 * float(expected.abs().max())
+
+
+def test_the_null_class_survives_a_fine_tuning(cin256: Case, tmp_path: Path) -> None:
+    layout = dataclasses.replace(cin256.layout, null_after=CLASSES - 1)
+    save(convert(cin256.state, cin256.config, layout, "cin256"), tmp_path / "base", {})
+    null = cin256.state["cond_stage_model.embedding.weight"][-1:].float()
+    model = load(tmp_path / "base")
+    model.new_classes(["cat", "dog"], torch.Generator().manual_seed(0))
+    adapters.attach(model, ["lora", "embedder"], LoraConfig(rank=2), seed=0)
+    trained = adapters.trainable_parameters(model)
+    assert trained["class_embedder.weight"].shape[0] == 2
+    for parameter in trained.values():
+        parameter.data += 0.1
+    adapters.export(model, tmp_path / "adapter", base_model="x", card="")
+    again = load(tmp_path / "base")
+    adapters.restore(again, tmp_path / "adapter", ["cat", "dog"])
+    for found in (model, again, model.sharing_weights()):
+        assert torch.equal(found.neutral_condition(1)[0], null)
+    # On the meta device it has its place, so that a folder without it is told.
+    with torch.device("meta"):
+        assert outline(tmp_path / "base").null_embedding is not None
+    one_tensor_less(tmp_path / "base" / "class_embedder" / "model.safetensors")
+    with pytest.raises(UserError, match=r"has nothing for null, expected \(1, 512\)"):
+        outline(tmp_path / "base")
+
+
+def test_a_table_of_classes_alone_has_no_null_class(cin256: Case) -> None:
+    model = convert(cin256.state, cin256.config, cin256.layout, "cin256")
+    assert len(model.classes) == CLASSES and model.null_embedding is None
 
 
 def test_every_layout_is_tested_or_one_of_those(cin256: Case) -> None:

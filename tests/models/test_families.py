@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +16,31 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from dp_lora.config.schema import LoraConfig, SamplerConfig
+from dp_lora.config.schema import SamplerConfig
 from dp_lora.errors import UserError
-from dp_lora.models import adapters, sample
+from dp_lora.models import adapters, sample, text_to_image
 from dp_lora.models.diffusion import initial_noise, per_example_loss
 from dp_lora.models.families import packed
-from dp_lora.models.folders import LatentDiffusion, load, outline
+from dp_lora.models.folders import load, outline
 from dp_lora.privacy.gradients import ClippedGradientSum
+from dp_lora.privacy.layers import is_adapter
 from dp_lora.privacy.plan import Clip
 from tests.builders import scripts
 from tests.builders.architectures import one_tensor_less
-from tests.builders.families import CAPTIONS, PIPELINES, SIDE, length_of, model_of, side_of, written
+from tests.builders.families import (
+    CAPTIONS,
+    PIPELINES,
+    SIDE,
+    draws,
+    length_of,
+    model_of,
+    only,
+    side_of,
+    with_adapter,
+    written,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
-
-Draws = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -42,26 +52,6 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plain(kind: str, pipelines: Path) -> Any:
     absent = {"text_encoder_3": None, "tokenizer_3": None} if kind == "sd3_without_t5" else {}
     return diffusers.DiffusionPipeline.from_pretrained(written(kind, pipelines), **absent)
-
-
-def draws(model: LatentDiffusion, examples: int, k: int) -> Draws:
-    generator = torch.Generator().manual_seed(3)
-    shape = model.latent_shape
-    return (
-        torch.randn(examples, *shape, generator=generator),
-        torch.arange(examples),
-        torch.randint(1000, (examples, k), generator=generator),
-        torch.randn(examples, k, *shape, generator=generator),
-    )
-
-
-def with_adapter(model: LatentDiffusion, targets: Sequence[str] = ("qkv", "proj")) -> LatentDiffusion:
-    """The model with a LoRA that is not zero."""
-    adapters.attach(model, ["lora"], LoraConfig(rank=2, target_modules=list(targets)), seed=0)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in adapters.trainable_parameters(model).values():
-        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
-    return model
 
 
 @pytest.mark.parametrize("kind", PIPELINES)
@@ -89,7 +79,7 @@ def test_gradients_are_those_of_a_loop_over_single_examples(
 ) -> None:
     model = with_adapter(model_of(kind, pipelines, CAPTIONS), ("qkv", "proj", *_feed_forward(kind)))
     given = draws(model, len(CAPTIONS), k)
-    rows = one_by_one(model, lambda i: per_example_loss(model, *_only(given, i)), len(CAPTIONS))
+    rows = one_by_one(model, lambda i: per_example_loss(model, *only(given, i)), len(CAPTIONS))
     norms = rows.norm(dim=1)
     assert (norms > 0).all()
     bound = float(norms.median())
@@ -103,15 +93,22 @@ def test_gradients_are_those_of_a_loop_over_single_examples(
     engine = ClippedGradientSum(model, Clip(k, bound))
     for i in range(len(CAPTIONS)):
         before = engine.total()
-        engine.add(per_example_loss(model, *_only(given, i)))
+        engine.add(per_example_loss(model, *only(given, i)))
         assert 0.999 * bound < float((engine.total() - before).norm()) <= bound
     engine.detach()
 
 
+@pytest.mark.parametrize("computed", ["bfloat16", "float32"])
 @pytest.mark.parametrize("kind", PIPELINES)
 def test_a_base_in_bfloat16_has_adapters_in_float32(
-    kind: str, pipelines: Path, tmp_path: Path, one_by_one: Callable[..., Tensor]
+    kind: str,
+    computed: str,
+    pipelines: Path,
+    tmp_path: Path,
+    one_by_one: Callable[..., Tensor],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(text_to_image, "has_bfloat16", lambda device: computed == "bfloat16")
     exact = with_adapter(model_of(kind, pipelines, CAPTIONS))
     model = with_adapter(model_of(kind, pipelines, CAPTIONS, precision="bfloat16"))
     given, examples = draws(model, len(CAPTIONS), 2), len(CAPTIONS)
@@ -122,16 +119,19 @@ def test_a_base_in_bfloat16_has_adapters_in_float32(
         sizes[parameter.dtype == torch.bfloat16] += parameter.numel() * (not parameter.requires_grad)
     # Norms of queries and keys, and the like, may stay in float32.
     assert sizes[True] > 20 * sizes[False]
+    computed_in: set[torch.dtype] = set()
+    for layer in filter(is_adapter, model.unet.modules()):
+        layer.register_forward_hook(lambda layer, given, out: computed_in.add(out.dtype))
     with torch.no_grad():
         wanted, losses = per_example_loss(exact, *given), per_example_loss(model, *given)
-    assert losses.dtype == torch.float32
+    assert losses.dtype == torch.float32 and computed_in == {getattr(torch, computed)}
     assert torch.allclose(losses, wanted, rtol=0.02) and not torch.equal(losses, wanted)
-    # The engine and a loop over single examples, both in bfloat16.
-    rows = one_by_one(model, lambda i: per_example_loss(model, *_only(given, i)), examples)
+    # The engine and a loop over single examples, both in the same precision.
+    rows = one_by_one(model, lambda i: per_example_loss(model, *only(given, i)), examples)
     engine = ClippedGradientSum(model, Clip(2, math.inf))
     engine.add(per_example_loss(model, *given))
     error = (engine.total() - rows.sum(0).double()).norm() / rows.sum(0).norm()
-    assert float(error) < 0.05
+    assert float(error) < (0.05 if computed == "bfloat16" else 1e-4)
     engine.detach()
     images = sample.draw(model, torch.arange(2), SamplerConfig(name="pipeline", steps=2), 0, "off").images
     assert images.std() > 5
@@ -153,12 +153,6 @@ def _feed_forward(kind: str) -> list[str]:
         "flux2_klein": "linear_out",
     }
     return [ends.get(kind, "proj_mlp" if kind.startswith(("flux", "chroma")) else "ff.net.2")]
-
-
-def _only(given: Draws, i: int) -> Draws:
-    latents, labels, timesteps, noise = given
-    one = slice(i, i + 1)
-    return latents[one], labels[one], timesteps[one], noise[one]
 
 
 @pytest.mark.parametrize("kind", PIPELINES)
@@ -280,6 +274,21 @@ BROKEN: dict[str, tuple[str, Callable[[Path], object], str]] = {
         "sdxl",
         lambda f: _edit(f / "unet" / "config.json", time_cond_proj_dim=8),
         "time_cond_proj_dim=8",
+    ),
+    "weights of four bits": (
+        "flux",
+        lambda f: _edit(
+            f / "transformer" / "config.json",
+            quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True},
+        ),
+        "has weights that bitsandbytes quantised",
+    ),
+    "a text encoder of eight bits": (
+        "flux",
+        lambda f: _edit(
+            f / "text_encoder_2" / "config.json", quantization_config={"quant_method": "torchao"}
+        ),
+        "has weights that torchao quantised",
     ),
     "latents that do not fit": (
         "sd3",

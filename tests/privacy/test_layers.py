@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
+from dp_lora.errors import UserError
 from dp_lora.privacy.gradients import ClippedGradientSum
 from dp_lora.privacy.plan import Clip
 
@@ -38,3 +45,35 @@ def test_an_adapter_that_is_switched_off_or_merged_is_added_once_or_not_at_all()
     layer.merge()
     assert torch.allclose(layer(x), adapted, atol=1e-6)
     engine.detach()
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    """A group of one process."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def _tensor_parallel(layer: nn.Module) -> nn.Module:
+    return parallelize_module(layer, init_device_mesh("cpu", (1,)), ColwiseParallel())
+
+
+SHARDED: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "fully_shard": lambda layer: fully_shard(layer, mesh=init_device_mesh("cpu", (1,))),
+    "FSDP": lambda layer: FullyShardedDataParallel(
+        layer, use_orig_params=True, device_id=torch.device("cpu")
+    ),
+    "tensor parallelism": _tensor_parallel,
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch, about a group of one
+@pytest.mark.parametrize("how", SHARDED)
+def test_a_part_that_is_sharded_over_processes_is_refused(how: str, alone: None) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4)))
+    ClippedGradientSum(model, Clip(1, 1.0)).detach()
+    model[1][0] = SHARDED[how](model[1][0])  # type: ignore[index]
+    with pytest.raises(UserError, match=r"^1\.0.*: is sharded over processes \(FSDP\)") as caught:
+        ClippedGradientSum(model, Clip(1, 1.0))
+    assert "\n" not in str(caught.value) and "expected" in str(caught.value)

@@ -12,7 +12,8 @@ import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 
-from dp_lora.records.card import COVERS, DOES_NOT_COVER, TextToImage, model_card, no_guarantee
+from dp_lora.records.card import TextToImage, model_card, no_guarantee
+from dp_lora.records.coverage import COVERS, DOES_NOT_COVER
 from tests.builders.statement import RECORD
 
 

@@ -1,0 +1,61 @@
+"""What a guarantee covers and what it does not, in the words of privacy.json and of an adapter's card."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+COVERS = (
+    "The training of the adapter: the released weights, and everything computed from them alone, such as "
+    "generated images, are (epsilon, delta)-differentially private with respect to one private training "
+    "image with its label.",
+    "The values logged during the private training: the epsilon spent, the learning rate, the norm of the "
+    "noised update, the signal-to-noise estimated from it and, where asked for, the loss that the noised sum "
+    "tells.",
+)
+"""The guarantee's coverage, for privacy.json and the card, where one image is protected."""
+
+DOES_NOT_COVER = (
+    "Metrics computed on private or held-out images, such as distances and accuracies in result.json.",
+    "Hyper-parameters chosen by looking at such metrics: every further training run on the same images "
+    "spends its own epsilon.",
+    "The public data of the pre-training, which has no protection.",
+    "A person with several images in the private set: the unit of privacy is one image; for n images of "
+    "one person epsilon grows n times and delta by more than that.",
+    'The names of the classes, and, where the adjacency is "zero out one image", the number of training '
+    "images.",
+    "How long steps take and how much memory they use, as seen by whoever watches the machine.",
+    "What `dp-lora export` leaves behind of a run, above all its checkpoint/ folder, which holds the noise "
+    "key and must stay private.",
+)
+"""The limits of the guarantee, for privacy.json and the card."""
+
+COVERS_PERSONS = (
+    "The training of the adapter: the released weights, and everything computed from them alone, such as "
+    "generated images, are (epsilon, delta)-differentially private with respect to one person with all of "
+    "their training images, captions and labels, however many these are.",
+    COVERS[1],
+)
+"""The same where a person is protected."""
+
+DOES_NOT_COVER_PERSONS = (
+    *DOES_NOT_COVER[:3],
+    "Whoever is to be seen in images of somebody else, and persons who belong together, such as a family: "
+    "the unit of privacy is one person, as the owner of the set told persons apart.",
+    'The names of the classes, and, where the adjacency is "zero out one person", the number of persons. How '
+    "many images there are, in all or of anybody, stays private.",
+    "How long steps and evaluations take and how much memory they use, as seen by whoever watches the "
+    "machine.",
+    DOES_NOT_COVER[-1],
+)
+"""The limits where a person is protected."""
+
+LIVE = (
+    "When each step ended, which follows the size of its batch: W&B got the rows while the job trained "
+    "(tracking.live)."
+)
+"""A further limit if W&B shows a private job live."""
+
+
+def coverage(unit: str) -> tuple[Sequence[str], Sequence[str]]:
+    """The guarantee's coverage and its limits, for one of `schema.UNITS`."""
+    return (COVERS_PERSONS, DOES_NOT_COVER_PERSONS) if unit == "person" else (COVERS, DOES_NOT_COVER)
