@@ -41,6 +41,7 @@ from dp_lora.privacy.batches import poisson_batch
 from dp_lora.privacy.collectives import everyone
 from dp_lora.privacy.executions import ORIGIN, Execution, Executions, Spent
 from dp_lora.privacy.gradients import ClippedGradientSum
+from dp_lora.privacy.layers import refuse_sharded
 from dp_lora.privacy.mechanism import (
     all_reduced,
     microbatches,
@@ -463,6 +464,7 @@ class DPSGD:
 
 def check_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
     """Raises UserError unless `optimizer` is torch's own kind, over the trainable parameters of `module`."""
+    refuse_sharded(module)
     if not isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "accelerator_state"):
         raise UserError(
             f"optimizer={type(optimizer).__name__}: expected a torch.optim.Optimizer as it was made, before "

@@ -31,8 +31,7 @@ from dp_lora.training.numerics import process, start
 from dp_lora.training.receipts import PLAN, check_begun, check_lineage, check_same_plan
 from dp_lora.training.statement import Statement
 
-_WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule",
-             "OptimizedModule")  # fmt: skip
+_WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "OptimizedModule")
 
 
 class HasState(Protocol):

@@ -18,6 +18,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from dp_lora.errors import UserError
 from dp_lora.privacy.gradients import ClippedGradientSum
 from dp_lora.privacy.plan import Clip
+from dp_lora.privacy.step import check_optimizer
 
 
 def adapted_layer(dropout: float = 0.0) -> Any:
@@ -77,3 +78,6 @@ def test_a_part_that_is_sharded_over_processes_is_refused(how: str, alone: None)
     with pytest.raises(UserError, match=r"^1\.0.*: is sharded over processes \(FSDP\)") as caught:
         ClippedGradientSum(model, Clip(1, 1.0))
     assert "\n" not in str(caught.value) and "expected" in str(caught.value)
+    # Also before a training computes anything.
+    with pytest.raises(UserError, match=r"is sharded over processes"):
+        check_optimizer(torch.optim.SGD(model.parameters(), lr=0.1), model)
