@@ -221,7 +221,7 @@ def expected_train_size(data: DataConfig) -> int | None:
 
 def provenance(data: DataConfig, paths: PathsConfig) -> dict[str, Any]:
     """The inputs besides `data` that determine the images: for letters the fonts, [(file name, sha256)]."""
-    if data.name != "letters":
+    if data.name not in ("letters", "letters_by_writer"):
         return {}
     folders: list[str | Path] = [Path(paths.data).expanduser() / "fonts", *letters.SYSTEM_FOLDERS]
     return {"fonts": letters.provenance(letters.find_fonts(folders))}

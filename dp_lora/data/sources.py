@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dp_lora.config.schema import DataConfig, PathsConfig
-from dp_lora.data import archives, folders, letters, tables
+from dp_lora.data import archives, folders, letters, tables, writers
 from dp_lora.data.archives import Tree
 from dp_lora.data.digests import array_digests
 from dp_lora.data.images import (
@@ -70,6 +70,7 @@ _OWN_IMAGES = {
     "mnist5k": "comes with its package",
     "digits": "comes with its package",
     "letters": "is rendered from fonts",
+    "letters_by_writer": "is rendered from fonts",
 }
 """The sets that read no files of the user's."""
 _OF_FILES = ("value_range", "background", "layout", "person_pattern")
@@ -406,10 +407,7 @@ def _emnist_archive(tree: Tree, request: Request) -> Source | None:
 def _load_letters(request: Request) -> Source:
     """Letters rendered from the fonts in `<paths.data>/fonts` and on the system, a random stream a role."""
     data = request.data
-    if not 8 <= data.image_size <= 256:
-        raise UserError(
-            f"{request.field}.image_size={data.image_size}: letters are rendered at 8 to 256 pixels"
-        )
+    _check_side(request)
     wanted = wanted_classes(letters.CLASSES, request)
     fonts = letters.find_fonts([request.folder / "fonts", *letters.SYSTEM_FOLDERS])
     glyphs = letters.load_glyphs(fonts)
@@ -421,6 +419,24 @@ def _load_letters(request: Request) -> Source:
         parts.append(part_of(images[:, None], labels))
     train, validation, test = parts
     return Source(letters.CLASSES, train, validation, test)
+
+
+def _load_letters_by_writer(request: Request) -> Source:
+    """Letters of writers who do not exist, each of whom is a person."""
+    _check_side(request)
+    wanted = wanted_classes(letters.CLASSES, request)
+    glyphs = letters.load_glyphs(letters.find_fonts([request.folder / "fonts", *letters.SYSTEM_FOLDERS]))
+    kept = np.array([letters.CLASSES.index(name) for name in wanted])
+    images, labels, owners = writers.render(glyphs, writers.writers(glyphs), 0, request.data.image_size, kept)
+    names = np.array([f"writer {number}" for number in range(writers.WRITERS)], dtype=object)
+    part = part_of(images[:, None], labels)._replace(persons=names[owners], digests=array_digests(images))
+    return Source(letters.CLASSES, part, own=True)
+
+
+def _check_side(request: Request) -> None:
+    size = request.data.image_size
+    if not 8 <= size <= 256:
+        raise UserError(f"{request.field}.image_size={size}: letters are rendered at 8 to 256 pixels")
 
 
 def _rendered(request: Request, name: str) -> int:
@@ -468,6 +484,7 @@ LOADERS: dict[str, Callable[[Request], Source]] = {
     "mnist": _load_mnist,
     "fashion_mnist": _load_fashion_mnist,
     "letters": _load_letters,
+    "letters_by_writer": _load_letters_by_writer,
     "imagefolder": _load_imagefolder,
     **dict.fromkeys(PUBLISHED, _load_published),
 }

@@ -64,7 +64,7 @@ def _one_by_one(patched: pytest.MonkeyPatch) -> None:
 
 
 def _found(trained: Trained) -> bool:
-    """Whether the audit accuses the engine: by a lower bound above the claim, or by the tests of the noise."""
+    """Whether the audit accuses the engine, by a lower bound above the claim or by the tests of the noise."""
     plan = _plan()
     at = bounds.thresholds(plan.mechanism, trained.noise_factor)
     outcomes = [bounds.Outcome.of(trained.scores, trained.included, threshold) for threshold in at]
@@ -74,14 +74,14 @@ def _found(trained: Trained) -> bool:
 
 
 def test_correct_runs_for_persons_are_not_accused(audited: Callable[[int], Trained]) -> None:
-    """Each is accused with a probability of 6 % at most: more than three of six are a chance of 2 in 10,000."""
+    """Each may be accused with a probability of 6 %: more than three of six are a chance of 2 in 10,000."""
     assert sum(_found(audited(seed)) for seed in range(6)) <= 3
 
 
 def test_images_that_are_sampled_one_by_one_are_found(
     audited: Callable[[int], Trained], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All of six. Of 60 audits all 60 found it: with 95 % confidence it is found with a probability of 95 %."""
+    """All of six; 60 of 60 did, so that the probability is 95 % at least, with a confidence of 95 %."""
     _one_by_one(monkeypatch)
     assert all(_found(audited(seed)) for seed in range(10, 16))
 
