@@ -21,7 +21,7 @@ from dp_lora.privacy.gradients import ClippedGradientSum
 from dp_lora.privacy.persons import Persons
 from dp_lora.privacy.plan import make_plan
 from dp_lora.privacy.randomness import Randomness
-from dp_lora.training import finetune
+from dp_lora.training import finetune, tuning
 from dp_lora.training.inputs import digest
 from tests.builders.architectures import stable_diffusion
 from tests.builders.finetuning import SEEDED, SHORT, Crash, Given, crashing, given
@@ -30,6 +30,7 @@ from tests.builders.tiny import TINY, composed
 pytestmark = pytest.mark.usefixtures("unchecked")
 
 IMAGES, PEOPLE = 400, 60
+CHECK_ENGINE = finetune.check_engine
 
 
 def _owners() -> Tensor:
@@ -164,6 +165,24 @@ def test_whose_the_images_are_is_part_of_what_a_training_begins_from(job: Given)
         for persons in (None, Persons(_owners()), Persons(changed))
     }
     assert len(found) == 3
+
+
+def test_the_preflight_tries_draws_of_several_images(
+    job: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = set[int]()
+    loss = tuning.per_example_loss
+
+    def seen(model: Any, latents: Tensor, labels: Tensor, *rest: Any) -> Tensor:
+        shapes.add(latents.dim())
+        assert labels.dim() == latents.dim() - 3
+        return loss(model, latents, labels, *rest)
+
+    monkeypatch.setattr(tuning, "per_example_loss", seen)
+    CHECK_ENGINE(job.config, job.model(), job.plan)
+    assert shapes == {5}
+    CHECK_ENGINE(job.config, job.model(), dataclasses.replace(job.plan, unit="image"))
+    assert shapes == {4, 5}
 
 
 def test_the_plan_and_the_sampler_speak_of_the_same_examples(job: Given, tmp_path: Path) -> None:
