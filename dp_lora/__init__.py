@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dp_lora.errors import PlanError as PlanError
     from dp_lora.errors import UserError as UserError
+    from dp_lora.privacy.persons import Persons as Persons
     from dp_lora.privacy.plan import PrivacyPlan as PrivacyPlan
     from dp_lora.privacy.plan import make_plan as make_plan
     from dp_lora.privacy.preflight import PreflightError as PreflightError
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Draws": "privacy.step",
     "Microbatch": "privacy.step",
+    "Persons": "privacy.persons",
     "PlanError": "errors",
     "PreflightError": "privacy.preflight",
     "PrivacyPlan": "privacy.plan",

@@ -123,21 +123,20 @@ class SetBill:
         spent = f"epsilon {self.other_epsilon:.4g} at delta {self.delta:g}"
         if self.unit == "person":
             return [f"for one image: {spent}, since a run for persons covers an image {as_group}"]
-        singles = _count(private - self.runs_for_persons, "run")
+        singles = f"runs for single images ({private - self.runs_for_persons})"
         lines = []
         if self.runs_for_persons:
-            persons = _count(self.runs_for_persons, "run")
-            lines.append(f"of these {persons} protect persons, and count for one image {as_group}")
+            lines.append(f"runs for persons ({self.runs_for_persons}) count for one image {as_group}")
         if self.images_per_person is None:
             lines.append(
-                f"for a person with all of their images: not bounded, since {singles} protect single images; "
+                f"for a person with all of their images: not bounded, because of {singles}; "
                 "--images-per-person states the most that a person has"
             )
         else:
             most = self.images_per_person
             lines.append(
-                f"for a person with at most {most} images, as stated: {spent}, {singles} for images counted "
-                f"as {most} images at once (mixture of Gaussians)"
+                f"for a person with at most {most} images, as stated: {spent}, with {singles} counted as "
+                f"{most} images at once (mixture of Gaussians)"
             )
         return lines
 

@@ -153,8 +153,14 @@ def _spent(configs: Sequence[Config]) -> str:
 
 
 def _together(configs: Sequence[Config]) -> str | None:
-    """A bound on what these spend together, in words; None where a given noise stands on unknown images."""
+    """A bound on what these spend together, in words; None where a given noise stands on unknown images.
+
+    None, too, where some protect an image and others a person: the bill says what that comes to.
+    """
     from dp_lora.privacy.accounting import composed
+
+    if len({config.privacy.unit for config in configs}) > 1:
+        return None
 
     mechanisms = [_mechanism_of(config) for config in configs]
     if mechanisms and None not in mechanisms:

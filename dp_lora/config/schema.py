@@ -55,8 +55,8 @@ class DataConfig:
     """One image set. The same schema serves the private set (`data`) and the public one (`public_data`)."""
 
     name: str = MISSING
-    """Which loader: mnist5k, digits, mnist, fashion_mnist, letters, pictures, letters_pictures, imagefolder,
-    cifar10, celeba, celebahq, emnist_letters or imagenet."""
+    """Which loader: mnist5k, digits, mnist, fashion_mnist, letters, letters_by_writer, pictures,
+    letters_pictures, imagefolder, cifar10, celeba, celebahq, emnist_letters or imagenet."""
     public: bool = False
     """Whether anybody may see it: only then may losses on it be logged."""
     source: str | None = None

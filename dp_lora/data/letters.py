@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -59,7 +59,7 @@ _CHUNK = 256
 
 @dataclass(frozen=True)
 class Glyphs:
-    """A bank of G glyphs: letters of one or more fonts.
+    """A bank of G glyphs: letters of one or more fonts, all 52 of one font after those of another.
 
     fields: int8 [G, 64, 64], signed distance to the outline in eighths of a pixel, positive inside.
     centres: float32 [G, 2], centre of mass (x, y). hulls: float32 [G, 16, 2], the glyph's extreme points
@@ -212,17 +212,42 @@ def _choose(glyphs: Glyphs, labels: np.ndarray, rng: np.random.Generator) -> np.
 
 def _draw(glyphs: Glyphs, chosen: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
     """uint8 [B, size, size]: each chosen glyph deformed by draws of its own."""
-    unit = 1.0 if 28 <= size <= 32 else size / 28
-    affine = _affine(len(chosen), rng)
+    count = len(chosen)
+    strokes = Strokes(
+        _affine(count, rng),
+        rng.uniform(0.87, 0.97, count).astype(np.float32),
+        rng.normal(0, 0.9 * _pixel(size), (count, 2, 5, 5)).astype(np.float32),
+        np.exp(rng.normal(np.log(1.52), 0.22, count)).astype(np.float32),
+    )
+    return ink(glyphs, chosen, size, strokes)
+
+
+class Strokes(NamedTuple):
+    """How B glyphs are deformed.
+
+    affine: float32 [B, 2, 2]. share: float32 [B], of the 20 pixels that the longest side may take. moves:
+    float32 [B, 2, 5, 5], of the knots of a smooth warp, in pixels. pen: float32 [B], half the width of a
+    stroke, in pixels of 28.
+    """
+
+    affine: np.ndarray
+    share: np.ndarray
+    moves: np.ndarray
+    pen: np.ndarray
+
+
+def ink(glyphs: Glyphs, chosen: np.ndarray, size: int, strokes: Strokes) -> np.ndarray:
+    """uint8 [B, size, size]: the `chosen` glyphs [B], deformed by `strokes`."""
+    unit, affine = _pixel(size), strokes.affine
     corners = np.einsum("bij,bkj->bki", affine, glyphs.hulls[chosen])
     longest = np.ptp(corners, axis=1).max(axis=1)
-    scale = unit * 20.0 * rng.uniform(0.87, 0.97, len(chosen)).astype(np.float32) / longest
+    scale = unit * 20.0 * strokes.share / longest
     inverse = np.linalg.inv(affine * scale[:, None, None])
-    points = _warped_grid(len(chosen), size, unit, rng)
+    points = _warped_grid(strokes.moves, size, unit)
     where = np.einsum("bij,bjp->bip", inverse, points) + glyphs.centres[chosen][:, :, None]
     distance = _sample(glyphs.fields, chosen, where) * (scale / _UNIT)[:, None]
     native = glyphs.half_strokes[chosen] * scale
-    wanted = unit * np.exp(rng.normal(np.log(1.52), 0.22, len(chosen))).astype(np.float32)
+    wanted = unit * strokes.pen
     # A pen much thinner than the font's own would break its hairlines, so it loses at most a part.
     grow = np.clip(wanted - native, -0.35 * native, 1.2 * unit)
     cover = np.clip(0.5 + (distance + grow[:, None]) / 1.3, 0, 1)
@@ -230,27 +255,35 @@ def _draw(glyphs: Glyphs, chosen: np.ndarray, size: int, rng: np.random.Generato
     return images
 
 
+def _pixel(size: int) -> float:
+    return 1.0 if 28 <= size <= 32 else size / 28
+
+
 def _affine(count: int, rng: np.random.Generator) -> np.ndarray:
     """float32 [B, 2, 2]: rotation (sd 0.12 rad) of a shear (sd 0.2) of a stretch (sd 12 %)."""
-    angle, shear, stretch = rng.normal(size=(3, count)) * np.array([[0.12], [0.2], [0.12]])
+    return affine_of(*rng.normal(size=(3, count)) * np.array([[0.12], [0.2], [0.12]]))
+
+
+def affine_of(angle: np.ndarray, shear: np.ndarray, stretch: np.ndarray) -> np.ndarray:
+    """float32 [B, 2, 2]: rotation by `angle` [B], in radians, of a `shear` [B] of a `stretch` [B]."""
     cos, sin, wide = np.cos(angle), np.sin(angle), np.exp(stretch)
     rotation = np.stack([cos, -sin, sin, cos], axis=1).reshape(-1, 2, 2)
-    sheared = np.stack([wide, -shear / wide, np.zeros(count), 1 / wide], axis=1).reshape(-1, 2, 2)
+    sheared = np.stack([wide, -shear / wide, np.zeros(len(wide)), 1 / wide], axis=1).reshape(-1, 2, 2)
     affine: np.ndarray = (rotation @ sheared).astype(np.float32)
     return affine
 
 
-def _warped_grid(count: int, size: int, unit: float, rng: np.random.Generator) -> np.ndarray:
-    """float32 [B, 2, size^2]: pixels (x, y) about pixel size / 2, as in MNIST, moved smoothly at random."""
+def _warped_grid(moves: np.ndarray, size: int, unit: float) -> np.ndarray:
+    """float32 [B, 2, size^2]: pixels (x, y) about pixel size / 2, as in MNIST, smoothly moved."""
     axis = np.arange(size, dtype=np.float32) - size / 2
     knots = np.linspace(-14, 14, 5) * unit
     basis = np.exp(-0.5 * ((axis[:, None] - knots) / (5.0 * unit)) ** 2).astype(np.float32)
-    moves = rng.normal(0, 0.9 * unit, (count, 2, 5, 5)).astype(np.float32)
     field = basis @ moves @ basis.T
     field -= field.mean(axis=(2, 3), keepdims=True)
     field[:, 0] += axis[None, None, :]
     field[:, 1] += axis[None, :, None]
-    return field.reshape(count, 2, size * size)
+    points: np.ndarray = field.reshape(len(moves), 2, size * size)
+    return points
 
 
 def _sample(fields: np.ndarray, chosen: np.ndarray, where: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Loaders of the public sets that are rendered: letters from fonts, clip art and emoji, and both together."""
+"""Loaders of the sets that are rendered: letters from fonts, clip art and emoji, and both together."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from dp_lora.config.schema import DataConfig
-from dp_lora.data import letters, pictures
+from dp_lora.data import letters, pictures, writers
+from dp_lora.data.digests import array_digests
 from dp_lora.data.images import ROLES, Request, Source, part_of, wanted_classes
 from dp_lora.errors import UserError
 
@@ -21,16 +22,24 @@ _Drawn = tuple[np.ndarray, np.ndarray]
 def load_letters(request: Request) -> Source:
     """Letters rendered from the fonts in `<paths.data>/fonts` and on the system, a random stream a role."""
     data = request.data
-    if not 8 <= data.image_size <= 256:
-        raise UserError(
-            f"{request.field}.image_size={data.image_size}: letters are rendered at 8 to 256 pixels"
-        )
+    _check_side(request)
     kept = _indices(letters.CLASSES, wanted_classes(letters.CLASSES, request))
     bank = _glyphs(request)
     return _source(
         letters.CLASSES,
         [_letters(bank, _count(request, name), role, data, kept) for role, name in enumerate(_SIZES)],
     )
+
+
+def load_letters_by_writer(request: Request) -> Source:
+    """Letters of writers who do not exist, each of whom is a person."""
+    _check_side(request)
+    glyphs = _glyphs(request)
+    kept = np.array(_indices(letters.CLASSES, wanted_classes(letters.CLASSES, request)))
+    images, labels, owners = writers.render(glyphs, writers.writers(glyphs), 0, request.data.image_size, kept)
+    names = np.array([f"writer {number}" for number in range(writers.WRITERS)], dtype=object)
+    part = part_of(images[:, None], labels)._replace(persons=names[owners], digests=array_digests(images))
+    return Source(letters.CLASSES, part, own=True)
 
 
 def load_pictures(request: Request) -> Source:
@@ -107,6 +116,12 @@ def _count(request: Request, name: str) -> int:
             f"{request.field}.{name}={size}: {request.data.name} is rendered; expected a whole number"
         )
     return TRAIN_SIZE if size is None else int(size)
+
+
+def _check_side(request: Request) -> None:
+    size = request.data.image_size
+    if not 8 <= size <= 256:
+        raise UserError(f"{request.field}.image_size={size}: letters are rendered at 8 to 256 pixels")
 
 
 def _check_size(request: Request) -> None:

@@ -223,7 +223,7 @@ def provenance(data: DataConfig, paths: PathsConfig) -> dict[str, Any]:
     """The inputs besides `data` that determine the images: (file name, sha256) of fonts and pictures."""
     inputs: dict[str, Any] = {}
     place = Path(paths.data).expanduser()
-    if data.name in ("letters", "letters_pictures"):
+    if data.name in ("letters", "letters_by_writer", "letters_pictures"):
         folders: list[str | Path] = [place / "fonts", *letters.SYSTEM_FOLDERS]
         inputs["fonts"] = letters.provenance(letters.find_fonts(folders))
     if data.name in ("pictures", "letters_pictures"):

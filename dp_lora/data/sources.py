@@ -68,6 +68,7 @@ _OWN_IMAGES = {
     "letters": "is rendered from fonts",
     "pictures": "is rendered from clip art",
     "letters_pictures": "is rendered from fonts and clip art",
+    "letters_by_writer": "is rendered from fonts",
 }
 """The sets that read no files of the user's."""
 _OF_FILES = ("value_range", "background", "layout", "person_pattern")
@@ -438,6 +439,7 @@ LOADERS: dict[str, Callable[[Request], Source]] = {
     "mnist": _load_mnist,
     "fashion_mnist": _load_fashion_mnist,
     "letters": rendered.load_letters,
+    "letters_by_writer": rendered.load_letters_by_writer,
     "pictures": rendered.load_pictures,
     "letters_pictures": rendered.load_letters_pictures,
     "imagefolder": _load_imagefolder,

@@ -64,7 +64,8 @@ def content_of(images: ImageSplits, key: str) -> dict[str, Any]:
     roles = [digests(part) for part in images]
     labels = [part.labels[:, None].astype("<i8").view(np.uint8) for part in images]
     captions = [_texts(part.captions, len(part)) for part in images]
-    persons = [_texts(part.persons, len(part)) for part in images]
+    whose = [_texts(part.persons, len(part)) for part in images]
+    known = all(part.persons is not None for part in images)
 
     def keyed(*parts: bytes) -> str:
         mac = hmac.new(bytes.fromhex(key), digestmod=hashlib.sha256)
@@ -74,6 +75,7 @@ def content_of(images: ImageSplits, key: str) -> dict[str, Any]:
             mac.update(part)
         return mac.hexdigest()
 
+    persons = {"persons": keyed(*(_sorted(np.hstack(both)) for both in zip(roles, whose, strict=True)))}
     return {
         "key": key,
         "classes": list(images.train.classes),
@@ -82,9 +84,9 @@ def content_of(images: ImageSplits, key: str) -> dict[str, Any]:
         "roles": keyed(*(_sorted(part) for part in roles)),
         "labels": keyed(*(_sorted(np.hstack(both)) for both in zip(roles, labels, strict=True))),
         "captions": keyed(*(_sorted(np.hstack(both)) for both in zip(roles, captions, strict=True))),
-        "persons": keyed(*(_sorted(np.hstack(both)) for both in zip(roles, persons, strict=True))),
         "order": keyed(*(part.tobytes() for part in roles)),
         "prepared": keyed(*(_prepared(part) for part in images)),
+        **(persons if known else {}),
     }
 
 
@@ -114,12 +116,12 @@ def _texts(texts: np.ndarray | None, count: int) -> np.ndarray:
 def changes(images: ImageSplits, record: dict[str, Any]) -> list[str]:
     """Lists in words what of `images` is not as in `record`; empty if nothing differs.
 
-    Records of earlier versions say nothing of the prepared pixels or of persons, and are compared in all
-    else.
+    Records of earlier versions say nothing of the prepared pixels, and none of persons where nobody asked
+    whose the images are: all else is compared.
     """
     now = content_of(images, record["key"])
-    record = {name: now[name] for name in ("prepared", "persons")} | record
-    different = [name for name in _SAID if now[name] != record[name]]
+    now, record = {**record, **now}, {**now, **record}
+    different = [name for name in _SAID if now.get(name) != record.get(name)]
     # The first of the rest has the others in its wake, and other names of classes have all but two.
     first = next((name for name in different if name != "classes"), None)
     if "classes" not in different:

@@ -57,15 +57,12 @@ COVERS = (
     "The metrics that begin with dp_ in result.json: (epsilon, delta)-differentially private with respect to "
     "{one}, as the division into training and held-out {unit}s stands."
 )
-_ONE = {
-    "image": "one held-out image with its label",
-    "person": "one held-out person with all of their images and labels",
-}
 
 
 def covers(unit: str) -> str:
     """What the budget of a release covers, for one of `schema.UNITS`."""
-    return COVERS.format(one=_ONE[unit], unit=unit)
+    all_of_it = "all of their images and labels" if unit == "person" else "its label"
+    return COVERS.format(one=f"one held-out {unit} with {all_of_it}", unit=unit)
 
 
 class Counts:

@@ -361,7 +361,8 @@ def check_engine(config: Config, model: LatentDiffusion, plan: PrivacyPlan) -> N
     In float32, where errors of the engine stand out from those of rounding, and in the run's own precision.
     """
     examples, device = 4, next(model.unet.parameters()).device
-    losses = tuning.synthetic_losses(model, examples, plan.noise_multiplicity, config.seed)
+    apart = plan.unit == "person"
+    losses = tuning.synthetic_losses(model, examples, plan.noise_multiplicity, config.seed, apart=apart)
     low = model.source is not None and model.source.computes_low(device)
     preflight(model, losses, plan, examples, **({"tolerance": _BFLOAT16_TOLERANCE} if low else {}))
     if config.train.precision == "bfloat16":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -34,16 +35,21 @@ _KEPT = "microbatch.json"
 _LEAVES = (nn.Conv1d, nn.Conv2d, nn.Linear, nn.Embedding, nn.GroupNorm, nn.LayerNorm)
 
 
-def synthetic_losses(model: LatentDiffusion, examples: int, k: int, seed: int) -> Callable[[slice], Tensor]:
-    """Losses [n] of the synthetic examples of a slice, from draws that do not depend on the slice."""
+def synthetic_losses(
+    model: LatentDiffusion, examples: int, k: int, seed: int, *, apart: bool = False
+) -> Callable[[slice], Tensor]:
+    """Losses [n] of the synthetic examples of a slice, from draws that do not depend on the slice.
+
+    apart: each draw of an example has an image of its own, as those of a person do.
+    """
     device = next(model.unet.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    shape = (examples, *model.latent_shape)
-    latents = torch.randn(shape, generator=generator).to(device)
-    labels = (torch.arange(examples) % len(model.classes)).to(device)
+    each = (examples, k) if apart else (examples,)
+    latents = torch.randn((*each, *model.latent_shape), generator=generator).to(device)
+    labels = (torch.arange(math.prod(each)) % len(model.classes)).view(each).to(device)
     steps = model.process.num_timesteps
     timesteps = torch.randint(steps, (examples, k), generator=generator).to(device)
-    noise = torch.randn((examples, k, *shape[1:]), generator=generator).to(device)
+    noise = torch.randn((examples, k, *model.latent_shape), generator=generator).to(device)
 
     def losses(chosen: slice) -> Tensor:
         return per_example_loss(model, latents[chosen], labels[chosen], timesteps[chosen], noise[chosen])
@@ -131,7 +137,8 @@ def fits(model: LatentDiffusion, plan: PrivacyPlan, train: TrainConfig, size: in
     engine = ClippedGradientSum(model, plan.clip)
     device = next(model.unet.parameters()).device
     try:
-        losses = synthetic_losses(model, size, plan.noise_multiplicity, seed=0)
+        apart = plan.unit == "person"
+        losses = synthetic_losses(model, size, plan.noise_multiplicity, seed=0, apart=apart)
         with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bfloat16"):
             computed = losses(slice(None))
         engine.add(computed)
@@ -201,7 +208,8 @@ def arrange(model: LatentDiffusion, plan: PrivacyPlan, train: TrainConfig, micro
 
 def _compile(model: LatentDiffusion, plan: PrivacyPlan, train: TrainConfig, microbatch: int) -> None:
     device = next(model.unet.parameters()).device
-    losses = synthetic_losses(model, microbatch, plan.noise_multiplicity, seed=0)
+    apart = plan.unit == "person"
+    losses = synthetic_losses(model, microbatch, plan.noise_multiplicity, seed=0, apart=apart)
     low = train.precision == "bfloat16"
 
     def clipped_sum() -> Tensor:

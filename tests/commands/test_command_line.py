@@ -58,7 +58,7 @@ SWEEPS = (
 DRAWS = "one of k1, k2, k4, k8, k12, k16, k32"
 SETS = (
     "one of celeba32, celeba64, celebahq256, cifar10, digits, emnist_letters, fashion_mnist, imagefolder, "
-    "imagenet32, imagenet64, letters, letters_heldout, mnist, mnist5k"
+    "imagenet32, imagenet64, letters, letters_by_writer, letters_heldout, mnist, mnist5k"
 )
 MODELS = "one of celeba32, celeba64, cifar10, cin256, ldm4, ldm32, lsun_churches256, mnist, tiny8"
 OUTPUTS = "a run makes its own directory below paths.outputs; expected paths.outputs="

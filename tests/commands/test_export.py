@@ -165,8 +165,9 @@ TEXTS = {
         f"{data}.{name}"
         for data in ("data", "public_data")
         for name in ("name", "resample", "attribute", "image_column", "label_column", "caption_column",
-                     "classes", "background", "layout")
+                     "person_column", "classes", "background", "layout")
     ),
+    *("privacy.unit", "public_data.person_pattern"),  # the latter is null in every configuration
 }  # fmt: skip
 """Settings that hold words and may leave: choices, labels, and names of columns and classes."""
 

@@ -13,7 +13,7 @@ import torch
 
 from dp_lora.auditing.audit import audit
 from dp_lora.auditing.options import Options
-from dp_lora.jobs import stages
+from dp_lora.jobs import release, stages
 from dp_lora.jobs.release import Counts
 from dp_lora.privacy import step as algorithm
 from dp_lora.privacy.ledger import Ledger
@@ -44,7 +44,16 @@ def job(cache: Path, tmp_path: Path) -> Callable[..., int]:
     return run
 
 
-def test_all_stages_run_from_a_metadata_file(job: Callable[..., int], tmp_path: Path) -> None:
+def test_all_stages_run_from_a_metadata_file(
+    job: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noised, rows = release.noised_sum, list[torch.Tensor]()
+
+    def see(given: torch.Tensor, *rest: Any) -> torch.Tensor:
+        rows.append(given)
+        return noised(given, *rest)
+
+    monkeypatch.setattr(release, "noised_sum", see)
     words = (*PERSONS, "data.test_size=0.4", "evaluation.release=dp", "evaluation.extractors=[]",
              "evaluation.classifier_epochs=1")  # fmt: skip
     assert job(*words) == 0
@@ -56,6 +65,7 @@ def test_all_stages_run_from_a_metadata_file(job: Callable[..., int], tmp_path: 
     assert privacy["adjacency"].startswith("zero out one person, the number of persons is public")
     assert any("one person with all of their training images" in line for line in privacy["covers"])
     assert "one held-out person with all of their images" in privacy["release"]["covers"]
+    assert [len(one) for one in rows] == [40 - persons], "one row for each held-out person"
     assert found["seconds"].keys() == {"sample"} and found["peak_memory_bytes"] is None
     body = (directory / "adapter/README.md").read_text().split("---\n", 2)[2]
     assert "**Protects each person with all of their images**" in "\n".join(body.splitlines()[:6])

@@ -13,6 +13,7 @@ from torch import Tensor
 from dp_lora.data.sets import ImageSplits
 from dp_lora.models import adapters
 from dp_lora.models.diffusion import per_example_loss
+from dp_lora.models.folders import load
 from dp_lora.models.latents import Latents
 from dp_lora.privacy import step as algorithm
 from dp_lora.privacy.executions import Executions
@@ -20,13 +21,16 @@ from dp_lora.privacy.gradients import ClippedGradientSum
 from dp_lora.privacy.persons import Persons
 from dp_lora.privacy.plan import make_plan
 from dp_lora.privacy.randomness import Randomness
-from dp_lora.training import finetune
+from dp_lora.training import finetune, tuning
 from dp_lora.training.inputs import digest
-from tests.builders.finetuning import Crash, Given, crashing, given
+from tests.builders.architectures import stable_diffusion
+from tests.builders.finetuning import SEEDED, SHORT, Crash, Given, crashing, given
+from tests.builders.tiny import TINY, composed
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
 IMAGES, PEOPLE = 400, 60
+CHECK_ENGINE = finetune.check_engine
 
 
 def _owners() -> Tensor:
@@ -163,8 +167,58 @@ def test_whose_the_images_are_is_part_of_what_a_training_begins_from(job: Given)
     assert len(found) == 3
 
 
+def test_the_preflight_tries_draws_of_several_images(
+    job: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = set[int]()
+    loss = tuning.per_example_loss
+
+    def seen(model: Any, latents: Tensor, labels: Tensor, *rest: Any) -> Tensor:
+        shapes.add(latents.dim())
+        assert labels.dim() == latents.dim() - 3
+        return loss(model, latents, labels, *rest)
+
+    monkeypatch.setattr(tuning, "per_example_loss", seen)
+    CHECK_ENGINE(job.config, job.model(), job.plan)
+    assert shapes == {5}
+    CHECK_ENGINE(job.config, job.model(), dataclasses.replace(job.plan, unit="image"))
+    assert shapes == {4, 5}
+
+
 def test_the_plan_and_the_sampler_speak_of_the_same_examples(job: Given, tmp_path: Path) -> None:
     image = dataclasses.replace(job.plan, unit="image")
     with pytest.raises(AssertionError):
         _run(dataclasses.replace(job, plan=image), tmp_path)
     assert ClippedGradientSum is algorithm.ClippedGradientSum
+
+
+def test_a_caption_follows_the_image_that_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captions are told by the numbers of their images: those that the latents of the same rows have."""
+    captions = [f"scan {i}" for i in range(30)]
+    config = composed(
+        *TINY, *SHORT, SEEDED, "trainable=lora_alone", "train.max_steps=2", "noise_multiplicity=k4"
+    )
+    config.lora.target_modules = ["to_k", "to_v"]
+    model = load(stable_diffusion(tmp_path / "sd"), "a {}")
+    model.new_classes(["cat", "dog"], torch.Generator())
+    adapters.attach(model, config.trainable.components, config.lora, seed=0)
+    # The latents of image i are i everywhere.
+    mean = torch.arange(30.0).view(-1, 1, 1, 1).expand(30, *model.latent_shape).contiguous()
+    plan = make_plan(
+        num_examples=6, expected_batch_size=3, steps=2, noise_multiplier=0.8, delta=1e-4, max_grad_norm=0.1,
+        noise_multiplicity=4, unit="person",
+    )  # fmt: skip
+    seen = list[Tensor]()
+
+    def loss(model: Any, latents: Tensor, labels: Tensor, *rest: Any) -> Tensor:
+        assert torch.equal(latents[:, :, 0, 0, 0].long(), labels)
+        seen.append(labels)
+        return per_example_loss(model, latents, labels, *rest)
+
+    monkeypatch.setattr(finetune, "per_example_loss", loss)
+    finetune.finetune(
+        config, model, Latents(mean, torch.zeros_like(mean)), torch.zeros(30, dtype=torch.int64), plan,
+        tmp_path / "checkpoint", lambda step, values: None, lambda finished: None, captions=captions,
+        persons=Persons(torch.arange(30) % 6),
+    )  # fmt: skip
+    assert len(torch.cat(seen).unique()) > 6
