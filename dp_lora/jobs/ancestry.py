@@ -18,6 +18,7 @@ from dp_lora.training.receipts import PLAN, read_receipt
 
 if TYPE_CHECKING:
     from dp_lora.data.sets import ImageSplits
+    from dp_lora.privacy.ledger import Charge
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,16 @@ class Training:
     """Whether it was on the images of the run that lists it, or on some of them."""
     unit: str = "image"
     """What its guarantee protects: a value of `privacy.unit`."""
-    held_out: bool = False
-    """Whether it was a release on images that the run that lists it holds out as well."""
+    same_roles: bool = False
+    """Whether it was on just the images of the run that lists it, which trains on the same ones of them."""
+
+    @property
+    def counts(self) -> bool:
+        """Whether a training on the images of the run that lists it adds to what this one spent on one image.
+
+        A release does not if its held-out images are held out by that run as well.
+        """
+        return self.same_images and not (is_release(self) and self.same_roles)
 
     @property
     def mechanism(self) -> Mechanism:
@@ -89,26 +98,25 @@ def behind(run: Path, images: ImageSplits, books: Sequence[Training]) -> list[Tr
         books: what ledger and index have on these images, or on images shared with them.
     """
     record_of(run)
-    last, earlier = _of_run(run), kept(run / "checkpoint")
+    last, earlier = replace(_of_run(run), same_roles=True), kept(run / "checkpoint")
     stated = read_json(run / "privacy.json").get("earlier_trainings", ())
-    if len(stated) > sum(one.same_images and not one.held_out for one in earlier):
+    if len(stated) > sum(one.counts for one in earlier):
         raise Damaged(
             f"{run / 'checkpoint' / START}: says less of earlier trainings than privacy.json; expected it as "
             f"the run wrote it: {WAY_OUT}"
         )
     shared = {one.run for one in books}
-    exactly = is_on(last.directory, images)
+    exactly = is_on(str(run), images) or is_on(last.directory, images)
     same = exactly or last.run in shared
 
     def seen_from_here(one: Training) -> Training:
         on_these = is_on(one.directory, images)
         known = (same and one.same_images) or one.run in shared or on_these
-        held_out = is_release(one) and (on_these or (exactly and one.held_out))
-        return replace(one, same_images=known, held_out=held_out)
+        return replace(one, same_images=known, same_roles=on_these or (exactly and one.same_roles))
 
     found: dict[str, Training] = {}
     for one in (*earlier, last):
-        for part in (*_releases(one, books), one):
+        for part in (*releases(one, books), one):
             found.setdefault(name_of(part), seen_from_here(part))
     return list(found.values())
 
@@ -119,7 +127,7 @@ def is_on(directory: str, images: ImageSplits) -> bool:
     return bool(directory) and (folder / content.NAME).exists() and content.refusal(images, folder) is None
 
 
-def _releases(one: Training, books: Sequence[Training]) -> Iterator[Training]:
+def releases(one: Training, books: Sequence[Training | Charge]) -> Iterator[Training]:
     """The releases on held-out images of the run of a training, by its record, by ledger and by index."""
     if is_release(one):
         return
@@ -140,7 +148,9 @@ def _releases(one: Training, books: Sequence[Training]) -> Iterator[Training]:
             )
     for other in books:
         if other.run.startswith(number):
-            yield replace(other, directory=one.directory)
+            noise = other.mechanism.noise_multiplier
+            part = replace(one, run=other.run, noise_multiplier=noise, sample_rate=1.0, steps=1)
+            yield replace(part, private=other.private)
 
 
 def _of_run(run: Path) -> Training:

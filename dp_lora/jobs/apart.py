@@ -42,7 +42,7 @@ def refuse_shared_images(config: Config, public: ImageSplits, private: ImageSpli
     published sets are what they are, and are not compared.
     """
     rows = (row for part in public for row in both(part.images, part.digests))
-    _refuse_known(config, {row.tobytes() for row in rows}, private)
+    _refuse_known(config, {row.tobytes() for row in rows}, private, config.public_data.source)
 
 
 def refuse_seen(config: Config, folder: Path, private: ImageSplits) -> None:
@@ -51,9 +51,10 @@ def refuse_seen(config: Config, folder: Path, private: ImageSplits) -> None:
     Models of earlier versions, and those that were not made here, have no digests and are not compared.
     """
     path, record = folder / SEEN, folder / "record.json"
+    found = read_json(record) if record.exists() else {}
+    found = found if isinstance(found, dict) else {}
     if not path.exists():
-        found = read_json(record) if record.exists() else {}
-        if isinstance(found, dict) and found.get("digests") == SEEN:
+        if found.get("digests") == SEEN:
             raise UserError(
                 f"{path}: is missing, so the public images of this model cannot be told from the private "
                 "ones; expected it as the pre-training left it"
@@ -65,11 +66,13 @@ def refuse_seen(config: Config, folder: Path, private: ImageSplits) -> None:
         raise UserError(
             f"{path}: cannot be read ({type(error).__name__}); expected what the pre-training left"
         ) from error
-    _refuse_known(config, {row.tobytes() for row in seen}, private)
+    public = found.get("public_data", {})
+    _refuse_known(config, {row.tobytes() for row in seen}, private, public.get("source", "not known"))
 
 
-def _refuse_known(config: Config, known: set[bytes], private: ImageSplits) -> None:
-    if config.data.public or (config.data.source is None and config.public_data.source is None):
+def _refuse_known(config: Config, known: set[bytes], private: ImageSplits, source: str | None) -> None:
+    """`source`: of the public images; None where they are a published set."""
+    if config.data.public or (config.data.source is None and source is None):
         return
     shared = len(known & _digests(private))
     if shared:

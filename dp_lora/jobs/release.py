@@ -40,7 +40,7 @@ from dp_lora.evaluation.images import Images, Labelled, Real, RealPart, checked_
 from dp_lora.evaluation.metrics import inception_score
 from dp_lora.jobs import ancestry, reuse
 from dp_lora.jobs.begun import releases_of, stated_release
-from dp_lora.jobs.spending import charge_release, releases_charged
+from dp_lora.jobs.spending import Books, charge_release, releases_charged
 from dp_lora.privacy import accounting
 from dp_lora.privacy.accounting import Spent
 from dp_lora.privacy.ledger import FILTER
@@ -321,19 +321,24 @@ def _delta(config: Config) -> float:
 
 
 def release_record(
-    training: Mapping[str, Any], config: Config, folder: Path, charged: Mapping[int, Mechanism] | None = None
+    training: Mapping[str, Any],
+    config: Config,
+    folder: Path,
+    charged: Mapping[int, Mechanism] | None = None,
+    earlier: tuple[Sequence[Mechanism], Sequence[Mechanism]] = ((), ()),
 ) -> dict[str, Any]:
     """The entry of privacy.json about the releases of a run, each of which is counted.
 
     `epsilon` and `delta` are for one held-out image or person, as `unit` says, and count the releases on the
-    same images by the runs that this one goes on from. `with_training` is the composition with the training,
-    for one person with an image in each set.
+    same images, and the trainings on them, by the runs that this one goes on from. `with_training` is the
+    composition with the training, for one person with an image in each set.
 
     Args:
         training: the content of privacy.json.
         config: the job.
         folder: the run's private `checkpoint/`.
         charged: the run's releases by number in ledger and index; the record of one may be lost.
+        earlier: releases and trainings on these held-out images by the runs that it goes on from.
     """
     found = {
         one.get("number", place): Mechanism(float(one["noise_multiplier"]), 1.0, 1)
@@ -341,10 +346,10 @@ def release_record(
     }
     mechanisms = [one for _, one in sorted({**(charged or {}), **found}.items())]
     delta, secret = _delta(config), config.privacy.insecure_seed is None
-    earlier = _earlier(folder)
-    spent = _spent(
-        [*earlier, *mechanisms], delta, chosen=bool(earlier) and not config.privacy.fixed_beforehand
-    )
+    releases, trainings = earlier
+    before = [*releases, *trainings]
+    chosen = bool(before) and not config.privacy.fixed_beforehand
+    spent = _spent([*before, *mechanisms], delta, chosen=chosen)
     return {
         "epsilon": spent.epsilon,
         "target_epsilon": config.evaluation.release_epsilon,
@@ -354,18 +359,30 @@ def release_record(
         "noise_multipliers": [one.noise_multiplier for one in mechanisms],
         "sensitivity": 1.0,
         "releases": len(mechanisms),
-        **({"earlier_noise_multipliers": [one.noise_multiplier for one in earlier]} if earlier else {}),
+        **({"earlier_releases": [asdict(one) for one in releases]} if releases else {}),
+        **({"earlier_trainings": [asdict(one) for one in trainings]} if trainings else {}),
         "reference": config.evaluation.reference,
         "unit": config.privacy.unit,
         "reproducible_noise": not secret,
         "covers": covers(config.privacy.unit) if secret else "Nothing: the noise was derived from a seed.",
-        "with_training": _with_training(training, [*earlier, *mechanisms]),
+        "with_training": _with_training(training, [*releases, *mechanisms]),
     }
 
 
-def _earlier(folder: Path) -> list[Mechanism]:
-    """The releases on the same held-out images by the runs that the run of `folder` goes on from."""
-    return [one.mechanism for one in ancestry.kept(folder) if one.same_images and one.held_out]
+def _earlier(config: Config, folder: Path, images: ImageSplits) -> tuple[list[Mechanism], list[Mechanism]]:
+    """What the runs that the run of `folder` goes on from may have spent on the held-out images.
+
+    Their releases, the later ones too, and their trainings on other parts of the set than this run's.
+    """
+    found: dict[str, ancestry.Training] = {}
+    for one in ancestry.kept(folder):
+        if one.same_images:
+            known = () if config.data.public or not one.run else Books(config, images).of_run(one.run)
+            for part in (*ancestry.releases(one, known), one):
+                found.setdefault(ancestry.name_of(part), part)
+    releases = [one for one in found.values() if ancestry.is_release(one)]
+    trainings = [one for one in found.values() if one not in releases and not one.same_roles]
+    return [one.mechanism for one in releases], [one.mechanism for one in trainings]
 
 
 def _spent(mechanisms: Sequence[Mechanism], delta: float, *, chosen: bool) -> Spent:
@@ -384,8 +401,8 @@ def restated(training: Mapping[str, Any], config: Config, directory: Path) -> di
     if stated is None:
         return release_record(training, config, directory / "checkpoint")
     sigmas = stated.get("noise_multipliers", [stated["noise_multiplier"]])
-    sigmas = [*stated.get("earlier_noise_multipliers", ()), *sigmas]
-    mechanisms = [Mechanism(float(sigma), 1.0, 1) for sigma in sigmas]
+    earlier = [Mechanism(**one) for one in stated.get("earlier_releases", ())]
+    mechanisms = [*earlier, *(Mechanism(float(sigma), 1.0, 1) for sigma in sigmas)]
     return {**stated, "with_training": _with_training(training, mechanisms)}
 
 
@@ -428,7 +445,8 @@ def release_in(
             samples, references, config, folder=folder, device=device, progress=say
         )
         charged = releases_charged(config, folder, references)
-        record = release_record(training, config, folder, charged)
+        earlier = _earlier(config, folder, references)
+        record = release_record(training, config, folder, charged, earlier)
     spent = {name: record[name] for name in ("epsilon", "delta", "accountant", "unit")}
     release = {**evaluation.metadata["release"], **spent}
     shown = evaluation._replace(metadata={**evaluation.metadata, "release": release})

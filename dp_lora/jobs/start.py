@@ -77,7 +77,7 @@ class Start:
     @property
     def before(self) -> list[Training]:
         """The trainings on the images of the new run, and the releases on images that it trains on."""
-        return [one for one in self.trainings if one.same_images and not one.held_out]
+        return [one for one in self.trainings if one.counts]
 
 
 def start_of(
@@ -123,9 +123,8 @@ def start_of(
             "the same images, or model.adapter for an adapter of other images"
         )
     is_known = run is not None and has_record and _knows_all(run)
-    # A run on just these images counted everything that there was on them when it began.
-    if not is_known and not on_these and not _has_begun(directory):
-        behind = [*books, *(one for one in behind if one.run not in {other.run for other in books})]
+    if not is_known and not _has_begun(directory):
+        behind = [*(one for one in books if one.run not in {other.run for other in behind}), *behind]
     start = Start(source.adapter, digest_of(source.adapter), (), is_known, word)
     _check_same(start, directory)
     # What was known when the run began stays known.
@@ -307,8 +306,9 @@ def _check_relation(start: Start, config: Config) -> None:
         one.adjacency == "zero_out" for one in start.before
     ):
         raise UserError(
-            f"{start.word}: an earlier training on these images was under privacy.adjacency=zero_out, whose "
-            "sample rate and noise follow from the number of images; expected privacy.adjacency=zero_out here"
+            f"{start.word}: an earlier training on these images was, or may have been, under "
+            "privacy.adjacency=zero_out, whose sample rate and noise follow from the number of images; "
+            "expected privacy.adjacency=zero_out here"
         )
 
 

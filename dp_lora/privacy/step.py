@@ -41,7 +41,6 @@ from dp_lora.privacy.batches import poisson_batch
 from dp_lora.privacy.collectives import everyone
 from dp_lora.privacy.executions import ORIGIN, Execution, Executions, Spent
 from dp_lora.privacy.gradients import ClippedGradientSum
-from dp_lora.privacy.layers import refuse_sharded
 from dp_lora.privacy.mechanism import (
     all_reduced,
     microbatches,
@@ -190,7 +189,7 @@ class PrivateStep:
                 "loop over microbatches()"
             )
         own = self._open.weights
-        self.sgd.refuse_others(losses, len(own))
+        self.sgd.refuse_others(losses, len(own), int(own.count_nonzero()))
         self._open = None
         weights = own if weights is None else weights
         if weights.shape != own.shape or not bool(((weights.cpu() == own) | (weights.cpu() == 0)).all()):
@@ -300,8 +299,9 @@ class DPSGD:
     ) -> None:
         self.module, self.optimizer, self.plan, self.num_examples = module, optimizer, plan, num_examples
         self._planned = copy.deepcopy(plan)
-        self.executions, self.lineage, self.begun, self._looked = executions, ORIGIN, begun, False
+        self.executions, self.lineage, self.begun = executions, ORIGIN, begun
         self._randomness, self._told, self._descending = randomness, 0, False
+        self._looked, self._looked_at = False, 1
         self.foreign_losses = foreign_losses
         check_optimizer(optimizer, module)
         self.gradients = ClippedGradientSum(module, plan.clip)
@@ -340,7 +340,7 @@ class DPSGD:
         return self.curve(self.executions.count)
 
     def refuse_edited(self) -> None:
-        """Raises UserError when the plan is not that of the start."""
+        """Raises UserError when the plan is no longer that of the start."""
         if self.plan != self._planned:
             raise UserError("plan: was edited after the training began; expected make_plan() and a new one")
 
@@ -355,11 +355,15 @@ class DPSGD:
             )
         check_optimizer(self.optimizer, self.module)
 
-    def refuse_others(self, losses: Tensor, examples: int) -> None:
+    def refuse_others(self, losses: Tensor, rows: int, examples: int) -> None:
         """Raises UserError when the first `losses` also depend on trainable parameters outside the module.
 
-        Or, where the caller wrote the loss, when that of an example depends on others.
+        Or, in a caller's own loss, when an example's depends on others: at twice the examples seen so far.
         """
+        fit = self.foreign_losses and losses.requires_grad and losses.shape == (rows,)
+        if fit and examples >= 2 * self._looked_at:
+            self._looked_at = examples
+            self.gradients.refuse_mixed(losses)
         if self._looked:
             return
         self._looked = True
@@ -378,8 +382,6 @@ class DPSGD:
                     "such as nn.ModuleList([unet, text_encoder]), or requires_grad_(False)"
                 )
             left += [following for following, _ in node.next_functions if following is not None]
-        if self.foreign_losses and losses.requires_grad and losses.shape == (examples,) and examples > 1:
-            self.gradients.refuse_mixed(losses)
 
     def state_digest(self) -> str:
         """A hash of the parameters of all processes: all of the state that a sum depends on."""
@@ -464,7 +466,6 @@ class DPSGD:
 
 def check_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
     """Raises UserError unless `optimizer` is torch's own kind, over the trainable parameters of `module`."""
-    refuse_sharded(module)
     if not isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "accelerator_state"):
         raise UserError(
             f"optimizer={type(optimizer).__name__}: expected a torch.optim.Optimizer as it was made, before "

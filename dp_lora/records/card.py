@@ -177,7 +177,9 @@ def _earlier(record: Mapping[str, Any]) -> list[str]:
     """What the earlier trainings on the same images have to do with the epsilon, where there were any."""
     if not (earlier := record.get("earlier_trainings")):
         return []
-    them = "one earlier training" if len(earlier) == 1 else f"{len(earlier)} earlier trainings"
+    released = any(one["sample_rate"] == 1 and one["steps"] == 1 for one in earlier)
+    what = "trainings or releases" if released else "trainings"
+    them = "one earlier training" if len(earlier) == 1 else f"{len(earlier)} earlier {what}"
     why = (
         "also if its settings were chosen after results of the earlier ones were seen (Renyi filter)"
         if record["accountant"] == "Renyi filter"

@@ -120,6 +120,7 @@ _RELEASE: Shape = {
     **_SPENT,
     **dict.fromkeys(("target_epsilon", "noise_multiplier", "sensitivity", "releases"), number),
     "noise_multipliers": field_kinds.sequence,
+    **dict.fromkeys(("earlier_releases", "earlier_trainings"), field_kinds.list_of_numbers),
     "reference": field_kinds.name,
     "unit": field_kinds.name,
     "reproducible_noise": field_kinds.flag,

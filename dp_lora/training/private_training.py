@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dp_lora.errors import UserError
 from dp_lora.privacy.collectives import agreed, barrier, everyone, rank, size
 from dp_lora.privacy.executions import Executions, Spent
+from dp_lora.privacy.layers import refuse_sharded
 from dp_lora.privacy.plan import PrivacyPlan
 from dp_lora.privacy.preflight import preflight
 from dp_lora.privacy.randomness import KEY_BYTES, Randomness
@@ -337,6 +338,7 @@ def _frozen_digests(module: nn.Module) -> dict[str, str]:
 
 
 def _refuse_wrapped(module: nn.Module) -> None:
+    refuse_sharded(module)
     if os.environ.get("WORLD_SIZE", "1") != "1" and size() == 1:
         raise UserError(
             f"WORLD_SIZE={os.environ['WORLD_SIZE']}: expected torch.distributed.init_process_group() before "

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dp_lora.config.schema import Config, DataConfig
+from dp_lora.config.schema import Config, DataConfig, PathsConfig
+from dp_lora.data.sets import load
 from dp_lora.errors import PrivateRefusal
 from dp_lora.jobs.apart import refuse_shared_images
 from dp_lora.privacy.ledger import Ledger, spent
@@ -230,6 +231,26 @@ def test_nor_when_they_are_resized_in_another_way(by_itself: bool, place: Place,
         assert dp_lora(*given, f"paths.cache={cache}", "stages=[pretrain]") == 0
     capsys.readouterr()
     assert dp_lora(*given, f"paths.cache={cache}", "stages=[finetune]") == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dp-lora")]
+    assert len(said) == 1 and "20 of the private images are among the public ones" in said[0]
+
+
+def test_nor_by_a_model_of_a_copy_of_a_published_set(place: Place, capsys: Any) -> None:
+    """The private set has no `source`, and nor have the public images that this job names."""
+    folder = place.root / "digits"
+    images = load(DataConfig("digits", image_size=8), PathsConfig()).train.images
+    write_folder(folder, images[:20])
+    cache = place.root / "new_cache"
+    more = ["model.pretrain.unet_steps=1", "model.pretrain.autoencoder_steps=1", f"paths.cache={cache}"]
+    given = place.words("one", *AS_PUBLIC_IMAGES, *more, f"public_data.source={folder}")
+    assert dp_lora(*given, "stages=[pretrain]") == 0
+    (model,) = (path.parent for path in (cache / "models").glob("*/record.json"))
+    capsys.readouterr()
+    job = [word for word in place.words("one") if not word.startswith("data")]
+    assert (
+        dp_lora(*job, "data=digits", "stages=[finetune]", "privacy.delta=1e-4", f"model.pretrained={model}")
+        == 2
+    )
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dp-lora")]
     assert len(said) == 1 and "20 of the private images are among the public ones" in said[0]
 

@@ -111,14 +111,75 @@ def test_a_release_after_another_one_on_the_same_held_out_images_states_both(
     of_first, of_second = (read_json(one / "privacy.json")["release"] for one in (first, second))
     # The training images of both are the same, and no held-out image is among them.
     assert counted(second) == [mechanism(first)]
-    assert of_second["earlier_noise_multipliers"] == of_first["noise_multipliers"]
-    assert "earlier_noise_multipliers" not in of_first and of_second["releases"] == 1
     both = [Mechanism(one["noise_multiplier"], 1.0, 1) for one in (of_first, of_second)]
+    assert [Mechanism(**one) for one in of_second["earlier_releases"]] == both[:1]
+    assert not {"earlier_releases", "earlier_trainings"} & of_first.keys() and of_second["releases"] == 1
+    assert "earlier_trainings" not in of_second
     assert of_second["epsilon"] == pytest.approx(least_budget(renyi_divergences(both), 1e-3), rel=1e-9)
     everything = [mechanism(first), mechanism(second), *both]
     assert of_second["with_training"]["epsilon"] == pytest.approx(
         least_budget(renyi_divergences(everything), read_json(second / "privacy.json")["delta"]), rel=1e-9
     )
+
+
+def test_a_release_counts_what_was_spent_on_its_images_before(
+    tiny: Callable[..., Config], folders: tuple[Path, Path]
+) -> None:
+    """A training on all images, then a run that holds some of them out; and a later release of the first."""
+    first = trained(tiny(*on(folders[0])))
+    held = trained(tiny(*on(folders[0], *RELEASE, f"model.adapter={first}", "privacy.epsilon=3")))
+    stated = read_json(held / "privacy.json")["release"]
+    own = Mechanism(stated["noise_multiplier"], 1.0, 1)
+    assert [Mechanism(**one) for one in stated["earlier_trainings"]] == [mechanism(first)]
+    assert stated["epsilon"] == pytest.approx(
+        least_budget(renyi_divergences([mechanism(first), own]), 1e-3), rel=1e-9
+    )
+    copied = export(held, held.parent / "export")
+    assert read_json(copied / "privacy.json")["release"] == stated
+
+
+def test_a_release_counts_one_that_an_ancestor_made_later(
+    tiny: Callable[..., Config], folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = on(folders[0], *RELEASE[-2:], "stages=[finetune,sample]")
+    first = trained(tiny(*words))
+    second = trained(tiny(*words, f"train.continue_from={first}", "train.max_steps=2"))
+    for number, run_ in enumerate((first, second)):
+        asked = [*RELEASE[1:4], f"evaluation.release_epsilon={2 + number}", RELEASE[5]]
+        monkeypatch.setattr("sys.argv", ["dp-lora-evaluate", str(run_), *asked])
+        evaluate_command.main()
+    stated = read_json(second / "privacy.json")["release"]
+    before = read_json(first / "privacy.json")["release"]["noise_multiplier"]
+    assert [Mechanism(**one) for one in stated["earlier_releases"]] == [Mechanism(before, 1.0, 1)]
+    assert stated["epsilon"] > read_json(first / "privacy.json")["release"]["epsilon"] + 1
+
+
+def test_a_run_that_took_its_training_counts_by_its_own_record(
+    tiny: Callable[..., Config], folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The run that trained is gone, and ledger and index know nothing."""
+    first = trained(tiny(*on(folders[0])))
+    variant = trained(tiny(*on(folders[0], "sampler.guidance=2")))
+    assert not (variant / "checkpoint" / "executions.jsonl").exists()
+    plan = mechanism(first)
+    shutil.rmtree(first)
+    books = (f"paths.ledger={tmp_path / 'other.jsonl'}", f"paths.index={tmp_path / 'other'}")
+    for named in ("model.adapter", "train.continue_from"):
+        last = trained(tiny(*on(folders[0], f"{named}={variant}", "privacy.epsilon=3", *books)))
+        assert plan in counted(last)
+
+
+def test_what_an_unknown_adapter_saw_counts_on_the_same_images_too(
+    tiny: Callable[..., Config], folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """A run that began where ledger and index did not know its images goes on where they do."""
+    first = trained(tiny(*on(folders[0])))
+    given = shutil.copytree(first / "adapter", tmp_path / "given")
+    books = (f"paths.ledger={tmp_path / 'other.jsonl'}", f"paths.index={tmp_path / 'other'}")
+    second = trained(tiny(*on(folders[0], f"model.adapter={given}", *books)))
+    assert counted(second) == []
+    third = trained(tiny(*on(folders[0], f"train.continue_from={second}", "privacy.epsilon=3")))
+    assert counted(third) == [mechanism(first), mechanism(second)]
 
 
 def test_a_release_whose_record_was_lost_is_still_stated(

@@ -153,8 +153,23 @@ def test_the_first_losses_are_looked_at_if_they_are_the_caller_s(
         monkeypatch.setattr(sgd.gradients, "refuse_mixed", seen.append)
         losses = sgd.module(torch.ones(examples, 3)).sum(1)
         for _ in range(2):
-            sgd.refuse_others(losses.mean() if wrong else losses, examples)
+            sgd.refuse_others(losses.mean() if wrong else losses, examples, examples)
         assert len(seen) == (0 if wrong else looked)
+
+
+def test_losses_are_looked_at_again_when_there_are_twice_as_many_examples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of padding are copies of an example's own, and hide that others are mixed in."""
+    sgd, seen = state(tmp_path), list[Tensor]()
+    sgd.foreign_losses = True
+    monkeypatch.setattr(sgd.gradients, "refuse_mixed", seen.append)
+    losses = sgd.module(torch.ones(8, 3)).sum(1)
+    looked = []
+    for examples in (0, 1, 2, 3, 4, 7, 8, 2):
+        sgd.refuse_others(losses, 8, examples)
+        looked.append(len(seen))
+    assert looked == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 def test_processes_with_different_sums_end_together(monkeypatch: pytest.MonkeyPatch) -> None:
