@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from dp_lora.errors import UserError
 from dp_lora.records.tracker import baseline_table
 from sweeps.folders import read_record
 from sweeps.summary import Summary, shown
@@ -29,6 +30,8 @@ def evaluations(summary: Summary) -> Table | None:
         for row in group.done:
             for path in sorted((Path(row["directory"]) / "evaluations").glob("*.json")):
                 found = read_record(path)
+                if not isinstance(found.get("metrics"), dict) or not isinstance(found.get("n_samples"), int):
+                    raise UserError(f"{path}: expected what dp-lora-evaluate wrote; remove it to go on")
                 private = found.get("private_metrics", [])
                 is_private |= bool(private)
                 for name, value, *_ in baseline_table(found["metrics"])[1]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dp_lora.errors import UserError
 from dp_lora.records.provenance import now
 from sweeps import afterwards, tables
 from sweeps.figures import Chart, live, script
@@ -147,7 +148,12 @@ def samples(summary: Summary) -> list[Sample]:
 def _sample(setting: str, path: Path) -> Sample:
     from PIL import Image
 
-    with Image.open(path) as image:
+    try:
+        with Image.open(path) as opened:
+            image = opened.copy()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as an image; make it again, or remove it") from error
+    else:
         image.thumbnail((IMAGE_SIDE, IMAGE_SIDE), Image.Resampling.LANCZOS)
         content = io.BytesIO()
         image.save(content, "WEBP", quality=85, method=6)

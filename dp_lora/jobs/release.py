@@ -325,7 +325,7 @@ def release_record(
     config: Config,
     folder: Path,
     charged: Mapping[int, Mechanism] | None = None,
-    earlier: tuple[Sequence[Mechanism], Sequence[Mechanism]] = ((), ()),
+    earlier: tuple[Sequence[ancestry.Training], Sequence[ancestry.Training]] = ((), ()),
 ) -> dict[str, Any]:
     """The entry of privacy.json about the releases of a run, each of which is counted.
 
@@ -346,9 +346,11 @@ def release_record(
     }
     mechanisms = [one for _, one in sorted({**(charged or {}), **found}.items())]
     delta, secret = _delta(config), config.privacy.insecure_seed is None
-    releases, trainings = earlier
+    secret = secret and all(one.private for part in earlier for one in part)
+    releases, trainings = ([one.mechanism for one in part] for part in earlier)
     before = [*releases, *trainings]
-    chosen = bool(before) and not config.privacy.fixed_beforehand
+    # Whoever asks again has seen the answer to what was asked before.
+    chosen = len(before) + len(mechanisms) > 1 and not config.privacy.fixed_beforehand
     spent = _spent([*before, *mechanisms], delta, chosen=chosen)
     return {
         "epsilon": spent.epsilon,
@@ -369,7 +371,9 @@ def release_record(
     }
 
 
-def _earlier(config: Config, folder: Path, images: ImageSplits) -> tuple[list[Mechanism], list[Mechanism]]:
+def _earlier(
+    config: Config, folder: Path, images: ImageSplits
+) -> tuple[list[ancestry.Training], list[ancestry.Training]]:
     """What the runs that the run of `folder` goes on from may have spent on the held-out images.
 
     Their releases, the later ones too, and their trainings on other parts of the set than this run's.
@@ -382,7 +386,7 @@ def _earlier(config: Config, folder: Path, images: ImageSplits) -> tuple[list[Me
                 found.setdefault(ancestry.name_of(part), part)
     releases = [one for one in found.values() if ancestry.is_release(one)]
     trainings = [one for one in found.values() if one not in releases and not one.same_roles]
-    return [one.mechanism for one in releases], [one.mechanism for one in trainings]
+    return releases, trainings
 
 
 def _spent(mechanisms: Sequence[Mechanism], delta: float, *, chosen: bool) -> Spent:

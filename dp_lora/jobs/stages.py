@@ -20,7 +20,7 @@ from dp_lora.config.identity import absolute_paths, run_directory
 from dp_lora.config.schema import Config
 from dp_lora.errors import Busy, UserError, recorded
 from dp_lora.jobs import reuse
-from dp_lora.jobs.ancestry import name_of
+from dp_lora.jobs.ancestry import is_release, name_of
 from dp_lora.jobs.device import device_of
 from dp_lora.jobs.drawing import IMAGES, export_images
 from dp_lora.jobs.job import Job, prepare, pretrained_model, say
@@ -95,7 +95,8 @@ def _lead(config: Config, directory: Path, team: Team, shown_name: str) -> dict[
         if "finetune" in left:
             start = None
             if job.start is not None:
-                before = frozenset(name_of(one) for one in job.start.before)
+                # What its ancestors released since a run began was no part of its training.
+                before = frozenset(name_of(one) for one in job.start.before if not is_release(one))
                 start = reuse.Begun(job.start.digest, before)
             source = reuse.find(job.config, job.directory, job.images, job.pretrained, start, alone, say)
         if "finetune" in left and source is None:

@@ -143,7 +143,8 @@ def start_of(
 def keep(start: Start, folder: Path) -> None:
     """Notes in the private `checkpoint/` of a run that begins what it starts from."""
     path = private_directory(folder) / START
-    if not path.exists():
+    # Releases that its ancestors made since the run began count as well.
+    if not path.exists() or len(kept(folder)) < len(start.trainings):
         trainings = [asdict(one) for one in start.trainings]
         record = {
             "adapter": start.digest,

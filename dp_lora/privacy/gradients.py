@@ -146,8 +146,10 @@ class ClippedGradientSum:
             return
         self._clip_and_add(self._backward(losses, weights), losses.detach(), weights)
 
-    def refuse_mixed(self, losses: Tensor) -> None:
+    def refuse_mixed(self, losses: Tensor) -> bool:
         """Raises UserError when the gradient of one of `losses` [M] also flows to other examples.
+
+        Returns whether that could be told: not where a gradient is not finite.
 
         The numbers of any two examples differ in a bit. So for each bit, the losses of the examples with a
         1 there must not reach those with a 0, nor the other way round: 2 log2(M) backward passes. The graph
@@ -156,7 +158,7 @@ class ClippedGradientSum:
         """
         numbers = torch.arange(len(losses), device=losses.device)
         # With weights of their own, so that what reaches an example from two others does not cancel.
-        weighted = losses * (1 + numbers / len(losses))
+        weighted, finite = losses * (1 + numbers / len(losses)), True
         for bit in range((len(losses) - 1).bit_length()):
             for side in (0, 1):
                 chosen = (numbers >> bit) & 1 == side
@@ -167,6 +169,8 @@ class ClippedGradientSum:
                         "example's contribution can be bounded; expected one loss per example, from its own "
                         'rows alone, such as reduction="none" and repeat_interleave(k)'
                     )
+                finite &= all(bool(norms.isfinite().all()) for norms in self._norms)
+        return finite
 
     def total(self) -> Tensor:
         """The sum since the last `reset`, float64 [P], in the order of `parameters`.

@@ -361,9 +361,8 @@ class DPSGD:
         Or, in a caller's own loss, when an example's depends on others: at twice the examples seen so far.
         """
         fit = self.foreign_losses and losses.requires_grad and losses.shape == (rows,)
-        if fit and examples >= 2 * self._looked_at:
+        if fit and examples >= 2 * self._looked_at and self.gradients.refuse_mixed(losses):
             self._looked_at = examples
-            self.gradients.refuse_mixed(losses)
         if self._looked:
             return
         self._looked = True

@@ -150,7 +150,7 @@ def test_the_first_losses_are_looked_at_if_they_are_the_caller_s(
     for wrong in (False, True):
         sgd, seen = state(tmp_path), list[Tensor]()
         sgd.foreign_losses = foreign
-        monkeypatch.setattr(sgd.gradients, "refuse_mixed", seen.append)
+        monkeypatch.setattr(sgd.gradients, "refuse_mixed", lambda losses, seen=seen: not seen.append(losses))
         losses = sgd.module(torch.ones(examples, 3)).sum(1)
         for _ in range(2):
             sgd.refuse_others(losses.mean() if wrong else losses, examples, examples)
@@ -163,7 +163,7 @@ def test_losses_are_looked_at_again_when_there_are_twice_as_many_examples(
     """Rows of padding are copies of an example's own, and hide that others are mixed in."""
     sgd, seen = state(tmp_path), list[Tensor]()
     sgd.foreign_losses = True
-    monkeypatch.setattr(sgd.gradients, "refuse_mixed", seen.append)
+    monkeypatch.setattr(sgd.gradients, "refuse_mixed", lambda losses: not seen.append(losses))
     losses = sgd.module(torch.ones(8, 3)).sum(1)
     looked = []
     for examples in (0, 1, 2, 3, 4, 7, 8, 2):

@@ -91,6 +91,20 @@ def test_a_loss_that_mixes_examples_in_the_loop_alone_is_refused(
     assert not private.sgd.gradients.total().any()
 
 
+def test_an_example_that_is_not_finite_does_not_hide_that_losses_are_mixed(tmp_path: Path) -> None:
+    """Nothing can be told of its microbatch, so the next one is looked at."""
+    private = training(tmp_path / "run", synthetic_losses=None)
+    module = private.sgd.module
+    step = next(_steps := private.steps())
+    microbatches = step.microbatches(4)
+    rows, weights, _ = next(microbatches)
+    spoilt = torch.tensor([1.0, float("nan"), 1.0, 1.0])
+    step.add(losses(module, rows) * spoilt[: len(rows)], weights)
+    rows, weights, _ = next(microbatches)
+    with pytest.raises(UserError, match=r"^losses: that of one example depends on other examples"):
+        step.add(_unlike_the_one_before(module, rows), weights)
+
+
 def test_looking_for_mixed_examples_changes_no_sum(tmp_path: Path) -> None:
     def sum_of(look: bool, k: int) -> Tensor:
         plan = plan_of(noise_multiplicity=k)
