@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from dp_lora.config.schema import Config
-from dp_lora.data.digests import SEEN, both
+from dp_lora.data.digests import SEEN, SIZE, both
 from dp_lora.data.sets import ImageSplits
 from dp_lora.data.sources import location
 from dp_lora.errors import PrivateRefusal, UserError
@@ -62,9 +62,11 @@ def refuse_seen(config: Config, folder: Path, private: ImageSplits) -> None:
         return
     try:
         seen = np.load(path, allow_pickle=False)
+        if seen.dtype != np.uint8 or seen.ndim != 2 or seen.shape[1] != SIZE or not len(seen):
+            raise ValueError(f"{seen.dtype} {seen.shape}")
     except (OSError, ValueError, EOFError) as error:
         raise UserError(
-            f"{path}: cannot be read ({type(error).__name__}); expected what the pre-training left"
+            f"{path}: is not what the pre-training left ({' '.join(str(error).split())[:80]}); put it back"
         ) from error
     public = found.get("public_data", {})
     _refuse_known(config, {row.tobytes() for row in seen}, private, public.get("source", "not known"))

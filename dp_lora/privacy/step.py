@@ -298,11 +298,10 @@ class DPSGD:
         foreign_losses: bool = False,
     ) -> None:
         self.module, self.optimizer, self.plan, self.num_examples = module, optimizer, plan, num_examples
-        self._planned = copy.deepcopy(plan)
-        self.executions, self.lineage, self.begun = executions, ORIGIN, begun
+        self.planned = copy.deepcopy(plan)
+        self.executions, self.lineage, self.begun, self._looked = executions, ORIGIN, begun, False
         self._randomness, self._told, self._descending = randomness, 0, False
-        self._looked, self._looked_at = False, 1
-        self.foreign_losses = foreign_losses
+        self.foreign_losses, self._looked_at = foreign_losses, 1
         check_optimizer(optimizer, module)
         self.gradients = ClippedGradientSum(module, plan.clip)
         self.parameters = list(self.gradients.parameters.values())
@@ -341,7 +340,7 @@ class DPSGD:
 
     def refuse_edited(self) -> None:
         """Raises UserError when the plan is no longer that of the start."""
-        if self.plan != self._planned:
+        if self.plan != self.planned:
             raise UserError("plan: was edited after the training began; expected make_plan() and a new one")
 
     def refuse_changed(self) -> None:
@@ -356,31 +355,16 @@ class DPSGD:
         check_optimizer(self.optimizer, self.module)
 
     def refuse_others(self, losses: Tensor, rows: int, examples: int) -> None:
-        """Raises UserError when the first `losses` also depend on trainable parameters outside the module.
+        """Raises UserError when the first `losses` depend on trainable parameters outside the module too.
 
         Or, in a caller's own loss, when an example's depends on others: at twice the examples seen so far.
         """
+        if not self._looked:
+            self._looked = True
+            _refuse_outside(losses, {id(p) for p in self.parameters})
         fit = self.foreign_losses and losses.requires_grad and losses.shape == (rows,)
         if fit and examples >= 2 * self._looked_at and self.gradients.refuse_mixed(losses):
             self._looked_at = examples
-        if self._looked:
-            return
-        self._looked = True
-        own, seen = {id(p) for p in self.parameters}, set[Any]()
-        left = [losses.grad_fn] if losses.grad_fn is not None else []
-        while left:
-            node = left.pop()
-            if node in seen:
-                continue
-            seen.add(node)
-            leaf = getattr(node, "variable", None)
-            if isinstance(leaf, nn.Parameter) and id(leaf) not in own:
-                raise UserError(
-                    f"losses: they depend on a trainable parameter of shape {list(leaf.shape)} outside the "
-                    "module, which would get a gradient without noise; expected one module that holds all, "
-                    "such as nn.ModuleList([unet, text_encoder]), or requires_grad_(False)"
-                )
-            left += [following for following, _ in node.next_functions if following is not None]
 
     def state_digest(self) -> str:
         """A hash of the parameters of all processes: all of the state that a sum depends on."""
@@ -497,3 +481,20 @@ def _same_everywhere(digest: str) -> str:
     if len(set(everyone(digest))) > 1:
         raise RuntimeError("the processes of this job hold different sums of one batch: nothing was released")
     return digest
+
+
+def _refuse_outside(losses: Tensor, own: set[int]) -> None:
+    """Raises UserError when `losses` depend on a parameter whose id is not among `own`."""
+    left, seen = [losses.grad_fn], set[Any]()
+    while left:
+        if (node := left.pop()) is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, nn.Parameter) and id(leaf) not in own:
+            raise UserError(
+                f"losses: they depend on a trainable parameter of shape {list(leaf.shape)} outside the "
+                "module, which would get a gradient without noise; expected one module that holds all, such "
+                "as nn.ModuleList([unet, text_encoder]), or requires_grad_(False)"
+            )
+        left += [following for following, _ in node.next_functions]

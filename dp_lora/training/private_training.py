@@ -302,9 +302,10 @@ class PrivateTraining:
         """
         if not self._ended:
             self._refuse_changed()
+        plan = self.sgd.planned  # a copy, which nobody edits
         return Statement.of(
-            self.plan,
-            epsilon=self.plan.epsilon if self.sgd.executions.count else 0.0,
+            plan,
+            epsilon=plan.epsilon if self.sgd.executions.count else 0.0,
             steps=self.sgd.executions.count,
             complete=self.complete,
             seeded=self._seeded,

@@ -261,11 +261,17 @@ def test_nor_by_a_model_whose_record_of_its_images_is_lost(place: Place, capsys:
     given = place.words("one", *AS_PUBLIC_IMAGES, *more, f"public_data.source={a_copy(place.images)}")
     assert dp_lora(*given, "stages=[pretrain]") == 0
     (model,) = (path.parent for path in (cache / "models").glob("*/record.json"))
-    (model / "images.npy").unlink()
-    capsys.readouterr()
-    assert dp_lora(*given, "stages=[finetune]", f"model.pretrained={model}") == 2
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dp-lora")]
-    assert len(said) == 1 and "images.npy: is missing" in said[0]
+    record = model / "images.npy"
+    for content in (None, np.zeros((0, 32), np.uint8), np.zeros((3, 16), np.uint8), np.uint8(0), b"cut"):
+        record.unlink(missing_ok=True)
+        if isinstance(content, bytes):
+            record.write_bytes(content)
+        elif content is not None:
+            np.save(record, content)
+        capsys.readouterr()
+        assert dp_lora(*given, "stages=[finetune]", f"model.pretrained={model}") == 2
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dp-lora")]
+        assert len(said) == 1 and f"images.npy: is {'missing' if content is None else 'not what'}" in said[0]
 
 
 def test_other_images_may_pre_train() -> None:

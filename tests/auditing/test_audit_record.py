@@ -24,6 +24,12 @@ def trained(noise: SilentNoise | None = None) -> Trained:
     return Trained(np.array([1.0, -1.0]), np.array([True, False]), noise=noise)
 
 
+class Images(list[int]):
+    """As much of a set as its size."""
+
+    persons = None
+
+
 def a_job(directory: Path, *, train: int = 2, test: int = 2, public: bool = False) -> Any:
     """As much of a job as an audit looks at."""
     return SimpleNamespace(
@@ -34,7 +40,7 @@ def a_job(directory: Path, *, train: int = 2, test: int = 2, public: bool = Fals
             privacy=SimpleNamespace(adjacency="zero_out"),
             seed=0,
         ),
-        images=SimpleNamespace(train=range(train), test=range(test)),
+        images=SimpleNamespace(train=Images(range(train)), test=Images(range(test))),
         plan=SimpleNamespace(noise_multiplier=2.0, noise_std=1.0, expected_batch_size=10.0),
     )
 

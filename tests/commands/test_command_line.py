@@ -58,9 +58,10 @@ SWEEPS = (
 DRAWS = "one of k1, k2, k4, k8, k12, k16, k32"
 SETS = (
     "one of celeba32, celeba64, celebahq256, cifar10, digits, emnist_letters, fashion_mnist, imagefolder, "
-    "imagenet32, imagenet64, letters, letters_by_writer, letters_heldout, mnist, mnist5k"
+    "imagenet32, imagenet64, letters, letters_by_writer, letters_heldout, letters_pictures, mnist, mnist5k, "
+    "pictures"
 )
-MODELS = "one of celeba32, celeba64, cifar10, cin256, ldm4, ldm32, lsun_churches256, mnist, tiny8"
+MODELS = "one of celeba32, celeba64, cifar10, cin256, ldm4, ldm32, ldm32_rgb, lsun_churches256, mnist, tiny8"
 OUTPUTS = "a run makes its own directory below paths.outputs; expected paths.outputs="
 THERE = "is there already; expected"
 ONE_JOB = "it prints the configuration of one job and runs none; expected one of the two flags"

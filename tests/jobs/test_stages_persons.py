@@ -197,7 +197,7 @@ def test_what_is_released_tells_nothing_of_how_many_images_there_are(
 
     monkeypatch.setattr(finetune.FinetuneStep, "__call__", leaking)
     twins = [
-        _released(cache, tmp_path / f"twin {source.parent.name}", source, monkeypatch)
+        _released(cache, tmp_path / f"twin-{source.parent.name}", source, monkeypatch)
         for source in (few, many)
     ]
     assert {name for name in twins[0] if twins[0][name] != twins[1][name]} == {"metrics.jsonl"}

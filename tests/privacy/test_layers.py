@@ -18,7 +18,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from dp_lora.errors import UserError
 from dp_lora.privacy.gradients import ClippedGradientSum
 from dp_lora.privacy.plan import Clip
-from dp_lora.privacy.step import check_optimizer
+from dp_lora.training.private_training import _refuse_wrapped
 
 
 def adapted_layer(dropout: float = 0.0) -> Any:
@@ -80,4 +80,4 @@ def test_a_part_that_is_sharded_over_processes_is_refused(how: str, alone: None)
     assert "\n" not in str(caught.value) and "expected" in str(caught.value)
     # Also before a training computes anything.
     with pytest.raises(UserError, match=r"is sharded over processes"):
-        check_optimizer(torch.optim.SGD(model.parameters(), lr=0.1), model)
+        _refuse_wrapped(model)

@@ -169,7 +169,7 @@ def test_privacy_json_says_that_arrival_times_of_live_rows_are_not_covered(
 ) -> None:
     config = job()
     config.tracking.live = live
-    plan = SimpleNamespace(to_dict=dict, steps=4)
+    plan = SimpleNamespace(to_dict=dict, steps=4, unit="image")
     record = privacy_record(
         SimpleNamespace(config=config, plan=plan, directory=tmp_path, start=None),  # type: ignore[arg-type]
         epsilon=1.0,

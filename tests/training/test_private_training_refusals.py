@@ -348,6 +348,14 @@ def test_a_plan_that_is_edited_in_the_loop_is_refused(tmp_path: Path) -> None:
         private.statement()
 
 
+def test_the_statement_is_of_the_plan_that_was_trained_under(tmp_path: Path) -> None:
+    private = training(tmp_path / "run", synthetic_losses=None)
+    next(_steps := private.steps())
+    before = private.statement().record
+    private.plan = plan_of(noise_multiplier=40.0)
+    assert private.statement().record == before
+
+
 def test_long_gradients_do_not_hide_that_examples_mix(tmp_path: Path) -> None:
     """After the clip all gradients here have length C, whatever the others are."""
     model = network()
