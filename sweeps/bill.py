@@ -188,6 +188,8 @@ def bill(directories: Sequence[Path], images_per_person: int | None = None) -> B
 def _with_earlier(runs: Sequence[Run]) -> list[Run]:
     """The runs, and the earlier trainings that their adapters tell of, wherever their directories are."""
     known = {run.charge.run for run in runs}
+    # A run that is billed tells of its own releases.
+    known |= {f"{run.charge.run}-release-{number}" for run in runs for number in range(len(run.releases))}
     behind = {one.run: Run(run.owner, one) for run in runs for one in run.earlier if one.run not in known}
     return [*runs, *behind.values()]
 

@@ -16,6 +16,7 @@ from dp_lora.jobs.stages import run
 from dp_lora.privacy.renyi import least_budget, renyi_divergences
 from dp_lora.privacy.subsampled_gaussian import Mechanism
 from dp_lora.storage.files import read_json
+from sweeps.bill import bill
 from tests.builders.image_sets import pixels, write_folder
 from tests.builders.starts import counted, mechanism, on, trained
 
@@ -99,6 +100,9 @@ def test_a_release_on_images_that_are_trained_on_afterwards_counts(
     last = trained(tiny(*on(folders[0], f"model.adapter={first}", "privacy.epsilon=3")))
     assert counted(last) == [release, mechanism(first)]
     expected = least_budget(renyi_divergences([release, mechanism(first), mechanism(last)]), 1e-3)
+    for runs in ([last], [first, last]):
+        # Each of the three once, whether the run that released is billed too or told of by the other one.
+        assert bill(runs).sets[0].adaptive_epsilon == pytest.approx(expected, rel=1e-9)
     assert read_json(last / "privacy.json")["epsilon"] == pytest.approx(expected, rel=1e-9)
 
 
