@@ -13,6 +13,7 @@ import functools
 import pickle
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -389,12 +390,22 @@ def import_checkpoint(path: Path, layout: str, out: Path, scale_factor: float | 
     """
     chosen = LAYOUTS[layout]
     model = convert(read(path), model_config(chosen.preset), chosen, layout, scale_factor)
+    with written_whole(path, out) as partial:
+        record = {"made_by": "dp-lora-import", "layout": layout, "checkpoint_sha256": sha256(path)}
+        save(model, partial, record)
+
+
+@contextmanager
+def written_whole(path: Path, out: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `out` if all goes well. Raises UserError when it cannot.
+
+    path: the checkpoint that is imported, whose size says how much room is needed.
+    """
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        record = {"made_by": "dp-lora-import", "layout": layout, "checkpoint_sha256": sha256(path)}
-        save(model, partial, record)
+        yield partial
         partial.replace(out)
     except OSError as error:
         size = path.stat().st_size / 1e9

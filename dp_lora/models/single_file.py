@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import logging as plain_logging
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -54,23 +53,12 @@ def import_single_file(path: Path, config: Path, out: Path) -> None:
             f"--config={config}: is a {name}; expected one of {', '.join(single_file_pipelines())}"
         )
     pipe = _read(path, config, name)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    with compvis.written_whole(path, out) as partial:
         with silent():
             pipe.save_pretrained(partial)
         load(partial)
         record = {"made_by": "dp-lora-import", "checkpoint_sha256": sha256(path), "pipeline": name}
         write_json(partial / "record.json", record)
-        partial.replace(out)
-    except OSError as error:
-        size = path.stat().st_size / 1e9
-        raise UserError(
-            f"--out={out}: cannot be written ({error.strerror}); expected a place with {size:.1f} GB free"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _read(path: Path, config: Path, name: str) -> Any:
