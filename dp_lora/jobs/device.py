@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from dp_lora.config.schema import Config
 from dp_lora.errors import UserError
+from dp_lora.storage.imports import uncollected
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +18,8 @@ def device_of(config: Config) -> torch.device:
 
     Raises UserError when the machine has none.
     """
-    import torch
+    with uncollected():
+        import torch
 
     if config.resources.threads is not None:
         torch.set_num_threads(config.resources.threads)
