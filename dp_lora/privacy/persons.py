@@ -24,6 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dp_lora.errors import UserError
+
 if TYPE_CHECKING:
     from dp_lora.privacy.step import Draws
 
@@ -39,10 +41,17 @@ class Persons:
     """
 
     def __init__(self, owners: Iterable[Any]) -> None:
-        """Of `owners` [R], one for each record: two that are equal are one person."""
-        number: dict[Any, int] = {}
+        """Of `owners` [R], one for each record: two that are equal are one person.
+
+        Args:
+            owners: texts, whose spaces at both ends do not count, or whole numbers.
+
+        Raises UserError for anything else: two names that only look alike would be two persons.
+        """
+        number: dict[str | int, int] = {}
         known = owners.tolist() if isinstance(owners, np.ndarray | Tensor) else owners
-        of_record = np.fromiter((number.setdefault(owner, len(number)) for owner in known), np.int64)
+        names = (_name(owner, record) for record, owner in enumerate(known))
+        of_record = np.fromiter((number.setdefault(name, len(number)) for name in names), np.int64)
         self.order = torch.from_numpy(np.argsort(of_record, kind="stable"))
         self.offsets = torch.zeros(len(number) + 1, dtype=torch.int64)
         self.offsets[1:] = torch.from_numpy(np.cumsum(np.bincount(of_record, minlength=len(number))))
@@ -76,3 +85,17 @@ class Persons:
         owner = torch.repeat_interleave(torch.arange(len(self)), counts)
         sums = torch.zeros(len(self), flat.shape[1], dtype=torch.float64).index_add_(0, owner, flat)
         return (sums / counts[:, None]).reshape(len(self), *values.shape[1:])
+
+
+def _name(owner: Any, record: int) -> str | int:
+    """The name of a person, the same for all of their records. Raises UserError."""
+    if isinstance(owner, np.generic | Tensor) and owner.ndim == 0:
+        owner = owner.item()
+    if isinstance(owner, str) and (name := owner.strip()):
+        return name
+    if isinstance(owner, int) and not isinstance(owner, bool):
+        return owner
+    raise UserError(
+        f"owners: record {record} has {'an empty text' if isinstance(owner, str) else type(owner).__name__}; "
+        "expected a person's name or whole number for each record"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ def preflight(
 ) -> None:
     """Returns when all of this holds, and raises PreflightError at the first that does not.
 
+        * the examples have different gradients: what mixes equal ones would change nothing;
         * the engine's gradient of each example is that of a loop over single examples, up to `tolerance`;
         * one example contributes at most C (1 + 1e-6), however large its gradient is;
         * padding contributes exactly zero, even when its loss is not a number;
@@ -52,6 +54,7 @@ def preflight(
         if plan.clipping != "per_layer":
             with _engine(module, replace(plan.clip, loss_share=0.0)) as engine:
                 _check_gradients(engine, losses, expected, tolerance)
+        _refuse_equal(expected)
         with _engine(module, plan.clip) as engine:
             _check_sensitivity(engine, losses, examples)
             _check_padding(engine, losses, examples)
@@ -111,6 +114,15 @@ def _gradients_one_by_one(
         parts = [torch.zeros_like(p) if g is None else g for p, g in zip(trained, gradients, strict=True)]
         found.append(torch.cat([part.flatten().double() for part in parts]))
     return found
+
+
+def _refuse_equal(gradients: list[Tensor]) -> None:
+    for i, j in itertools.combinations(range(len(gradients)), 2):
+        if float((gradients[i] - gradients[j]).norm()) <= 1e-6 * float(gradients[i].norm()):
+            raise PreflightError(
+                f"synthetic_losses: examples {i} and {j} have the same gradient, so that a loss which mixes "
+                "examples would not be noticed; expected examples that differ, such as noise from a seed"
+            )
 
 
 def _check_gradients(

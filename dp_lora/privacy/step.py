@@ -53,6 +53,7 @@ from dp_lora.privacy.mechanism import (
 from dp_lora.privacy.moving_average import MovingAverage
 from dp_lora.privacy.plan import PrivacyPlan
 from dp_lora.privacy.randomness import Randomness
+from dp_lora.privacy.refusals import check_optimizer, refuse_outside
 
 _OF_THE_STEP = ("batch", "noise", "timesteps", "choices")
 """Streams that the step itself draws from."""
@@ -102,7 +103,7 @@ class Microbatch(NamedTuple):
     Fields:
         rows: int64 [M], indices of the examples in the data. The last microbatch of a batch is filled up
             with its first example.
-        weights: float32 [M], 1 for an example and 0 for padding.
+        weights: float32 [M], 1 for an example and 0 for padding; a copy, which changes nothing.
         draws: random numbers for them.
     """
 
@@ -141,9 +142,10 @@ class PrivateStep:
         # 1. Sample the batch: every example joins by itself with probability q.
         self._batch = poisson_batch(self._randomness, self.number, sgd.num_examples, sgd.plan.sample_rate)
         sgd.gradients.reset()
-        # The microbatch whose losses are still to come: each is added once, or an example would count twice.
-        self._open: Microbatch | None = None
-        self._divided = False
+        # The weights of the microbatch whose losses are still to come. Each is added once: twice, and an
+        # example would count twice; not at all, and one example could take the others of its microbatch away.
+        self._open: Tensor | None = None
+        self._divided, self._left = False, len(sgd.positions(len(self._batch)))
 
     def microbatches(self, size: int) -> Iterator[Microbatch]:
         """The batch in microbatches of `size` examples; nothing for an empty batch, which is applied too.
@@ -164,21 +166,29 @@ class PrivateStep:
                 raise RuntimeError(
                     f"step {self.number}: microbatches() of an earlier batch; expected them anew"
                 )
+            self._refuse_left_out(self._open is not None)
             draws = Draws(self._randomness, self.number, int(positions[0]), len(positions))
-            self._open = Microbatch(self._batch[positions], weights, draws)
-            yield self._open
-        self._open = None
+            self._open = weights
+            yield Microbatch(self._batch[positions], weights.clone(), draws)
+
+    def _refuse_left_out(self, left_out: bool) -> None:
+        if left_out:
+            raise RuntimeError(
+                f"step {self.number}: the losses of a microbatch were not added; what one example makes of "
+                "its microbatch would change the sum by more than C. Expected add() for each: an example "
+                "whose loss is not finite adds nothing, and 0 * loss leaves one out"
+            )
 
     def add(self, losses: Tensor, weights: Tensor | None = None) -> None:
         """Adds the clipped gradients of the microbatch in hand to the sum of the batch, once.
 
         Args:
             losses: [M], one value for each example: the mean over its k draws.
-            weights: [M], those of the `Microbatch`, or zeros for examples to leave out; None: those of the
-                microbatch.
+            weights: [M], those of the `Microbatch`, which None stands for. An example is left out by
+                0 * loss, which has to depend on that example alone.
 
         Raises:
-            UserError: losses of another shape, weights above the microbatch's, and as
+            UserError: losses of another shape, weights other than the microbatch's, and as
                 `ClippedGradientSum.add` says.
             RuntimeError: no microbatch is in hand, or its losses were added already.
         """
@@ -188,14 +198,17 @@ class PrivateStep:
                 f"step {self.number}: add() without a microbatch, or twice for one; expected it once in the "
                 "loop over microbatches()"
             )
-        own = self._open.weights
-        self.sgd.refuse_others(losses, len(own), int(own.count_nonzero()))
+        own, examples = self._open, int(self._open.count_nonzero())
+        if weights is not None and not torch.equal(weights.to(own), own):
+            raise UserError(
+                f"weights of shape {list(weights.shape)}: expected those of the microbatch, 1 for an example "
+                "and 0 for padding; a weight that depends on an example belongs in its loss, before the clip"
+            )
+        self.sgd.refuse_others(losses, len(own), examples, self.number)
         self._open = None
-        weights = own if weights is None else weights
-        if weights.shape != own.shape or not bool(((weights.cpu() == own) | (weights.cpu() == 0)).all()):
-            raise UserError(f"weights of shape {list(weights.shape)}: expected those of the microbatch")
         # 2. Per-example gradients of the mean over k draws. 3. Clip each to C, and sum.
-        self.sgd.gradients.add(losses, weights.to(losses.device))
+        self.sgd.gradients.add(losses, own.to(losses.device))
+        self._left -= examples
 
     def apply(self) -> bool:
         """Adds the noise and takes the step of the optimiser; returns whether it did.
@@ -205,6 +218,7 @@ class PrivateStep:
         adds the losses of the new batch and applies again, unless the step is `spent`.
         """
         self._refuse_ended("apply()")
+        self._refuse_left_out(self._divided and self._left != 0)
         sgd, plan, number = self.sgd, self.sgd.plan, self.number
         sgd.refuse_changed()
         total = all_reduced(sgd.gradients.total(), sgd.group)
@@ -299,7 +313,7 @@ class DPSGD:
     ) -> None:
         self.module, self.optimizer, self.plan, self.num_examples = module, optimizer, plan, num_examples
         self.planned = copy.deepcopy(plan)
-        self.executions, self.lineage, self.begun, self._looked = executions, ORIGIN, begun, False
+        self.executions, self.lineage, self.begun, self._look = executions, ORIGIN, begun, 0
         self._randomness, self._told, self._descending = randomness, 0, False
         self.foreign_losses, self._looked_at = foreign_losses, 1
         check_optimizer(optimizer, module)
@@ -354,14 +368,15 @@ class DPSGD:
             )
         check_optimizer(self.optimizer, self.module)
 
-    def refuse_others(self, losses: Tensor, rows: int, examples: int) -> None:
-        """Raises UserError when the first `losses` depend on trainable parameters outside the module too.
+    def refuse_others(self, losses: Tensor, rows: int, examples: int, number: int) -> None:
+        """Raises UserError when `losses` depend on what is trained outside the module too.
 
-        Or, in a caller's own loss, when an example's depends on others: at twice the examples seen so far.
+        Looked for in the first microbatch of the first step and of each step whose number has doubled. Or, in
+        a caller's own loss, when an example's depends on others: at twice the examples seen so far.
         """
-        if not self._looked:
-            self._looked = True
-            _refuse_outside(losses, {id(p) for p in self.parameters})
+        if number >= self._look:
+            self._look = max(1, 2 * number)
+            refuse_outside(losses, {id(p) for p in self.parameters})
         fit = self.foreign_losses and losses.requires_grad and losses.shape == (rows,)
         if fit and examples >= 2 * self._looked_at and self.gradients.refuse_mixed(losses):
             self._looked_at = examples
@@ -447,54 +462,8 @@ class DPSGD:
         self.lineage = str(state.get("lineage"))  # `check_lineage` knows no such one as None
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
-    """Raises UserError unless `optimizer` is torch's own kind, over the trainable parameters of `module`."""
-    if not isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "accelerator_state"):
-        raise UserError(
-            f"optimizer={type(optimizer).__name__}: expected a torch.optim.Optimizer as it was made, before "
-            "accelerator.prepare()"
-        )
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise UserError("optimizer=LBFGS: evaluates the loss by itself; expected one that takes a gradient")
-    if isinstance(optimizer, torch.optim.SparseAdam):
-        raise UserError("optimizer=SparseAdam: takes sparse gradients; expected Adam, since noise is dense")
-    trained = {id(p): name for name, p in module.named_parameters() if p.requires_grad}
-    if not trained:
-        raise UserError("module: no parameter is trainable; expected LoRA layers, or requires_grad_(True)")
-    given = {id(p): p for group in optimizer.param_groups for p in group["params"]}
-    if missing := [name for key, name in trained.items() if key not in given]:
-        raise UserError(
-            f"optimizer: lacks {missing[0]} and {len(missing) - 1} more trainable parameters of the module; "
-            "expected all of them, or requires_grad_(False) for those that are not trained"
-        )
-    # A frozen parameter without a gradient is one that no optimiser moves.
-    frozen = {id(p) for p in module.parameters() if not p.requires_grad and p.grad is None}
-    if others := len(given.keys() - trained.keys() - frozen):
-        raise UserError(
-            f"optimizer: holds {others} parameters that are not of the module, or frozen ones with a "
-            "gradient; expected none, since they would get no private gradient"
-        )
-
-
 def _same_everywhere(digest: str) -> str:
     """The `digest` that all processes have. Raises RuntimeError, on all of them, when they differ."""
     if len(set(everyone(digest))) > 1:
         raise RuntimeError("the processes of this job hold different sums of one batch: nothing was released")
     return digest
-
-
-def _refuse_outside(losses: Tensor, own: set[int]) -> None:
-    """Raises UserError when `losses` depend on a parameter whose id is not among `own`."""
-    left, seen = [losses.grad_fn], set[Any]()
-    while left:
-        if (node := left.pop()) is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if isinstance(leaf, nn.Parameter) and id(leaf) not in own:
-            raise UserError(
-                f"losses: they depend on a trainable parameter of shape {list(leaf.shape)} outside the "
-                "module, which would get a gradient without noise; expected one module that holds all, such "
-                "as nn.ModuleList([unet, text_encoder]), or requires_grad_(False)"
-            )
-        left += [following for following, _ in node.next_functions]

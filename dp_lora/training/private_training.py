@@ -24,7 +24,8 @@ from dp_lora.privacy.layers import refuse_sharded
 from dp_lora.privacy.plan import PrivacyPlan
 from dp_lora.privacy.preflight import preflight
 from dp_lora.privacy.randomness import KEY_BYTES, Randomness
-from dp_lora.privacy.step import DPSGD, PrivateStep, check_optimizer
+from dp_lora.privacy.refusals import check_optimizer, refuse_steered
+from dp_lora.privacy.step import DPSGD, PrivateStep
 from dp_lora.storage.files import private_directory, read_json, write_atomic, write_json
 from dp_lora.storage.tensors import digest
 from dp_lora.training.loop import Checkpoint, plain
@@ -119,6 +120,7 @@ class PrivateTraining:
     ) -> None:
         _refuse_wrapped(module)
         check_optimizer(optimizer, module)
+        refuse_steered(also or {})
         plan.check()
         examples = _number_of_examples(plan, num_examples)
         self.module, self.optimizer, self.plan = module, optimizer, plan

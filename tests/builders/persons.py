@@ -70,7 +70,7 @@ def sums(
             else:
                 chosen, of_person = persons.draw(rows, draws, k), number[rows]
             losses = model(records[chosen.flatten()]).square().sum(1).view(-1, k).mean(1)
-            step.add(losses, weights if zeroed is None else weights * (of_person != zeroed))
+            step.add(losses if zeroed is None else losses * (of_person != zeroed), weights)
         found = sgd.gradients.total().double().clone()
         sgd.detach()
     return found

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import time
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
 
-from dp_lora.errors import PlanError
+from dp_lora.errors import PlanError, UserError
 from dp_lora.privacy.batches import poisson_batch
 from dp_lora.privacy.persons import Persons
 from dp_lora.privacy.plan import PrivacyPlan, make_plan
@@ -35,6 +38,22 @@ def test_each_person_has_their_records_in_their_order() -> None:
     values = torch.arange(6.0)
     assert persons.means(values).tolist() == pytest.approx([7 / 3, 2.5, 3.0])
     assert persons.means(torch.stack([values, -values], 1)).shape == (3, 2)
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, np.int64, int, str, lambda number: f" {number}\t"])
+def test_a_name_is_one_person_whatever_kind_of_value_it_is(kind: Callable[[int], Any]) -> None:
+    """As a dataset hands them over, one by one: tensors are equal to themselves alone."""
+    owners = [kind(record % 3) for record in range(9)]
+    for given in (owners, iter(owners)):
+        assert Persons(given).offsets.tolist() == [0, 3, 6, 9]
+
+
+@pytest.mark.parametrize("wrong", [None, math.nan, np.float64(2), True, "  ", (1, 2), torch.ones(2)])
+def test_what_is_no_name_is_one_line(wrong: Any) -> None:
+    with pytest.raises(
+        UserError, match=r"^owners: record 1 has .*; expected a person's name or whole number"
+    ):
+        Persons(["a", wrong])
 
 
 def test_the_index_of_a_million_records_is_small_and_made_in_no_time() -> None:

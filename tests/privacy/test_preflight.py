@@ -78,6 +78,21 @@ def test_a_model_that_mixes_examples_is_stopped(plan: PrivacyPlan) -> None:
     assert issubclass(PreflightError, UserError)
 
 
+def test_equal_examples_prove_nothing(plan: PrivacyPlan) -> None:
+    """A loss that divides by the mean over the batch, without a gradient, is itself on equal examples."""
+    model, rows = Centred(False), torch.ones(4, 3, 4)
+
+    def losses(examples: slice) -> Tensor:
+        found = model(rows[examples].reshape(-1, 4)).square().sum(1).view(-1, 3).mean(1)
+        return found / found.detach().mean()
+
+    with pytest.raises(PreflightError, match=r"^synthetic_losses: examples 0 and 1 have the same gradient"):
+        preflight(model, losses, plan)
+    rows[:] = torch.randn(4, 3, 4, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(PreflightError, match="mixes the examples"):
+        preflight(model, losses, plan)
+
+
 def test_an_engine_that_does_not_clip_is_stopped(plan: PrivacyPlan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ClippedGradientSum, "_factors", lambda self, norms: torch.ones_like(norms))
     with pytest.raises(PreflightError):

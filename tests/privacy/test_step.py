@@ -14,7 +14,8 @@ from dp_lora.privacy import step as algorithm
 from dp_lora.privacy.executions import ORIGIN, Execution, Executions
 from dp_lora.privacy.plan import make_plan
 from dp_lora.privacy.randomness import Randomness
-from dp_lora.privacy.step import DPSGD, check_optimizer
+from dp_lora.privacy.refusals import check_optimizer
+from dp_lora.privacy.step import DPSGD
 
 PLAN = make_plan(
     num_examples=40, expected_batch_size=10, steps=3, noise_multiplier=1.0, delta=1e-3, max_grad_norm=0.5
@@ -116,11 +117,11 @@ def test_a_step_begins_on_record_and_from_an_empty_sum(tmp_path: Path) -> None:
 
 
 def test_nothing_is_added_to_a_step_that_has_ended(tmp_path: Path) -> None:
-    """Also when the loop over its microbatches was left early, so that one is still in hand."""
     sgd = state(tmp_path, Randomness.from_seed(0))
     step = sgd.begin(0)
-    rows, _, _ = next(step.microbatches(4))
-    losses = sgd.module(torch.ones(4, 3)).square().sum(1)
+    for rows, _, _ in step.microbatches(4):
+        losses = sgd.module(torch.ones(len(rows), 3)).square().sum(1)
+        step.add(losses)
     assert step.apply() and len(rows) == 4
     for call in (lambda: step.add(losses), step.apply):
         with pytest.raises(RuntimeError, match="after the step has ended"):
@@ -153,7 +154,7 @@ def test_the_first_losses_are_looked_at_if_they_are_the_caller_s(
         monkeypatch.setattr(sgd.gradients, "refuse_mixed", lambda losses, seen=seen: not seen.append(losses))
         losses = sgd.module(torch.ones(examples, 3)).sum(1)
         for _ in range(2):
-            sgd.refuse_others(losses.mean() if wrong else losses, examples, examples)
+            sgd.refuse_others(losses.mean() if wrong else losses, examples, examples, 0)
         assert len(seen) == (0 if wrong else looked)
 
 
@@ -167,7 +168,7 @@ def test_losses_are_looked_at_again_when_there_are_twice_as_many_examples(
     losses = sgd.module(torch.ones(8, 3)).sum(1)
     looked = []
     for examples in (0, 1, 2, 3, 4, 7, 8, 2):
-        sgd.refuse_others(losses, 8, examples)
+        sgd.refuse_others(losses, 8, examples, 0)
         looked.append(len(seen))
     assert looked == [0, 0, 1, 1, 2, 2, 3, 3]
 

@@ -17,8 +17,7 @@ from torch.nn import functional as F
 import dp_lora
 from dp_lora import PlanError, PreflightError, PrivateTraining, UserError
 from dp_lora.jobs.begun import begun
-from dp_lora.privacy.randomness import Randomness
-from dp_lora.privacy.step import check_optimizer
+from dp_lora.privacy.refusals import check_optimizer
 from tests.builders.private_training import (
     IMAGES,
     LABELS,
@@ -155,82 +154,6 @@ def test_a_step_is_applied_once(tmp_path: Path) -> None:
         step.apply()
 
 
-def test_no_example_counts_twice(tmp_path: Path) -> None:
-    """Padding without its weights, a microbatch that is added twice, a batch that is divided twice."""
-    private = training(tmp_path / "run")
-    step = next(_steps := private.steps())
-    model = private.sgd.module
-    with pytest.raises(RuntimeError, match="without a microbatch, or twice for one"):
-        step.add(losses(model, torch.arange(4)))
-    parts = step.microbatches(50)
-    rows, weights, _ = next(parts)
-    assert 0 < weights.sum() < 50, "the last rows are padding"
-    step.add(losses(model, rows))
-    total = private.sgd.gradients.total()
-    with pytest.raises(RuntimeError, match="without a microbatch, or twice for one"):
-        step.add(losses(model, rows), weights)
-    assert next(parts, None) is None
-    with pytest.raises(RuntimeError, match="without a microbatch, or twice for one"):
-        step.add(losses(model, rows), weights)
-    with pytest.raises(RuntimeError, match=r"microbatches\(\) twice for one batch"):
-        step.microbatches(50)
-    assert torch.equal(private.sgd.gradients.total(), total)
-    private.sgd.gradients.reset()
-    private.sgd.gradients.add(losses(model, rows[weights > 0]))
-    assert torch.allclose(private.sgd.gradients.total(), total, atol=1e-6)
-
-
-@pytest.mark.parametrize("wrong", [torch.ones_like, lambda w: 2 * w, lambda w: w[:3], lambda w: -w])
-def test_weights_above_the_microbatch_s_are_refused(
-    wrong: Callable[[Tensor], Tensor], tmp_path: Path
-) -> None:
-    private = training(tmp_path / "run")
-    step = next(_steps := private.steps())
-    rows, weights, _ = next(step.microbatches(50))
-    with pytest.raises(UserError, match=r"^weights of shape"):
-        step.add(losses(private.sgd.module, rows), wrong(weights))
-    assert not private.sgd.gradients.total().any()
-
-
-def test_microbatches_of_a_batch_that_was_thrown_away_are_refused(tmp_path: Path) -> None:
-    private = training(tmp_path / "run")
-    step = next(_steps := private.steps())
-    parts = step.microbatches(2)
-    next(parts)
-    step._give_up(microbatch=1)
-    with pytest.raises(RuntimeError, match="of an earlier batch"):
-        next(parts)
-
-
-def test_an_example_can_be_left_out(tmp_path: Path) -> None:
-    private = training(tmp_path / "run")
-    step = next(_steps := private.steps())
-    rows, weights, _ = next(step.microbatches(50))
-    step.add(losses(private.sgd.module, rows), torch.zeros_like(weights))
-    assert not private.sgd.gradients.total().any()
-
-
-def test_a_stream_of_the_step_is_not_given_away(tmp_path: Path) -> None:
-    step = next(_steps := training(tmp_path / "run").steps())
-    _, _, draws = next(step.microbatches(4))
-    for name in ("noise", "batch", "timesteps"):
-        with pytest.raises(ValueError, match=f"purpose='{name}'"):
-            draws.normal(name, 3)
-    assert draws.normal("mine", 3).shape == (4, 3)
-
-
-@pytest.mark.parametrize("size", [1, 3, 7, 100])
-def test_draws_belong_to_positions_in_the_batch(size: int, tmp_path: Path) -> None:
-    step = next(_steps := training(tmp_path / "run").steps())
-    parts = list(step.microbatches(size))
-    kept = [int(weights.sum()) for _, weights, _ in parts]
-    noise = torch.cat([d.normal("mine", 2)[:n] for (_, _, d), n in zip(parts, kept, strict=True)])
-    times = torch.cat([d.timesteps(3, 1000)[:n] for (_, _, d), n in zip(parts, kept, strict=True)])
-    key = Randomness.from_seed(3)
-    assert torch.equal(noise, key.normal("mine", 0, (sum(kept), 2)))
-    assert torch.equal(times, key.timesteps(0, sum(kept), 3, 1000, stratified=True))
-
-
 def test_another_plan_or_number_of_examples_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^num_examples=59: expected 60"):
         training(tmp_path / "run", num_examples=59)
@@ -282,9 +205,18 @@ def test_a_trainable_parameter_outside_the_module_is_refused(tmp_path: Path) -> 
     encoder, private = nn.Linear(5, 5), training(tmp_path / "run")
     step = next(_steps := private.steps())
     rows, _, _ = next(step.microbatches(8))
-    with pytest.raises(UserError, match=r"trainable parameter of shape \[5.*outside the module"):
+    with pytest.raises(UserError, match=r"^losses: they depend on a tensor of shape \[5.*outside the module"):
         step.add(F.cross_entropy(private.sgd.module(encoder(IMAGES[rows])), LABELS[rows], reduction="none"))
     assert encoder.weight.grad is None
+
+
+def test_a_schedule_that_steers_by_the_loss_is_refused(tmp_path: Path) -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    also = {"rates": torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)}
+    with pytest.raises(UserError, match=r"^also: 'rates' is a ReduceLROnPlateau"):
+        PrivateTraining(model, optimizer, plan_of(), tmp_path / "run", synthetic_losses=None, also=also)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("first", [3, None])
