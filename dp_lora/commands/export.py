@@ -226,7 +226,8 @@ def _finished(directory: Path) -> _Run:
         )
     if restated:
         privacy = {**privacy, "adjacency": ADJACENCIES["zero_out"].format(unit="image")}
-    is_covered = config.data.public or nothing is None
+    public = config.data.public and not privacy.get("unprotected_start")
+    is_covered = public or nothing is None
     return _Run(directory, config, privacy, restated=restated, covered=is_covered)
 
 

@@ -367,6 +367,16 @@ def note_of(source: Source) -> str:
     return NOTE if nothing is None else nothing.strip("*")
 
 
+def is_protected(source: Source) -> bool:
+    """Whether an adapter has a privacy guarantee, or needs none, as far as its records or its card say."""
+    from dp_lora.records.card import NO_GUARANTEE
+
+    if source.run is not None and source.config.data.public:
+        path = source.run / "privacy.json"
+        return not (path.exists() and read_json(path).get("unprotected_start"))
+    return not note_of(source).startswith(NO_GUARANTEE.partition("{")[0].strip("* "))
+
+
 def _note_of_card(card: Path) -> str:
     """What the card of an adapter without its run says about its guarantee."""
     from dp_lora.records.card import NO_GUARANTEE

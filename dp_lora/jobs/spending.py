@@ -373,7 +373,7 @@ def charged(
     continued and ends; so does, for good, one that fills its budget (`ledger.fills`). What it was charged at
     an earlier end is never taken back. Gives a function that has to be called before anything of a step
     leaves the process: it notes how far the run has come and raises UserError when a copy of the run has
-    taken its place.
+    taken its place, or its record of steps was moved away or cut. Then the whole plan stays charged.
 
     Args:
         config: the job; public data is not charged.
@@ -396,13 +396,24 @@ def charged(
     plan_charge, settled = account.planned(plan), account.books.settled(turn.owner)
     account.enter(plan_charge, turn)
 
+    furthest = 0
+
     def note() -> None:
+        nonlocal furthest
+        if (progress := progress_of(folder)) < furthest:
+            raise UserError(
+                f"{folder}: its record of steps was moved, removed or cut while the run went on; expected it "
+                "to stay. The run stays charged with its whole plan"
+            )
+        furthest = progress
         try:
-            account.books.note(turn, progress_of(folder))
+            account.books.note(turn, progress)
         except Superseded as error:
             raise account.gone_on() from error
 
     def settle() -> None:
+        if progress_of(folder) < furthest:
+            return
         taken, budget = begun(folder), config.privacy.budget_epsilon
         steps = max(taken, settled.steps)
         if budget is not None and plan_charge.private and fills(plan_charge, budget):

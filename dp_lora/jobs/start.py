@@ -28,7 +28,7 @@ from dp_lora.config.schema import Config
 from dp_lora.errors import UserError
 from dp_lora.jobs import ancestry, content
 from dp_lora.jobs.ancestry import Training, is_on, kept, name_of, record_of
-from dp_lora.jobs.drawing import check_base, digest_of, source_of
+from dp_lora.jobs.drawing import check_base, digest_of, is_protected, source_of
 from dp_lora.jobs.reuse import START
 from dp_lora.jobs.spending import Books, admit, charge_of
 from dp_lora.privacy.accounting import Spent
@@ -49,6 +49,12 @@ OTHER_IMAGES = (
 )
 """A further limit of the statement of a run that started from an adapter of other images."""
 
+UNPROTECTED = (
+    "The images that the adapter which the training started from was trained on: it has no privacy "
+    "guarantee, and neither has what comes of it."
+)
+"""The same where that adapter has no guarantee."""
+
 
 @dataclass(frozen=True)
 class Start:
@@ -63,6 +69,8 @@ class Start:
     """Whether it is known on which images it and all that it descends from were trained."""
     word: str
     """The setting that names it."""
+    is_protected: bool = True
+    """False where the adapter, by its records or its card, has no privacy guarantee for private images."""
 
     def described(self) -> str:
         """The start and what the statement counts, for the owner."""
@@ -98,7 +106,8 @@ def start_of(
         # What is left to do may not need it; `first_values` does.
         found = read_json(directory / "checkpoint" / START)
         trainings = tuple(kept(directory / "checkpoint"))
-        return Start(Path(found["folder"]), found["adapter"], trainings, _knows_all(directory), word)
+        folder, known, covered = Path(found["folder"]), _knows_all(directory), found.get("protected", True)
+        return Start(folder, found["adapter"], trainings, known, word, covered)
     if place.resolve() == directory.resolve():
         raise UserError(f"{word}: is the directory of this run itself; expected another run")
     try:
@@ -125,7 +134,7 @@ def start_of(
     is_known = run is not None and has_record and _knows_all(run)
     if not is_known and not _has_begun(directory):
         behind = [*(one for one in books if one.run not in {other.run for other in behind}), *behind]
-    start = Start(source.adapter, digest_of(source.adapter), (), is_known, word)
+    start = Start(source.adapter, digest_of(source.adapter), (), is_known, word, is_protected(source))
     _check_same(start, directory)
     # What was known when the run began stays known.
     known = kept(directory / "checkpoint")
@@ -151,6 +160,7 @@ def keep(start: Start, folder: Path) -> None:
             "folder": str(start.adapter.absolute()),
             "trainings": trainings,
             "known": start.is_known,
+            "protected": start.is_protected,
         }
         write_json(path, record, mode=0o600)
 
@@ -232,7 +242,10 @@ def with_earlier(record: Mapping[str, Any], start: Start, *, fixed: bool) -> dic
     `epsilon_of_this_training` is what the record said before.
     """
     stated = dict(record)
-    if not start.is_known or any(not one.same_images for one in start.trainings):
+    if not start.is_protected:
+        stated["unprotected_start"] = True
+        stated["does_not_cover"] = [*record["does_not_cover"], UNPROTECTED]
+    elif not start.is_known or any(not one.same_images for one in start.trainings):
         stated["does_not_cover"] = [*record["does_not_cover"], OTHER_IMAGES]
     if not start.before:
         return stated

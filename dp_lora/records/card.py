@@ -33,7 +33,8 @@ def no_guarantee(record: Mapping[str, Any], *, reproducible_noise: bool = False)
     """One sentence that says why there is no guarantee, or null when there is one.
 
     Args:
-        record: of privacy.json; no finite epsilon means no noise.
+        record: of privacy.json; no finite epsilon means no noise, and no guarantee of the adapter that the
+            training started from means none for the images behind that.
         reproducible_noise: the noise came from a number in the configuration.
     """
     epsilon = record["epsilon"]
@@ -43,6 +44,10 @@ def no_guarantee(record: Mapping[str, Any], *, reproducible_noise: bool = False)
         reason = (
             "its noise was derived from a seed (reproducible noise), so whoever knows the seed can take "
             "the noise away"
+        )
+    elif record.get("unprotected_start"):
+        reason = (
+            "the training started from an adapter without one; what was trained on before is not protected"
         )
     else:
         return None

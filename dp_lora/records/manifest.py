@@ -107,7 +107,7 @@ PRIVACY: Mapping[str, Why] = {
             "earlier_trainings", "epsilon_by_accountant", "epsilon_of_this_training",
             "expected_batch_size", "loss_share", "max_grad_norm",
             "noise_multiplicity", "noise_multiplier", "planned_steps", "private", "release",
-            "reproducible_noise", "sample_rate", "steps", "target_epsilon", "unit",
+            "reproducible_noise", "sample_rate", "steps", "target_epsilon", "unit", "unprotected_start",
         ),
         Why.SETTING,
     ),
@@ -130,7 +130,7 @@ _RELEASE: Shape = {
 """The shape of `release` in privacy.json."""
 
 _KINDS: Mapping[str, Shape] = {
-    **dict.fromkeys(("complete", "private", "reproducible_noise"), field_kinds.flag),
+    **dict.fromkeys(("complete", "private", "reproducible_noise", "unprotected_start"), field_kinds.flag),
     **dict.fromkeys(("accountant", "adjacency", "clipping", "unit"), field_kinds.words),
     **dict.fromkeys(("covers", "does_not_cover"), field_kinds.sentences),
     "epsilon_by_accountant": field_kinds.numbers,

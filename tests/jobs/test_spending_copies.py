@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,39 @@ def preempted(config: Config, plan: PrivacyPlan, folder: Path, steps: int = 30, 
 def executions(folder: Path, numbers: range, name: str = "x") -> None:
     for step in numbers:
         append_line(folder / "executions.jsonl", {"step": step, "execution": f"{name}{step}"})
+
+
+@pytest.mark.parametrize("ends", [KeyboardInterrupt, None])
+@pytest.mark.parametrize("how", ["moved", "removed", "cut"])
+def test_a_record_that_is_lost_under_way_stays_charged_with_the_whole_plan(
+    how: str, ends: type[BaseException] | None, config: Config, plan: PrivacyPlan, tmp_path: Path
+) -> None:
+    """What was logged of the steps has left already."""
+    folder = tmp_path / "run" / "checkpoint"
+    folder.mkdir(parents=True)
+
+    def train() -> None:
+        with charged(config, plan, folder, IMAGES) as note:
+            for step in range(30):
+                executions(folder, range(step, step + 1))
+                note()
+            record = folder / "executions.jsonl"
+            if how == "moved":
+                folder.parent.rename(tmp_path / "elsewhere")
+            elif how == "removed":
+                record.unlink()
+            else:
+                record.write_bytes(record.read_bytes()[:40])
+            if ends is not None:
+                raise ends
+            with pytest.raises(UserError, match="was moved, removed or cut while the run went on"):
+                note()
+
+    with nullcontext() if ends is None else pytest.raises(ends):
+        train()
+    (charge,) = charges(config)
+    assert charge.mechanism.steps == plan.steps
+    assert how != "moved" or not folder.exists()
 
 
 def trained(config: Config, plan: PrivacyPlan, folder: Path, images: ImageSplits = IMAGES) -> Path:

@@ -19,7 +19,7 @@ from dp_lora.errors import UserError
 from dp_lora.jobs.job import prepare
 from dp_lora.jobs.spending import ledger_path
 from dp_lora.jobs.stages import run
-from dp_lora.jobs.start import OTHER_IMAGES
+from dp_lora.jobs.start import OTHER_IMAGES, UNPROTECTED
 from dp_lora.privacy import accounting
 from dp_lora.privacy.ledger import Charge, Ledger, spent_adaptively
 from dp_lora.privacy.subsampled_gaussian import Mechanism
@@ -150,6 +150,35 @@ def test_an_adapter_of_other_images_costs_nothing_here(
     found = read_json(third / "privacy.json")
     assert OTHER_IMAGES in found["does_not_cover"]
     assert [Mechanism(**one) for one in found["earlier_trainings"]] == [mechanism(second)]
+
+
+@pytest.mark.parametrize("public", [False, True])
+@pytest.mark.parametrize("alone", [False, True])
+def test_what_comes_of_an_adapter_without_a_guarantee_has_none(
+    alone: bool, public: bool, tiny: Callable[..., Config], folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    first = trained(tiny(*on(folders[0], "privacy.epsilon=inf")))
+    start = shutil.copytree(first / "adapter", tmp_path / "given") if alone else first
+    private = ["privacy.epsilon=inf", "data.public=true"] if public else []
+    second = trained(tiny(*on(folders[1], f"model.adapter={start}", *private)))
+    third = trained(tiny(*on(folders[0], f"model.adapter={second}", "data.public=true")))
+    for last in (second, third):
+        stated, card = read_json(last / "privacy.json"), (last / "adapter" / "README.md").read_text()
+        assert stated["unprotected_start"] is True and UNPROTECTED in stated["does_not_cover"]
+        assert "NO privacy guarantee" in stated["covers"] and "NO privacy guarantee" in card
+        assert "Protects" not in card
+        with pytest.raises(UserError, match="--with-uncovered"):
+            export(last, tmp_path / f"out-{last.name[-8:]}")
+    assert "from an adapter without one" in (second / "adapter" / "README.md").read_text() or public
+
+
+def test_an_adapter_of_public_images_needs_no_guarantee(
+    tiny: Callable[..., Config], folders: tuple[Path, Path]
+) -> None:
+    first = trained(tiny(*on(folders[0], "privacy.epsilon=inf", "data.public=true")))
+    second = trained(tiny(*on(folders[1], f"model.adapter={first}")))
+    assert "unprotected_start" not in read_json(second / "privacy.json")
+    assert "**Protects" in (second / "adapter" / "README.md").read_text()
 
 
 def test_a_training_on_the_same_images_counts_however_it_is_named(
