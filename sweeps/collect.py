@@ -246,17 +246,20 @@ def frame(rows: Sequence[Row]) -> pandas.DataFrame:
 
 
 def write_frame(rows: Sequence[Row], path: Path) -> list[Path]:
-    """Writes the frame as CSV, and as parquet beside it where pyarrow is; returns what was written."""
+    """Writes the frame as CSV, and as parquet beside it where pyarrow is; returns what was written.
+
+    For their owner alone: metrics that are computed on private images are in it.
+    """
     from importlib.util import find_spec
 
     from dp_lora.storage.files import write_atomic
 
     table = frame(rows)
-    write_atomic(path, table.to_csv(index=False))
+    write_atomic(path, table.to_csv(index=False), mode=0o600)
     if find_spec("pyarrow") is None:
         return [path]
     beside = path.with_suffix(".parquet")
-    write_atomic(beside, table.to_parquet(index=False))
+    write_atomic(beside, table.to_parquet(index=False), mode=0o600)
     return [path, beside]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dp_lora.config.identity import is_private
-from dp_lora.storage.files import write_atomic, write_json
+from dp_lora.storage.files import private_directory, write_atomic, write_json
 from sweeps import afterwards, figures, tables
 from sweeps.bill import bill
 from sweeps.collect import Row, collect, mixtures, write_frame
@@ -58,10 +58,11 @@ def build(sweeps: Sequence[Sweep], out: Path, *, ended: bool = False, mixed: boo
     drawing = figures.printed(charts)
     if drawing is not None:
         content["figure.pdf"], content["figure.png"] = figures.render(drawing)
-    out.mkdir(parents=True, exist_ok=True)
+    if not out.exists():
+        private_directory(out)
     for name, value in content.items():
-        write_atomic(out / name, value)
-    write_json(out / "provenance.json", provenance(sweeps, rebuild))
+        write_atomic(out / name, value, mode=0o600)
+    write_json(out / "provenance.json", provenance(sweeps, rebuild), mode=0o600)
     write_frame(rows, out / "runs.csv")
     return text
 

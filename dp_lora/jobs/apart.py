@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from dp_lora.config.load import read_config
 from dp_lora.config.schema import Config
 from dp_lora.data.digests import SEEN, SIZE, both
+from dp_lora.data.pixels import shown
 from dp_lora.data.sets import ImageSplits
 from dp_lora.data.sources import location
 from dp_lora.errors import PrivateRefusal, UserError
@@ -33,6 +35,23 @@ def refuse_one_place(config: Config) -> None:
             f"public_data.source with public_data={config.public_data.name}: names the place of the private "
             f"images (data.source), or one of the two lies in the other: {WAY_OUT}"
         )
+
+
+def refuse_drawn(config: Config) -> None:
+    """Raises UserError when the public images are what a run with private images has drawn or wrote.
+
+    They carry what that run spent on its images, which the statement of the new run would not count.
+    """
+    place = location(config.public_data, config.paths)
+    for folder in () if place is None else (place, *place.parents):
+        drawn = (folder / "sampling.json").exists()
+        run = folder if (folder / "privacy.json").exists() and (folder / "config.yaml").exists() else None
+        if (drawn or run) and not (run and read_config(run / "config.yaml").data.public):
+            raise UserError(
+                f"public_data.source={config.public_data.source}: {shown(folder)} holds what a run with "
+                "private images has drawn; pre-training on it would hide what that run spent. Expected other "
+                "images; model.adapter=RUN goes on from its adapter, and counts it"
+            )
 
 
 def refuse_shared_images(config: Config, public: ImageSplits, private: ImageSplits) -> None:

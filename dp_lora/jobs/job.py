@@ -351,7 +351,7 @@ def pretrained_model(config: Config, *, again: bool = False, private: ImageSplit
 
     Raises UserError when it would be made from private images.
     """
-    from dp_lora.jobs.apart import refuse_one_place, refuse_seen
+    from dp_lora.jobs.apart import refuse_drawn, refuse_one_place, refuse_seen
     from dp_lora.models.folders import find
 
     refuse_one_place(config)
@@ -361,6 +361,7 @@ def pretrained_model(config: Config, *, again: bool = False, private: ImageSplit
         if private is not None:
             refuse_seen(config, found, private)
         return found
+    refuse_drawn(config)
     folder = _folder_of_model(config)
     if agreed(not folder.exists()):
         _pretrain_once(config, folder, private)

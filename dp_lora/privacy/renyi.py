@@ -122,7 +122,11 @@ def admits(divergences: Array, budget: float, delta: float) -> bool:
 
 
 def least_budget(divergences: Array, delta: float, above: float = 0.0) -> float:
-    """The smallest budget above `above` that `admits` the divergences, to 0.01 %; inf where none does."""
+    """The smallest budget above `above` that `admits` the divergences, to 0.01 %; inf where none does.
+
+    It holds for whoever had fixed it before the first run. If what came out also decided after which run to
+    stop, it holds at a larger delta: `admits` bounds the runs up to one budget, and each stop states another.
+    """
     if not np.isfinite(divergences).any():
         return math.inf
     if not divergences.any() and above == 0:

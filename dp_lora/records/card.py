@@ -186,7 +186,8 @@ def _earlier(record: Mapping[str, Any]) -> list[str]:
     what = "trainings or releases" if released else "trainings"
     them = "one earlier training" if len(earlier) == 1 else f"{len(earlier)} earlier {what}"
     why = (
-        "also if its settings were chosen after results of the earlier ones were seen (Renyi filter)"
+        "also if its settings were chosen after results of the earlier ones were seen, for a total that was "
+        "fixed beforehand (Renyi filter)"
         if record["accountant"] == "Renyi filter"
         else "provided that all settings were fixed before the first of them began"
     )

@@ -18,7 +18,8 @@ DOES_NOT_COVER = (
     "Metrics computed on private or held-out images, such as distances and accuracies in result.json.",
     "Hyper-parameters chosen by looking at such metrics: every further training run on the same images "
     "spends its own epsilon.",
-    "The public data of the pre-training, which has no protection.",
+    "What the pre-trained model was made from, which has no protection: its public data, adapters that were "
+    "merged into it, and images that an adapter had drawn.",
     "A person with several images in the private set: the unit of privacy is one image; for n images of "
     "one person epsilon grows n times and delta by more than that.",
     'The names of the classes, and, where the adjacency is "zero out one image", the number of training '
