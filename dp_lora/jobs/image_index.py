@@ -6,9 +6,10 @@ which every charge stands under the set whose images it was for. What a run may 
 all sets that share an image with its own, and with those, and so on.
 
 It knows images by their decoded pixels (`dp_lora.data.digests`), and by those that are trained on, under a
-key that never leaves it. It cannot know what another user or machine spent, images that were cropped,
-resized or compressed anew, or what was spent before it was deleted. An image of one colour identifies nobody
-and is left out.
+key that never leaves it. For a run that protects persons it knows them by their names too: sets with other
+images of one person share that person. It cannot know what another user or machine spent, images that were
+cropped, resized or compressed anew, or what was spent before it was deleted. An image of one colour
+identifies nobody and is left out.
 
 Guarantees:
     * Like the ledger of a set, the index knows where each run has come to: a copy of a run that brings its
@@ -81,11 +82,13 @@ def _home() -> Path:
 class ImageIndex:
     """The index in `folder`, which is made by the first charge.
 
+    by_person: sets that have a person in common share something too: for a run that protects persons.
+
     All methods raise UserError when it cannot be used.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, by_person: bool = False) -> None:
+        self.folder, self._by_person = folder, by_person
         self._ledger = Ledger(folder / "privacy_ledger.jsonl", head=folder / "head")
 
     def find(self, images: ImageSplits) -> KnownSet | None:
@@ -194,7 +197,10 @@ class ImageIndex:
             self._ledger.enter_all(rows, lambda indexed: admit([_by_run(c) for c in indexed]), turn)
 
     def _find(self, images: ImageSplits, key: bytes) -> KnownSet:
-        own = np.unique(np.concatenate([_keyed(part, key) for part in images]))
+        known = [_keyed(part, key) for part in images]
+        if self._by_person:
+            known += [_keyed_persons(part, key) for part in images]
+        own = np.unique(np.concatenate(known))
         name = _name(own, key)
         neighbours = self._neighbours()
         if name in neighbours:
@@ -317,6 +323,18 @@ def _keyed(part: ImageSet, key: bytes) -> np.ndarray:
     found = np.frombuffer(keyed, _DTYPE)
     _computed[part] = (key, found)
     return found
+
+
+def _keyed_persons(part: ImageSet, key: bytes) -> np.ndarray:
+    """The keyed digests of the names of the persons, uint64 [M]; longer inputs than those of images."""
+    names = () if part.persons is None else sorted(set(part.persons))
+    return np.frombuffer(
+        b"".join(
+            hmac.digest(key, b"person".ljust(SIZE, b"\0") + name.encode(), "sha256")[: _DTYPE.itemsize]
+            for name in names
+        ),
+        _DTYPE,
+    )
 
 
 def plain(images: np.ndarray) -> np.ndarray:

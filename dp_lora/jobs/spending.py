@@ -193,7 +193,7 @@ class Books:
         self.config, self.images = config, images
         self.ledger: Ledger = Ledger(ledger_path(config))
         place = default_folder() if given is None else Path(given).expanduser().absolute()
-        self.index: ImageIndex = ImageIndex(place)
+        self.index: ImageIndex = ImageIndex(place, by_person=config.privacy.unit == "person")
         # Whether all lines of the ledger are on these images.
         self.one_set = is_beside(self.ledger.path, config.data.source)
 
