@@ -131,12 +131,12 @@ def scores(kept: Kept, sizes: Sequence[int], plan: PrivacyPlan) -> list[float]:
         sizes: the dimension of each matrix, in the order of the coordinates.
         plan: of the run, whose noise is in the releases.
     """
-    # Of the mean of S releases, on each coordinate.
-    noise = plan.noise_std / plan.expected_batch_size / math.sqrt(kept.steps)
     mean = kept.total / kept.steps
-    if noise:
-        mean = mean / noise
-    return [score(float(part.square().sum()), len(part), noisy=noise > 0) for part in mean.split(list(sizes))]
+    # Of the mean of S releases, on each coordinate; without noise, what the mean itself has there.
+    noise = plan.noise_std / plan.expected_batch_size / math.sqrt(kept.steps)
+    unit = noise or float(mean.square().mean().sqrt()) or 1.0
+    parts = (mean / unit).split(list(sizes))
+    return [score(float(part.square().sum()), len(part), noisy=noise > 0) for part in parts]
 
 
 def score(energy: float, dimension: int, *, noisy: bool = True) -> float:
@@ -144,8 +144,8 @@ def score(energy: float, dimension: int, *, noisy: bool = True) -> float:
 
     Without a signal the energy, in units of one coordinate's noise, has a chi-square distribution: mean d and
     variance 2 d. The score then has mean 0 and variance 1 whatever d is, so that matrices of unequal size are
-    equals; they differ by the skewness sqrt(8 / d) alone. Without noise, in a run that has no privacy, it is
-    the limit up to a factor that all matrices share: energy / sqrt(2 d).
+    equals; they differ by the skewness sqrt(8 / d) alone. Without noise, by public images or in a run that
+    has no privacy, it is the limit up to a factor that all matrices share: energy / sqrt(2 d).
 
     Args:
         energy: sum of the squares of the update, in units of the variance of one coordinate's noise.
