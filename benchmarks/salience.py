@@ -2,8 +2,8 @@
 
     python -m benchmarks.salience
 
-Eight matrices of unequal size; two of them carry all signal (`tests.builders.planted`). The engine is the real
-one: Poisson batches, clip, noise and scores.
+Eight matrices of unequal size; two of them carry all signal (`tests.builders.planted`). The engine is the
+real one: Poisson batches, clip, noise and scores.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Scouting chooses by released sums alone: what it finds, what it does not, and what its guarantee rests on."""
+"""Scouting chooses by released sums alone: what it finds, and what its guarantee rests on."""
 
 from __future__ import annotations
 
