@@ -110,6 +110,7 @@ def _lead(config: Config, directory: Path, team: Team, shown_name: str) -> dict[
             if source is not None:
                 say(f"finetune: taken from {source}, which differs in sampler or evaluation only: no epsilon")
                 reuse.take(source, job.directory, tracker)
+                job.choice = choosing.recorded(job.directory)
                 return
             reuse.begin(job.directory, job.pretrained)
             _finetune(job, tracker, team)
