@@ -95,6 +95,16 @@ def test_a_run_that_shares_the_training_has_its_choice(done: Path, cache: Path) 
     assert read_json(other / "result.json")["choice"] == read_json(done / "privacy.json")["choice"]
 
 
+def test_a_training_goes_on_from_the_chosen_matrices(done: Path, cache: Path) -> None:
+    chosen = read_json(done / "privacy.json")["choice"]["chosen"]
+    given = (f"train.continue_from={done}", f"lora.target_modules=[{','.join(chosen)}]", "stages=[finetune]",
+             "train.max_steps=1")  # fmt: skip
+    after = Path(run(composed(*words(cache, done.parents[1]), *given), given)["directory"])
+    record = read_json(after / "privacy.json")
+    assert [one["steps"] for one in record["earlier_trainings"]] == [4], "all that was spent to choose, too"
+    assert "choice" not in record
+
+
 def test_the_audit_knows_how_many_coordinates_a_scouting_step_released(done: Path, cache: Path) -> None:
     job, norms = prepare(again(done, cache), done), auditing._update_norms(done)
     trained = adapters.count(model_to_train(job))
