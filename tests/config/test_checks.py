@@ -225,6 +225,7 @@ def test_an_impossible_value_is_refused_by_field_and_value(name: str, default: C
 
 
 WHOLE = [
+    "trainable.scout_steps",
     "seed", "privacy.noise_multiplicity", "lora.rank", "train.max_steps", "train.expected_batch_size",
     "train.warmup_steps", "train.microbatch", "model.prompt_length", "sampler.steps", "sampler.num_samples",
     "sampler.batch_size",
