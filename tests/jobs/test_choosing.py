@@ -97,8 +97,8 @@ def test_a_run_that_shares_the_training_has_its_choice(done: Path, cache: Path) 
 
 def test_a_training_goes_on_from_the_chosen_matrices(done: Path, cache: Path) -> None:
     chosen = read_json(done / "privacy.json")["choice"]["chosen"]
-    given = (f"train.continue_from='{done}'", f"lora.target_modules=[{','.join(chosen)}]", "stages=[finetune]",
-             "train.max_steps=1")  # fmt: skip
+    targets = f"lora.target_modules=[{','.join(chosen)}]"
+    given = (f"train.continue_from='{done}'", targets, "stages=[finetune]", "train.max_steps=1")
     after = Path(run(composed(*words(cache, done.parents[1]), *given), given)["directory"])
     record = read_json(after / "privacy.json")
     assert [one["steps"] for one in record["earlier_trainings"]] == [4], "all that was spent to choose, too"
