@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -158,8 +158,8 @@ def _check_power(plan: PrivacyPlan, options: Options) -> None:
     )
 
 
-def _update_norms(directory: Path) -> list[float]:
-    """The norms of the noised updates that the run has logged: released values."""
+def _update_norms(directory: Path) -> dict[int, float]:
+    """The norms of the noised updates that the run has logged, by step: released values."""
     try:
         rows = [row for row in read_lines(directory / "metrics.jsonl") if row["stage"] == "finetune"]
         norms = {row["step"]: float(row["update_norm"]) for row in rows}
@@ -173,7 +173,7 @@ def _update_norms(directory: Path) -> list[float]:
                 f"{directory}: metrics.jsonl: step {step} has update_norm={norm}; expected a finite number, "
                 "0 or more"
             )
-    return list(norms.values())
+    return norms
 
 
 def _check_images(job: Job, options: Options) -> None:
@@ -228,12 +228,13 @@ def _bounds(plan: PrivacyPlan, trained: Trained, options: Options) -> dict[str, 
 
 
 def _noise_test(
-    job: Job, trained: Trained, norms: Sequence[float], silent: Mapping[str, float]
+    job: Job, trained: Trained, norms: Mapping[int, float], silent: Mapping[str, float]
 ) -> dict[str, Any]:
     """The verdict on all noise; a function of released values and of the canaries' coins."""
     plan = job.plan
     parameters = adapters.count(model_to_train(job))
-    logged = update_norm_p_values(norms, parameters, plan.noise_std / plan.expected_batch_size)
+    released = _dimensions(job, norms, parameters)
+    logged = update_norm_p_values(list(norms.values()), released, plan.noise_std / plan.expected_batch_size)
     p_values = together(trained.p_values(), silent, logged)
     record: dict[str, Any] = {
         "noise_multiplier": plan.noise_multiplier,
@@ -246,6 +247,13 @@ def _noise_test(
     verdict = Verdict(p_values)
     said = {"accused": bool(verdict.accused), "accused_by": list(verdict.accused), "p_value": verdict.p_value}
     return {**said, "false_alarm": FALSE_ALARM, **record, "p_values": p_values}
+
+
+def _dimensions(job: Job, steps: Iterable[int], parameters: int) -> list[int]:
+    """The number of coordinates that each of the `steps` released, from 1: scouting steps have their own."""
+    choice = job.choice or {}
+    scouted = choice["scout_steps"] if choice.get("by") == "salient" else 0
+    return [choice["dimension"] if step <= scouted else parameters for step in steps]
 
 
 def _estimated(noise_multiplier: float, noise: SilentNoise, confidence: float = 0.95) -> dict[str, Any]:

@@ -328,7 +328,9 @@ def _equal_pairs(first: Words, second: Words) -> int:
     return int((counts * (counts - 1) // 2).sum())
 
 
-def update_norm_p_values(norms: Sequence[float], parameters: int, noise_std: float) -> dict[str, float]:
+def update_norm_p_values(
+    norms: Sequence[float], parameters: int | Sequence[int], noise_std: float
+) -> dict[str, float]:
     """Whether the update norms of a finished run are smaller than its noise allows; costs no privacy.
 
     The norm of a noised update is a released value. Let S be the clipped sum and Z the noise of a step. Given
@@ -342,7 +344,7 @@ def update_norm_p_values(norms: Sequence[float], parameters: int, noise_std: flo
 
     Args:
         norms: Euclidean norms of the updates at different steps.
-        parameters: number of trained parameters, P.
+        parameters: number of coordinates that were released, P; or of each update by itself.
         noise_std: standard deviation of the noise on each coordinate of an update, as claimed.
     """
     from scipy.stats import chi2
@@ -350,9 +352,10 @@ def update_norm_p_values(norms: Sequence[float], parameters: int, noise_std: flo
     if not norms:
         return {}
     # Norms of earlier versions were sums in float32, which come out too small.
-    scaled = np.square(np.asarray(norms) * (1 + _FLOAT32_LOSS * parameters) / noise_std)
-    smallest = float(chi2.cdf(scaled.min(), parameters))
+    each = np.broadcast_to(np.asarray(parameters), len(norms))
+    scaled = np.square(np.asarray(norms) * (1 + _FLOAT32_LOSS * each) / noise_std)
+    smallest = float(chi2.cdf(scaled, each).min())
     return {
-        "run_update_norms": float(chi2.cdf(scaled.sum(), parameters * len(norms))),
+        "run_update_norms": float(chi2.cdf(scaled.sum(), each.sum())),
         "run_smallest_update_norm": min(1.0, len(norms) * smallest),
     }

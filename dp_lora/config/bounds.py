@@ -40,6 +40,7 @@ _NUMBERS: dict[str, tuple[int, int]] = {
     "privacy.noise_multiplicity": (1, MOST_DRAWS),
     "lora.rank": (1, WIDEST),
     "train.max_steps": (1, MOST_STEPS),
+    "trainable.scout_steps": (0, MOST_STEPS),
     "train.expected_batch_size": (1, 10**9),
     "train.warmup_steps": (0, MOST_STEPS),
     "model.prompt_length": (1, WIDEST),

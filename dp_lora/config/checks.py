@@ -18,6 +18,8 @@ from dp_lora.config.schema import (
     ADJACENCIES,
     AUTOENCODERS,
     BACKGROUNDS,
+    CANDIDATES,
+    CHOICES,
     CLASSIFIERS,
     CLIPPINGS,
     COMPONENTS,
@@ -30,6 +32,7 @@ from dp_lora.config.schema import (
     LABEL_COLUMNS,
     LARGEST_EPSILON,
     LAYOUTS,
+    MEASURED,
     PERSONS_KNOWN,
     PRECISIONS,
     RESAMPLINGS,
@@ -63,6 +66,7 @@ def check(config: Config) -> None:
     _check_train(config.train, config.privacy)
     _check_relation(config.train, config.data, config.privacy.adjacency)
     _check_unit(config)
+    _check_choice(config)
     _check_counts(config)
     _check_evaluation(config.evaluation)
     check_names(config.tracking)
@@ -156,6 +160,8 @@ def _check_choices(config: Config) -> None:
     choices: list[tuple[str, Sequence[str], Sequence[str]]] = [
         ("stages", config.stages, STAGES),
         ("trainable.components", config.trainable.components, COMPONENTS),
+        ("trainable.choice", [config.trainable.choice], CHOICES),
+        ("trainable.candidates", [config.trainable.candidates], CANDIDATES),
         ("privacy.clipping", [config.privacy.clipping], CLIPPINGS),
         ("privacy.adjacency", [config.privacy.adjacency], tuple(ADJACENCIES)),
         ("privacy.unit", [config.privacy.unit], UNITS),
@@ -184,6 +190,50 @@ def _check_choices(config: Config) -> None:
                 meant = MEANT.get(value.lower(), value) if name == "tracking.wandb" else value
                 hint = did_you_mean(meant, options)
                 raise UserError(f"{name}={value!r}: expected one of {', '.join(options)}{hint}")
+
+
+def _check_choice(config: Config) -> None:
+    """Refuses a choice of matrices without anything to choose among, or by."""
+    trainable, most = config.trainable, config.train.max_steps
+    choice, share, scout = trainable.choice, trainable.share, trainable.scout_steps
+    if not 0 < share <= 1:
+        raise UserError(f"trainable.share={share}: expected a number above 0, at most 1")
+    if choice == "all":
+        if share != 1 or scout:
+            field = f"trainable.share={share:g}" if share != 1 else f"trainable.scout_steps={scout}"
+            raise UserError(
+                f"{field} with trainable.choice=all: every matrix is trained; expected trainable=salient, "
+                "salient_public or random"
+            )
+        return
+    if "lora" not in trainable.components:
+        raise UserError(
+            f"trainable.choice={choice} with trainable.components={trainable.components}: chooses where "
+            "adapters go; expected lora among the components"
+        )
+    for name, start in (("train.continue_from", config.train.continue_from),
+                        ("model.adapter", config.model.adapter)):  # fmt: skip
+        if start is not None:
+            raise UserError(
+                f"{name}={start} with trainable.choice={choice}: that adapter has its matrices already; "
+                "expected trainable=lora with those names as lora.target_modules"
+            )
+    if choice not in MEASURED and scout:
+        raise UserError(
+            f"trainable.scout_steps={scout} with trainable.choice={choice}: nothing is measured; expected 0"
+        )
+    if choice in MEASURED and scout < 1:
+        raise UserError(f"trainable.scout_steps={scout} with trainable.choice={choice}: expected at least 1")
+    if choice == "salient" and most is not None and scout >= most:
+        raise UserError(
+            f"trainable.scout_steps={scout}: expected fewer than train.max_steps={most}, of which they are "
+            "the first"
+        )
+    if trainable.candidates == "matrices" and config.model.base_precision != "float32":
+        raise UserError(
+            f"trainable.candidates=matrices with model.base_precision={config.model.base_precision}: the "
+            "gradients of whole matrices are clipped in float32; expected trainable.candidates=lora"
+        )
 
 
 def _check_evaluation(evaluation: EvaluationConfig) -> None:

@@ -13,13 +13,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dp_lora.config.identity import fingerprint, pretrained_fingerprint
 from dp_lora.config.load import read_config
 from dp_lora.config.schema import Config
 from dp_lora.config.wandb_settings import named, wandb_mode
 from dp_lora.errors import PlanError, UserError
+from dp_lora.jobs import choosing
 from dp_lora.jobs.device import device_of
 from dp_lora.privacy.collectives import agreed, rank
 from dp_lora.records import manifest
@@ -72,6 +73,8 @@ class Job:
     seconds: dict[str, float]
     start: Start | None = None
     """The adapter that the training starts from; None: the pre-trained model."""
+    choice: dict[str, Any] | None = None
+    """The matrices that the run has chosen to train, as privacy.json states them; None: all, or not yet."""
 
     @cached_property
     def model(self) -> LatentDiffusion:
@@ -146,6 +149,7 @@ def prepare(config: Config, directory: Path) -> Job:
         sets.refuse_flat(images.train)
     examples = images.train.examples(config.privacy.unit)
     plan = plan_of(config, examples)
+    choosing.check(config, plan, images)
     _say_batch(config, plan, examples)
     _check_budget(config, plan, directory, images)
     device = device_of(config)
@@ -157,7 +161,8 @@ def prepare(config: Config, directory: Path) -> Job:
     _check_base(config)
     pretrained = pretrained_model(config, private=images)
     start = start_of(config, directory, images, plan, pretrained)
-    return Job(config, directory, images, plan, pretrained, device, {}, start)
+    choice = None if config.trainable.choice == "all" else choosing.recorded(directory)
+    return Job(config, directory, images, plan, pretrained, device, {}, start, choice)
 
 
 def _check_base(config: Config) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from dp_lora.config.identity import absolute_paths, run_directory
 from dp_lora.config.schema import Config
 from dp_lora.errors import Busy, UserError, recorded
-from dp_lora.jobs import reuse
+from dp_lora.jobs import choosing, reuse
 from dp_lora.jobs.ancestry import is_release, name_of
 from dp_lora.jobs.device import device_of
 from dp_lora.jobs.drawing import IMAGES, export_images
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from dp_lora.models.folders import LatentDiffusion
     from dp_lora.models.sample import Samples
     from dp_lora.records.tracker import Tracker
+    from dp_lora.training.scouting import Choice
 
 
 def run(config: Config, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -109,6 +110,7 @@ def _lead(config: Config, directory: Path, team: Team, shown_name: str) -> dict[
             if source is not None:
                 say(f"finetune: taken from {source}, which differs in sampler or evaluation only: no epsilon")
                 reuse.take(source, job.directory, tracker)
+                job.choice = choosing.recorded(job.directory)
                 return
             reuse.begin(job.directory, job.pretrained)
             _finetune(job, tracker, team)
@@ -220,10 +222,10 @@ def model_before(job: Job) -> LatentDiffusion:
 
 
 def model_to_train(job: Job) -> LatentDiffusion:
-    """The same, with what is trained chosen and at its first values."""
+    """The same, with what is trained chosen and at its first values; all candidates before a choice."""
     adapter = None if job.start is None else job.start.adapter
     model = first_values(job.model.sharing_weights(), job.config, job.images.train.classes, adapter)
-    return model.to(job.device)
+    return choosing.narrowed(model, job.choice).to(job.device)
 
 
 def _finetune(job: Job, tracker: Tracker, team: Team) -> None:
@@ -277,8 +279,10 @@ def _train(
         from dp_lora.privacy.persons import Persons
         from dp_lora.training.finetune import finetune
 
-    config, train = job.config, job.images.train
+    config, train, folder = job.config, job.images.train, job.directory / "checkpoint"
+    job.choice = None  # a training that goes on chooses as it did before
     model = model_to_train(job)
+    job.choice = choosing.before_training(config, model, job.plan, job.images, folder)
     if model.source is not None:
         # The training gives up text encoders and autoencoder.
         job.forget_model()
@@ -294,13 +298,16 @@ def _train(
     team.tell("latents")
     labels = torch.from_numpy(train.labels)
     captions = None if train.captions is None else list(train.captions)
-    folder = job.directory / "checkpoint"
     persons = None
     if job.plan.unit == "person":
         assert train.persons is not None
         persons = Persons(train.persons)
+
+    def chosen(choice: Choice) -> None:
+        job.choice = choice.record()
+
     executed = finetune(
-        config, model, encoded, labels, job.plan, folder, log, started, captions, begun, persons
+        config, model, encoded, labels, job.plan, folder, log, started, captions, begun, persons, chosen
     )
     return model, executed
 
@@ -425,6 +432,7 @@ def _evaluate(job: Job, tracker: Tracker) -> None:
             # Whether the run knows that these are the images that it was made from; see job.check_content.
             "images_compared": content.unknown(job.directory) is None,
             "seed": config.seed,
+            **({} if job.choice is None else {"choice": job.choice}),
             "trainable_parameters": adapters.count(model),
             "trainable_parameters_by_component": adapters.count_by_component(
                 model, config.trainable.components

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dp_lora.jobs import choosing
 from dp_lora.jobs.begun import releases_of, stated_release
 from dp_lora.jobs.job import Job
 from dp_lora.jobs.start import total, with_earlier
@@ -36,9 +37,13 @@ def privacy_record(job: Job, *, epsilon: float, steps: int, complete: bool) -> d
     }
     nothing = no_guarantee(record, reproducible_noise=not secret)
     covered, limits = coverage(job.plan.unit)
+    if job.choice is not None and job.choice.get("by") == "salient":
+        covered = (*covered, choosing.COVERED)
     covers = covered if nothing is None else nothing
     live = (LIVE,) if job.config.tracking.live else ()
     record |= {"covers": covers, "does_not_cover": (*limits, *live)}
+    if job.choice is not None:
+        record["choice"] = job.choice
     if job.start is not None:
         record = with_earlier(record, job.start, fixed=job.config.privacy.fixed_beforehand)
         record["covers"] = no_guarantee(record, reproducible_noise=record["reproducible_noise"]) or covered

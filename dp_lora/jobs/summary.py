@@ -21,6 +21,8 @@ def summary(job: Job, result: Mapping[str, Any]) -> str:
     if path.exists():
         record = read_json(path)
         lines += [*guarantee(record), f"noise multiplicity {record['noise_multiplicity']}"]
+        if choice := record.get("choice"):
+            lines.append(f"matrices           {choice['number']} of {choice['of']}, {choice['by']}")
         together = line_of_all_runs(job.config, record["delta"], job.images)
         if together is not None:
             lines.append(f"all runs           {together}")

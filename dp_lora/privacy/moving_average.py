@@ -37,11 +37,13 @@ class MovingAverage:
         self._parameters = list(parameters)
         self.largest_decay = largest_decay
         self.values = [p.detach().clone() for p in self._parameters]
+        self.first = 0
+        """The number of the first step that moves a parameter; the ramp of the decay begins there."""
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Moves the average towards the parameters after step `step` (from 0); call it once a step."""
-        decay = average_decay(self.largest_decay, step)
+        decay = average_decay(self.largest_decay, step - self.first)
         for averaged, parameter in zip(self.values, self._parameters, strict=True):
             averaged.lerp_(parameter, 1 - decay)
 

@@ -93,6 +93,7 @@ def model_card(
         f"# Adapter of {base_model} for {data_name}",
         *([_protected(record)] if warning is None else []),
         _summary(data_name, trainable, rank, target_modules, parameters),
+        *_choice(record),
         *([_prompts_section(text)] if text is not None else []),
         _privacy_section(record, guaranteed=warning is None),
         _loading_section(base_model, lora=rank is not None, text=text),
@@ -140,6 +141,30 @@ def _summary(
     if rank is not None:
         text += f"; LoRA of rank {rank} on {', '.join(f'`{name}`' for name in target_modules)}"
     return text + "."
+
+
+_CHOSEN_BY = {
+    "salient": "by the first {scout_steps} noisy steps of the training, which the epsilon counts",
+    "salient_public": "by {scout_steps} batches of the public images, which costs no privacy",
+    "random": "by a seed, which costs no privacy",
+}
+
+
+def _choice(record: Mapping[str, Any]) -> list[str]:
+    """Which matrices have adapters, where a run chose them, with the scores of all."""
+    if (choice := record.get("choice")) is None:
+        return []
+    chosen, scores = choice["chosen"], choice.get("scores")
+    how = _CHOSEN_BY[choice["by"]].format(**choice)
+    lines = [
+        "## Matrices",
+        f"{choice['number']} of {choice['of']} matrices have adapters, chosen {how} "
+        f"(share {choice['share']:g}).",
+    ]
+    if scores is None:
+        return ["\n\n".join([*lines, _bullets([f"`{name}`" for name in chosen])])]
+    rows = [f"| `{name}` | {value:.3g} | {'yes' * (name in chosen)} |" for name, value in scores.items()]
+    return ["\n\n".join([*lines, "\n".join(["| matrix | score | chosen |", "|---|---|---|", *rows])])]
 
 
 def _prompts_section(text: TextToImage) -> str:

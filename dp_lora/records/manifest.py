@@ -111,6 +111,7 @@ PRIVACY: Mapping[str, Why] = {
         ),
         Why.SETTING,
     ),
+    "choice": Why.NOISED,
     "num_examples": Why.SIZE,
 }  # fmt: skip
 """Fields of privacy.json; `steps` counts the executions that were begun, by a schedule without images."""
@@ -129,6 +130,12 @@ _RELEASE: Shape = {
 }
 """The shape of `release` in privacy.json."""
 
+_CHOICE: Shape = {
+    **dict.fromkeys(("by", "candidates"), field_kinds.name), "chosen": field_kinds.names,
+    **dict.fromkeys(("share", "number", "of", "scout_steps", "dimension"), number),
+    "scores": field_kinds.numbers,
+}  # fmt: skip
+
 _KINDS: Mapping[str, Shape] = {
     **dict.fromkeys(("complete", "private", "reproducible_noise", "unprotected_start"), field_kinds.flag),
     **dict.fromkeys(("accountant", "adjacency", "clipping", "unit"), field_kinds.words),
@@ -136,6 +143,7 @@ _KINDS: Mapping[str, Shape] = {
     "epsilon_by_accountant": field_kinds.numbers,
     "earlier_trainings": field_kinds.list_of_numbers,
     "release": _RELEASE,
+    "choice": _CHOICE,
 }
 """The shapes of the fields of privacy.json that are not numbers."""
 
@@ -171,6 +179,7 @@ RESULT: Mapping[str, Why] = {
         ),
         Why.SETTING,
     ),
+    "choice": Why.NOISED,
     "images_compared": Why.MACHINE,
     "noise": Why.OWN_BUDGET,
     "release": Why.OWN_BUDGET,
@@ -216,6 +225,7 @@ _RESULT: Mapping[str, Shape] = {
     "neighbours": {"precision, recall": number, "density, coverage": number},
     "noise": {ANY: {ANY: number}},
     "release": {"noise_multiplier": number},
+    "choice": _CHOICE,
     "audit": _AUDIT,
     "seconds": {ANY: field_kinds.finite},
     "peak_memory_bytes": field_kinds.finite,

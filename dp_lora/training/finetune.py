@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -26,6 +27,7 @@ from dp_lora.privacy.persons import Persons
 from dp_lora.privacy.plan import PrivacyPlan
 from dp_lora.privacy.preflight import preflight
 from dp_lora.privacy.randomness import Randomness
+from dp_lora.privacy.scouting import AfterScouting, Kept, Scout
 from dp_lora.privacy.step import DPSGD, Draws, PrivateStep
 from dp_lora.records.progress import Progress
 from dp_lora.training import tuning
@@ -34,7 +36,8 @@ from dp_lora.training.inputs import digest
 from dp_lora.training.loop import learning_rate, run_steps
 from dp_lora.training.numerics import numerics
 from dp_lora.training.objective import Objective
-from dp_lora.training.private_training import PrivateTraining
+from dp_lora.training.private_training import PrivateTraining, spent
+from dp_lora.training.scouting import Choice, Phases, Scouting
 
 _BFLOAT16_TOLERANCE = 0.1
 """Relative error of a gradient in bfloat16, whose numbers have eight bits."""
@@ -51,6 +54,7 @@ class FinetuneStep:
         microbatch: examples per forward and backward, halved when memory runs out.
         halved: called with the new microbatch after that.
         persons: whose each image is, where an example is a person; None: an example is an image.
+        first: the number of the first step that trains; the schedule of the learning rate begins with it.
     """
 
     def __init__(
@@ -62,9 +66,10 @@ class FinetuneStep:
         microbatch: int,
         halved: Callable[[int], None] = lambda microbatch: None,
         persons: Persons | None = None,
+        first: int = 0,
     ) -> None:
         self.sgd, self.latents, self.labels, self.train = sgd, latents, labels, train
-        self.microbatch, self.halved, self.persons = microbatch, halved, persons
+        self.microbatch, self.halved, self.persons, self.first = microbatch, halved, persons, first
 
     @classmethod
     def on(
@@ -157,10 +162,10 @@ class FinetuneStep:
 
     def _set_rates(self, number: int) -> float:
         """Sets the learning rates of step `number` and returns the one that the factors multiply."""
-        train = self.train
-        rate = learning_rate(
-            train.learning_rate, train.schedule, number, self.sgd.plan.steps, train.warmup_steps
-        )
+        train, done, total = self.train, number - self.first, self.sgd.plan.steps - self.first
+        rate = 0.0
+        if done >= 0:
+            rate = learning_rate(train.learning_rate, train.schedule, done, total, train.warmup_steps)
         for group in self.sgd.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         return rate
@@ -210,6 +215,7 @@ def finetune(
     captions: Sequence[str] | None = None,
     begun: Callable[[int, float], None] = lambda executions, epsilon: None,
     persons: Persons | None = None,
+    chosen: Callable[[Choice], None] = lambda choice: None,
 ) -> int:
     """Trains the chosen parameters of `model` in place and returns the number of executed steps.
 
@@ -227,6 +233,8 @@ def finetune(
         begun: called with the number of executions begun and an upper bound on their epsilon, before the
             batch of a new one is drawn: what has to be said of a run that ends at any later moment.
         persons: whose each image is, where the plan's examples are persons.
+        chosen: called with the matrices that trainable.choice=salient has chosen; `model`, in which all
+            candidates have adapters, keeps those of the chosen ones.
 
     Every execution begun counts towards the plan's steps: where redone steps could not be replayed, as many
     fewer follow, so epsilon never passes the plan's. On several processes of one job the first writes
@@ -236,12 +244,13 @@ def finetune(
     watch = _watch(config, model, plan)
     assert (persons is not None) == (plan.unit == "person"), "the plan's examples are those of the sampler"
     begun = begun if first else _silent
-    private = _Finetuning(config, model, latents, labels, plan, folder, captions, begun, persons)
+    private = _Finetuning(config, model, latents, labels, plan, folder, captions, begun, persons, chosen)
     try:
         conditions = labels if captions is None else torch.arange(len(captions))
         step = FinetuneStep(
-            private.sgd, latents, conditions, config.train, private.microbatch, private.keep, persons
-        )
+            private.sgd, latents, conditions, config.train, private.microbatch, private.keep, persons,
+            first=private._scouted,
+        )  # fmt: skip
         if first:
             started(private.finished)
 
@@ -254,7 +263,8 @@ def finetune(
             private.total, "finetune", initial=private.finished, mode=mode, public=public
         ) as progress:
             try:
-                run_steps(step, private.total, private.checkpoint, progress, watched)
+                phases = Phases(step, private._scouted, private.after_choice)
+                run_steps(phases, private.total, private.checkpoint, progress, watched)
             except Spent:
                 # A step that was to be replayed has another sum, and there is no execution left for it.
                 private.end_early(progress.done)
@@ -291,13 +301,18 @@ class _Finetuning(PrivateTraining):
         captions: Sequence[str] | None,
         begun: Callable[[int, float], None],
         persons: Persons | None = None,
+        chosen: Callable[[Choice], None] = lambda choice: None,
     ) -> None:
         self._config, self._model, self._images = config, model, (latents, labels, captions)
         self._persons = persons
+        self._scouting: Scouting | None = None
+        if config.trainable.choice == "salient":
+            self._scouting = Scouting(config, model, chosen)
+            self._scouted = self._scouting.steps
         self.microbatch = 1
         super().__init__(
             model,
-            optimizer_of(model, config.train, config.trainable.learning_rate_factor),
+            self._optimizer(),
             plan,
             folder,
             synthetic_losses=None,
@@ -307,6 +322,9 @@ class _Finetuning(PrivateTraining):
             checkpoint_minutes=config.train.checkpoint_minutes,
             begun=begun,
         )
+        if self._scouted and self.total <= self._scouted:
+            self.close()
+            raise spent(self.sgd.executions, self.finished, plan)
 
     def _prepared(self, randomness: Randomness) -> Mapping[str, Any]:
         config, model, plan = self._config, self._model, self.plan
@@ -321,11 +339,44 @@ class _Finetuning(PrivateTraining):
         check_engine(config, model, plan)
         self.microbatch = agreed(_microbatch(config, model, plan, self.folder))
         tuning.arrange(model, plan, config.train, self.microbatch)
+        scouting = {}
+        if self._scouting is not None:
+            # After what is for all that any choice trains: a part that is frozen now may be trained later.
+            self.optimizer = self._scouting.open()
+            check_engine(config, model, plan)
+            scouting = {"scouting": asdict(config.trainable)}
         if captions is not None and model.prompts is not None:
             # After everything that tries the engine on synthetic examples, which never meet a caption.
             model.prompts.use(captions)
         self.keep(self.microbatch)
-        return agreed(numerics(config, self._device, self.microbatch, inputs))
+        return agreed({**numerics(config, self._device, self.microbatch, inputs), **scouting})
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        return optimizer_of(self._model, self._config.train, self._config.trainable.learning_rate_factor)
+
+    def _engine(self, kind: type[DPSGD] = DPSGD, **more: Any) -> DPSGD:
+        scouts = kind is DPSGD and self._scouting is not None
+        return super()._engine(Scout if scouts else kind, **more)
+
+    def _resumed(self) -> int:
+        found = self.checkpoint.load()
+        if found is not None and self._scouting is not None:
+            kept = Kept.of(found[1]["scouted"])
+            if kept.chosen is not None:
+                self.after_choice(kept)
+        return super()._resumed()
+
+    def after_choice(self, kept: Kept | None = None) -> DPSGD:
+        """The engine of the steps that train the chosen matrices, in place of the scout.
+
+        kept: the scouting of a checkpoint, with its choice; None: the one that has just ended.
+        """
+        assert isinstance(self.sgd, Scout) and self._scouting is not None
+        lineage = self.sgd.lineage
+        kept = self._scouting.narrow(self.sgd, self.sgd.kept if kept is None else kept)
+        self.optimizer = self._optimizer()
+        self.sgd = self._engine(AfterScouting, kept=kept, lineage=lineage)
+        return self.sgd
 
     def keep(self, microbatch: int) -> None:
         """Notes the microbatch in the private folder, so that a resumed run rounds alike."""

@@ -101,6 +101,7 @@ class PrivateTraining:
 
     _foreign_losses = True
     """The loss is written by the caller: what mixes examples in it is looked for in the first microbatch."""
+    _scouted = 0  # the number of the first steps that train nothing: see `privacy.scouting`
 
     def __init__(
         self,
@@ -136,10 +137,11 @@ class PrivateTraining:
             known = self._prepared(randomness)
             executions = Executions(self.folder / "executions.jsonl", known, plan.steps, writes=self._first)
             barrier()  # before the first process writes to it
-            self.sgd = DPSGD(
-                module, optimizer, plan, randomness, executions, examples,
-                ema_decay=ema_decay, begun=begun, foreign_losses=self._foreign_losses,
-            )  # fmt: skip
+            self._given: dict[str, Any] = {
+                "plan": plan, "randomness": randomness, "executions": executions, "num_examples": examples,
+                "ema_decay": ema_decay, "begun": begun, "foreign_losses": self._foreign_losses,
+            }  # fmt: skip
+            self.sgd = self._engine()
             self.checkpoint = Checkpoint(self.folder, checkpoint_minutes, writes=self._first)
             self.finished = self._resumed()
             left = steps_to_finish(plan, executions, self.finished, self.sgd.lineage)
@@ -163,6 +165,9 @@ class PrivateTraining:
                     "whose forward changes nothing"
                 )
         return _known(self.module, self.optimizer, self._frozen, randomness)
+
+    def _engine(self, kind: type[DPSGD] = DPSGD, **more: Any) -> DPSGD:
+        return kind(self.module, self.optimizer, **self._given, **more)
 
     def _resumed(self) -> int:
         found = self.checkpoint.load()
@@ -268,8 +273,8 @@ class PrivateTraining:
 
         Raises UserError when there is none to end with.
         """
-        if not finished:
-            raise _spent(self.sgd.executions, 0, self.plan)
+        if finished <= self._scouted:
+            raise spent(self.sgd.executions, finished, self.plan)
         self._refuse_changed()
         self.checkpoint.save(finished, self.state_dict())
 
@@ -484,11 +489,12 @@ def steps_to_finish(plan: PrivacyPlan, executions: Executions, finished: int, li
     """
     total = finished + executions.replayable(finished, lineage) + plan.steps - executions.count
     if total < max(1, finished):
-        raise _spent(executions, finished, plan)
+        raise spent(executions, finished, plan)
     return total
 
 
-def _spent(executions: Executions, finished: int, plan: PrivacyPlan) -> UserError:
+def spent(executions: Executions, finished: int, plan: PrivacyPlan) -> UserError:
+    """The error of a training whose steps were all begun, with nothing to go on from."""
     return UserError(
         f"checkpoint: {executions.count} steps of {plan.steps} were begun and none can be replayed from "
         f"the {finished} that were kept; the privacy of this run is spent. Remove the run directory to "

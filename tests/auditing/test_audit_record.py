@@ -34,6 +34,7 @@ def a_job(directory: Path, *, train: int = 2, test: int = 2, public: bool = Fals
     """As much of a job as an audit looks at."""
     return SimpleNamespace(
         directory=directory,
+        choice=None,
         config=SimpleNamespace(
             data=SimpleNamespace(name="digits", public=public),
             tracking=SimpleNamespace(progress="off"),
@@ -66,11 +67,11 @@ def test_the_noise_is_estimated_where_canaries_have_coordinates(
     monkeypatch.setattr(audit.adapters, "count", lambda model: 50)
     noise = SilentNoise(100)
     noise.add(0.5 * np.random.default_rng(0).standard_normal(100))
-    found = audit._noise_test(a_job(tmp_path), trained(noise), [], {})
+    found = audit._noise_test(a_job(tmp_path), trained(noise), {}, {})
     assert found["estimated_noise_multiplier"] == pytest.approx(2 * noise.ratio())
     assert found["interval"][0] < found["estimated_noise_multiplier"] < found["interval"][1]
     assert found["accused"] is True and "variance" in found["accused_by"]
-    of_images = audit._noise_test(a_job(tmp_path), trained(), [], {})
+    of_images = audit._noise_test(a_job(tmp_path), trained(), {}, {})
     assert "estimated_noise_multiplier" not in of_images and of_images["accused"] is False
 
 

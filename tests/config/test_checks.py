@@ -119,6 +119,41 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no target": ({"lora.target_modules": []}, "lora.target_modules=[]"),
     "no component": ({"trainable.components": []}, "trainable.components=[]"),
     "component": ({"trainable.components": ["lorra"]}, "did you mean 'lora'?"),
+    "choice": ({"trainable.choice": "salientt"}, "did you mean 'salient'?"),
+    "candidates": ({"trainable.candidates": "matrix"}, "trainable.candidates='matrix': expected one of lora"),
+    "share above 1": (
+        {"trainable.choice": "random", "trainable.share": 1.5},
+        "trainable.share=1.5: expected",
+    ),
+    "share NaN": ({"trainable.choice": "random", "trainable.share": float("nan")}, "trainable.share=nan"),
+    "share of all": ({"trainable.share": 0.5}, "trainable.share=0.5 with trainable.choice=all"),
+    "scouting for all": ({"trainable.scout_steps": 2}, "trainable.scout_steps=2 with trainable.choice=all"),
+    "scouting for a seed": (
+        {"trainable.choice": "random", "trainable.scout_steps": 2},
+        "trainable.scout_steps=2 with trainable.choice=random: nothing is measured; expected 0",
+    ),
+    "no scouting": ({"trainable.choice": "salient"}, "trainable.scout_steps=0 with trainable.choice=salient"),
+    "scouting without end": (
+        {"trainable.choice": "salient", "trainable.scout_steps": 80},
+        "trainable.scout_steps=80: expected fewer than train.max_steps=80",
+    ),
+    "a choice without adapters": (
+        {"trainable.choice": "random", "trainable.components": ["attention"]},
+        "trainable.choice=random with trainable.components=['attention']: chooses where adapters go",
+    ),
+    "a choice with a start": (
+        {"trainable.choice": "random", "train.continue_from": "run"},
+        "train.continue_from=run with trainable.choice=random",
+    ),
+    "matrices in half precision": (
+        {
+            "trainable.choice": "salient_public",
+            "trainable.scout_steps": 1,
+            "trainable.candidates": "matrices",
+            "model.base_precision": "bfloat16",
+        },
+        "trainable.candidates=matrices with model.base_precision=bfloat16",
+    ),
     "stage": ({"stages": ["finetune", "evalute"]}, "did you mean 'evaluate'?"),
     "batch zero": ({"train.expected_batch_size": 0}, "train.expected_batch_size=0"),
     "steps zero": ({"train.max_steps": 0}, "train.max_steps=0"),
@@ -190,6 +225,7 @@ def test_an_impossible_value_is_refused_by_field_and_value(name: str, default: C
 
 
 WHOLE = [
+    "trainable.scout_steps",
     "seed", "privacy.noise_multiplicity", "lora.rank", "train.max_steps", "train.expected_batch_size",
     "train.warmup_steps", "train.microbatch", "model.prompt_length", "sampler.steps", "sampler.num_samples",
     "sampler.batch_size",

@@ -171,7 +171,7 @@ def test_privacy_json_says_that_arrival_times_of_live_rows_are_not_covered(
     config.tracking.live = live
     plan = SimpleNamespace(to_dict=dict, steps=4, unit="image")
     record = privacy_record(
-        SimpleNamespace(config=config, plan=plan, directory=tmp_path, start=None),  # type: ignore[arg-type]
+        SimpleNamespace(config=config, plan=plan, directory=tmp_path, start=None, choice=None),  # type: ignore[arg-type]
         epsilon=1.0,
         steps=4,
         complete=True,
