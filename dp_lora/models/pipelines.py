@@ -221,13 +221,14 @@ def _part(
 
 
 def _refuse_quantised(path: Path) -> None:
-    """Refuses weights in fewer than 16 bits, on which no gradient was ever compared with another one."""
+    """Refuses files with weights in fewer than 16 bits; `quantised` makes such weights of others."""
     found = _read(path).get("quantization_config")
     if found is not None:
         package = found.get("quant_method") if isinstance(found, dict) else found
         raise UserError(
             f"model.pretrained: {path} has weights that {package} quantised, which is not supported here; "
-            "expected weights in 16 or 32 bits, with model.base_precision=bfloat16 where they must be small"
+            "expected weights in 16 or 32 bits, with model.base_precision=bfloat16, int8 or nf4 where they "
+            "must be small"
         )
 
 
