@@ -116,6 +116,106 @@ NETWORKS = {
         (32, 16),
         {"prompt_embeds": (96, 256), "prompt_attention_mask": (96,)},
     ),
+    "flux2_small": Network(
+        "Flux2Pipeline",
+        {
+            "in_channels": 64,
+            "num_layers": 2,
+            "num_single_layers": 4,
+            "attention_head_dim": 32,
+            "num_attention_heads": 8,
+            "joint_attention_dim": 256,
+            "timestep_guidance_channels": 64,
+            "axes_dims_rope": (8, 8, 8, 8),
+        },
+        (64, 16),
+        {"prompt_embeds": (96, 256)},
+    ),
+    "chroma_small": Network(
+        "ChromaPipeline",
+        {
+            "in_channels": 64,
+            "num_layers": 2,
+            "num_single_layers": 4,
+            "attention_head_dim": 32,
+            "num_attention_heads": 8,
+            "joint_attention_dim": 256,
+            "axes_dims_rope": (8, 12, 12),
+            "approximator_hidden_dim": 256,
+            "approximator_layers": 2,
+        },
+        (16, 32),
+        {"prompt_embeds": (96, 256), "prompt_attention_mask": (96,)},
+    ),
+    "qwen_small": Network(
+        "QwenImagePipeline",
+        {
+            "patch_size": 2,
+            "in_channels": 64,
+            "out_channels": 16,
+            "num_layers": 6,
+            "attention_head_dim": 32,
+            "num_attention_heads": 8,
+            "joint_attention_dim": 256,
+            "axes_dims_rope": (8, 12, 12),
+        },
+        (16, 32),
+        {"prompt_embeds": (96, 256), "prompt_embeds_mask": (96,)},
+    ),
+    "pixart_small": Network(
+        "PixArtSigmaPipeline",
+        {
+            "sample_size": 32,
+            "num_layers": 6,
+            "patch_size": 2,
+            "attention_head_dim": 32,
+            "num_attention_heads": 8,
+            "cross_attention_dim": 256,
+            "caption_channels": 256,
+            "in_channels": 4,
+            "out_channels": 8,
+            "norm_type": "ada_norm_single",
+        },
+        (4, 32),
+        {"prompt_embeds": (96, 256), "prompt_attention_mask": (96,)},
+    ),
+    "lumina2_small": Network(
+        "Lumina2Pipeline",
+        {
+            "sample_size": 32,
+            "patch_size": 2,
+            "in_channels": 16,
+            "hidden_size": 256,
+            "num_layers": 6,
+            "num_refiner_layers": 1,
+            "num_attention_heads": 8,
+            "num_kv_heads": 4,
+            "multiple_of": 64,
+            "axes_dim_rope": (8, 12, 12),
+            "axes_lens": (256, 32, 32),
+            "cap_feat_dim": 256,
+        },
+        (16, 32),
+        {"prompt_embeds": (96, 256), "prompt_attention_mask": (96,)},
+    ),
+    "aura_flow_small": Network(
+        "AuraFlowPipeline",
+        {
+            "sample_size": 32,
+            "patch_size": 2,
+            "in_channels": 4,
+            "num_mmdit_layers": 2,
+            "num_single_dit_layers": 4,
+            "attention_head_dim": 32,
+            "num_attention_heads": 8,
+            "joint_attention_dim": 256,
+            "caption_projection_dim": 256,
+            "out_channels": 4,
+            "pos_embed_max_size": 1024,
+        },
+        (4, 32),
+        {"prompt_embeds": (96, 256)},
+    ),
     "sdxl": Network(
         "StableDiffusionXLPipeline",
         {
@@ -207,7 +307,7 @@ class FamilyModel(nn.Module):
             for name, shape in network.conditions.items():
                 masks = name.endswith("mask")
                 value = torch.ones(_PROMPTS, *shape) if masks else torch.randn(_PROMPTS, *shape)
-                self.register_buffer(name, value.long() if masks else value)
+                self.register_buffer(name, value.bool() if masks else value)
         self.names = tuple(network.conditions)
         self.side = 8 * (side or network.latent[1])
         if self.low:

@@ -26,6 +26,8 @@ ADJACENCIES = {
 }
 """The relations of neighbours, in words for one of `UNITS`; both have the same epsilon."""
 PRECISIONS = ("float32", "bfloat16")
+QUANTISED = ("int8", "nf4")
+"""Of frozen weights alone."""
 SAMPLERS = ("ddim", "dpmsolver++", "pipeline")
 EXPORTS = ("npz", "png")
 DISTRIBUTIONS = ("uniform", "logit_normal")
@@ -213,7 +215,8 @@ class ModelConfig:
     """Tokens to which every prompt is padded or cut; null: as many as the pipeline. CLIP has its own 77."""
     base_precision: str = "float32"
     """Of the frozen weights of a text-to-image pipeline: bfloat16 halves their memory. The network computes
-    in it too on a device that has it; adapters, clip and noise stay float32."""
+    in it too on a device that has it; adapters, clip and noise stay float32. int8 and nf4 keep the weights of
+    the network's linear layers in 8 or 4 bits (bitsandbytes), and all others in bfloat16."""
     conditioning: str = "class"
     """class: one learnt token a class; none: the model is unconditional."""
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dp_lora.config.load import WEIGHTS
-from dp_lora.config.schema import Config, ModelConfig
+from dp_lora.config.schema import QUANTISED, Config, ModelConfig
 from dp_lora.data.sets import expected_train_size
 from dp_lora.data.sources import check_fields
 from dp_lora.errors import UserError
@@ -91,6 +91,10 @@ def check_fit(config: Config, model: LatentDiffusion, found: Sequence[int]) -> N
             f"model.base_precision={config.model.base_precision}: expected float32, or a text-to-image "
             "pipeline with trainable.components=[lora]"
         )
+    if config.model.base_precision in QUANTISED:
+        from dp_lora.models.quantised import functions
+
+        functions(config.model.base_precision)
     if "sample" in config.stages:
         refuse_sampler(model, config.sampler.name)
     if tuple(found) != tuple(model.image_shape):

@@ -327,6 +327,7 @@ def _export(job: Job, model: LatentDiffusion, record: Mapping[str, Any]) -> None
             model.classes,
             captions=config.data.caption_column is not None,
             in_place=any("lora_" not in name for name in adapters.trainable_parameters(model)),
+            base_precision=config.model.base_precision,
         )
     card = model_card(
         record,

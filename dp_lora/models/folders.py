@@ -167,7 +167,8 @@ def load(
         prompt: of a class, with {} for its name: for text-to-image pipelines.
         image_size: of a pipeline that takes several; None: the published one.
         prompt_length: tokens of a prompt; None: as many as the pipeline.
-        precision: of the weights; bfloat16 for pipelines of `families` alone.
+        precision: of the weights; other than float32 for pipelines of `families` alone. int8 and nf4 are
+            those of the network's linear layers; its other parts and the text encoders are in bfloat16 then.
 
     Raises UserError naming the part that is missing, truncated or of another shape.
     """
@@ -181,7 +182,7 @@ def load(
         weights=True,
         image_size=image_size,
         prompt_length=prompt_length,
-        dtype=getattr(torch, precision),
+        precision=precision,
     )
 
 
@@ -203,10 +204,10 @@ def _load(
     weights: bool,
     image_size: int | None,
     prompt_length: int | None,
-    dtype: torch.dtype = torch.float32,
+    precision: str = "float32",
 ) -> LatentDiffusion:
     if is_pipeline(folder):
-        given = Given(prompt, weights, image_size, prompt_length, dtype)
+        given = Given(prompt, weights, image_size, prompt_length, precision)
         return load_pipeline(folder, given).eval()
     autoencoder = _load_part(folder, "autoencoder", weights)
     unet = _load_part(folder, "unet", weights)

@@ -31,12 +31,14 @@ from diffusers import (
 )
 from torch import nn
 
+from dp_lora.config.schema import QUANTISED
 from dp_lora.errors import UserError
 from dp_lora.models.families import FAMILIES, Family
 from dp_lora.models.latent_diffusion import UNCONDITIONAL, LatentDiffusion
 from dp_lora.models.networks import compute_in_float32, keep_statistics, take_class_table
 from dp_lora.models.process import Scheduler, scheduler_of
 from dp_lora.models.prompts import Prompts
+from dp_lora.models.quantised import functions, quantise
 from dp_lora.models.text_to_image import PipelinePrompts, TextToImage, sides, silent
 
 _NETWORKS = {kind.__name__: kind for kind in (UNet2DConditionModel, UNet2DModel, DiTTransformer2DModel)}
@@ -113,14 +115,20 @@ class Given:
         weights: false leaves the model on the meta device, as torch's default then has to be.
         image_size: of a model that takes several; None: the published one.
         prompt_length: tokens of a prompt; None: as many as the pipeline.
-        dtype: of the weights of a pipeline of `families`.
+        precision: of the weights of a pipeline of `families`, see `folders.load`.
     """
 
     prompt: str
     weights: bool
     image_size: int | None = None
     prompt_length: int | None = None
-    dtype: torch.dtype = torch.float32
+    precision: str = "float32"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights that are not quantised."""
+        found: torch.dtype = torch.bfloat16 if self.precision != "float32" else torch.float32
+        return found
 
 
 def load_pipeline(folder: Path, given: Given) -> LatentDiffusion:
@@ -213,13 +221,14 @@ def _part(
 
 
 def _refuse_quantised(path: Path) -> None:
-    """Refuses weights in fewer than 16 bits, on which no gradient was ever compared with another one."""
+    """Refuses files with weights in fewer than 16 bits; `quantised` makes such weights of others."""
     found = _read(path).get("quantization_config")
     if found is not None:
         package = found.get("quant_method") if isinstance(found, dict) else found
         raise UserError(
             f"model.pretrained: {path} has weights that {package} quantised, which is not supported here; "
-            "expected weights in 16 or 32 bits, with model.base_precision=bfloat16 where they must be small"
+            "expected weights in 16 or 32 bits, with model.base_precision=bfloat16, int8 or nf4 where they "
+            "must be small"
         )
 
 
@@ -246,9 +255,13 @@ def _of_family(family: Family, folder: Path, index: dict[str, Any], given: Given
         raise UserError(
             f"model.prompt_length={given.prompt_length}: {family.pipeline} has its own length; expected null"
         )
+    if given.precision in QUANTISED:
+        functions(given.precision)
     kinds = {name: {name: getattr(diffusers, name)} for name in (family.network, family.autoencoder)}
     weights = given.weights
     network = _part(folder, index, family.component, kinds[family.network], weights, given.dtype)
+    if given.precision in QUANTISED:
+        quantise(network, given.precision)
     compute_in_float32(network)
     autoencoder = _part(folder, index, "vae", kinds[family.autoencoder], weights)
     keep_statistics(autoencoder)

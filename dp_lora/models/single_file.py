@@ -1,7 +1,8 @@
 """One file with a whole pipeline, or its network alone, as a folder of diffusers: `dp-lora-import --config`.
 
 The settings, the tokenizers and the parts that the file lacks come from a folder in diffusers form, such as a
-copy of the published pipeline without its large files. Nothing is fetched and nothing pickled is executed.
+copy of the published pipeline, with or without its large files. Nothing is fetched, and nothing pickled is
+executed.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from dp_lora.errors import UserError
@@ -25,6 +27,15 @@ from dp_lora.storage.files import read_json, write_json
 
 _WEIGHTS = (".safetensors", ".bin")
 
+_INSIDE = {
+    "vae": ("first_stage_model.", "vae."),
+    "text_encoder": ("cond_stage_model.", "conditioner.embedders.0.", "text_encoders.clip_l."),
+    "text_encoder_2": ("conditioner.embedders.1.", "text_encoders.clip_g."),
+}
+"""How the names of a part's tensors begin in files that hold it."""
+
+_T5_INSIDE = ("text_encoders.t5xxl.",)
+
 
 def single_file_pipelines() -> list[str]:
     """The pipelines that are known here and that diffusers reads from one file."""
@@ -37,7 +48,8 @@ def import_single_file(path: Path, config: Path, out: Path) -> None:
 
     Args:
         path: as Stable Diffusion 1.x, 2.x, SDXL, SD 3 and FLUX are published in one file.
-        config: a folder in diffusers form with the settings of the same pipeline.
+        config: a folder in diffusers form with the settings of the same pipeline. Weights in it are those of
+            the parts that the file lacks: a part that the file holds is taken from the file.
         out: a new folder.
 
     Raises UserError where the file and the settings do not make a whole pipeline.
@@ -63,9 +75,7 @@ def import_single_file(path: Path, config: Path, out: Path) -> None:
 
 def _read(path: Path, config: Path, name: str) -> Any:
     """The pipeline of diffusers, with all of its weights."""
-    given = _from_folder(config)
-    if path.suffix != ".safetensors":
-        compvis.read(path)  # which says what of a pickled file cannot be read
+    given = _from_folder(config, _names(path))
     diffusers.utils.logging.disable_progress_bar()
     # Their converters warn of tensors that no part asks for.
     disabled = plain_logging.root.manager.disable
@@ -91,8 +101,31 @@ def _read(path: Path, config: Path, name: str) -> Any:
     return pipe
 
 
-def _from_folder(config: Path) -> dict[str, Any]:
-    """The parts whose weights lie in the folder; None for those that the pipeline does not need."""
+def _names(path: Path) -> list[str]:
+    """The names of the tensors in the file."""
+    if path.suffix != ".safetensors":
+        return list(compvis.read(path))
+    try:
+        with safe_open(path, "pt") as file:
+            return list(file.keys())
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: cannot be read ({reason}); expected a pipeline in one file") from error
+
+
+def _holds(names: list[str], part: str, kind: str) -> bool:
+    """Whether some of the names are of tensors of the pipeline's `part`, which is a `kind`."""
+    inside = _T5_INSIDE if kind.startswith("T5") else _INSIDE.get(part, ())
+    return any(name.startswith(inside) for name in names) if inside else False
+
+
+def _from_folder(config: Path, names: list[str]) -> dict[str, Any]:
+    """The parts whose weights lie in the folder alone; None for those that the pipeline does not need.
+
+    Args:
+        config: the folder.
+        names: of the tensors in the file.
+    """
     given: dict[str, Any] = {}
     for name, entry in read_json(config / "model_index.json").items():
         if not isinstance(entry, list):
@@ -106,6 +139,8 @@ def _from_folder(config: Path) -> dict[str, Any]:
                 f"--config: {config / 'model_index.json'} has {entry} for {name}; expected those of "
                 "diffusers and transformers, since no other code is run"
             )
+        if _holds(names, name, kind):
+            continue
         if library == "transformers" and _has_weights(config / name):
             given[name] = part_of_text(config / name, kind)
         elif library == "diffusers" and name == "vae" and _has_weights(config / name):

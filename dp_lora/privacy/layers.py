@@ -64,6 +64,7 @@ class _LoraLinear(torch.autograd.Function):
         scale: float,
         receiver: Receiver,
         name: str,
+        base: nn.Linear | None,
     ) -> Tensor:
         dtype = down.dtype
         if torch.is_autocast_enabled(x.device.type):
@@ -73,7 +74,7 @@ class _LoraLinear(torch.autograd.Function):
         bias = None if bias is None else bias.to(dtype)
         rank = down.shape[0]
         thin, merged = len(flat) * rank * sum(weight.shape), weight.numel() * (rank + _MERGE)
-        merge = dtype.itemsize >= 4 and thin > merged
+        merge = dtype.itemsize >= 4 and thin > merged and base is None
         if merge:
             # Kept for the backward: it is smaller than half of `flat`, which autograd keeps too.
             weight = torch.addmm(weight, b, a, alpha=scale)
@@ -81,7 +82,9 @@ class _LoraLinear(torch.autograd.Function):
         else:
             out = F.linear(flat, weight, bias)
             out.addmm_(flat @ a.t(), b.t(), alpha=scale)
-        ctx.save_for_backward(flat, weight, a, b)
+        # A weight that is made when it is asked for is made again in the backward, in place of being kept.
+        ctx.save_for_backward(flat, weight if base is None else None, a, b)
+        ctx.base = base
         ctx.down, ctx.up, ctx.scale, ctx.receiver, ctx.name = down, up, scale, receiver, name
         ctx.shape, ctx.merge = x.shape, merge
         return out.view(*x.shape[:-1], out.shape[-1])
@@ -102,11 +105,13 @@ class _LoraLinear(torch.autograd.Function):
             hidden = flat @ a.t()
             ctx.receiver.put_products(ctx.up, grad, hidden if ctx.scale == 1 else hidden * ctx.scale)
         grad_x = None
+        if ctx.needs_input_grad[0] and ctx.base is not None:
+            weight = ctx.base.weight.to(a.dtype)
         if ctx.needs_input_grad[0] and ctx.merge:
             grad_x = (grad @ weight).view(ctx.shape)
         elif ctx.needs_input_grad[0]:
             grad_x = (grad @ weight).addmm_(grad_hidden, a).view(ctx.shape)
-        return grad_x, None, None, None, None, None, None, None
+        return grad_x, None, None, None, None, None, None, None, None
 
 
 def is_adapter(layer: nn.Module) -> bool:
@@ -115,17 +120,25 @@ def is_adapter(layer: nn.Module) -> bool:
 
 
 def fusable(layer: Any) -> bool:
-    """Whether `layer` is a plain LoRA, without dropout, on a frozen nn.Linear of its precision or less."""
+    """Whether `layer` is a plain LoRA, without dropout, on a frozen nn.Linear of its precision or less.
+
+    The nn.Linear may also be of a kind that makes its weight when it is asked for, of codes in few bits.
+    """
     base = layer.get_base_layer()
     if not isinstance(layer.lora_dropout[layer.active_adapters[0]], nn.Identity):
         return False
-    if type(layer) is not lora.Linear or type(base) is not nn.Linear or base.weight.requires_grad:
+    if type(layer) is not lora.Linear or not (type(base) is nn.Linear or _makes_its_weight(base)):
         return False
-    if base.bias is not None and base.bias.requires_grad:
+    if any(p.requires_grad for p in base.parameters()):
         return False
     up = layer.lora_B[layer.active_adapters[0]]
     precisions = (up.weight.dtype, torch.bfloat16, torch.float16)
     return up.bias is None and base.weight.dtype in precisions
+
+
+def _makes_its_weight(base: nn.Module) -> bool:
+    """Whether the weight of a linear layer is a property, made anew each time."""
+    return isinstance(base, nn.Linear) and isinstance(getattr(type(base), "weight", None), property)
 
 
 def fused_forward(receiver: Receiver, name: str, layer: Any) -> Callable[..., Tensor]:
@@ -134,6 +147,7 @@ def fused_forward(receiver: Receiver, name: str, layer: Any) -> Callable[..., Te
     base = layer.get_base_layer()
     down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     original = layer.forward
+    again = base if _makes_its_weight(base) else None
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if layer.disable_adapters or layer.merged or args or kwargs:
@@ -141,7 +155,7 @@ def fused_forward(receiver: Receiver, name: str, layer: Any) -> Callable[..., Te
             return out
         scale = layer.scaling[adapter]
         fused: Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
-            x, base.weight, base.bias, down, up, scale, receiver, name
+            x, base.weight, base.bias, down, up, scale, receiver, name, again
         )
         return fused
 

@@ -24,6 +24,8 @@ class TextToImage:
     """Whether it was trained with a caption of each image."""
     in_place: bool = False
     """Whether parameters were trained that no adapter holds."""
+    base_precision: str = "float32"
+    """Of the frozen weights while it was trained."""
 
 
 NO_GUARANTEE = "**This adapter has NO privacy guarantee: {reason}.**"
@@ -432,7 +434,7 @@ def with_audit(card: str, audit: Mapping[str, Any]) -> str:
 
 def _loading_section(base_model: str, *, lora: bool, text: TextToImage | None) -> str:
     if text is not None:
-        return _pipeline_section(base_model, lora=lora, in_place=text.in_place)
+        return _pipeline_section(base_model, text, lora=lora)
     trained = (
         "`trained.safetensors`, where there is one, holds the parameters that were trained in place by their "
         "names in the model: those that begin with `unet.` go into the UNet by `load_state_dict(..., "
@@ -456,7 +458,7 @@ def _loading_section(base_model: str, *, lora: bool, text: TextToImage | None) -
     return "\n".join(["## Loading", "", *code, "", trained])
 
 
-def _pipeline_section(base_model: str, *, lora: bool, in_place: bool) -> str:
+def _pipeline_section(base_model: str, text: TextToImage, *, lora: bool) -> str:
     """How a pipeline of diffusers loads the adapter of a text-to-image model."""
     code = [
         "from diffusers import DiffusionPipeline",
@@ -464,7 +466,7 @@ def _pipeline_section(base_model: str, *, lora: bool, in_place: bool) -> str:
         f"pipe = DiffusionPipeline.from_pretrained({json.dumps(base_model)})",
     ]
     notes = []
-    if in_place:
+    if text.in_place:
         code = [
             *code[:1],
             "from safetensors.torch import load_file",
@@ -483,5 +485,10 @@ def _pipeline_section(base_model: str, *, lora: bool, in_place: bool) -> str:
         notes.append(
             "ComfyUI and AUTOMATIC1111's webui read `kohya.safetensors`, where there is one; PEFT reads "
             "`adapter_model.safetensors`."
+        )
+    if text.base_precision != "float32":
+        notes.append(
+            f"The frozen weights were in {text.base_precision} while it was trained. It loads into the "
+            "pipeline in any precision; predictions then differ by the rounding of these weights."
         )
     return "\n".join(["## Loading", "", "```python", *code, "```", "", " ".join(notes)])

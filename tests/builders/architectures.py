@@ -104,8 +104,8 @@ def shaken(module: Any) -> Any:
     return module
 
 
-def stable_diffusion(folder: Path, prediction_type: str = "epsilon") -> Path:
-    """A text-to-image pipeline with four tokens a prompt."""
+def stable_diffusion(folder: Path, prediction_type: str = "epsilon", *, second: bool = False) -> Path:
+    """A text-to-image pipeline with four tokens a prompt; as version 2.x has its UNet, if `second`."""
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
         sample_size=4,
@@ -116,7 +116,8 @@ def stable_diffusion(folder: Path, prediction_type: str = "epsilon") -> Path:
         block_out_channels=(8, 16),
         layers_per_block=1,
         cross_attention_dim=12,
-        attention_head_dim=2,
+        attention_head_dim=(2, 4) if second else 2,
+        use_linear_projection=second,
         norm_num_groups=4,
     )
     text = CLIPTextConfig(

@@ -55,7 +55,8 @@ def length_of(kind: str) -> int | None:
     )
 
 
-def sdxl(folder: Path, prediction_type: str = "epsilon") -> Any:
+def sdxl(folder: Path, prediction_type: str = "epsilon", wide: int = 12) -> Any:
+    """`wide` is the width of the second text encoder; that of the first is 12."""
     unet = diffusers.UNet2DConditionModel(
         sample_size=8,
         in_channels=4,
@@ -66,12 +67,12 @@ def sdxl(folder: Path, prediction_type: str = "epsilon") -> Any:
         layers_per_block=1,
         transformer_layers_per_block=(1, 2),
         use_linear_projection=True,
-        cross_attention_dim=24,
+        cross_attention_dim=12 + wide,
         attention_head_dim=2,
         norm_num_groups=4,
         addition_embed_type="text_time",
         addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=4 * 6 + 12,
+        projection_class_embeddings_input_dim=4 * 6 + wide,
     )
     scheduler = diffusers.EulerDiscreteScheduler(
         beta_start=0.00085,
@@ -84,7 +85,7 @@ def sdxl(folder: Path, prediction_type: str = "epsilon") -> Any:
     return diffusers.StableDiffusionXLPipeline(
         vae=autoencoder(4),
         text_encoder=clip(),
-        text_encoder_2=clip(CLIPTextModelWithProjection),
+        text_encoder_2=clip(CLIPTextModelWithProjection, wide),
         tokenizer=clip_tokenizer(folder),
         tokenizer_2=clip_tokenizer(folder),
         unet=shaken(unet),

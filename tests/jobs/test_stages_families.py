@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 from dp_lora.commands.sample import main as draw_more
-from dp_lora.config.schema import Config
+from dp_lora.config.schema import QUANTISED, Config
 from dp_lora.errors import UserError
 from dp_lora.jobs.stages import run
 from dp_lora.models import pipelines
 from dp_lora.training import finetune
+from tests.builders import few_bits
 from tests.builders.exported import export
 from tests.builders.families import length_of, side_of, written
 from tests.builders.image_files import write_image, write_parquet
@@ -107,6 +108,28 @@ def test_more_images_are_drawn_from_a_finished_run(
     assert np.array_equal(drawn["again"], np.load(directory / "samples.npz")["images"])
     assert not np.array_equal(drawn["again"], drawn["guided"])
     assert not np.array_equal(drawn["again"], drawn["asked"])
+
+
+@pytest.mark.parametrize("precision", QUANTISED)
+def test_a_base_in_few_bits_goes_through_the_stages(
+    precision: str, job: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few_bits.stand_in(monkeypatch)
+    directory = Path(run(job("flux", f"model.base_precision={precision}"))["directory"])
+    assert np.load(directory / "samples.npz")["images"].std() > 5
+    card = (directory / "adapter" / "README.md").read_text()
+    assert f"frozen weights were in {precision} while it was trained" in card
+
+
+def test_a_base_in_few_bits_needs_its_package_before_anything_is_made(
+    job: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
+    config = job("flux", "model.base_precision=nf4")
+    with pytest.raises(UserError, match="nf4: needs the package bitsandbytes") as caught:
+        run(config)
+    assert "\n" not in str(caught.value) and not list(Path(config.paths.outputs).rglob("privacy.json"))
 
 
 def test_a_base_in_bfloat16_goes_through_the_stages(job: Callable[..., Config]) -> None:

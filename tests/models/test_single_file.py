@@ -10,17 +10,40 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 from safetensors.torch import load_file, save_file
 
 from dp_lora.commands import import_checkpoint as import_command
 from dp_lora.errors import UserError
-from dp_lora.models.folders import find, load
+from dp_lora.models.folders import LatentDiffusion, find, load
 from dp_lora.models.single_file import import_single_file, single_file_pipelines
 from tests.builders import architectures
-from tests.builders.families import written
-from tests.builders.single_files import ORIGINALS, in_one_file
+from tests.builders.families import sdxl, written
+from tests.builders.single_files import ORIGINALS, flux_converter, flux_transformer, in_one_file
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+def _saved(kind: str, root: Path) -> Path:
+    """The folder of a tiny pipeline of the kind."""
+    if kind == "sd1":
+        return architectures.stable_diffusion(root / kind)
+    if kind == "sd2":
+        return architectures.stable_diffusion(root / kind, "v_prediction", second=True)
+    if kind == "sdxl_whole":
+        # Diffusers tells the two text encoders of a file apart by their width.
+        torch.manual_seed(0)
+        sdxl(root / kind, wide=24).save_pretrained(root / kind)
+        return root / kind
+    return written(kind, root)
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FLUX.1's converter for the tiny transformer's width; see the test at the published width."""
+    known = SINGLE_FILE_LOADABLE_CLASSES["FluxTransformer2DModel"]
+    monkeypatch.setitem(known, "checkpoint_mapping_fn", flux_converter(16))
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +51,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path,
     """By kind: the pipeline's folder, its one file, and the settings."""
     root, found = tmp_path_factory.mktemp("single"), {}
     for kind in ORIGINALS:
-        saved = architectures.stable_diffusion(root / kind) if kind == "sd1" else written(kind, root)
+        saved = _saved(kind, root)
         pipe = diffusers.DiffusionPipeline.from_pretrained(saved)
         found[kind] = (saved, *in_one_file(kind, pipe, saved, root / "files"))
     return found
@@ -43,13 +66,46 @@ def test_the_imported_pipeline_is_the_one_that_was_published(
 ) -> None:
     saved, path, settings = published[kind]
     import_single_file(path, settings, tmp_path / "out")
-    expected, found = load(saved).state_dict(), load(tmp_path / "out").state_dict()
+    models = load(saved, "{}"), load(tmp_path / "out", "{}")
+    expected, found = (model.state_dict() for model in models)
     assert expected.keys() == found.keys() and len(found) > 100
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
+    assert torch.equal(*(_predicted(model) for model in models))
     # The settings that diffusers alone reads are there too.
     pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out")
     assert type(pipe).__name__ == diffusers.DiffusionPipeline.load_config(saved)["_class_name"]
+
+
+@torch.no_grad()
+def _predicted(model: LatentDiffusion) -> torch.Tensor:
+    """What the model predicts for two captions of different length."""
+    model.new_classes(["a fox", "b"], torch.Generator())
+    latents = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    return model.predict_of(latents, torch.tensor([10, 700]), model.condition(torch.tensor([0, 1])))
+
+
+def test_a_part_in_the_file_comes_from_the_file_also_where_the_folder_has_one(
+    published: Published, tmp_path: Path
+) -> None:
+    """A fine-tuned file has a text encoder and an autoencoder of its own; the folder is that of its base."""
+    saved, path, _ = published["sdxl_whole"]
+    base = shutil.copytree(saved, tmp_path / "base")
+    for weights in base.rglob("*.safetensors"):
+        save_file({name: value + 1 for name, value in load_file(weights).items()}, weights)
+    import_single_file(path, base, tmp_path / "out")
+    expected, found = load(saved).state_dict(), load(tmp_path / "out").state_dict()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_flux_of_the_published_width_has_the_names_and_shapes_that_the_transformer_asks_for() -> None:
+    """On the meta device: diffusers' own converter knows this width alone."""
+    with torch.device("meta"):
+        expected = diffusers.FluxTransformer2DModel(guidance_embeds=True).state_dict()
+        found = convert_flux_transformer_checkpoint_to_diffusers(flux_transformer(expected))
+    assert {name: value.shape for name, value in found.items()} == {
+        name: value.shape for name, value in expected.items()
+    }
 
 
 def test_a_lightning_checkpoint_of_stable_diffusion_is_read(published: Published, tmp_path: Path) -> None:

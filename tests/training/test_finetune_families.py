@@ -11,6 +11,7 @@ from dp_lora.models import adapters
 from dp_lora.models.latents import Latents
 from dp_lora.privacy.plan import make_plan
 from dp_lora.training import finetune
+from tests.builders import few_bits
 from tests.builders.families import CAPTIONS, PIPELINES, model_of
 from tests.builders.finetuning import SEEDED, SHORT
 from tests.builders.tiny import TINY, composed
@@ -18,11 +19,14 @@ from tests.builders.tiny import TINY, composed
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
-@pytest.mark.parametrize(("precision", "checkpointing"), [("float32", False), ("bfloat16", True)])
+@pytest.mark.parametrize(
+    ("precision", "checkpointing"), [("float32", False), ("bfloat16", True), ("nf4", True)]
+)
 @pytest.mark.parametrize("kind", PIPELINES)
 def test_frozen_weights_keep_their_bits(
-    kind: str, precision: str, checkpointing: bool, tmp_path: Path
+    kind: str, precision: str, checkpointing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    few_bits.stand_in(monkeypatch)
     words = ("trainable=lora_alone", "train.max_steps=2", f"train.gradient_checkpointing={checkpointing}")
     config = composed(*TINY, *SHORT, SEEDED, *words)
     before = {
