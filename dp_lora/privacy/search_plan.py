@@ -1,8 +1,8 @@
 """The plan of a private search: the one epsilon of a trial with which the search meets its target.
 
-Every cell trains with the noise that gives its own sample rate and steps the same epsilon, by Renyi divergences
-at a few orders. That epsilon is found by bisection, so that the strictest statement about the search that
-applies meets the target. Nothing here looks at an image.
+Every cell trains with the noise that gives its own sample rate and steps the same epsilon, by Renyi
+divergences at a few orders. That epsilon is found by bisection, so that the strictest statement about the
+search that applies meets the target. Nothing here looks at an image.
 """
 
 from __future__ import annotations
@@ -12,12 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dp_lora.errors import PlanError
-from dp_lora.privacy.renyi import divergences_of, epsilon_of_divergences
+from dp_lora.privacy.renyi import FEW_ORDERS, divergences_of, epsilon_of_divergences
 from dp_lora.privacy.selection import BOUNDS, Search
 from dp_lora.privacy.subsampled_gaussian import Mechanism
-
-TRIAL_ORDERS: tuple[float, ...] = (*range(2, 17), 20, 24, 32, 48, 64, 128, 256)
-"""Where a trial's epsilon is bounded: each order gives a bound, and whole ones are computed at once."""
 
 _LARGEST_SIGMA = 1e4
 
@@ -27,6 +24,8 @@ class SearchPlan:
     """A search, and what each of its trials spends."""
 
     search: Search
+    trials: tuple[Mechanism, ...]
+    """The training of a trial of each cell, in the order in which the schedules were given."""
     trial_epsilon: float
     """Of the training of one trial, at `delta` (rdp)."""
     target_epsilon: float
@@ -76,8 +75,9 @@ def plan_search(
     least = spent(at(dict.fromkeys(schedules, _LARGEST_SIGMA)))
     if least > target_epsilon:
         raise PlanError(
-            f"<target_epsilon>={target_epsilon:g}: the scores of the trials alone come to epsilon {least:.4g}; "
-            "expected a larger <target_epsilon>, a smaller <release_epsilon> or a smaller <expected_trials>"
+            f"<target_epsilon>={target_epsilon:g}: the scores of the trials alone come to epsilon "
+            f"{least:.4g}; expected a larger <target_epsilon>, or a smaller <release_epsilon> or "
+            "<expected_trials>"
         )
     distinct = list(dict.fromkeys(schedules))
 
@@ -85,26 +85,30 @@ def plan_search(
         return at({one: noise_of_trial(math.exp(log_epsilon), delta, *one) for one in distinct})
 
     fits = _largest(lambda value: spent(search_of(value)) <= target_epsilon, math.log(target_epsilon))
-    return SearchPlan(search_of(fits), math.exp(fits), target_epsilon, delta)
+    noise = {one: noise_of_trial(math.exp(fits), delta, *one) for one in distinct}
+    trials = tuple(Mechanism(noise[one], *one) for one in schedules)
+    return SearchPlan(at(noise), trials, math.exp(fits), target_epsilon, delta)
 
 
 def noise_of_trial(epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
     """The noise multiplier, rounded up to five digits, with which a training has at most this epsilon.
 
-    By Renyi divergences at `TRIAL_ORDERS`.
+    By Renyi divergences at `renyi.FEW_ORDERS`.
 
     Raises:
         PlanError: no noise multiplier up to 10,000 has it.
     """
 
     def fits(log_inverse: float) -> bool:
-        mechanism = Mechanism(math.exp(-log_inverse), sample_rate, steps)
-        return epsilon_of_divergences(divergences_of(mechanism, TRIAL_ORDERS), delta, TRIAL_ORDERS) <= epsilon
+        found = divergences_of(Mechanism(math.exp(-log_inverse), sample_rate, steps), FEW_ORDERS)
+        return epsilon_of_divergences(found, delta, FEW_ORDERS) <= epsilon
 
     if not fits(-math.log(_LARGEST_SIGMA)):
-        raise PlanError(f"<target_epsilon>: no noise gives a trial epsilon {epsilon:.3g}; expected a larger one")
+        raise PlanError(
+            f"<target_epsilon>: no noise gives a trial epsilon {epsilon:.3g}; expected a larger one"
+        )
     sigma = math.exp(-_largest(fits, 0.0, bottom=-math.log(_LARGEST_SIGMA)))
-    digits = 10 ** (4 - math.floor(math.log10(sigma)))
+    digits: float = 10.0 ** (4 - math.floor(math.log10(sigma)))
     return math.ceil(sigma * digits) / digits
 
 

@@ -21,7 +21,7 @@ import math
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from decimal import Context, Decimal
 from typing import Any
 
@@ -157,6 +157,9 @@ def gamma_of(expected_runs: float, eta: float) -> float:
 
 # A search
 
+SEARCHED_BY = "rdp of a private search"
+"""Stands where the accountant of an epsilon is named."""
+
 SETS = ("training", "held_out", "both")
 """Whom a statement of a search is for: whoever has an image in the training, among the held-out images that
 trials are scored on, or in both."""
@@ -180,6 +183,10 @@ class Search:
     """Of K: a name in `BOUNDS`."""
     expected_trials: float
     """The mean of K, at least 1."""
+
+    def __post_init__(self) -> None:
+        # In one order: the search that a ledger gives back equals the one that was written.
+        object.__setattr__(self, "cells", tuple(sorted(self.cells, key=astuple)))
 
     def divergences(self, of: str = "both") -> Divergences:
         """Of everything that the search releases, for one of `SETS`."""
