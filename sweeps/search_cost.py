@@ -54,7 +54,8 @@ def _privacy(base: Config, plan: SearchPlan) -> list[str]:
     grid = [*plan.trials, *[plan.search.score] * len(plan.trials)]
     return [
         f"privacy of the search at delta {delta:g} (rdp; Papernot and Steinke 2022): epsilon "
-        f"{training:.4g} for a training {unit}, {held_out:.4g} for a held-out one, {both:.4g} for somebody in both",
+        f"{training:.4g} for a training {unit}, {held_out:.4g} for a held-out one, "
+        f"{both:.4g} for somebody in both",
         f"one trial: epsilon {plan.trial_epsilon:.4g} (rdp), noise multiplier {noise}; its score: "
         f"epsilon {base.evaluation.release_epsilon:g}",
         f"instead, all {len(plan.trials)} cells once and all of them released: epsilon "
@@ -107,5 +108,6 @@ def _time(base: Config, cells: Sequence[Cell]) -> list[str]:
     late = totals[math.ceil(0.95 * _SIMULATIONS) - 1]
     return [
         f"time: {mean * search.expected_trials:.2f} h expected, {late:.2f} h in 95 % of searches, one "
-        f"trial after another; all cells once {sum(known):.2f} h, one run {mean:.2f} h; by {len(measured)} finished runs"
+        f"trial after another; all cells once {sum(known):.2f} h, one run {mean:.2f} h; "
+        f"by {len(measured)} finished runs"
     ]
