@@ -271,47 +271,50 @@ def test_another_configuration_is_another_search(quick: Callable[..., PrivateSea
 # Kills
 
 
+KILLED_AT = (
+    "plan.json", "charge.json", "sets.jsonl", "head", "draws.json", "sweep.json", "trial0.json", "trial1.json",
+    "privacy.json", "README.md", "status.json", "lora.rank=4", "outcome.json",
+)  # fmt: skip
+"""Files, and a folder, that a search writes, in their order."""
+
+
+@pytest.mark.parametrize("name", KILLED_AT)
+@pytest.mark.parametrize("late", [False, True])
 def test_whatever_dies_nothing_is_drawn_or_charged_twice(
-    quick: Callable[..., PrivateSearch], monkeypatch: pytest.MonkeyPatch
+    quick: Callable[..., PrivateSearch], name: str, late: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A kill before and after each write that reaches the disk, until a search ends without one."""
-    real, scores = os.replace, (0.3, 0.7, 0.5)
-    for place in range(10_000):
-        search = quick(*scores, name=f"killed{place}")
-        left = place // 2
+    """A kill just before and just after each of the writes, and the same command again."""
+    real, scores, dies = os.replace, (0.3, 0.7), [True]
 
-        def replace_or_die(*given: Any, late: bool = place % 2 == 1, **options: Any) -> None:
-            nonlocal left
-            left -= 1
-            if left == -1 and not late:
-                raise Killed
-            real(*given, **options)
-            if left == -1:
-                raise Killed
+    def replace_or_die(source: Any, target: Any, **options: Any) -> None:
+        at = dies[0] and Path(target).name.startswith(name)
+        dies[0] = dies[0] and not at
+        if not at or late:
+            real(source, target, **options)
+        if at:
+            raise Killed
 
-        monkeypatch.setattr(os, "replace", replace_or_die)
-        try:
-            search.run()
-        except Killed:
-            pass
-        else:
-            break
-        finally:
-            monkeypatch.setattr(os, "replace", real)
-        draws = search.private / "draws.json"
-        before = draws.read_bytes() if draws.exists() else None
-        if before is None:
-            assert not (search.private / "trials").exists()
-        elif not charges(search):
-            raise AssertionError("drawn before it was charged")
-        quick(*scores, name=f"killed{place}").run()
-        assert before is None or draws.read_bytes() == before
-        (charge,) = charges(search)
-        assert charge.search is not None
-        cells = read_json(draws)["cells"]
-        for number, cell in enumerate(cells):
-            starts = (search.private / "trials" / str(number) / "starts.jsonl").read_text().splitlines()
-            assert set(starts) == {f'{{"rank": {RANKS[cell]}}}'}
-        assert read_json(released(search) / "result.json")["metrics"]["dp_accuracy_cnn"] == 0.7
-        assert len(list((search.folder / "released" / "default").iterdir())) == 1
-    assert place > 40, "the search has more writes than that"
+    search = quick(*scores)
+    monkeypatch.setattr(searching.secrets, "randbelow", lambda cells: next(ranks) % cells)
+    ranks = iter(range(100))
+    monkeypatch.setattr(os, "replace", replace_or_die)
+    with pytest.raises(Killed):
+        search.run()
+    draws = search.private / "draws.json"
+    before = draws.read_bytes() if draws.exists() else None
+    if before is None:
+        assert not (search.private / "trials").exists()
+    else:
+        assert len(charges(search)) == 1, "drawn before it was charged"
+    again = quick(*scores)
+    # What would be drawn now is not what was drawn.
+    ranks = iter(range(1, 100)) if before is not None else iter(range(100))
+    again.run()
+    assert before is None or draws.read_bytes() == before
+    (charge,) = charges(search)
+    assert charge.search is not None
+    for number, cell in enumerate(read_json(draws)["cells"]):
+        starts = (search.private / "trials" / str(number) / "starts.jsonl").read_text().splitlines()
+        assert set(starts) == {f'{{"rank": {RANKS[cell]}}}'}
+    assert read_json(released(search) / "result.json")["metrics"]["dp_accuracy_cnn"] == 0.7
+    assert len(list((search.folder / "released" / "default").iterdir())) == 1
