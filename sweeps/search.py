@@ -22,28 +22,20 @@ from omegaconf import DictConfig
 from dp_lora.config.identity import run_directory
 from dp_lora.config.schema import Config
 from dp_lora.config.search import ACCURACY, PUBLIC_SCORE, SearchConfig
-from dp_lora.errors import PlanError, SweepFailed, UserError
+from dp_lora.errors import SweepFailed, UserError
 from dp_lora.jobs import searching
-from dp_lora.privacy.accounting import noise_multiplier_for
-from dp_lora.privacy.search_plan import SearchPlan, plan_search
-from dp_lora.privacy.subsampled_gaussian import Mechanism
+from dp_lora.privacy.search_plan import SearchPlan
 from dp_lora.storage.files import file_lock, private_directory, read_json, write_json
 from sweeps.cluster.cells import Cell, Composer, code_version, compose_cells
 from sweeps.cluster.drive import Drive, check_launch, cluster_of
 from sweeps.cluster.ledger import Ledger, command_line, sweep_folder
+from sweeps.search_cost import lines, plan_of_search
 
 if TYPE_CHECKING:
     from dp_lora.data.sets import ImageSplits
 
 PRIVATE, RELEASED = "private", "released"
 """Folders of a search: what nobody but its owner may see, and the run directory of its winner."""
-
-_FIELDS = {
-    "target_epsilon": "privacy.epsilon",
-    "release_epsilon": "evaluation.release_epsilon",
-    "expected_trials": "search.expected_trials",
-    "distribution": "search.distribution",
-}
 
 _SHARED = ("experiment", "stages", "seed", "data", "public_data", "model", "evaluation", "tracking", "paths")
 _SHARED_PRIVACY = ("epsilon", "delta", "noise_multiplier", "unit", "adjacency", "insecure_seed",
@@ -91,8 +83,6 @@ def launch(
     base = replace(base, paths=cells[0].config.paths)
     folder = sweep_folder(cells, settings["name"], list(config.hydra.overrides.task))
     if settings["dry_run"]:
-        from sweeps.search_cost import lines
-
         _say("\n".join([f"search {folder}", *lines(base, cells)]))
         return
     if settings["detach"]:
@@ -185,51 +175,6 @@ def _check_shared(base: Config, cell: Cell) -> None:
         raise UserError("train.max_steps=null with sweep=private_search: expected a number, or train.epochs")
     if train.continue_from is not None:
         raise UserError("search.space: train.continue_from; expected options of the training or the sampler")
-
-
-def score_mechanism(base: Config) -> Mechanism:
-    """The noised sum over held-out images by which a trial is scored, as `evaluation.release=dp` makes it."""
-    evaluation, cache = base.evaluation, Path(base.paths.cache).expanduser()
-    delta = base.privacy.delta if evaluation.release_delta is None else evaluation.release_delta
-    found = noise_multiplier_for(evaluation.release_epsilon, delta, 1.0, 1, cache if cache.is_dir() else None)
-    return Mechanism(found, 1.0, 1)
-
-
-def plan_of_search(base: Config, cells: Sequence[Cell], number: int | None) -> SearchPlan:
-    """The plan of the search on so many training images or persons; None where the number is not known.
-
-    Raises UserError when no noise meets the target.
-    """
-    from dp_lora.jobs.job import public_number, steps_of
-    from dp_lora.privacy.plan import mechanism_of
-
-    schedules = []
-    for cell in cells:
-        config = cell.config
-        once = mechanism_of(
-            num_examples=public_number(config, number),
-            sample_rate=config.train.sample_rate,
-            expected_batch_size=config.train.expected_batch_size,
-            steps=steps_of(config, number),
-            noise_multiplier=1.0,
-            target_epsilon=None,
-            delta=config.privacy.delta,
-        )
-        schedules.append((once.sample_rate, once.steps))
-    assert base.privacy.epsilon is not None
-    search = base.search
-    try:
-        return plan_search(
-            schedules,
-            score_mechanism(base),
-            distribution=search.distribution,
-            expected_trials=search.expected_trials,
-            target_epsilon=base.privacy.epsilon,
-            delta=base.privacy.delta,
-            strictest=searching.strictest(base),
-        )
-    except PlanError as error:
-        raise UserError(error.named(_FIELDS)) from None
 
 
 class PrivateSearch:

@@ -10,14 +10,66 @@ from random import Random
 from dp_lora.config.schema import Config
 from dp_lora.data.sets import expected_train_size
 from dp_lora.errors import PlanError, UserError
-from dp_lora.privacy.accounting import composed
-from dp_lora.privacy.search_plan import SearchPlan, noise_of_trial
+from dp_lora.jobs import searching
+from dp_lora.jobs.job import public_number, steps_of
+from dp_lora.privacy.accounting import composed, noise_multiplier_for
+from dp_lora.privacy.plan import mechanism_of
+from dp_lora.privacy.search_plan import SearchPlan, noise_of_trial, plan_search
 from dp_lora.privacy.selection import drawn_number, largest_number
 from dp_lora.privacy.subsampled_gaussian import Mechanism
 from sweeps.cluster.cells import Cell
 from sweeps.plan import hours, rates
 
+_FIELDS = {
+    "target_epsilon": "privacy.epsilon",
+    "release_epsilon": "evaluation.release_epsilon",
+    "expected_trials": "search.expected_trials",
+    "distribution": "search.distribution",
+}
+
 _SIMULATIONS = 4000
+
+
+def score_mechanism(base: Config) -> Mechanism:
+    """The noised sum over held-out images by which a trial is scored, as `evaluation.release=dp` makes it."""
+    evaluation, cache = base.evaluation, Path(base.paths.cache).expanduser()
+    delta = base.privacy.delta if evaluation.release_delta is None else evaluation.release_delta
+    found = noise_multiplier_for(evaluation.release_epsilon, delta, 1.0, 1, cache if cache.is_dir() else None)
+    return Mechanism(found, 1.0, 1)
+
+
+def plan_of_search(base: Config, cells: Sequence[Cell], number: int | None) -> SearchPlan:
+    """The plan of the search on so many training images or persons; None where the number is not known.
+
+    Raises UserError when no noise meets the target.
+    """
+    schedules = []
+    for cell in cells:
+        config = cell.config
+        once = mechanism_of(
+            num_examples=public_number(config, number),
+            sample_rate=config.train.sample_rate,
+            expected_batch_size=config.train.expected_batch_size,
+            steps=steps_of(config, number),
+            noise_multiplier=1.0,
+            target_epsilon=None,
+            delta=config.privacy.delta,
+        )
+        schedules.append((once.sample_rate, once.steps))
+    assert base.privacy.epsilon is not None
+    search = base.search
+    try:
+        return plan_search(
+            schedules,
+            score_mechanism(base),
+            distribution=search.distribution,
+            expected_trials=search.expected_trials,
+            target_epsilon=base.privacy.epsilon,
+            delta=base.privacy.delta,
+            strictest=searching.strictest(base),
+        )
+    except PlanError as error:
+        raise UserError(error.named(_FIELDS)) from None
 
 
 def lines(base: Config, cells: Sequence[Cell]) -> list[str]:
@@ -27,8 +79,6 @@ def lines(base: Config, cells: Sequence[Cell]) -> list[str]:
         base: the search's configuration.
         cells: what its trials draw from.
     """
-    from sweeps.search import plan_of_search
-
     search, unit = base.search, base.privacy.unit
     most = largest_number(search.distribution, search.expected_trials, 0.95)
     said = [

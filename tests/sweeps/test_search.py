@@ -272,7 +272,8 @@ def test_another_configuration_is_another_search(quick: Callable[..., PrivateSea
 
 
 KILLED_AT = (
-    "plan.json", "charge.json", "sets.jsonl", "head", "draws.json", "sweep.json", "trial0.json", "trial1.json",
+    "plan.json", "charge.json", "sets.jsonl", "head", "draws.json", "sweep.json", "trial0.json",
+    "trial1.json",
     "privacy.json", "README.md", "status.json", "lora.rank=4", "outcome.json",
 )  # fmt: skip
 """Files, and a folder, that a search writes, in their order."""

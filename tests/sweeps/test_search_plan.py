@@ -15,7 +15,6 @@ from dp_lora.__main__ import main
 from dp_lora.privacy.search_plan import SearchPlan
 from dp_lora.privacy.selection import Search
 from dp_lora.privacy.subsampled_gaussian import Mechanism
-from sweeps import search as driver
 from sweeps import search_cost
 from tests.builders.tiny import TINY, once
 
@@ -28,7 +27,7 @@ def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> Callable
     monkeypatch.chdir(tmp_path)
     cell, score = Mechanism(2.0, 0.05, 4), Mechanism(3.7, 1.0, 1)
     plan = SearchPlan(Search((cell,) * 4, score, "Poisson", 8.0), (cell,) * 4, 3.0, 10.0, 1e-5)
-    monkeypatch.setattr(driver, "plan_of_search", lambda *given: plan)
+    monkeypatch.setattr(search_cost, "plan_of_search", lambda *given: plan)
 
     def call(*given: str, dry: bool = True) -> tuple[int, str]:
         GlobalHydra.instance().clear()
