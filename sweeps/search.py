@@ -222,6 +222,10 @@ class PrivateSearch:
         draws = searching.draws_of(self.private, plan.search, len(self.cells))
         trials = self._trials(plan, draws)
         failed = self._run_trials(trials)
+        if any(trial.identity not in failed and not trial.is_done() for trial in trials):
+            raise UserError(
+                f"{self.folder}: a trial has neither ended nor failed; expected all: give the same command again"
+            )
         scores = [
             None
             if trial.identity in failed
