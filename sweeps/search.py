@@ -224,7 +224,7 @@ class PrivateSearch:
         failed = self._run_trials(trials)
         if any(trial.identity not in failed and not trial.is_done() for trial in trials):
             raise UserError(
-                f"{self.folder}: a trial has neither ended nor failed; expected all: give the same command again"
+                f"{self.folder}: a trial has neither ended nor failed; give the same command again"
             )
         scores = [
             None
