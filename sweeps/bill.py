@@ -26,7 +26,7 @@ from dp_lora.jobs.spending import (
 from dp_lora.privacy.accounting import MANY, composed
 from dp_lora.privacy.ledger import Charge, Ledger, Uncovered, spent, spent_adaptively
 from dp_lora.privacy.renyi import epsilon_of_divergences, renyi_divergences
-from dp_lora.privacy.selection import best_of
+from dp_lora.privacy.selection import SEARCHED_BY, best_of
 from dp_lora.privacy.subsampled_gaussian import Mechanism
 from dp_lora.storage.files import json_ready
 from sweeps.charged import Run, read
@@ -70,6 +70,8 @@ class SetBill:
     """Uses of the set in the ledger that no epsilon covers, and none of these counts."""
     unit: str = "image"
     """Whom the epsilons are for: a person where all runs protect persons, else one image."""
+    searches: int = 0
+    """Private searches among the runs with privacy, each counted as a whole."""
     runs_for_persons: int = 0
     """Runs with privacy that protect a person with all of their images."""
     images_per_person: int | None = None
@@ -95,6 +97,12 @@ class SetBill:
                 f"the largest of one run alone: epsilon {self.largest_epsilon:.4g} at delta {self.delta:g}",
                 *self._of_the_other_unit(private),
             ]
+        if self.searches:
+            found = f"{self.searches} private search{'es' * (self.searches != 1)} among them"
+            lines.append(
+                f"{found}, counted by Renyi divergences with all trials, for somebody in the training and "
+                "among the held-out images"
+            )
         if self.best_of_epsilon is not None:
             lines.append(
                 f"if only the best of K runs were released: epsilon {self.best_of_epsilon:.4g} at delta "
@@ -235,6 +243,11 @@ def of_rows(rows: Iterable[Mapping[str, Any]]) -> Bill:
         steps = int(row["steps"])
         if row["state"] != "done":
             steps = min(steps + 1, int(row["planned_steps"]))
+        if row.get("accountant") == SEARCHED_BY:
+            raise UserError(
+                f"{row['directory']}: is the winner of a private search, which a table does not tell; "
+                "expected its run directory: python -m sweeps bill"
+            )
         mechanism = Mechanism(float(row["noise_multiplier"]), float(row["sample_rate"]), steps)
         private = mechanism.noise_multiplier > 0 and not row["reproducible_noise"]
         unit = "person" if " one person" in str(row.get("adjacency")) else "image"
@@ -283,7 +296,10 @@ def _bill_of_set(name: str, runs: Sequence[Run], images_per_person: int | None) 
     unit = "person" if kinds == {"person"} else "image"
     parts = [part for run in private for part in run.charges]
     of_private = spent(parts, delta, unit)
-    selection = best_of([run.mechanisms for run in private], delta) if len(kinds) == 1 else None
+    searches = [run for run in private if run.charge.search is not None]
+    selection = None
+    if len(kinds) == 1 and not searches:
+        selection = best_of([run.mechanisms for run in private], delta)
     other = None
     if "person" in kinds or (private and images_per_person is not None):
         asked = "image" if unit == "person" else "person"
@@ -304,6 +320,7 @@ def _bill_of_set(name: str, runs: Sequence[Run], images_per_person: int | None) 
         best_of_distribution=selection.distribution if selection else None,
         adaptive_epsilon=spent_adaptively(parts, delta, unit=unit) if len(private) > 1 else None,
         unit=unit,
+        searches=len(searches),
         runs_for_persons=sum(run.charge.unit == "person" for run in private),
         images_per_person=images_per_person,
         other_epsilon=other,
@@ -313,13 +330,13 @@ def _bill_of_set(name: str, runs: Sequence[Run], images_per_person: int | None) 
 
 def _largest(runs: Sequence[Run], delta: float) -> float:
     """Epsilon of the run that spent most; rdp alone where there are many different ones."""
-    distinct = {run.mechanisms for run in runs}
+    largest = max((run.charge.search.epsilon(delta) for run in runs if run.charge.search), default=0.0)
+    distinct = {run.mechanisms for run in runs if run.charge.search is None}
     by_rdp = sorted(
         ((epsilon_of_divergences(renyi_divergences(one), delta), one) for one in distinct), reverse=True
     )
     if len(distinct) > MANY:
-        return by_rdp[0][0]
-    largest = 0.0
+        return max(largest, by_rdp[0][0])
     for bound, one in by_rdp:
         # `composed` is at most the rdp bound, and takes much longer.
         if bound <= largest:

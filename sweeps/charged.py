@@ -12,7 +12,8 @@ from dp_lora.errors import UserError
 from dp_lora.jobs.begun import begun
 from dp_lora.jobs.reuse import START, taken
 from dp_lora.jobs.spending import is_beside, ledger_beside, private_set
-from dp_lora.privacy.ledger import Charge
+from dp_lora.privacy.ledger import SEARCHED, Charge
+from dp_lora.privacy.selection import Search
 from dp_lora.privacy.subsampled_gaussian import Mechanism
 from dp_lora.storage.files import read_json
 from dp_lora.training.receipts import read_receipt
@@ -53,6 +54,8 @@ class Run:
     @property
     def charges(self) -> list[Charge]:
         """One for each of `mechanisms`, with the unit that the run protects."""
+        if self.charge.search is not None:
+            return [self.charge, *(replace(self.charge, mechanism=m, search=None) for m in self.releases)]
         return [replace(self.charge, mechanism=mechanism) for mechanism in self.mechanisms]
 
 
@@ -96,17 +99,20 @@ def _read_files(directory: Path) -> Run | None:
         place = ledger_beside(source)
     seeded = privacy["reproducible_noise"] if privacy else config["privacy"]["insecure_seed"] is not None
     mechanism = Mechanism(float(plan["noise_multiplier"]), float(plan["sample_rate"]), steps)
+    search = Search.from_dict(privacy["search"]) if "search" in privacy else None
     return Run(
         owner=name if name != "imagefolder" else str(ledger or ledger_beside(config["data"]["source"])),
         charge=Charge(
             receipt.run if receipt is not None else str(directory.resolve()),
             name,
-            mechanism,
+            mechanism if search is None else SEARCHED,
             float(plan["delta"]),
             private=mechanism.noise_multiplier > 0 and not seeded,
             unit=str(plan.get("unit", "image")),
+            search=search,
         ),
-        releases=_releases(privacy),
+        # Those of a search are in its charge.
+        releases=() if search is not None else _releases(privacy),
         ledger=ledger,
         place=place,
         own=source is not None,

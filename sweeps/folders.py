@@ -110,6 +110,11 @@ def read(folder: Path) -> Sweep:
     and when two directories claim one cell.
     """
     path = folder / "sweep.json"
+    if (folder.parent / "draws.json").exists():
+        raise UserError(
+            f"{folder}: holds the trials of a private search, which are private and in no table or bill; "
+            "expected released/ beside private/"
+        )
     record = read_record(path)
     try:
         rows = [(row["identity"], tuple(row["words"]), Path(row["directory"])) for row in record["cells"]]

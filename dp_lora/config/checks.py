@@ -52,6 +52,7 @@ from dp_lora.config.schema import (
     PrivacyConfig,
     TrainConfig,
 )
+from dp_lora.config.search import check_search
 from dp_lora.config.wandb_settings import MEANT, check_names
 from dp_lora.errors import UserError, did_you_mean
 from dp_lora.storage.files import expanded
@@ -70,6 +71,7 @@ def check(config: Config) -> None:
     _check_choice(config)
     _check_counts(config)
     _check_evaluation(config.evaluation)
+    check_search(config.search)
     check_names(config.tracking)
     objectives(config)
     _check_start(config)

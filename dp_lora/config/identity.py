@@ -31,7 +31,7 @@ PRIVATE_SETTINGS = (
 """Settings that no name of a run tells and that never leave: they can name people, folders and accounts, or
 take the noise away."""
 
-_CANNOT_CHANGE_THE_RESULT = ("experiment", "stages", "optimize", "tracking", "resources", "paths")
+_CANNOT_CHANGE_THE_RESULT = ("experiment", "stages", "optimize", "search", "tracking", "resources", "paths")
 _SAY_NOTHING_NEW = (
     ("data", "person_column", None),
     ("data", "person_pattern", None),

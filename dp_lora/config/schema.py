@@ -10,6 +10,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from dp_lora.config.search import SearchConfig
+
 PROMPT = "a photo of a {}"
 STAGES = ("pretrain", "finetune", "sample", "evaluate")
 COMPONENTS = ("lora", "attention", "embedder", "bias", "norm", "full")
@@ -498,6 +500,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)

@@ -177,6 +177,11 @@ def _check_base(config: Config) -> None:
     )
 
 
+def has_model(config: Config) -> bool:
+    """Whether the job's pre-trained model is there, or is named, so that nobody has to make it first."""
+    return config.model.pretrained is not None or _folder_of_model(config).exists()
+
+
 def _folder_of_model(config: Config) -> Path:
     """The folder in the cache of the model that is pre-trained on public images."""
     name = f"{config.model.name}-{pretrained_fingerprint(config)}"

@@ -438,6 +438,11 @@ def release_in(
         say: tells the owner.
     """
     training = read_json(directory / "privacy.json")
+    if "search" in training:
+        raise UserError(
+            f"{directory}: is the winner of a private search, whose statement counts the release that found "
+            "it and no other one; expected evaluation.release=none, or evaluation.reference=none"
+        )
 
     def waiting() -> None:
         say(

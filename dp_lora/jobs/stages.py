@@ -66,6 +66,11 @@ def run(config: Config, overrides: Sequence[str] = ()) -> dict[str, Any]:
     Raises:
         UserError: something that the user gave is wrong; nothing was written.
     """
+    if config.search.space is not None:
+        raise UserError(
+            f"search.space={config.search.space}: is for a search of many trials; expected "
+            "-m sweep=private_search with hydra/launcher=local or slurm"
+        )
     with joined(device_of(config)) as team:
         if config.stages == ["pretrain"]:
             return _pretrain_alone(config, team)

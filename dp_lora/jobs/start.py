@@ -115,6 +115,7 @@ def start_of(
         check_base(source, pretrained)
         if source.run is not None:
             _check_finished(source.run)
+            _refuse_winner(source.run)
         elif goes_on:
             raise UserError("the folder of an adapter; expected a run directory, or model.adapter")
     except UserError as error:
@@ -134,6 +135,11 @@ def start_of(
     is_known = run is not None and has_record and _knows_all(run)
     if not is_known and not _has_begun(directory):
         behind = [*(one for one in books if one.run not in {other.run for other in behind}), *behind]
+    if any(one.private and not one.noise_multiplier for one in behind):
+        raise UserError(
+            f"{word}: what it was trained on is not known, and a private search was made on these images, "
+            "which cannot be counted with a training that goes on from it; expected one whose run is there"
+        )
     start = Start(source.adapter, digest_of(source.adapter), (), is_known, word, is_protected(source))
     _check_same(start, directory)
     # What was known when the run began stays known.
@@ -286,6 +292,14 @@ def _check_finished(run: Path) -> None:
     complete = privacy.exists() and read_json(privacy).get("complete") is True
     if not complete or not is_whole(run, "finetune"):
         raise UserError(f"the run is {state(run) or 'not finished'}; expected one whose training has ended")
+
+
+def _refuse_winner(run: Path) -> None:
+    if "search" in read_json(run / "privacy.json"):
+        raise UserError(
+            "the winner of a private search, whose epsilon cannot be counted with a training that goes on "
+            "from it; expected an ordinary run"
+        )
 
 
 def _run_around(place: Path) -> Path:

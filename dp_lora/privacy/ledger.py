@@ -19,6 +19,8 @@ Guarantees:
       While a run is open, a mark beside the ledger says how far it has come (`privacy.marks`).
     * A use that no epsilon covers has a line of its own, which is no charge: it counts zero steps to whoever
       reads it as one, as earlier versions do.
+    * A private search has one number, whose lines give its Renyi divergences: they follow from its plan, so
+      that neither the lines nor how many there are tell how many trials it drew.
     * The end of a training says how many executions were on record, so that a record which was removed or
       cut since is noticed, and with how many it was charged, which is never taken back.
 """
@@ -42,12 +44,17 @@ from dp_lora.errors import UserError
 from dp_lora.privacy import units
 from dp_lora.privacy.accounting import Spent
 from dp_lora.privacy.marks import Mark, Superseded
-from dp_lora.privacy.renyi import Array, admits, least_budget, renyi_divergences
+from dp_lora.privacy.renyi import Array, admits, epsilon_of_divergences, least_budget, renyi_divergences
+from dp_lora.privacy.selection import Search
 from dp_lora.privacy.subsampled_gaussian import Mechanism
 from dp_lora.storage.files import append_line, read_lines, write_atomic
 
 FILTER = "Renyi filter"
 """Bounds the epsilon of runs that were chosen after seeing earlier ones; named in place of an accountant."""
+
+SEARCHED = Mechanism(0.0, 1.0, 1)
+"""Stands in the charge of a search where another one has its steps. It has no noise, so that whoever does not
+know of searches, as earlier versions do not, counts an infinite epsilon."""
 
 PATIENCE_S = 300.0
 """How long to wait for a ledger that others write to, each of them for less than a second."""
@@ -67,6 +74,8 @@ class Charge:
     """False without noise, and with noise that a seed in the configuration gives away."""
     unit: str = "image"
     """What the run protects: one image, or one person with all of their images."""
+    search: Search | None = None
+    """Of a private search, which is charged as a whole; its `mechanism` is `SEARCHED`."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +134,8 @@ def spent(
     """
     if any(not charge.private and charge.mechanism.steps for charge in charges):
         return Spent(math.inf, "none")
+    if any(charge.search is not None for charge in charges):
+        return Spent(epsilon_of_divergences(_divergences(charges, unit), delta), "rdp")
     images, persons = by_unit(charges)
     if unit == "person":
         return units.epsilon_of_person(images, persons, delta, images_per_person)
@@ -144,10 +155,10 @@ def spent_adaptively(
 
 
 def by_unit(charges: Sequence[Charge]) -> tuple[list[Mechanism], list[Mechanism]]:
-    """The mechanisms of runs that protect an image, and of those that protect a person."""
+    """The mechanisms of runs that protect an image, and of those that protect a person, without searches."""
     found: dict[str, list[Mechanism]] = {"image": [], "person": []}
     for charge in charges:
-        if charge.mechanism.steps:
+        if charge.mechanism.steps and charge.search is None:
             found[charge.unit].append(charge.mechanism)
     return found["image"], found["person"]
 
@@ -155,9 +166,12 @@ def by_unit(charges: Sequence[Charge]) -> tuple[list[Mechanism], list[Mechanism]
 def _divergences(charges: Sequence[Charge], unit: str) -> Array:
     """Renyi divergences of all `charges` together for one `unit`; inf where a run does not bound it."""
     images, persons = by_unit(charges)
+    searches = [(charge.unit, charge.search.divergences()) for charge in charges if charge.search is not None]
     if unit == "image":
-        return units.divergences_of_image(images, persons)
-    return renyi_divergences(persons) + (math.inf if images else 0.0)
+        total = units.divergences_of_image(images, persons)
+        return sum((units.divergences_for_image(of, one) for of, one in searches), total)
+    total = renyi_divergences(persons) + (math.inf if images else 0.0)
+    return sum((one if of == "person" else one + math.inf for of, one in searches), total)
 
 
 def fits(charge: Charge, others: Sequence[Charge], budget: float) -> bool:
@@ -187,7 +201,7 @@ def fills(charge: Charge, budget: float) -> bool:
     Its steps are fixed before anything was seen. So that no other run is ever admitted, whatever comes out,
     it has to stay charged with all of them.
     """
-    if admits(renyi_divergences([charge.mechanism]), budget, charge.delta):
+    if admits(_divergences([charge], charge.unit), budget, charge.delta):
         return False
     return spent([charge], charge.delta, charge.unit).epsilon <= budget
 
@@ -335,6 +349,7 @@ class Ledger:
         if turn is not None:
             start |= {"owner": turn.owner, "nonce": turn.nonce, "open": turn.progress is not None}
             start |= {} if turn.begun is None else {"begun": turn.begun}
+        start |= {} if charge.search is None else {"search": charge.search.to_dict()}
         record = {
             # No finer: how long a training took tells how large its batches were.
             "time": datetime.now(UTC).isoformat(timespec="minutes"),
@@ -344,7 +359,7 @@ class Ledger:
             "sample_rate": charge.mechanism.sample_rate,
             "steps": charge.mechanism.steps,
             "delta": charge.delta,
-            "private": charge.private,
+            "private": charge.private and charge.search is None,
             **start,
             "previous": previous,
         }
@@ -423,13 +438,15 @@ def _in_force(entries: Sequence[Mapping[str, Any]]) -> list[Charge]:
         if "uncovered" in entry:
             continue
         mechanism = Mechanism(entry["noise_multiplier"], entry["sample_rate"], entry["steps"])
+        search = Search.from_dict(entry["search"]) if "search" in entry else None
         latest[entry["run"]] = Charge(
             entry["run"],
             entry["set"],
             mechanism,
             entry["delta"],
-            entry["private"],
+            entry["private"] or search is not None,
             entry.get("unit", "image"),
+            search,
         )
     return list(latest.values())
 

@@ -10,15 +10,20 @@ need that
       no noise protects is outside of all of this.
 
 A sweep that runs every cell of its grid once and shows the table is no such algorithm: it pays for the
-composition of all its runs.
+composition of all its runs. `Search` is one: `sweep=private_search` runs it, and draws K by `drawn_number`.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import secrets
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass
+from decimal import Context, Decimal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -148,3 +153,150 @@ def gamma_of(expected_runs: float, eta: float) -> float:
         else:
             low = middle
     return math.exp(-high)
+
+
+# A search
+
+SEARCHED_BY = "rdp of a private search"
+"""Stands where the accountant of an epsilon is named."""
+
+SETS = ("training", "held_out", "both")
+"""Whom a statement of a search is for: whoever has an image in the training, among the held-out images that
+trials are scored on, or in both."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """A private search: K trials, each of a cell drawn uniformly; only the best of them is released.
+
+    Guarantee: let K be drawn by `drawn_number`, each trial draw one of `cells` uniformly, train by its noisy
+    steps, and be scored by one sum over the held-out images with noise; let a trial that fails count as the
+    worst; and let the best one be released with its cell and score, and nothing that depends on K or on the
+    other trials. Then `divergences` bounds the Renyi divergences of what is released.
+    """
+
+    cells: tuple[Mechanism, ...]
+    """The training of each cell, as often as there are cells of it."""
+    score: Mechanism
+    """The noised sum over the held-out images, which is made once a trial."""
+    distribution: str
+    """Of K: a name in `BOUNDS`."""
+    expected_trials: float
+    """The mean of K, at least 1."""
+
+    def __post_init__(self) -> None:
+        # In one order: the search that a ledger gives back equals the one that was written.
+        object.__setattr__(self, "cells", tuple(sorted(self.cells, key=astuple)))
+
+    def divergences(self, of: str = "both") -> Divergences:
+        """Of everything that the search releases, for one of `SETS`."""
+        return _divergences_of(self, of)
+
+    def epsilon(self, delta: float, of: str = "both") -> float:
+        """An upper bound on the search's epsilon, for one of `SETS`."""
+        return epsilon_of_divergences(self.divergences(of), delta)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The search for a ledger or a statement: numbers from which its divergences are computed."""
+        return {
+            "distribution": self.distribution,
+            "expected_trials": self.expected_trials,
+            "score_noise_multiplier": self.score.noise_multiplier,
+            "cells": [
+                {
+                    "noise_multiplier": one.noise_multiplier,
+                    "sample_rate": one.sample_rate,
+                    "steps": one.steps,
+                    "cells": count,
+                }
+                for one, count in Counter(self.cells).items()
+            ],
+        }
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Search:
+        """The search of which `to_dict` gave `record`. Raises KeyError, TypeError or ValueError otherwise."""
+        cells = [
+            Mechanism(row["noise_multiplier"], row["sample_rate"], row["steps"])
+            for row in record["cells"]
+            for _ in range(row["cells"])
+        ]
+        name, runs = record["distribution"], float(record["expected_trials"])
+        if name not in BOUNDS or not cells or not 1 <= runs < math.inf:
+            raise ValueError(f"{name}, {len(cells)} cells, {runs:g} trials")
+        return cls(tuple(cells), Mechanism(record["score_noise_multiplier"], 1.0, 1), name, runs)
+
+
+@functools.lru_cache(maxsize=64)
+def _divergences_of(search: Search, of: str) -> Divergences:
+    if of not in SETS:
+        raise ValueError(f"of={of}: expected one of {', '.join(SETS)}")
+    counts = Counter(search.cells)
+    score = renyi_divergences([] if of == "training" else [search.score])
+    trained = {
+        cell: renyi_divergences([]) if of == "held_out" else renyi_divergences([cell]) for cell in counts
+    }
+    # Added before the theorem: somebody in both sets is seen twice by one and the same trial.
+    one = uniform_mixture([trained[cell] + score for cell in search.cells])
+    return BOUNDS[search.distribution](one, search.expected_trials)
+
+
+_DIGITS = Context(prec=60)
+
+
+def probabilities(distribution: str, expected_runs: float) -> Iterator[Decimal]:
+    """P(K = 0), P(K = 1), ... of a distribution in `BOUNDS` with the mean `expected_runs`, to 50 digits.
+
+    Definition 1 of the paper for the truncated negative binomial, whose shape is 0 for the logarithmic
+    distribution and 1 for the geometric one.
+
+    >>> [float(p) for p in itertools.islice(probabilities("geometric", 4.0), 4)]
+    [0.0, 0.25, 0.1875, 0.140625]
+    """
+    if distribution == "Poisson":
+        mean = Decimal(expected_runs)
+        value = _DIGITS.exp(_DIGITS.minus(mean))
+        yield value
+        for k in itertools.count(1):
+            value = _DIGITS.divide(_DIGITS.multiply(value, mean), Decimal(k))
+            yield value
+    eta = {"logarithmic": 0, "geometric": 1}[distribution]
+    gamma = Decimal(gamma_of(expected_runs, float(eta)))
+    rest = _DIGITS.subtract(Decimal(1), gamma)
+    value = gamma if eta == 1 or gamma == 1 else _DIGITS.divide(rest, _DIGITS.minus(_DIGITS.ln(gamma)))
+    yield Decimal(0)
+    for k in itertools.count(1):
+        yield value
+        value = _DIGITS.divide(
+            _DIGITS.multiply(_DIGITS.multiply(value, rest), Decimal(k + eta)), Decimal(k + 1)
+        )
+
+
+def drawn_number(
+    distribution: str, expected_runs: float, random_bits: Callable[[int], int] = secrets.randbits
+) -> int:
+    """K, drawn by inversion from 160 secure random bits; there is no largest value.
+
+    Args:
+        distribution, expected_runs: as of `probabilities`.
+        random_bits: uniform number of so many bits; tests give their own.
+    """
+    return _number_at(distribution, expected_runs, _DIGITS.divide(Decimal(random_bits(160)), Decimal(2**160)))
+
+
+def largest_number(distribution: str, expected_runs: float, share: float) -> int:
+    """The smallest number that K does not pass with probability `share`, in (0, 1).
+
+    >>> largest_number("Poisson", 8.0, 0.95)
+    13
+    """
+    return _number_at(distribution, expected_runs, Decimal(share))
+
+
+def _number_at(distribution: str, expected_runs: float, level: Decimal) -> int:
+    total = Decimal(0)
+    for number, probability in enumerate(probabilities(distribution, expected_runs)):
+        total = _DIGITS.add(total, probability)
+        if total > level:
+            return number
+    raise AssertionError("the probabilities add up to 1")

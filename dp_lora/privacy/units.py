@@ -114,6 +114,20 @@ def divergences_of_image(images: Sequence[Mechanism], persons: Sequence[Mechanis
     return total
 
 
+def divergences_for_image(unit: str, divergences: Array) -> Array:
+    """Renyi divergences at `ORDERS` for one image of what has `divergences` for one `unit`, at most.
+
+    For a person they are needed at higher orders, as in `divergences_of_image`: those of the next order that
+    is there bound them, since a divergence grows with its order; beyond the last one there is no bound.
+    """
+    if unit == "image":
+        return divergences
+    alpha = np.asarray(ORDERS)
+    kept = np.append(divergences, math.inf)
+    first, second = (kept[np.searchsorted(alpha, orders)] for orders in (2 * alpha, 2 * alpha - 1))
+    return np.asarray((alpha - 0.5) / (alpha - 1) * first + second)
+
+
 def _spending(mechanisms: Sequence[Mechanism]) -> list[Mechanism]:
     return [m for m in mechanisms if m.steps and m.sample_rate]
 

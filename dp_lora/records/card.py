@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from typing import Any
 
-from dp_lora.records.coverage import coverage
+from dp_lora.records.coverage import coverage, lines_of_search
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,9 @@ def model_card(
 
 def _protected(record: Mapping[str, Any]) -> str:
     """Whom the guarantee protects, for the first lines."""
-    bound = f"with epsilon {_at_most(record['epsilon'])} at delta {_at_most(record['delta'])}"
+    # Of a search, the largest that it states: for somebody in the training and among the held-out images.
+    epsilon = max([record["epsilon"], *record.get("search", {}).get("epsilon", {}).values()], key=float)
+    bound = f"with epsilon {_at_most(epsilon)} at delta {_at_most(record['delta'])}"
     if record.get("unit") == "person":
         return f"**Protects each person with all of their images**, {bound}."
     return f"**Protects each single image**, {bound}; a person with several images has less."
@@ -196,6 +198,7 @@ def _privacy_section(record: Mapping[str, Any], *, guaranteed: bool) -> str:
         f"The training of this adapter satisfies **({_at_most(record['epsilon'])}, "
         f"{_at_most(record['delta'])})-differential privacy** (epsilon, delta). {_relation(record)}".strip(),
         *_earlier(record),
+        *lines_of_search(record, _at_most),
         _settings_table(record),
         "**What the guarantee covers**",
         _bullets(record.get("covers") or coverage(str(record.get("unit")))[0]),
@@ -407,6 +410,20 @@ def warnings(audit: Mapping[str, Any]) -> list[str]:
             for reason in _reasons(audit["noise_test"]["accused_by"])
         ),
     ]
+
+
+def with_search(card: str, record: Mapping[str, Any]) -> str:
+    """The card of the best trial of a private search, with what the search spent, not the trial.
+
+    Args:
+        card: of the trial, from `model_card`.
+        record: the content of privacy.json of the search's winner.
+    """
+    before, _, rest = card.partition("## Privacy")
+    _, loading, after = rest.partition("## Loading")
+    assert loading, "every card has a section on loading"
+    before = re.sub(r"^\*\*Protects .*$", lambda _: _protected(record), before, flags=re.MULTILINE)
+    return before + _privacy_section(record, guaranteed=True) + "\n\n" + loading + after
 
 
 _AUDIT = re.compile(r"## Audit\n.*?(?=^## )", re.DOTALL | re.MULTILINE)

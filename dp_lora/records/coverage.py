@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 COVERS = (
     "The training of the adapter: the released weights, and everything computed from them alone, such as "
@@ -57,6 +58,36 @@ LIVE = (
 """A further limit if W&B shows a private job live."""
 
 
+SEARCH = (
+    "How many trials the search made and how long they took, as seen by whoever watches the machine, or the "
+    "queue, the accounting and the reports of a cluster; and whoever reads the private folder of the search."
+)
+"""A further limit of the best trial of a private search."""
+
+
 def coverage(unit: str) -> tuple[Sequence[str], Sequence[str]]:
     """The guarantee's coverage and its limits, for one of `schema.UNITS`."""
     return (COVERS_PERSONS, DOES_NOT_COVER_PERSONS) if unit == "person" else (COVERS, DOES_NOT_COVER)
+
+
+def lines_of_search(record: Mapping[str, Any], at_most: Callable[[float], str]) -> list[str]:
+    """What the search of which an adapter is the best trial spent, for its card; empty where there was none.
+
+    Args:
+        record: the content of privacy.json.
+        at_most: a number in words, rounded up.
+    """
+    if not (search := record.get("search")):
+        return []
+    spent, unit = search["epsilon"], str(record.get("unit", "image"))
+    return [
+        "This adapter is the best of a private search: a random number of trials, each with settings drawn "
+        f"from {search['number_of_cells']} choices, of which only this one was released. How many trials "
+        "there were, and what became of the others, is private. All of them together spent",
+        f"- epsilon {at_most(spent['training'])} for one training {unit},\n"
+        f"- epsilon {at_most(spent['held_out'])} for one held-out {unit}, on which trials were scored,\n"
+        f"- epsilon {at_most(spent['both'])} for somebody in both,",
+        f"each at delta {at_most(record['delta'])} (Papernot and Steinke 2022; the number of trials: "
+        f"{search['distribution']}, mean {search['expected_trials']:g}). The noise, sample rate and steps "
+        "below are of one trial.",
+    ]

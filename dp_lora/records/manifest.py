@@ -107,7 +107,8 @@ PRIVACY: Mapping[str, Why] = {
             "earlier_trainings", "epsilon_by_accountant", "epsilon_of_this_training",
             "expected_batch_size", "loss_share", "max_grad_norm",
             "noise_multiplicity", "noise_multiplier", "planned_steps", "private", "release",
-            "reproducible_noise", "sample_rate", "steps", "target_epsilon", "unit", "unprotected_start",
+            "reproducible_noise", "sample_rate", "search", "steps", "target_epsilon", "unit",
+            "unprotected_start",
         ),
         Why.SETTING,
     ),
@@ -144,6 +145,14 @@ _KINDS: Mapping[str, Shape] = {
     "earlier_trainings": field_kinds.list_of_numbers,
     "release": _RELEASE,
     "choice": _CHOICE,
+    "search": {
+        "distribution": field_kinds.name,
+        "score": field_kinds.name,
+        **dict.fromkeys(("expected_trials", "number_of_cells", "trial_epsilon", "target_epsilon"), number),
+        "score_noise_multiplier": number,
+        "cells": field_kinds.list_of_numbers,
+        "epsilon": field_kinds.numbers,
+    },
 }
 """The shapes of the fields of privacy.json that are not numbers."""
 

@@ -37,11 +37,21 @@ class SweepLauncher(Launcher):
         from sweeps.cluster.drive import launch
 
         setup_globals()
+        if _is_search(self.config):
+            from sweeps.search import launch as search
+
+            search(self.settings, self.config, self.loader, job_overrides)
+            return [JobReturn(overrides=list(words), status=JobStatus.COMPLETED) for words in job_overrides]
         cells = compose_cells(self.loader, self.config, job_overrides, initial_job_idx)
         for cell in cells:
             refuse_without_objective(self.config.hydra.sweeper, cell.config)
         launch(self.settings, self.config, cells)
         return [_completed(words, cell) for words, cell in zip(job_overrides, cells, strict=True)]
+
+
+def _is_search(config: DictConfig) -> bool:
+    """Whether the command asks for a private search, which draws its jobs itself."""
+    return config.search.space is not None or config.hydra.runtime.choices.get("sweep") == "private_search"
 
 
 def _completed(words: Sequence[str], cell: Cell) -> JobReturn:

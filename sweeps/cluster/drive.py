@@ -63,18 +63,24 @@ def launch(settings: Mapping[str, Any], config: DictConfig, cells: Sequence[Cell
     Raises UserError for what cannot be launched, before anything is written; SweepFailed when a job failed.
     """
     asked = config.hydra.overrides
-    check_launcher(settings, min(cell.config.resources.time_limit_min for cell in cells))
-    _refuse_batches(config)
+    check_launch(settings, config, cells)
     ledger = Ledger(sweep_folder(cells, settings["name"], list(asked.task)))
     if settings["dry_run"]:
         _say(plan(cells, ledger.folder))
         return
-    _check(settings, cells)
     hydra_words = [word for word in asked.hydra if not word.startswith("hydra.mode=")]
     with ledger.held():
         command = command_line(["-m", *asked.task, *hydra_words])
         ledger.begin(cells, command, code_version(), settings["job"], any_code=settings["any_code"])
-        Drive(cells, ledger, _cluster(settings, ledger), settings, hydra_words).run()
+        Drive(cells, ledger, cluster_of(settings, ledger), settings, hydra_words).run()
+
+
+def check_launch(settings: Mapping[str, Any], config: DictConfig, cells: Sequence[Cell]) -> None:
+    """Raises UserError for launcher settings that cannot be right, and for what the cluster cannot give."""
+    check_launcher(settings, min(cell.config.resources.time_limit_min for cell in cells))
+    _refuse_batches(config)
+    if not settings["dry_run"]:
+        _check(settings, cells)
 
 
 def _refuse_batches(config: DictConfig) -> None:
@@ -103,7 +109,8 @@ def _check(settings: Mapping[str, Any], cells: Sequence[Cell]) -> None:
     Pool.check(cells)
 
 
-def _cluster(settings: Mapping[str, Any], ledger: Ledger) -> Cluster:
+def cluster_of(settings: Mapping[str, Any], ledger: Ledger) -> Cluster:
+    """The cluster that `settings` name, or this machine."""
     parallel, kills, python = settings["max_parallel"], settings["max_kills"], settings["python"]
     if settings["where"] == "slurm":
         from sweeps.cluster.slurm import Slurm
@@ -124,6 +131,9 @@ class Drive:
         settings: of the launcher.
         hydra_words: the command line's words for Hydra, for the commands that are shown.
     """
+
+    reports = True
+    """Whether a report is written when all jobs have ended."""
 
     def __init__(
         self,
@@ -146,12 +156,15 @@ class Drive:
             self.cluster.settle()
             self._submit()
             if self.settings["detach"]:
-                _say("detached: the same command watches again; report.html will be written at the end")
+                self._say("detached: the same command watches again; report.html will be written at the end")
                 return
             self._watch()
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"interrupted: {self.cluster.stop()}") from None
         self._report()
+
+    def _say(self, text: str) -> None:
+        _say(text)
 
     def _submit(self) -> None:
         done = {identity for identity, cell in self.cells.items() if cell.is_done()}
@@ -159,24 +172,23 @@ class Drive:
         todo = [
             cell for identity, cell in self.cells.items() if identity not in done and identity not in live
         ]
-        _say(f"sweep {self.ledger.folder}")
-        _say(f"{len(self.cells)} cells: {len(done)} done, {len(live)} under way, {len(todo)} to submit")
+        self._say(f"sweep {self.ledger.folder}")
+        self._say(f"{len(self.cells)} cells: {len(done)} done, {len(live)} under way, {len(todo)} to submit")
         self.cluster.adopt({job: self.cells[identity] for identity, job in live.items()})
         self.pending = set(self.cells) - done
         for submission, asked in self.cluster.submit(todo):
             self._submitted(submission, asked)
-        if todo:
+        if todo and self.reports:
             self.cluster.finally_report()
 
-    @staticmethod
-    def _submitted(submission: Submission, asked: str) -> None:
+    def _submitted(self, submission: Submission, asked: str) -> None:
         assert submission.jobs
         jobs = (
             submission.jobs[0]
             if len(submission.jobs) == 1
             else f"{submission.jobs[0]} ... {submission.jobs[-1]}"
         )
-        _say(f"submitted {len(submission.cells)} cells as {jobs}: {asked}")
+        self._say(f"submitted {len(submission.cells)} cells as {jobs}: {asked}")
 
     def _live_jobs(self, done: set[str]) -> dict[str, str]:
         """The jobs, by cell, that an earlier driver submitted and that have not ended."""
@@ -186,7 +198,7 @@ class Drive:
         if not jobs:
             return {}
         while (live := self.cluster.live()) is None:
-            _say("SLURM does not answer; asking again")
+            self._say("SLURM does not answer; asking again")
             time.sleep(self.settings["poll_s"])
         # squeue may leave out a job for the moment in which it is queued again.
         gone = [job for job in jobs.values() if job not in live]
@@ -198,15 +210,15 @@ class Drive:
         while self.pending:
             live = self.cluster.live()
             if live is None:
-                _say("SLURM does not answer; the jobs go on")
+                self._say("SLURM does not answer; the jobs go on")
             else:
                 self._settle_ended(live)
                 self._drop_if_all_fail_alike()
                 for job in self.cluster.release(live):
-                    _say(f"released {job}, which SLURM held because its launch had failed")
+                    self._say(f"released {job}, which SLURM held because its launch had failed")
                 self._fill()
                 if (line := self._progress(live)) != shown:
-                    _say(shown := line)
+                    self._say(shown := line)
             if self.pending:
                 time.sleep(self.settings["poll_s"])
 
@@ -263,7 +275,7 @@ class Drive:
         except UserError as error:
             # The runs are over, whatever somebody did to their files.
             where = "without a report"
-            _say(f"no report: {error}")
+            self._say(f"no report: {error}")
         if self.dropped:
             raise SweepFailed(
                 f"the first {len(self.failed)} of {len(self.cells)} cells failed for one reason and the "
@@ -271,12 +283,12 @@ class Drive:
             )
         if self.failed:
             for cell, how in self.failed.items():
-                _say(self._failure(self.cells[cell], how))
+                self._say(self._failure(self.cells[cell], how))
             raise SweepFailed(
                 f"{len(self.failed)} of {len(self.cells)} cells failed; the same command submits them again, "
                 "and nothing else"
             )
-        _say(f"all {len(self.cells)} cells are done; {where}")
+        self._say(f"all {len(self.cells)} cells are done; {where}")
 
     def _failure(self, cell: Cell, how: str) -> str:
         """A report of a failed cell: SLURM's word, its last lines, the command that tries again."""

@@ -53,7 +53,7 @@ RANKS = "one of r1, r2, r4, r8, r16, r32, r64"
 COLOUR = "expected white, grey, black or a colour such as 'data.background=\"#f0f0f0\"'"
 SWEEPS = (
     "one of baselines, batch, clip_norm, components, epsilon, headline, noise_multiplicity, "
-    "noise_multiplier, none, rank, salience"
+    "noise_multiplier, none, private_search, rank, salience"
 )
 DRAWS = "one of k1, k2, k4, k8, k12, k16, k32"
 SETS = (

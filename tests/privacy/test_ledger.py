@@ -280,5 +280,5 @@ def test_a_ledger_that_is_let_go_in_time_is_waited_for(three: Ledger) -> None:
 
 def test_a_charge_knows_its_run_alone() -> None:
     assert {field.name for field in dataclasses.fields(Charge)} == {
-        "run", "private_set", "mechanism", "delta", "private", "unit",
+        "run", "private_set", "mechanism", "delta", "private", "unit", "search",
     }  # fmt: skip

@@ -24,7 +24,12 @@ from dp_lora.errors import UserError
 from sweeps.grid import jobs
 from tests.builders.tiny import composed
 
-SWEEPS = sorted(path.stem for path in (config_directory() / "sweep").glob("*.yaml") if path.stem != "none")
+SWEEPS = sorted(
+    path.stem
+    for path in (config_directory() / "sweep").glob("*.yaml")
+    if path.stem not in ("none", "private_search")
+)
+"""Those that are grids."""
 
 Plan = Callable[..., tuple[int, list[str], str]]
 
