@@ -47,7 +47,8 @@ from dp_lora.jobs.stages import finetuned_model, model_before, model_to_train
 from dp_lora.models import adapters
 from dp_lora.privacy.plan import PrivacyPlan
 from dp_lora.privacy.randomness import Randomness
-from dp_lora.records.card import no_guarantee, with_audit
+from dp_lora.records.audit_section import with_audit
+from dp_lora.records.card import no_guarantee
 from dp_lora.records.progress import Progress
 from dp_lora.storage.files import (
     file_lock,

@@ -81,7 +81,7 @@ def _parse(words: Sequence[str]) -> tuple[Path, Options]:
 
 def summary(record: dict[str, Any], directory: Path) -> str:
     """The lines that the command ends with."""
-    from dp_lora.records.card import bounds, noise_line, warnings
+    from dp_lora.records.audit_section import bounds, noise_line, warnings
 
     lines = [warning.strip("*") for warning in warnings(record)]
     lines += [*bounds(record), noise_line(record)]

@@ -418,11 +418,12 @@ def _private_words(run: _Run) -> Iterator[tuple[str, str]]:
     A word that the card or the settings use anyway, such as "images", tells nothing and is none of them.
     """
     from dp_lora.models.adapters import class_names
-    from dp_lora.records import card
+    from dp_lora.records import audit_section, card
 
     classes = class_names(run.directory / "adapter") or ()
     fields = (*manifest.FILES, *manifest.ROWS, *manifest.PRIVACY, *manifest.RESULT, *manifest.PROVENANCE)
-    text = Path(card.__file__).read_text(encoding="utf-8")
+    sections = (Path(str(part.__file__)) for part in (card, audit_section))
+    text = " ".join(section.read_text(encoding="utf-8") for section in sections)
     known = set(re.findall(r"[\w-]+", " ".join([*_texts(_settings(run)), *fields, *classes, text])))
     for field in ("data", "public_data"):
         source = getattr(run.config, field).source

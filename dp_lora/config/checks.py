@@ -18,11 +18,8 @@ from dp_lora.config.schema import (
     ADJACENCIES,
     AUTOENCODERS,
     BACKGROUNDS,
-    CANDIDATES,
-    CHOICES,
     CLASSIFIERS,
     CLIPPINGS,
-    COMPONENTS,
     CONDITIONINGS,
     DEVICES,
     DISTRIBUTIONS,
@@ -32,7 +29,6 @@ from dp_lora.config.schema import (
     LABEL_COLUMNS,
     LARGEST_EPSILON,
     LAYOUTS,
-    MEASURED,
     PERSONS_KNOWN,
     PRECISIONS,
     QUANTISED,
@@ -53,6 +49,7 @@ from dp_lora.config.schema import (
     TrainConfig,
 )
 from dp_lora.config.search import check_search
+from dp_lora.config.trainable import CANDIDATES, CHOICES, COMPONENTS, MEASURED
 from dp_lora.config.wandb_settings import MEANT, check_names
 from dp_lora.errors import UserError, did_you_mean
 from dp_lora.storage.files import expanded

@@ -35,6 +35,15 @@ class SearchConfig:
     private accuracy of the first of `evaluation.classifiers`."""
 
 
+def refuse_one_job(search: SearchConfig) -> None:
+    """Raises UserError for a job by itself whose settings are those of a search."""
+    if search.space is not None:
+        raise UserError(
+            f"search.space={search.space}: is for a search of many trials; expected "
+            "-m sweep=private_search with hydra/launcher=local or slurm"
+        )
+
+
 def check_search(search: SearchConfig) -> None:
     """Raises UserError for the first value that cannot be right."""
     if not 1 <= search.expected_trials < math.inf:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from dp_lora.jobs.start import Start
     from dp_lora.models.latent_diffusion import LatentDiffusion
     from dp_lora.privacy.plan import PrivacyPlan
+    from dp_lora.training.scouting import Choice
 
 _CACHED = re.compile(r"/models--([\w.-]+?)--([\w.-]+)/snapshots/")
 """A folder in the cache of the hub, by its owner and name."""
@@ -93,6 +94,10 @@ class Job:
             prompt_length=model.prompt_length,
             precision=model.base_precision,
         )
+
+    def keep_choice(self, choice: Choice) -> None:
+        """Notes which matrices are trained, once they are chosen."""
+        self.choice = choice.record()
 
     def forget_model(self) -> None:
         """Lets the model go, so that a copy can free what it needs no more. It is read again if need be."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from dp_lora.config.identity import absolute_paths, run_directory
 from dp_lora.config.schema import Config
+from dp_lora.config.search import refuse_one_job
 from dp_lora.errors import Busy, UserError, recorded
 from dp_lora.jobs import choosing, reuse
 from dp_lora.jobs.ancestry import is_release, name_of
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
     from dp_lora.models.folders import LatentDiffusion
     from dp_lora.models.sample import Samples
     from dp_lora.records.tracker import Tracker
-    from dp_lora.training.scouting import Choice
 
 
 def run(config: Config, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -66,11 +66,7 @@ def run(config: Config, overrides: Sequence[str] = ()) -> dict[str, Any]:
     Raises:
         UserError: something that the user gave is wrong; nothing was written.
     """
-    if config.search.space is not None:
-        raise UserError(
-            f"search.space={config.search.space}: is for a search of many trials; expected "
-            "-m sweep=private_search with hydra/launcher=local or slurm"
-        )
+    refuse_one_job(config.search)
     with joined(device_of(config)) as team:
         if config.stages == ["pretrain"]:
             return _pretrain_alone(config, team)
@@ -308,12 +304,10 @@ def _train(
         assert train.persons is not None
         persons = Persons(train.persons)
 
-    def chosen(choice: Choice) -> None:
-        job.choice = choice.record()
-
     executed = finetune(
-        config, model, encoded, labels, job.plan, folder, log, started, captions, begun, persons, chosen
-    )
+        config, model, encoded, labels, job.plan, folder, log, started, captions, begun, persons,
+        job.keep_choice,
+    )  # fmt: skip
     return model, executed
 
 

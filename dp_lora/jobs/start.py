@@ -106,8 +106,8 @@ def start_of(
         # What is left to do may not need it; `first_values` does.
         found = read_json(directory / "checkpoint" / START)
         trainings = tuple(kept(directory / "checkpoint"))
-        folder, known, covered = Path(found["folder"]), _knows_all(directory), found.get("protected", True)
-        return Start(folder, found["adapter"], trainings, known, word, covered)
+        folder, whole, covered = Path(found["folder"]), _knows_all(directory), found.get("protected", True)
+        return Start(folder, found["adapter"], trainings, whole, word, covered)
     if place.resolve() == directory.resolve():
         raise UserError(f"{word}: is the directory of this run itself; expected another run")
     try:

@@ -58,7 +58,7 @@ def attach(model: LatentDiffusion, components: Sequence[str], lora: LoraConfig, 
 
     Args:
         model: changed in place.
-        components: any of `config.COMPONENTS`.
+        components: any of `config.trainable.COMPONENTS`.
         lora: used when `lora` is among the components. A is drawn from N(0, 1 / rank^2) and B is zero, so
             the model's output is unchanged at first.
         seed: of A. It is public: the initial adapter carries nothing of the data.

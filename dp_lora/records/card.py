@@ -7,10 +7,10 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from typing import Any
 
 from dp_lora.records.coverage import coverage, lines_of_search
+from dp_lora.records.rounding import at_most
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def _protected(record: Mapping[str, Any]) -> str:
     """Whom the guarantee protects, for the first lines."""
     # Of a search, the largest that it states: for somebody in the training and among the held-out images.
     epsilon = max([record["epsilon"], *record.get("search", {}).get("epsilon", {}).values()], key=float)
-    bound = f"with epsilon {_at_most(epsilon)} at delta {_at_most(record['delta'])}"
+    bound = f"with epsilon {at_most(epsilon)} at delta {at_most(record['delta'])}"
     if record.get("unit") == "person":
         return f"**Protects each person with all of their images**, {bound}."
     return f"**Protects each single image**, {bound}; a person with several images has less."
@@ -166,7 +166,7 @@ def _choice(record: Mapping[str, Any]) -> list[str]:
         f"(share {choice['share']:g}).",
     ]
     if scores is None:
-        return ["\n\n".join([*lines, _bullets([f"`{name}`" for name in chosen])])]
+        return ["\n\n".join([*lines, bullets([f"`{name}`" for name in chosen])])]
     rows = [f"| `{name}` | {value:.3g} | {'yes' * (name in chosen)} |" for name, value in scores.items()]
     return ["\n\n".join([*lines, "\n".join(["| matrix | score | chosen |", "|---|---|---|", *rows])])]
 
@@ -195,15 +195,15 @@ def _privacy_section(record: Mapping[str, Any], *, guaranteed: bool) -> str:
         return "## Privacy\n\nNone. Treat this adapter like the private images that it was trained on."
     lines = [
         "## Privacy",
-        f"The training of this adapter satisfies **({_at_most(record['epsilon'])}, "
-        f"{_at_most(record['delta'])})-differential privacy** (epsilon, delta). {_relation(record)}".strip(),
+        f"The training of this adapter satisfies **({at_most(record['epsilon'])}, "
+        f"{at_most(record['delta'])})-differential privacy** (epsilon, delta). {_relation(record)}".strip(),
         *_earlier(record),
-        *lines_of_search(record, _at_most),
+        *lines_of_search(record, at_most),
         _settings_table(record),
         "**What the guarantee covers**",
-        _bullets(record.get("covers") or coverage(str(record.get("unit")))[0]),
+        bullets(record.get("covers") or coverage(str(record.get("unit")))[0]),
         "**What it does not cover**",
-        _bullets(record.get("does_not_cover") or coverage(str(record.get("unit")))[1]),
+        bullets(record.get("does_not_cover") or coverage(str(record.get("unit")))[1]),
     ]
     return "\n\n".join(lines)
 
@@ -223,7 +223,7 @@ def _earlier(record: Mapping[str, Any]) -> list[str]:
     )
     return [
         f"The training started from the adapter of {them} on the same images, and the epsilon counts all of "
-        f"them, {why}. By itself it spent epsilon {_at_most(record['epsilon_of_this_training'])}; the noise, "
+        f"them, {why}. By itself it spent epsilon {at_most(record['epsilon_of_this_training'])}; the noise, "
         "sample rate and steps below are its own."
     ]
 
@@ -277,7 +277,7 @@ _SETTINGS = (
 
 
 def _settings_table(record: Mapping[str, Any]) -> str:
-    rows = [f"| {label} | {_at_most(record[key])} |" for key, label in _BOUNDS]
+    rows = [f"| {label} | {at_most(record[key])} |" for key, label in _BOUNDS]
     unit = record.get("unit", "image")
     rows += [
         f"| {label.format(unit=unit)} | {_nearest(record[key])} |"
@@ -285,131 +285,17 @@ def _settings_table(record: Mapping[str, Any]) -> str:
         if key in record
     ]
     others = record.get("epsilon_by_accountant") or {}
-    rows += [f"| epsilon by {name} | {_at_most(value)} |" for name, value in others.items()]
+    rows += [f"| epsilon by {name} | {at_most(value)} |" for name, value in others.items()]
     return "\n".join(["| quantity | value |", "|---|---|", *rows])
 
 
-def _bullets(texts: str | Sequence[str]) -> str:
+def bullets(texts: str | Sequence[str]) -> str:
+    """A list in Markdown; of one text, a list of one."""
     return "\n".join(f"- {text}" for text in ([texts] if isinstance(texts, str) else texts))
 
 
 def _nearest(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _at_most(value: Any, rounding: str = ROUND_CEILING) -> str:
-    """Four significant digits rounded up, so that the card never claims more privacy than there is."""
-    exact = Decimal(str(value))
-    if not exact.is_finite() or exact == 0:
-        return str(value)
-    place = Decimal(1).scaleb(exact.adjusted() - 3)
-    return f"{float(exact.quantize(place, rounding=rounding)):.4g}"
-
-
-def _at_least(value: Any) -> str:
-    """Four significant digits rounded down, for a lower bound."""
-    return _at_most(value, ROUND_FLOOR)
-
-
-def bounds(audit: Mapping[str, Any]) -> list[str]:
-    """One line for what is proven and one for what was measured, from the key `audit` of result.json.
-
-    >>> lines = bounds({"epsilon": 10.0, "delta": 1e-5, "confidence": 0.95, "epsilon_lower_bound": 2.875,
-    ...     "canaries": 1000, "kind": "gradient", "epsilon_lower_bound_if_gaussian": 8.6})
-    >>> lines[0]
-    'Proven: epsilon <= 10 at delta 1e-05.'
-    >>> lines[1].split(" with ")[0]
-    'Measured: epsilon >= 2.875'
-    """
-    lines = [
-        f"Proven: epsilon <= {_at_most(audit['epsilon'])} at delta {_at_most(audit['delta'])}.",
-        f"Measured: epsilon >= {_at_least(audit['epsilon_lower_bound'])} with "
-        f"{100 * audit['confidence']:g} % confidence, from {audit['canaries']:,} {audit['kind']} canaries in "
-        "one training (Steinke et al. 2023).",
-    ]
-    gaussian = audit.get("epsilon_lower_bound_if_gaussian")
-    if gaussian is not None:
-        lines.append(
-            f"Measured: epsilon >= {_at_least(gaussian)} from the same canaries, if the mechanism is a "
-            "Poisson-subsampled Gaussian one of unknown noise (Nasr et al. 2023)."
-        )
-    return lines
-
-
-def noise_line(audit: Mapping[str, Any]) -> str:
-    """The findings of the noise tests in one line, from the key `audit` of result.json.
-
-    >>> noise_line({"noise_test": {"accused": False, "accused_by": [], "p_value": 0.4, "false_alarm": 0.01,
-    ...     "noise_multiplier": 1.355, "estimated_noise_multiplier": 1.352, "interval": [1.34, 1.364],
-    ...     "update_norms": 80}}).partition(": ")[2]
-    'sigma 1.352 (1.34 to 1.364) in the canary training, 1.355 claimed; update norms of the run: 80; p = 0.4.'
-    """
-    found = audit["noise_test"]
-    parts = []
-    if "estimated_noise_multiplier" in found:
-        low, high = found["interval"]
-        parts.append(
-            f"sigma {found['estimated_noise_multiplier']:.4g} ({low:.4g} to {high:.4g}) in the canary "
-            f"training, {found['noise_multiplier']:.4g} claimed"
-        )
-    parts.append(f"update norms of the run: {found['update_norms']}")
-    parts.append(f"p = {found['p_value']:.2g}")
-    verdict = _verdict(found)
-    return (
-        f"Noise, by tests with {100 * found['false_alarm']:g} % false alarms, {verdict}: {'; '.join(parts)}."
-    )
-
-
-_REASONS = {
-    "variance_above": "more noise than claimed: the scale of the release depends on the batch",
-    "loudest_tensor": "more noise than claimed: the scale of the release depends on the batch",
-    "largest_contribution": "one example adds more than the clip allows",
-    "missing_release": "a step without examples released nothing",
-    "unreleased_update": "parameters changed by something else than what was released",
-}
-"""The findings of tests that look for something other than too little or repeated noise."""
-
-
-def _verdict(found: Mapping[str, Any]) -> str:
-    """The verdict of the noise tests in a few words, from the key `noise_test` of an audit."""
-    by = found["accused_by"]
-    if found["accused"]:
-        weak = ["too little or repeated"] if any(name not in _REASONS for name in by) else []
-        return f"{'; '.join([*weak, *_reasons(by)])} ({', '.join(by)})"
-    low, high = found.get("interval", [found["noise_multiplier"]] * 2)
-    if low <= found["noise_multiplier"] <= high:
-        return "as claimed"
-    return "not refuted, though the interval leaves the claim out"
-
-
-def _reasons(accused_by: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(_REASONS[name] for name in accused_by if name in _REASONS))
-
-
-ACCUSED = (
-    "**The audit accuses the noise: there is less of it, or it is less independent, than is claimed. Do not "
-    "rely on the guarantee.**"
-)
-
-CONTRADICTED = (
-    "**The audit contradicts the guarantee: more was measured than is claimed. Do not rely on it.**"
-)
-
-
-def warnings(audit: Mapping[str, Any]) -> list[str]:
-    """Lists what speaks against the guarantee, from the key `audit` of result.json; empty if nothing does.
-
-    `contradicted` says whether a lower bound lies above epsilon, `noise_test.accused` whether a
-    release failed a test. The two are verdicts of their own.
-    """
-    return [
-        *([CONTRADICTED] if audit["contradicted"] else []),
-        *([ACCUSED] if any(name not in _REASONS for name in audit["noise_test"]["accused_by"]) else []),
-        *(
-            f"**The audit accuses the engine: {reason}. Do not rely on the guarantee.**"
-            for reason in _reasons(audit["noise_test"]["accused_by"])
-        ),
-    ]
 
 
 def with_search(card: str, record: Mapping[str, Any]) -> str:
@@ -424,29 +310,6 @@ def with_search(card: str, record: Mapping[str, Any]) -> str:
     assert loading, "every card has a section on loading"
     before = re.sub(r"^\*\*Protects .*$", lambda _: _protected(record), before, flags=re.MULTILINE)
     return before + _privacy_section(record, guaranteed=True) + "\n\n" + loading + after
-
-
-_AUDIT = re.compile(r"## Audit\n.*?(?=^## )", re.DOTALL | re.MULTILINE)
-
-
-def with_audit(card: str, audit: Mapping[str, Any]) -> str:
-    """The card with a section on the audit, in place of an earlier one.
-
-    Args:
-        card: from `model_card`.
-        audit: as in `bounds` and `noise_line`.
-    """
-    lines = [
-        *warnings(audit),
-        _bullets([*bounds(audit), noise_line(audit)]),
-        "The canaries were trained with this model and these settings, without the private images. A "
-        "measured bound below the proven one does not say that less was spent: it is what this attack could "
-        "show. The tests of the noise bound no epsilon.",
-    ]
-    section = "\n\n".join(["## Audit", *lines]) + "\n\n"
-    before, loading, after = _AUDIT.sub("", card).partition("## Loading")
-    assert loading, "every card has a section on loading"
-    return before + section + loading + after
 
 
 def _loading_section(base_model: str, *, lora: bool, text: TextToImage | None) -> str:

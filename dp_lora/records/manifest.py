@@ -30,6 +30,7 @@ from dp_lora.errors import UserError
 from dp_lora.records import field_kinds
 from dp_lora.records.field_kinds import ANY, Shape, number
 from dp_lora.records.rounding import coarse, power_of_two
+from dp_lora.records.shapes import CHOICE, RELEASE, SEARCH
 
 SIZES = ("data.train_size", "data.validation_size", "data.test_size")
 """Settings that tell how many private images there are."""
@@ -117,42 +118,15 @@ PRIVACY: Mapping[str, Why] = {
 }  # fmt: skip
 """Fields of privacy.json; `steps` counts the executions that were begun, by a schedule without images."""
 
-_SPENT: Mapping[str, Shape] = {"epsilon": number, "delta": number, "accountant": field_kinds.words}
-_RELEASE: Shape = {
-    **_SPENT,
-    **dict.fromkeys(("target_epsilon", "noise_multiplier", "sensitivity", "releases"), number),
-    "noise_multipliers": field_kinds.sequence,
-    **dict.fromkeys(("earlier_releases", "earlier_trainings"), field_kinds.list_of_numbers),
-    "reference": field_kinds.name,
-    "unit": field_kinds.name,
-    "reproducible_noise": field_kinds.flag,
-    "covers": field_kinds.sentence,
-    "with_training": _SPENT,
-}
-"""The shape of `release` in privacy.json."""
-
-_CHOICE: Shape = {
-    **dict.fromkeys(("by", "candidates"), field_kinds.name), "chosen": field_kinds.names,
-    **dict.fromkeys(("share", "number", "of", "scout_steps", "dimension"), number),
-    "scores": field_kinds.numbers,
-}  # fmt: skip
-
 _KINDS: Mapping[str, Shape] = {
     **dict.fromkeys(("complete", "private", "reproducible_noise", "unprotected_start"), field_kinds.flag),
     **dict.fromkeys(("accountant", "adjacency", "clipping", "unit"), field_kinds.words),
     **dict.fromkeys(("covers", "does_not_cover"), field_kinds.sentences),
     "epsilon_by_accountant": field_kinds.numbers,
     "earlier_trainings": field_kinds.list_of_numbers,
-    "release": _RELEASE,
-    "choice": _CHOICE,
-    "search": {
-        "distribution": field_kinds.name,
-        "score": field_kinds.name,
-        **dict.fromkeys(("expected_trials", "number_of_cells", "trial_epsilon", "target_epsilon"), number),
-        "score_noise_multiplier": number,
-        "cells": field_kinds.list_of_numbers,
-        "epsilon": field_kinds.numbers,
-    },
+    "release": RELEASE,
+    "choice": CHOICE,
+    "search": SEARCH,
 }
 """The shapes of the fields of privacy.json that are not numbers."""
 
@@ -234,7 +208,7 @@ _RESULT: Mapping[str, Shape] = {
     "neighbours": {"precision, recall": number, "density, coverage": number},
     "noise": {ANY: {ANY: number}},
     "release": {"noise_multiplier": number},
-    "choice": _CHOICE,
+    "choice": CHOICE,
     "audit": _AUDIT,
     "seconds": {ANY: field_kinds.finite},
     "peak_memory_bytes": field_kinds.finite,

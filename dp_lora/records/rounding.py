@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
+from typing import Any
+
 
 def coarse(seconds: float) -> float:
     """One significant digit.
@@ -23,3 +26,17 @@ def power_of_two(size: int) -> int:
     (1073741824, 1048576)
     """
     return 1 << max(0, int(size) - 1).bit_length()
+
+
+def at_most(value: Any, rounding: str = ROUND_CEILING) -> str:
+    """Four significant digits rounded up, so that the card never claims more privacy than there is."""
+    exact = Decimal(str(value))
+    if not exact.is_finite() or exact == 0:
+        return str(value)
+    place = Decimal(1).scaleb(exact.adjusted() - 3)
+    return f"{float(exact.quantize(place, rounding=rounding)):.4g}"
+
+
+def at_least(value: Any) -> str:
+    """Four significant digits rounded down, for a lower bound."""
+    return at_most(value, ROUND_FLOOR)

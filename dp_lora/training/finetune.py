@@ -36,8 +36,9 @@ from dp_lora.training.inputs import digest
 from dp_lora.training.loop import learning_rate, run_steps
 from dp_lora.training.numerics import numerics
 from dp_lora.training.objective import Objective
-from dp_lora.training.private_training import PrivateTraining, spent
+from dp_lora.training.private_training import PrivateTraining
 from dp_lora.training.scouting import Choice, Phases, Scouting
+from dp_lora.training.steps_left import spent
 
 _BFLOAT16_TOLERANCE = 0.1
 """Relative error of a gradient in bfloat16, whose numbers have eight bits."""

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from dp_lora.config.schema import Config, TrainableConfig
+from dp_lora.config.schema import Config
+from dp_lora.config.trainable import TrainableConfig
 from dp_lora.models import candidates
 from dp_lora.models.folders import LatentDiffusion
 from dp_lora.privacy.scouting import Kept, Scout, best, number_of, scores

@@ -17,7 +17,7 @@ from dp_lora import __main__
 from dp_lora.auditing import audit, noise_tests
 from dp_lora.commands import audit as audit_command
 from dp_lora.privacy.randomness import Randomness
-from dp_lora.records import card
+from dp_lora.records import audit_section
 from dp_lora.storage.files import read_json, read_lines, write_json, write_lines
 from dp_lora.training.signals import Interrupted
 from tests.builders.tiny import once, words
@@ -87,9 +87,9 @@ def test_both_bounds_are_in_the_result_and_on_the_card(audited: Path, whole: Pat
     assert record["confidence"] == 0.95 and record["canaries"] == 600
     assert record["positives"] + record["negatives"] == 600
     text = (audited / "adapter" / "README.md").read_text()
-    proven, *measured = card.bounds(record)
+    proven, *measured = audit_section.bounds(record)
     assert f"- {proven}" in text and all(f"- {line}" in text for line in measured) and len(measured) == 2
-    assert f"- {card.noise_line(record)}" in text and card.ACCUSED not in text
+    assert f"- {audit_section.noise_line(record)}" in text and audit_section.ACCUSED not in text
     assert text.index("## Privacy") < text.index("## Audit") < text.index("## Loading")
     assert {key: result[key] for key in before if not key.startswith("private_metrics")} == {
         key: value for key, value in before.items() if not key.startswith("private_metrics")
@@ -125,11 +125,11 @@ def test_update_norms_below_the_noise_accuse_the_run_and_contradict_nothing(
     record = read_json(directory / "result.json")["audit"]
     assert record["noise_test"]["accused"] is True and record["contradicted"] is False
     text = (directory / "adapter" / "README.md").read_text()
-    assert card.ACCUSED in text and card.CONTRADICTED not in text
+    assert audit_section.ACCUSED in text and audit_section.CONTRADICTED not in text
     # Once the record is right again, the accusation goes.
     _scale_norms(directory, 2.0)
     assert call(directory, *OPTIONS, "--images", "0") == 0
-    assert card.ACCUSED not in (directory / "adapter" / "README.md").read_text()
+    assert audit_section.ACCUSED not in (directory / "adapter" / "README.md").read_text()
 
 
 def _scale_norms(directory: Path, factor: float) -> None:
@@ -220,7 +220,7 @@ def test_a_contradiction_is_said_everywhere(
     np.savez(scores, **{**kept, "scores": np.where(kept["included"], 9.0, -9.0)})
     assert call(directory, *OPTIONS, "--images", "0") == 1
     assert capsys.readouterr().out.startswith("The audit contradicts the guarantee")
-    assert card.CONTRADICTED in (directory / "adapter" / "README.md").read_text()
+    assert audit_section.CONTRADICTED in (directory / "adapter" / "README.md").read_text()
     record = read_json(directory / "result.json")["audit"]
     assert record["contradicted"] is True and record["noise_test"]["accused"] is False
 

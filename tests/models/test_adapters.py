@@ -12,7 +12,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from peft import PeftModel
 
-from dp_lora.config.schema import COMPONENTS, LoraConfig
+from dp_lora.config.schema import LoraConfig
+from dp_lora.config.trainable import COMPONENTS
 from dp_lora.errors import UserError
 from dp_lora.models import adapters
 from dp_lora.models.folders import LatentDiffusion, digest, load

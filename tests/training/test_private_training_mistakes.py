@@ -18,6 +18,7 @@ from dp_lora.jobs.begun import begun
 from dp_lora.privacy.executions import ORIGIN, Executions
 from dp_lora.storage.files import append_line, read_json
 from dp_lora.training import private_training
+from dp_lora.training.steps_left import steps_to_finish
 from tests.builders.private_training import (
     STEPS,
     Counter,
@@ -244,7 +245,7 @@ def test_what_can_be_replayed_is_no_step_of_the_plan_once_more(tmp_path: Path) -
         after = record.keep_sum(record.begin(step, lineages[-1]), f"sum {step}")
         assert after is not None
         lineages.append(after)
-    finish = private_training.steps_to_finish
+    finish = steps_to_finish
     assert [finish(plan, record, step, lineage) for step, lineage in enumerate(lineages)] == [STEPS] * 4
     # From a state that came another way none is replayed: three are left for what is begun anew.
     assert finish(plan, record, 0, "another") == STEPS - 3

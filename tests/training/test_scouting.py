@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dp_lora.config.schema import TrainableConfig
+from dp_lora.config.trainable import TrainableConfig
 from dp_lora.data.sets import ImageSplits
 from dp_lora.errors import UserError
 from dp_lora.models import adapters, candidates
