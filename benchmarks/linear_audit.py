@@ -316,13 +316,12 @@ def _wrapped(step: int, noise: Tensor, before: list[Tensor]) -> Tensor:
 
 def padding_counts() -> AbstractContextManager[object]:
     """The rows that fill up the last microbatch have weight 1: its first example counts once for each."""
-    microbatches = algorithm.microbatches
+    add = ClippedGradientSum.add
 
-    def full(indices: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for part, weights in microbatches(indices, size):
-            yield part, torch.ones_like(weights)
+    def full(self: ClippedGradientSum, losses: Tensor, weights: Tensor | None = None) -> None:
+        add(self, losses, None if weights is None else torch.ones_like(weights))
 
-    return mock.patch.object(algorithm, "microbatches", full)
+    return mock.patch.object(ClippedGradientSum, "add", full)
 
 
 @contextlib.contextmanager

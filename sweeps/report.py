@@ -58,7 +58,7 @@ def build(sweeps: Sequence[Sweep], out: Path, *, ended: bool = False, mixed: boo
     drawing = figures.printed(charts)
     if drawing is not None:
         content["figure.pdf"], content["figure.png"] = figures.render(drawing)
-    if not out.exists():
+    if not out.is_dir():
         private_directory(out)
     for name, value in content.items():
         write_atomic(out / name, value, mode=0o600)

@@ -159,7 +159,9 @@ TEXTS = {
     *(f"model.{name}" for name in ("name", "prompt", "conditioning", "autoencoder.kind")),
     "model.scheduler.beta_schedule",
     *("optimize", "sampler.classes", "sampler.export", "tracking.name", "tracking.entity"),
-    *("train.timesteps", "model.base_precision"),
+    *("train.timesteps", "model.base_precision", "trainable.choice", "trainable.candidates"),
+    # Only the default of a search is ever exported: `sweeps.search.cells_of`.
+    *(f"search.{name}" for name in ("space", "distribution", "score")),
     *(f"model.pretrain.{name}" for name in ("reconstruction", "schedule", "precision")),
     *(
         f"{data}.{name}"

@@ -58,7 +58,7 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> Plan:
 
 SIZES = {
     "rank": 7, "noise_multiplicity": 4, "noise_multiplier": 5, "components": 6, "clip_norm": 3, "batch": 4,
-    "epsilon": 4, "baselines": 6, "headline": 18,
+    "epsilon": 4, "baselines": 6, "headline": 18, "salience": 15,
 }  # fmt: skip
 
 

@@ -64,8 +64,8 @@ def _step(job: Given, folder: Path, microbatch: int = 8, name: str = "record") -
 def _sum(step: finetune.FinetuneStep, left_out: int | None = None) -> Tensor:
     taken = step.sgd.begin(0)
     for rows, weights, draws in taken.microbatches(step.microbatch):
-        kept = weights if left_out is None else weights * (rows != left_out)
-        taken.add(step.losses(rows, draws), kept)
+        losses = step.losses(rows, draws)
+        taken.add(losses if left_out is None else losses * (rows != left_out), weights)
     found = step.sgd.gradients.total().clone()
     step.sgd.detach()
     return found
