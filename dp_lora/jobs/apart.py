@@ -38,7 +38,7 @@ def refuse_one_place(config: Config) -> None:
 
 
 def refuse_drawn(config: Config) -> None:
-    """Raises UserError when the public images are what a run with private images has drawn or wrote.
+    """Raises UserError when the public images are what a run with private images has drawn or written.
 
     They carry what that run spent on its images, which the statement of the new run would not count.
     """

@@ -50,8 +50,8 @@ OTHER_IMAGES = (
 """A further limit of the statement of a run that started from an adapter of other images."""
 
 UNPROTECTED = (
-    "The images that the adapter which the training started from was trained on: it has no privacy "
-    "guarantee, and neither has what comes of it."
+    "The images behind the adapter that the training started from: that adapter has no privacy guarantee, so "
+    "they have none here either."
 )
 """The same where that adapter has no guarantee."""
 

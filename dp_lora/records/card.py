@@ -49,7 +49,7 @@ def no_guarantee(record: Mapping[str, Any], *, reproducible_noise: bool = False)
         )
     elif record.get("unprotected_start"):
         reason = (
-            "the training started from an adapter without one; what was trained on before is not protected"
+            "the training started from an adapter without one, and the images behind that are not protected"
         )
     else:
         return None
